@@ -1,0 +1,18 @@
+.PHONY: quality style test slow ci
+
+quality:  ## lint and type check, changing nothing
+	ruff check .
+	mypy
+
+style:  ## let ruff put right what it can
+	ruff check --fix .
+	ruff format .
+
+test:  ## the tests that CI runs
+	pytest
+
+slow:  ## the tests that take minutes
+	pytest -m slow
+
+ci:  ## everything in a fresh environment
+	.ci/run
