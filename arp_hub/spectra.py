@@ -1,0 +1,136 @@
+"""Singular values of the layers' folds: how far each layer is from low rank already, and from the rank of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .calibration import Images, Moments, batches, layer_io
+from .errors import ArpHubError
+from .layers import LowRankLayer, effective_weight, layer_shape, refusal, weight_layers
+from .plan import RankPlan
+from .schemes import SCHEMES, Scheme, make_scheme, relative_error
+from .structure import check_plan
+
+MATRIX_SCHEMES = tuple(name for name, scheme in SCHEMES.items() if hasattr(scheme, "fold"))
+"""The schemes whose blocks are matrices, and so have singular values."""
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values of one layer's blocks.
+
+    Attributes:
+        values: Singular values ``(blocks, n)``, descending in each block. Every block of a plan has the same rank, so a
+            rank here is a rank per block.
+    """
+
+    values: Tensor
+
+    @property
+    def full_rank(self) -> int:
+        """The rank per block that represents the layer exactly."""
+        return self.values.shape[1]
+
+    def tail(self) -> Tensor:
+        """Share of the energy that truncation to rank 0, 1, .., n loses, ``(n + 1,)``, from 1 down to 0.
+
+        The entry at r is the layer's relative violation of the constraint "rank at most r".
+        """
+        energy = self.values.double().square().sum(0)
+        lost = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+        return lost / lost[0].clamp_min(torch.finfo(lost.dtype).tiny)
+
+    def energy_rank(self, share: float) -> int:
+        """The smallest rank that keeps ``share`` of the energy.
+
+        Raises:
+            ArpHubError: If the share is not above 0 and at most 1.
+
+        Example:
+            >>> Spectrum(torch.tensor([[3.0, 1.0, 0.0]])).energy_rank(0.9)
+            1
+        """
+        if not 0 < share <= 1:
+            raise ArpHubError(f"an energy share is above 0 and at most 1, got {share}")
+        slack = 1e-12  # so that a sum in floating point does not ask for a rank of pure rounding error
+        return int((self.tail() > 1 - share + slack).sum())
+
+    @property
+    def stable_rank(self) -> float:
+        """Energy over the largest squared singular value, the mean over blocks (Rudelson and Vershynin 2007)."""
+        energy = self.values.double().square()
+        return float((energy.sum(1) / energy.amax(1).clamp_min(torch.finfo(energy.dtype).tiny)).mean())
+
+
+def decomposable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that are or could be decomposed, by dotted name, in the order of the model's modules."""
+    layers = {name: module for name, module in weight_layers(model) if refusal(module) is None}
+    layers.update({name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)})
+    order = [name for name, _ in model.named_modules()]
+    return {name: layers[name] for name in order if name in layers}
+
+
+@torch.no_grad()
+def spectrum(module: nn.Module, scheme: Scheme | None = None) -> Spectrum:
+    """Singular values of one layer, dense or decomposed (then those of the merged weight).
+
+    Args:
+        module: The layer.
+        scheme: A matrix scheme bound to the layer's shape; by default ``channel``.
+
+    Raises:
+        ArpHubError: If the layer cannot be decomposed, or the scheme has no singular values.
+    """
+    scheme = scheme or make_scheme("channel", layer_shape(module))
+    if scheme.name not in MATRIX_SCHEMES:
+        raise ArpHubError(f"scheme '{scheme.name}' has no singular values: choose one of {', '.join(MATRIX_SCHEMES)}")
+    return Spectrum(torch.linalg.svdvals(scheme.fold(effective_weight(module).float())))  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def output_spectrum(model: nn.Module, module: nn.Module, images: Images) -> Spectrum:
+    """Singular values of a layer's ``channel`` fold in the metric of its inputs: they weigh the layer's *output*.
+
+    With C the second moment of the input patches, these are the singular values of ``W C^(1/2)``.
+
+    Args:
+        model: The model that holds the layer, in evaluation mode.
+        module: The layer.
+        images: Normalised calibration images.
+    """
+    shape = layer_shape(module)
+    device = next(model.parameters()).device
+    moments = Moments(shape, device)
+    for batch in batches(images, device):
+        moments.update(*layer_io(model, module, batch))
+    weight = effective_weight(module).double()
+    moment = moments.regression(weight).moment
+    rows = weight.reshape(shape.groups, shape.group_out, -1)
+    return Spectrum(torch.linalg.svdvals(rows @ torch.linalg.cholesky(moment)).float())
+
+
+@torch.no_grad()
+def violations(
+    model: nn.Module, plan: RankPlan, layers: Iterable[str] | None = None
+) -> Mapping[str, float]:
+    """Relative squared distance of each planned layer to the set that its scheme can represent at its rank.
+
+    Args:
+        model: A dense model.
+        plan: A plan of this model.
+        layers: Names of planned layers to look at; by default all.
+
+    Raises:
+        ArpHubError: If the plan does not fit the model.
+    """
+    schemes = check_plan(model, plan)
+    found = {}
+    for name in schemes if layers is None else layers:
+        scheme, rank = schemes[name], plan.layers[name].rank
+        weight = effective_weight(model.get_submodule(name)).float()
+        found[name] = float(relative_error(weight, scheme.compose(scheme.nearest(weight, rank))))
+    return found
