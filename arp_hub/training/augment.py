@@ -1,0 +1,95 @@
+"""Order and augmentation of training images, keyed by seed, epoch and step.
+
+Nothing here has a state: a run that resumes, or that uses other numbers of processes or workers, sees the same batches.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def keyed_seed(*key: int | str) -> int:
+    """A seed of 63 bits that depends on every part of ``key``, the same on every machine."""
+    words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def keyed_generator(*key: int | str) -> torch.Generator:
+    """A generator on the CPU, seeded by `keyed_seed`."""
+    return torch.Generator().manual_seed(keyed_seed(*key))
+
+
+def seed_everything(*key: int | str) -> None:
+    """Seed the global generators of Python, NumPy and torch (on all devices) by `keyed_seed`."""
+    seed = keyed_seed(*key)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global CPU generators, as image transforms use them, and put them back afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.random.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+
+
+def epoch_batches(images: int, batch_size: int, seed: int, epoch: int) -> Tensor:
+    """The global batches of one epoch, as indices ``(steps, batch_size)``.
+
+    The last incomplete batch is left out; which images it would hold changes from epoch to epoch. A data set that is
+    smaller than a batch is gone through as often as one batch needs.
+    """
+    generator = keyed_generator(seed, "order", epoch)
+    passes = max(1, -(-batch_size // images))
+    order = torch.cat([torch.randperm(images, generator=generator) for _ in range(passes)])
+    steps = max(1, images // batch_size)
+    return order[: steps * batch_size].view(steps, batch_size)
+
+
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    """How many batches `epoch_batches` gives."""
+    return max(1, images // batch_size)
+
+
+def crop_and_flip(pixels: Tensor, share: slice, batch_size: int, seed: int, *, padding: int, flip: bool) -> Tensor:
+    """Random shifts (zero padding, then a crop of the old size) and horizontal flips of a whole batch at once.
+
+    Args:
+        pixels: One process's share of a global batch, ``(N, C, H, W)``.
+        share: Where in the global batch these images stand.
+        batch_size: Images in the global batch. Draws are made for all of them, so that an image is treated alike
+            however many processes share the batch.
+        seed: Seed of this step.
+        padding: Largest shift, in pixels.
+        flip: Whether images may be mirrored (not digits).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shifts = torch.randint(0, 2 * padding + 1, (2, batch_size), generator=generator)[:, share]
+    mirrored = (torch.rand(batch_size, generator=generator) < 0.5)[share]
+    count, channels, height, width = pixels.shape
+    rows = shifts[0, :, None] + torch.arange(height)
+    columns = torch.arange(width).expand(count, width)
+    if flip:
+        columns = torch.where(mirrored[:, None], width - 1 - columns, columns)
+    columns = columns + shifts[1, :, None]
+    rows, columns = rows.to(pixels.device), columns.to(pixels.device)
+    padded = F.pad(pixels, (padding,) * 4)
+    padded = padded.gather(2, rows[:, None, :, None].expand(-1, channels, -1, width + 2 * padding))
+    return padded.gather(3, columns[:, None, None, :].expand(-1, channels, height, -1))

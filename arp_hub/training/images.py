@@ -1,0 +1,204 @@
+"""Two ways to hold images: decoded once in memory (small data), or decoded by loader workers as they are used.
+
+Both give normalised batches ``(N, 3, H, W)`` on a device, for training (augmented) and for evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ..errors import ArpHubError
+from .augment import crop_and_flip, keyed_seed, seeded
+
+_PIL_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """What a model wants to see: ``size`` is ``(height, width)``, ``mean`` and ``std`` are of pixels in 0..1."""
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Bytes ``(N, 3, H, W)`` as normalised floats."""
+        mean = torch.tensor(self.mean, device=pixels.device).mul(255)[:, None, None]
+        std = torch.tensor(self.std, device=pixels.device).mul(255)[:, None, None]
+        return pixels.float().sub_(mean).div_(std)
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """One global batch: ``indices (B,)`` into a split, the seed of its augmentation, and this process's share of it."""
+
+    indices: Tensor
+    seed: int
+    share: slice
+
+
+class Images(Protocol):
+    """The images of one split."""
+
+    def __len__(self) -> int: ...
+
+    def training(self, batches: Sequence[TrainBatch], device: torch.device, workers: int) -> Iterator[Tensor]:
+        """This process's share of each batch, augmented."""
+
+    def evaluation(self, indices: Tensor, batch_size: int, device: torch.device, workers: int) -> Iterator[Tensor]:
+        """Images in the order of ``indices``, not augmented."""
+
+
+class DecodedImages:
+    """Small data: one tensor of bytes, moved to the device once, augmented there in whole batches.
+
+    Args:
+        count: Number of images.
+        decode: Gives all pixels as bytes ``(count, 3, H, W)``; called on first use.
+        form: What the model wants to see.
+        flip: Whether training images may be mirrored.
+    """
+
+    def __init__(self, count: int, decode: Callable[[], Tensor], form: InputFormat, flip: bool = True) -> None:
+        self.count, self.form, self.flip = count, form, flip
+        self._decode = decode
+        self._pixels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def pixels(self, device: torch.device) -> Tensor:
+        """All images as bytes ``(N, 3, H, W)`` on ``device``."""
+        if self._pixels is None:
+            self._pixels = self._decode()
+        if self._pixels.device != device:
+            self._pixels = self._pixels.to(device)
+        return self._pixels
+
+    def training(self, batches: Sequence[TrainBatch], device: torch.device, workers: int) -> Iterator[Tensor]:
+        """Shifted by up to an eighth of the size and, unless ``flip`` is off, mirrored; ``workers`` are not needed."""
+        pixels = self.pixels(device)
+        for batch in batches:
+            chosen = pixels[batch.indices[batch.share].to(device)]
+            padding = max(self.form.size) // 8
+            moved = crop_and_flip(chosen, batch.share, len(batch.indices), batch.seed, padding=padding, flip=self.flip)
+            yield self.form.normalise(moved)
+
+    def evaluation(self, indices: Tensor, batch_size: int, device: torch.device, workers: int) -> Iterator[Tensor]:
+        """Images in the order of ``indices``; ``workers`` are not needed."""
+        pixels = self.pixels(device)
+        for chosen in indices.split(batch_size):
+            yield self.form.normalise(pixels[chosen.to(device)])
+
+
+class StreamedImages:
+    """Large data: decoded and augmented image by image by the workers of a DataLoader, with timm's transforms.
+
+    Args:
+        rows: Map-style rows of which ``rows[i][key]`` is a PIL image.
+        key: Name of the image column.
+        form: What the model wants to see.
+        auto_augment: timm's augmentation string (``rand-m9-mstd0.5``), or empty for crops and flips alone.
+    """
+
+    def __init__(self, rows: Any, key: str, form: InputFormat, auto_augment: str = "") -> None:
+        self.rows, self.key, self.form = rows, key, form
+        common = partial(
+            create_transform,
+            input_size=(3, *form.size),
+            mean=form.mean,
+            std=form.std,
+            interpolation=form.interpolation,
+        )
+        self.train_transform = common(is_training=True, color_jitter=0.0, auto_augment=auto_augment or None)
+        self.eval_transform = common(is_training=False, crop_pct=form.crop_pct)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def training(self, batches: Sequence[TrainBatch], device: torch.device, workers: int) -> Iterator[Tensor]:
+        """Random resized crops, mirrored or not, and what ``auto_augment`` adds; keyed image by image."""
+        jobs = []
+        for batch in batches:
+            seeds = [keyed_seed(batch.seed, position) for position in range(len(batch.indices))[batch.share]]
+            jobs.append(list(zip(batch.indices[batch.share].tolist(), seeds, strict=True)))
+        return self._load(self.train_transform, jobs, device, workers)
+
+    def evaluation(self, indices: Tensor, batch_size: int, device: torch.device, workers: int) -> Iterator[Tensor]:
+        """Images in the order of ``indices``, resized and cropped to the middle."""
+        jobs = [[(index, 0) for index in chosen.tolist()] for chosen in indices.split(batch_size)]
+        return self._load(self.eval_transform, jobs, device, workers)
+
+    def _load(
+        self, transform: Callable[[Image.Image], Tensor], jobs: list[Any], device: torch.device, workers: int
+    ) -> Iterator[Tensor]:
+        loader = DataLoader(
+            _Transformed(self, transform),
+            batch_sampler=jobs,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            collate_fn=torch.stack,
+        )
+        for batch in loader:
+            yield batch.to(device, non_blocking=True)
+
+
+class _Transformed(Dataset):
+    """Rows as transformed tensors; an index is ``(row, seed)``."""
+
+    def __init__(self, images: StreamedImages, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: tuple[int, int]) -> Tensor:
+        row, seed = index
+        with seeded(seed):
+            return self.transform(row_image(self.images.rows, row, self.images.key))
+
+
+def row_image(rows: Any, row: int, key: str) -> Image.Image:
+    """One image of a table, as RGB.
+
+    Raises:
+        ArpHubError: If there is none in this row, or it cannot be decoded.
+    """
+    try:
+        image = rows[int(row)][key]
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ArpHubError(f"image {row} of column '{key}' cannot be decoded: {error}") from error
+    if not isinstance(image, Image.Image):
+        raise ArpHubError(f"row {row} of column '{key}' holds no image, but {type(image).__name__}")
+    return image.convert("RGB")
+
+
+def decode_all(rows: Any, key: str, form: InputFormat) -> Tensor:
+    """All images of a table as bytes ``(N, 3, H, W)``, resized where they differ from the model's size."""
+    height, width = form.size
+    pixels = torch.empty(len(rows), 3, height, width, dtype=torch.uint8)
+    resample = _PIL_FILTERS.get(form.interpolation, _PIL_FILTERS["bicubic"])
+    for row in progress(range(len(rows)), "decoding images"):
+        image = row_image(rows, row, key)
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling(resample))
+        pixels[row] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return pixels
+
+
+def progress(items: Iterable[Any], title: str) -> Iterable[Any]:
+    """A progress bar, silent when the output is not a terminal."""
+    return tqdm(items, desc=title, disable=None, leave=False)
