@@ -158,6 +158,10 @@ class SpectrumReport:
     rank: int | None = None
     violation: float | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return asdict(self)
+
 
 def spectrum_reports(
     model: nn.Module, spectra: Mapping[str, Spectrum], plan: RankPlan, violations: Mapping[str, float]
@@ -210,7 +214,7 @@ def spectrum_table(reports: Iterable[SpectrumReport], title: str | None = None) 
     return table
 
 
-def figures_table(rows: Mapping[str, Mapping[str, float]], title: str | None = None) -> Table:
+def figures_table(rows: Mapping[str, Mapping[str, Any]], title: str | None = None) -> Table:
     """Figures side by side, such as accuracy and size before and after: one column for each key of ``rows``."""
     keys = list(dict.fromkeys(key for figures in rows.values() for key in figures))
     table = _table(title, ("",), tuple(rows))

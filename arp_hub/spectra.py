@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +10,7 @@ from torch import Tensor, nn
 from .calibration import Images, Moments, batches, layer_io
 from .errors import ArpHubError
 from .layers import LowRankLayer, effective_weight, layer_shape, refusal, weight_layers
-from .plan import RankPlan
 from .schemes import SCHEMES, Scheme, make_scheme, relative_error
-from .structure import check_plan
 
 MATRIX_SCHEMES = tuple(name for name, scheme in SCHEMES.items() if hasattr(scheme, "fold"))
 """The schemes whose blocks are matrices, and so have singular values."""
@@ -114,23 +111,13 @@ def output_spectrum(model: nn.Module, module: nn.Module, images: Images) -> Spec
 
 
 @torch.no_grad()
-def violations(
-    model: nn.Module, plan: RankPlan, layers: Iterable[str] | None = None
-) -> Mapping[str, float]:
-    """Relative squared distance of each planned layer to the set that its scheme can represent at its rank.
+def violation(module: nn.Module, scheme: Scheme, rank: int) -> float:
+    """Relative squared distance of a layer's weight to the set that a scheme represents at ``rank``, between 0 and 1.
 
     Args:
-        model: A dense model.
-        plan: A plan of this model.
-        layers: Names of planned layers to look at; by default all.
-
-    Raises:
-        ArpHubError: If the plan does not fit the model.
+        module: A dense layer.
+        scheme: A scheme bound to its shape, as `check_plan` gives them.
+        rank: Rank per block.
     """
-    schemes = check_plan(model, plan)
-    found = {}
-    for name in schemes if layers is None else layers:
-        scheme, rank = schemes[name], plan.layers[name].rank
-        weight = effective_weight(model.get_submodule(name)).float()
-        found[name] = float(relative_error(weight, scheme.compose(scheme.nearest(weight, rank))))
-    return found
+    weight = effective_weight(module).float()
+    return float(relative_error(weight, scheme.compose(scheme.nearest(weight, rank))))
