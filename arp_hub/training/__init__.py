@@ -1,6 +1,19 @@
 """Training on Accelerate: data, configuration, the phases from a dense model to a saved low-rank one."""
 
+from .command import main
+from .config import TrainConfig
 from .data import ImageData, Split, calibration_images, load_data
 from .evaluate import Scores, evaluate
+from .trainer import run
 
-__all__ = ["ImageData", "Scores", "Split", "calibration_images", "evaluate", "load_data"]
+__all__ = [
+    "ImageData",
+    "Scores",
+    "Split",
+    "TrainConfig",
+    "calibration_images",
+    "evaluate",
+    "load_data",
+    "main",
+    "run",
+]

@@ -5,7 +5,7 @@ Both give normalised batches ``(N, 3, H, W)`` on a device, for training (augment
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..errors import ArpHubError
-from .augment import crop_and_flip, keyed_seed, seeded
+from .augment import crop_and_flip, seeded
 
 _PIL_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
@@ -49,13 +49,19 @@ class TrainBatch:
     seed: int
     share: slice
 
+    def image_seeds(self) -> np.ndarray:
+        """A seed for each image of the share, the same however the batch is shared out."""
+        return np.random.SeedSequence(self.seed).generate_state(len(self.indices), np.uint32)[self.share]
+
 
 class Images(Protocol):
-    """The images of one split."""
+    """The images of one split, in the form that a model wants to see."""
+
+    form: InputFormat
 
     def __len__(self) -> int: ...
 
-    def training(self, batches: Sequence[TrainBatch], device: torch.device, workers: int) -> Iterator[Tensor]:
+    def training(self, batches: Iterable[TrainBatch], device: torch.device, workers: int) -> Iterator[Tensor]:
         """This process's share of each batch, augmented."""
 
     def evaluation(self, indices: Tensor, batch_size: int, device: torch.device, workers: int) -> Iterator[Tensor]:
@@ -88,7 +94,7 @@ class DecodedImages:
             self._pixels = self._pixels.to(device)
         return self._pixels
 
-    def training(self, batches: Sequence[TrainBatch], device: torch.device, workers: int) -> Iterator[Tensor]:
+    def training(self, batches: Iterable[TrainBatch], device: torch.device, workers: int) -> Iterator[Tensor]:
         """Shifted by up to an eighth of the size and, unless ``flip`` is off, mirrored; ``workers`` are not needed."""
         pixels = self.pixels(device)
         for batch in batches:
@@ -129,21 +135,25 @@ class StreamedImages:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def training(self, batches: Sequence[TrainBatch], device: torch.device, workers: int) -> Iterator[Tensor]:
+    def training(self, batches: Iterable[TrainBatch], device: torch.device, workers: int) -> Iterator[Tensor]:
         """Random resized crops, mirrored or not, and what ``auto_augment`` adds; keyed image by image."""
-        jobs = []
-        for batch in batches:
-            seeds = [keyed_seed(batch.seed, position) for position in range(len(batch.indices))[batch.share]]
-            jobs.append(list(zip(batch.indices[batch.share].tolist(), seeds, strict=True)))
+        jobs = (
+            list(zip(batch.indices[batch.share].tolist(), batch.image_seeds().tolist(), strict=True))
+            for batch in batches
+        )
         return self._load(self.train_transform, jobs, device, workers)
 
     def evaluation(self, indices: Tensor, batch_size: int, device: torch.device, workers: int) -> Iterator[Tensor]:
         """Images in the order of ``indices``, resized and cropped to the middle."""
-        jobs = [[(index, 0) for index in chosen.tolist()] for chosen in indices.split(batch_size)]
+        jobs = ([(index, 0) for index in chosen.tolist()] for chosen in indices.split(batch_size))
         return self._load(self.eval_transform, jobs, device, workers)
 
     def _load(
-        self, transform: Callable[[Image.Image], Tensor], jobs: list[Any], device: torch.device, workers: int
+        self,
+        transform: Callable[[Image.Image], Tensor],
+        jobs: Iterable[list[tuple[int, int]]],
+        device: torch.device,
+        workers: int,
     ) -> Iterator[Tensor]:
         loader = DataLoader(
             _Transformed(self, transform),

@@ -1,0 +1,118 @@
+"""The command line of the recipes: one option for each setting of `TrainConfig`, over a recipe's defaults."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ..errors import ArpHubError
+from .config import GROUPS, TrainConfig, nearest, read_config
+from .trainer import run
+
+_EPILOG = """
+examples:
+  python {name}                                     the defaults, on one process
+  python {name} --max-steps 3 --epochs 1            a trial run through every phase
+  python {name} --config my.yaml --lr 0.02          settings from a file, one of them overridden
+  python {name} --resume auto                       go on where a stopped run was
+  accelerate launch {name}                          on all GPUs of this machine
+  python -m torch.distributed.run --nproc_per_node 2 {name} --cpu      on two CPU processes
+
+Settings win in this order: command line, --config file, the defaults above. The finished model is in OUTPUT;
+checkpoints, log.jsonl and config.yaml (to be given to --config again) are in OUTPUT-run.
+Exit codes: 0 fine, 2 bad input.
+"""
+
+
+def main(description: str, **defaults: Any) -> dict[str, Any]:
+    """Run a recipe from the command line.
+
+    Args:
+        description: What the recipe does: the head of ``--help``.
+        **defaults: The recipe's settings.
+
+    Returns:
+        The numbers of the run, as `arp_hub.training.run` gives them. Bad input ends the process with code 2 and one
+        line on stderr.
+    """
+    logging.basicConfig(level=logging.INFO if _is_main() else logging.ERROR, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "httpx2", "huggingface_hub", "datasets", "timm", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        config = parse_command(description, defaults, sys.argv[1:])
+        with logging_redirect_tqdm():
+            return run(config)
+    except ArpHubError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_command(description: str, defaults: dict[str, Any], arguments: Sequence[str]) -> TrainConfig:
+    """Settings from a recipe's defaults, a ``--config`` file and command-line options, of which later ones win.
+
+    Raises:
+        ArpHubError: If an option or a value is not known, or does not fit.
+    """
+    parser = _parser(description, defaults)
+    given, rest = parser.parse_known_args(arguments)
+    if rest:
+        known = [f"--{setting.name.replace('_', '-')}" for setting in dataclasses.fields(TrainConfig)]
+        raise ArpHubError(f"unknown option '{rest[0]}'{nearest(rest[0].split('=')[0], known)}")
+    options = vars(given)
+    file = options.pop("config", None)
+    return TrainConfig.from_layers(defaults, read_config(file) if file else {}, options)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ArpHubError(message)
+
+
+def _parser(description: str, defaults: dict[str, Any]) -> argparse.ArgumentParser:
+    parser = _Parser(
+        usage="%(prog)s [options]",
+        description=description,
+        epilog=_EPILOG.replace("{name}", sys.argv[0]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="settings from a YAML file")
+    groups = {group: parser.add_argument_group(group) for group in GROUPS}
+    for setting in dataclasses.fields(TrainConfig):
+        default = defaults.get(setting.name, setting.default)
+        groups[setting.metadata["group"]].add_argument(
+            f"--{setting.name.replace('_', '-')}", help=_help(setting, default), **_shape(setting)
+        )
+    return parser
+
+
+def _shape(setting: dataclasses.Field[Any]) -> dict[str, Any]:
+    """How many words an option takes; their types are left to `TrainConfig`, so that messages are the same."""
+    if setting.type == "bool":
+        return {"action": argparse.BooleanOptionalAction}
+    if str(setting.type).startswith("tuple"):
+        return {"nargs": "*", "metavar": "NAME"}
+    if setting.name == "resume":
+        return {"nargs": "?", "const": "auto", "metavar": "CHECKPOINT"}
+    return {"metavar": setting.name.upper().split("_")[-1]}
+
+
+def _help(setting: dataclasses.Field[Any], default: Any) -> str:
+    text = setting.metadata["help"]
+    choices = setting.metadata.get("choices")
+    parts = [f"one of {', '.join(choices)}"] if choices else []
+    if default not in (None, "", (), False):
+        parts.append(f"default: {' '.join(default) if isinstance(default, tuple) else default}")
+    return (f"{text} ({'; '.join(parts)})" if parts else text).replace("%", "%%")
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,244 @@
+"""The settings of a training run: one dataclass, checked when it is built, from code, YAML or the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import ArpHubError
+from ..schemes import SCHEMES
+
+GROUPS = ("model and data", "budget", "phases", "optimisation", "regularisation", "run")
+"""Headings of the settings, in the order of ``--help``."""
+
+
+def _setting(group: str, default: Any, help: str, **limits: Any) -> Any:
+    """A field with its help, its heading, and its ``low``, ``high``, ``above``, ``below`` or ``choices``."""
+    return dataclasses.field(default=default, metadata={"group": group, "help": help, **limits})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides a run. A run with the same settings gives the same numbers on the same machine.
+
+    Raises:
+        ArpHubError: If a value is of the wrong type or out of range, naming the setting and the way out.
+
+    Example:
+        >>> config = TrainConfig(model="cifar_resnet20", data="digits", keep_params=0.35, epochs=10)
+        >>> config.run_folder.as_posix()
+        'runs/cifar_resnet20-run'
+    """
+
+    model: str = _setting("model and data", "", "a timm name, local-dir:FOLDER or hf-hub:USER/NAME")
+    checkpoint: str = _setting("model and data", "", "weights of the dense model: a safetensors or torch weights file")
+    pretrained: bool = _setting("model and data", False, "start from the weights published under a timm name")
+    data: str = _setting("model and data", "digits", "'digits', a folder of parquet or class folders, or a Hub dataset")
+    image_key: str = _setting("model and data", "", "image column; by default the one of type Image")
+    label_key: str = _setting("model and data", "", "label column; by default the one of type ClassLabel")
+    val_fraction: float = _setting(
+        "model and data", 0.0, "share of the training images held out for choices", low=0, below=1
+    )
+    workers: int = _setting("model and data", 4, "DataLoader workers of each process, for large images", low=0)
+
+    keep_params: float | None = _setting("budget", None, "share of the parameters to keep", above=0, below=1)
+    keep_macs: float | None = _setting("budget", None, "share of the multiply-accumulates to keep", above=0, below=1)
+    schemes: tuple[str, ...] = _setting("budget", (), "schemes to choose from; by default all", choices=tuple(SCHEMES))
+    rank_multiple: int = _setting("budget", 1, "hold ranks to multiples of this", low=1)
+    exclude: tuple[str, ...] = _setting("budget", (), "layers that stay dense, by name or pattern")
+    calibration_images: int = _setting("budget", 512, "unlabelled training images for plan and fit; 0: weights", low=0)
+
+    dense_epochs: int = _setting("phases", 0, "epochs of training the dense model first", low=0)
+    epochs: int = _setting("phases", 10, "epochs of penalty training, ramp and hold together", low=1)
+    ramp: float = _setting("phases", 0.65, "share of these epochs that is ramp; the rest is hold", above=0, below=1)
+    finetune_epochs: int = _setting("phases", 0, "epochs of training the factors after decomposition", low=0)
+    start: str = _setting(
+        "phases", "fit", "penalise from the data-aware decomposition, or from dense", choices=("fit", "dense")
+    )
+    method: str = _setting("phases", "tracking", "how the penalty sets its strength")
+    max_steps: int = _setting(
+        "phases", 0, "cap on the steps of each phase, for trial runs that pass through all of them; 0: none", low=0
+    )
+
+    batch_size: int = _setting("optimisation", 128, "images per optimiser step, over all processes", low=1)
+    accumulation: int = _setting("optimisation", 1, "parts in which each process works off its share of a batch", low=1)
+    optimizer: str = _setting("optimisation", "sgd", "timm optimiser")
+    lr: float = _setting("optimisation", 0.05, "learning rate of penalty training", above=0)
+    dense_lr: float | None = _setting("optimisation", None, "learning rate of dense training; by default lr", above=0)
+    finetune_lr: float | None = _setting("optimisation", None, "learning rate of factors; by default lr / 10", above=0)
+    weight_decay: float = _setting("optimisation", 1e-4, "weight decay", low=0)
+    momentum: float = _setting("optimisation", 0.9, "momentum", low=0, below=1)
+    schedule: str = _setting(
+        "optimisation", "cosine", "timm schedule", choices=("cosine", "multistep", "poly", "step", "tanh")
+    )
+    warmup_epochs: float = _setting("optimisation", 0.0, "epochs of rising learning rate", low=0)
+    clip_grad: float = _setting("optimisation", 0.0, "largest gradient norm; 0: off", low=0)
+    mixed_precision: str = _setting("optimisation", "no", "numbers of the forward pass", choices=("no", "bf16", "fp16"))
+
+    distill: float = _setting(
+        "regularisation", 0.0, "weight of distillation from the dense model, against 1 - weight", low=0, high=1
+    )
+    temperature: float = _setting("regularisation", 4.0, "temperature of distillation", above=0)
+    smoothing: float = _setting("regularisation", 0.0, "label smoothing", low=0, below=1)
+    mixup: float = _setting("regularisation", 0.0, "mixup alpha; 0: off", low=0)
+    cutmix: float = _setting("regularisation", 0.0, "cutmix alpha; 0: off", low=0)
+    auto_augment: str = _setting("regularisation", "", "timm augmentation for large images, as rand-m9-mstd0.5")
+    ema_decay: float = _setting("regularisation", 0.0, "decay of the weights' moving average; 0: off", low=0, below=1)
+
+    output: str = _setting("run", "", "folder for the finished model; by default runs/MODEL")
+    resume: str = _setting("run", "", "a checkpoint folder, or 'auto': the newest of this output's run, if any")
+    overwrite: bool = _setting("run", False, "replace a finished model and start a run anew")
+    seed: int = _setting("run", 0, "seed of everything", low=0)
+    checkpoint_every: int = _setting("run", 0, "steps between checkpoints; 0: one an epoch", low=0)
+    keep_checkpoints: int = _setting("run", 2, "checkpoints to keep", low=1)
+    log_every: int = _setting("run", 50, "steps between entries of the tracker", low=1)
+    tracker: str = _setting("run", "tensorboard", "experiment tracker of Accelerate, or none; skipped if not installed")
+    cpu: bool = _setting("run", False, "use CPUs even where there is a GPU; needed for several CPU processes")
+
+    def __post_init__(self) -> None:
+        for setting in dataclasses.fields(self):
+            value = parse(setting, getattr(self, setting.name))
+            _check(setting, value)
+            object.__setattr__(self, setting.name, value)
+        if not self.model:
+            raise ArpHubError("model is not set: give a timm name, local-dir:FOLDER or hf-hub:USER/NAME")
+        if (self.keep_params is None) == (self.keep_macs is None):
+            given = "none" if self.keep_params is None else "both"
+            raise ArpHubError(f"set one budget, keep_params or keep_macs (got {given})")
+        if self.calibration_images == 0 and self.start == "fit":
+            raise ArpHubError("start='fit' needs calibration images: set calibration_images, or start='dense'")
+        if not self.output:
+            object.__setattr__(self, "output", f"runs/{self.model.split(':')[-1].strip('/').replace('/', '_')}")
+
+    @property
+    def run_folder(self) -> Path:
+        """Checkpoints, log and settings of the run: a folder beside the finished model."""
+        output = Path(self.output)
+        return output.with_name(output.name + "-run")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as YAML or JSON hold them."""
+        plain = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+    def save(self, path: Path) -> None:
+        """Write the settings as YAML that `read_config` and ``--config`` take."""
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+    @classmethod
+    def from_layers(cls, *layers: Mapping[str, Any]) -> TrainConfig:
+        """Build a config from dictionaries, of which later ones win.
+
+        A budget replaces the other kind of budget, and weights to start from make dense training unnecessary, unless
+        the same dictionary asks for both.
+
+        Raises:
+            ArpHubError: If a key is unknown, with the nearest right one, or a value is bad.
+        """
+        merged: dict[str, Any] = {}
+        for layer in layers:
+            check_names(layer)
+            for budget, other in (("keep_params", "keep_macs"), ("keep_macs", "keep_params")):
+                if layer.get(budget) is not None and layer.get(other) is None:
+                    merged.pop(other, None)
+            if (layer.get("checkpoint") or layer.get("pretrained")) and "dense_epochs" not in layer:
+                merged.pop("dense_epochs", None)
+            merged.update(layer)
+        return cls(**merged)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Settings from a YAML file.
+
+    Raises:
+        ArpHubError: If the file cannot be read, or does not hold known settings.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ArpHubError(f"cannot read the config '{path}': {error}") from error
+    data = {} if data is None else data
+    if not isinstance(data, dict):
+        raise ArpHubError(f"the config '{path}' must be a list of 'setting: value' lines, got {type(data).__name__}")
+    check_names(data)
+    return data
+
+
+def check_names(layer: Mapping[Any, Any]) -> None:
+    """Refuse unknown settings, with the nearest right name."""
+    known = [setting.name for setting in dataclasses.fields(TrainConfig)]
+    for name in layer:
+        if name not in known:
+            raise ArpHubError(f"unknown setting '{name}'{nearest(str(name), known)}")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The end of an error message: the known name that is nearest to ``name``, or where all are listed."""
+    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    return f": did you mean '{near[0]}'?" if near else ": --help lists them all"
+
+
+def parse(setting: dataclasses.Field[Any], value: Any) -> Any:
+    """A value as its setting's type; text, as the command line and YAML give it, is converted.
+
+    Raises:
+        ArpHubError: If it is not of that type.
+    """
+    kind, optional = _kind(setting)
+    if value is None and optional:
+        return None
+    if kind is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
+            return tuple(item for item in items if item)
+    elif kind is bool:
+        if isinstance(value, bool):
+            return value
+    elif kind is str:
+        if isinstance(value, (str, Path)):
+            return str(value)
+    elif not isinstance(value, bool):
+        try:
+            number = kind(value)
+        except (TypeError, ValueError, OverflowError):
+            number = None
+        if number is not None and (isinstance(value, str) or number == value):
+            return number
+    names = {tuple: "a list of words", bool: "true or false", str: "text", int: "a whole number", float: "a number"}
+    raise ArpHubError(f"{setting.name} must be {names[kind]}, got {value!r}")
+
+
+def _kind(setting: dataclasses.Field[Any]) -> tuple[Any, bool]:
+    """The plain type of a field, and whether None is allowed."""
+    kind = typing.get_type_hints(TrainConfig)[setting.name]
+    if isinstance(kind, types.UnionType):
+        return next(part for part in typing.get_args(kind) if part is not type(None)), True
+    return typing.get_origin(kind) or kind, False
+
+
+def _check(setting: dataclasses.Field[Any], value: Any) -> None:
+    limits = setting.metadata
+    if choices := limits.get("choices"):
+        for item in value if isinstance(value, tuple) else (value,):
+            if item not in choices:
+                raise ArpHubError(f"{setting.name}: unknown value '{item}': choose from {', '.join(choices)}")
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    tests = {
+        "low": ("at least", value >= limits.get("low", value)),
+        "above": ("above", value > limits.get("above", -math.inf)),
+        "high": ("at most", value <= limits.get("high", value)),
+        "below": ("below", value < limits.get("below", math.inf)),
+    }
+    if not math.isfinite(value) or not all(holds for _, holds in tests.values()):
+        allowed = " and ".join(f"{words} {limits[name]}" for name, (words, _) in tests.items() if name in limits)
+        raise ArpHubError(f"{setting.name} must be {allowed or 'finite'}, got {value}")

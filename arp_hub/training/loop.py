@@ -1,0 +1,306 @@
+"""One phase of training: steps over epochs, with penalty, distillation, averaging, checkpoints and log."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3, distribute_bn
+from torch import Tensor, nn
+
+from ..errors import ArpHubError
+from .augment import epoch_batches, keyed_seed, seed_everything, steps_per_epoch
+from .checkpoint import Checkpoint, save_checkpoint
+from .config import TrainConfig
+from .data import ImageData
+from .evaluate import evaluate
+from .images import TrainBatch
+from .runlog import RunLog
+
+
+class Penalty(Protocol):
+    """What the loop asks of a penalty, as `arp_hub.AdaptiveRankPenalty` has it."""
+
+    phase: str
+
+    def step(self) -> None:
+        """Pull the weights; called after every optimiser step."""
+
+    def violations(self) -> dict[str, float]:
+        """Relative violation of every planned layer."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+
+
+@dataclass
+class Run:
+    """What all phases of a run share."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    data: ImageData
+    log: RunLog
+    settings: Mapping[str, Any]
+    scores: dict[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of an epoch."""
+        return steps_per_epoch(len(self.data.train), self.config.batch_size)
+
+    def total_steps(self, epochs: int) -> int:
+        """Optimiser steps of a phase, ``max_steps`` at most."""
+        total = epochs * self.steps_per_epoch
+        return min(total, self.config.max_steps) if self.config.max_steps else total
+
+
+@dataclass
+class Phase:
+    """What one phase trains: ``dense``, ``compress`` (ramp and hold) or ``finetune``."""
+
+    name: str
+    model: nn.Module
+    epochs: int
+    lr: float
+    teacher: nn.Module | None = None
+    penalty: Penalty | None = None
+
+
+def train(run: Run, phase: Phase, start: Checkpoint | None = None) -> nn.Module | None:
+    """Train a phase to its end, in place.
+
+    Args:
+        run: The run.
+        phase: What to train.
+        start: State to go on from, of this phase; its model and penalty are loaded already.
+
+    Returns:
+        The moving average of the model, if the config asks for one.
+
+    Raises:
+        ArpHubError: If the loss stops being a number.
+    """
+    return _Loop(run, phase, start).run_to_end()
+
+
+class _Loop:
+    """The objects that live as long as a phase."""
+
+    def __init__(self, run: Run, phase: Phase, start: Checkpoint | None) -> None:
+        config, accelerator = run.config, run.accelerator
+        self.run, self.phase, self.config, self.accelerator = run, phase, config, accelerator
+        self.total = run.total_steps(phase.epochs)
+        self.step = start.step if start else 0
+        self.model = phase.model.to(accelerator.device).train()
+        optimizer = create_optimizer_v2(
+            self.model, opt=config.optimizer, lr=phase.lr, weight_decay=config.weight_decay, momentum=config.momentum
+        )
+        self.schedule = _schedule(optimizer, config, self.total, run.steps_per_epoch)
+        self.schedule.step_update(self.step)
+        self.ema = ModelEmaV3(self.model, decay=config.ema_decay) if config.ema_decay else None
+        if start:
+            _load_optimizer(optimizer, start.state["optimizer"])
+            if self.ema:
+                self.ema.module.load_state_dict(start.state["ema"])
+            if accelerator.scaler and start.state["scaler"]:
+                accelerator.scaler.load_state_dict(start.state["scaler"])
+        self.raw_optimizer = optimizer
+        self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
+        self.mixup = _mixup(config, run.data.num_classes)
+
+    def run_to_end(self) -> nn.Module | None:
+        spe = self.run.steps_per_epoch
+        bar = self.run.log.bar(self.phase.name, self.total, self.step)
+        if self.step == 0:
+            self.save()
+        while self.step < self.total:
+            epoch = self.step // spe
+            self.epoch(epoch, min((epoch + 1) * spe, self.total), bar)
+        bar.close()
+        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+        return self.ema.module if self.ema else None
+
+    def epoch(self, epoch: int, end: int, bar: Any) -> None:
+        """Steps up to ``end``, then the numbers of the epoch and a checkpoint."""
+        began = time.perf_counter()
+        device, every = self.accelerator.device, self.config.checkpoint_every
+        self.totals = torch.zeros(3, device=device)
+        micro = self.micro_batches(epoch, end)
+        while self.step < end:
+            lr = self.raw_optimizer.param_groups[0]["lr"]
+            loss = self.one_step(micro)
+            self.step += 1
+            bar.update()
+            if self.step % self.config.log_every == 0 or self.step == end:
+                self.report(loss, lr, bar)
+            if every and self.step % every == 0 and self.step < end:
+                self.save()
+        if self.accelerator.num_processes > 1:
+            distribute_bn(self.model, self.accelerator.num_processes, reduce=True)
+        self.close_epoch(epoch, lr, time.perf_counter() - began)
+        self.save()
+
+    def one_step(self, micro: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        """One optimiser step over this process's share of a global batch, and what follows a step."""
+        accelerator, config = self.accelerator, self.config
+        losses = []
+        for part in range(config.accumulation):
+            images, labels = next(micro)
+            seed_everything(config.seed, self.phase.name, self.step, part, accelerator.process_index)
+            with accelerator.accumulate(self.wrapped):
+                loss = self.loss(images, labels)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and config.clip_grad:
+                    accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            losses.append(loss.detach())
+        self.schedule.step_update(self.step + 1)
+        if self.phase.penalty:
+            self.phase.penalty.step()
+        if self.ema:
+            self.ema.update(self.model, self.step)
+        return torch.stack(losses).mean()
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy, mixed with distillation from the dense model if there is any."""
+        config, target = self.config, labels
+        if self.mixup:
+            images, target = self.mixup(images, labels)
+        logits = self.wrapped(images).float()
+        loss = F.cross_entropy(logits, target, label_smoothing=config.smoothing)
+        hits = (logits.argmax(1) == labels).sum()
+        self.totals += torch.stack([loss.detach() * len(labels), hits, hits.new_tensor(len(labels))])
+        if self.phase.teacher is None or not config.distill:
+            return loss
+        with torch.no_grad(), self.accelerator.autocast():
+            guide = self.phase.teacher(images).float()
+        heat = config.temperature
+        divergence = F.kl_div(
+            F.log_softmax(logits / heat, 1), F.log_softmax(guide / heat, 1), reduction="batchmean", log_target=True
+        )
+        return (1 - config.distill) * loss + config.distill * heat**2 * divergence
+
+    def micro_batches(self, epoch: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's share of the batches from the present step to ``end``, in parts for accumulation."""
+        config, split, accelerator = self.config, self.run.data.train, self.accelerator
+        first = epoch * self.run.steps_per_epoch
+        batches = epoch_batches(len(split), config.batch_size, keyed_seed(config.seed, self.phase.name), epoch)
+        size = config.batch_size // (accelerator.num_processes * config.accumulation)
+        begin = accelerator.process_index * config.accumulation * size
+        shares = [slice(begin + part * size, begin + (part + 1) * size) for part in range(config.accumulation)]
+        places = [(step, share) for step in range(self.step, end) for share in shares]
+        jobs = (
+            TrainBatch(
+                indices=split.indices[batches[step - first]],
+                seed=keyed_seed(config.seed, self.phase.name, "augment", step),
+                share=share,
+            )
+            for step, share in places
+        )
+        images = split.images.training(jobs, accelerator.device, config.workers)
+        known = cast(Tensor, split.labels)
+        labels = (known[batches[step - first][share]].to(accelerator.device) for step, share in places)
+        return zip(images, labels, strict=True)
+
+    def report(self, loss: Tensor, lr: float, bar: Any) -> None:
+        """Numbers of this step, for the bar and the tracker; stops if the loss is no number any more."""
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ArpHubError(
+                f"the loss is {value} at step {self.step} of phase '{self.phase.name}': start anew with a lower lr "
+                f"(now {lr:.4g}), clip_grad=5 or mixed_precision=no; the last checkpoints are in "
+                f"'{self.config.run_folder / 'checkpoints'}'"
+            )
+        top1 = (100 * self.totals[1] / self.totals[2]).item()
+        values = {"loss": value, "top1": top1, "lr": lr}
+        if self.phase.penalty:
+            values["violation"] = _mean(self.phase.penalty.violations())
+        bar.set_postfix({name: f"{number:.3g}" for name, number in values.items()})
+        self.run.log.track(self.phase.name, self.step, values)
+
+    def close_epoch(self, epoch: int, lr: float, seconds: float) -> None:
+        """Collect an epoch's numbers from all processes and log them."""
+        loss, hits, count = self.accelerator.reduce(self.totals, "sum").tolist()
+        entry: dict[str, Any] = {
+            "phase": self.phase.name,
+            "epoch": epoch + 1,
+            "epochs": math.ceil(self.total / self.run.steps_per_epoch),
+            "step": self.step,
+            "loss": loss / count,
+            "top1": 100 * hits / count,
+            "lr": lr,
+            "seconds": seconds,
+        }
+        if self.phase.penalty:
+            violations = self.phase.penalty.violations()
+            entry |= {"stage": self.phase.penalty.phase, "violation": _mean(violations), "violations": violations}
+        if self.run.data.val is not None:
+            judged = self.ema.module if self.ema else self.model
+            entry["val"] = evaluate(
+                judged, self.run.data.val, workers=self.config.workers, accelerator=self.accelerator
+            )
+            self.run.log.track(self.phase.name, self.step, {"val_top1": entry["val"]["top1"]})
+        self.run.log.epoch(entry)
+
+    def save(self) -> None:
+        """Write a checkpoint on the main process; the others wait for it."""
+        if self.accelerator.is_main_process:
+            penalty, scaler = self.phase.penalty, self.accelerator.scaler
+            state = {
+                "model": self.model.state_dict(),
+                "optimizer": self.raw_optimizer.state_dict()["state"],
+                "penalty": penalty.state_dict() if penalty else None,
+                "ema": self.ema.module.state_dict() if self.ema else None,
+                "scaler": scaler.state_dict() if scaler else None,
+            }
+            run = self.run
+            checkpoint = Checkpoint(self.phase.name, self.step, run.settings, run.scores, run.plan, state)
+            save_checkpoint(self.config.run_folder / "checkpoints", checkpoint, self.config.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+
+def _mean(violations: Mapping[str, float]) -> float:
+    return sum(violations.values()) / max(1, len(violations))
+
+
+def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total: int, spe: int) -> Scheduler:
+    """The timm schedule, counted in steps so that it fits a phase that ``max_steps`` cuts short."""
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched=config.schedule,
+        num_epochs=total,
+        decay_epochs=max(1, total // 3),
+        decay_milestones=[total // 2, total * 3 // 4],
+        warmup_epochs=min(round(config.warmup_epochs * spe), total // 2),
+        warmup_lr=0.0,
+        step_on_epochs=False,
+        updates_per_epoch=1,
+    )
+    if schedule is None:
+        raise ArpHubError(f"schedule: timm has no '{config.schedule}'")
+    return schedule
+
+
+def _mixup(config: TrainConfig, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    if not config.mixup and not config.cutmix:
+        return None
+    return Mixup(mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=0.0, num_classes=classes)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[int, Any]) -> None:
+    """Give an optimiser its per-parameter state back; rates and groups come from the config and the schedule."""
+    optimizer.load_state_dict({"state": dict(state), "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,106 @@
+"""What a run tells: a progress bar, one line an epoch (also as JSON), and a tracker's curves."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import is_tensorboard_available
+from tqdm import tqdm
+
+from ..errors import ArpHubError
+from .checkpoint import write_atomically
+from .config import TrainConfig
+
+_logger = logging.getLogger(__name__)
+
+_TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab")
+
+
+def tracker_name(config: TrainConfig) -> str | None:
+    """The tracker to hand to Accelerate, or None if there is to be none.
+
+    Raises:
+        ArpHubError: If Accelerate knows no such tracker.
+    """
+    if config.tracker in ("", "none"):
+        return None
+    if config.tracker not in _TRACKERS:
+        raise ArpHubError(f"unknown tracker '{config.tracker}': choose from {', '.join(_TRACKERS)} or none")
+    if config.tracker == "tensorboard" and not is_tensorboard_available():
+        _logger.info("tensorboard is not installed, so there will be no curves: pip install 'arp-hub[tracking]'")
+        return None
+    return config.tracker
+
+
+class RunLog:
+    """Writes on the main process only; on others every method does nothing.
+
+    Args:
+        accelerator: The run's accelerator.
+        config: The settings.
+        done: Phase and step that a resumed run goes on from: later lines of its log are dropped.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: TrainConfig, done: tuple[str, int] | None) -> None:
+        self.accelerator = accelerator
+        self.path = config.run_folder / "log.jsonl"
+        self.main = accelerator.is_main_process
+        if self.main:
+            self._cut(done)
+        flat = {name: json.dumps(value) if isinstance(value, (list, type(None))) else value
+                for name, value in config.to_dict().items()}  # fmt: skip
+        accelerator.init_trackers("tracker", config=flat)
+
+    def bar(self, phase: str, total: int, done: int) -> tqdm:
+        """A progress bar, silent when the output is not a terminal."""
+        return tqdm(total=total, initial=done, desc=phase, unit="step", disable=None if self.main else True)
+
+    def track(self, phase: str, step: int, values: dict[str, float]) -> None:
+        """Curves for the tracker."""
+        self.accelerator.log({f"{phase}/{name}": value for name, value in values.items()}, step=step)
+
+    def epoch(self, entry: dict[str, Any]) -> None:
+        """One line for people, and the same, with the violations of every layer, for machines."""
+        if not self.main:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        words = [f"{entry['phase']} epoch {entry['epoch']}/{entry['epochs']}", f"loss {entry['loss']:.4f}"]
+        words.append(f"top-1 {entry['top1']:.2f}")
+        if "val" in entry:
+            words.append(f"held-out top-1 {entry['val']['top1']:.2f}")
+        if "violation" in entry:
+            words.append(f"violation {entry['violation']:.2e} ({entry['stage']})")
+        words += [f"lr {entry['lr']:.4g}", f"{entry['seconds']:.1f} s"]
+        _logger.info(", ".join(words))
+
+    def note(self, message: str, *values: Any) -> None:
+        """A line of text."""
+        if self.main:
+            _logger.info(message, *values)
+
+    def _cut(self, done: tuple[str, int] | None) -> None:
+        """Drop the lines that the run will write again."""
+        if not self.path.exists():
+            return
+        kept = []
+        if done is not None:
+            order = ["dense", "compress", "finetune"]
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                    place = (order.index(entry["phase"]), entry["step"])
+                except (ValueError, KeyError, TypeError):
+                    continue  # the last line of a killed run may be half-written
+                if place <= (order.index(done[0]), done[1]):
+                    kept.append(line)
+        write_atomically(self.path, "".join(line + "\n" for line in kept))
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The entries of a run's ``log.jsonl``."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]

@@ -1,0 +1,332 @@
+"""From a model and data to a saved low-rank model: the phases of a run, in order.
+
+dense training (or given weights) -> plan -> fit -> ramp and hold -> decompose -> fine-tune (optional) -> save
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import safetensors
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast
+from torch import Tensor, nn
+
+from .. import __version__
+from ..budget import make_plan
+from ..decompose import decompose, to_dense
+from ..errors import ArpHubError
+from ..hub import save_pretrained
+from ..layers import count_params, low_rank_layers
+from ..loading import load_model, read_weights
+from ..penalty import AdaptiveRankPenalty
+from ..plan import RankPlan
+from ..schemes import Factors
+from ..structure import apply_plan
+from ..tracing import count_macs
+from .checkpoint import Checkpoint, check_same, find_checkpoint, load_checkpoint, save_tensors, write_atomically
+from .config import TrainConfig
+from .data import ImageData, calibration_images, load_data
+from .evaluate import Scores, evaluate
+from .loop import Phase, Run, train
+from .runlog import RunLog, tracker_name
+
+_logger = logging.getLogger(__name__)
+
+_FREE = {"workers", "resume", "overwrite", "log_every", "keep_checkpoints", "checkpoint_every", "tracker", "output"}
+"""Settings that a resumed run may change, because no number depends on them."""
+_TRIAL_IMAGES = 32
+"""Images per step of ``max_steps`` that a trial run calibrates and evaluates on."""
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    """Do a whole run and save the finished model in ``config.output``.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        All numbers of the run, as ``metrics.json`` beside the model holds them.
+
+    Raises:
+        ArpHubError: If the settings, the data, the weights or the folders do not fit, before any training.
+    """
+    began = time.perf_counter()
+    accelerator = _accelerator(config)
+    found = find_checkpoint(config.resume, config.run_folder / "checkpoints")
+    start = load_checkpoint(found) if found else None
+    _check_folders(config, accelerator, start)
+    data, model = _data_and_model(config)
+    settings = _settings(config, accelerator, data)
+    if start and found:
+        check_same(start.settings, settings, found)
+    _open_folder(config, accelerator, start)
+    log = RunLog(accelerator, config, (start.phase, start.step) if start else None)
+    this = Run(config, accelerator, data, log, settings)
+    if start:
+        this.scores, this.plan = dict(start.scores), start.plan
+        log.note("resumed from '%s'", found)
+
+    dense = _dense_model(this, model, start)
+    result, plan = _low_rank_model(this, dense, start)
+    metrics = _metrics(this, dense, result, plan, time.perf_counter() - began)
+    if accelerator.is_main_process:
+        write_atomically(config.run_folder / "metrics.json", json.dumps(metrics, indent=2))
+        save_pretrained(result, config.output, metrics=metrics, overwrite=True)
+    accelerator.wait_for_everyone()
+    log.note("saved in '%s': load it with timm.create_model('local-dir:%s')", config.output, config.output)
+    accelerator.end_training()
+    return metrics
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    accelerator = Accelerator(
+        cpu=config.cpu,
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.accumulation,
+        log_with=tracker_name(config),
+        project_config=ProjectConfiguration(project_dir=str(config.run_folder)),
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ArpHubError(
+            f"{launched} processes were launched, but each would train by itself: add --cpu to train on CPUs "
+            "with several processes"
+        )
+    parts = accelerator.num_processes * config.accumulation
+    if config.batch_size % parts:
+        raise ArpHubError(
+            f"batch_size={config.batch_size} cannot be shared by {accelerator.num_processes} processes in "
+            f"accumulation={config.accumulation} parts each: choose a multiple of {parts}"
+        )
+    return accelerator
+
+
+def _check_folders(config: TrainConfig, accelerator: Accelerator, start: Checkpoint | None) -> None:
+    """Refuse to write over anything, before any work."""
+    output, folder = Path(config.output), config.run_folder
+    if config.overwrite or start:
+        return
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ArpHubError(f"output '{output}' is there already: choose another one, or replace it with --overwrite")
+    if not config.resume and (folder / "checkpoints").is_dir():
+        raise ArpHubError(f"a run is under way in '{folder}': go on with --resume auto, or start anew with --overwrite")
+    accelerator.wait_for_everyone()  # nobody may open the folder while another still looks
+
+
+def _open_folder(config: TrainConfig, accelerator: Accelerator, start: Checkpoint | None) -> None:
+    folder = config.run_folder
+    if accelerator.is_main_process:
+        if start is None and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config.save(folder / "config.yaml")
+    accelerator.wait_for_everyone()
+
+
+def _data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
+    """The data, and the model with as many classes as the data has if its classifier will be trained."""
+    checkpoint = config.checkpoint or None
+    prefixed = config.model.startswith(("local-dir:", "hf-hub:", "hf_hub:"))
+    torch.manual_seed(config.seed)
+    model = load_model(config.model, checkpoint, pretrained=config.pretrained or prefixed)
+    data = load_data(
+        config.data,
+        model,
+        image_key=config.image_key or None,
+        label_key=config.label_key or None,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        auto_augment=config.auto_augment,
+    )
+    if data.num_classes != model.num_classes:
+        if checkpoint or not config.dense_epochs:
+            raise ArpHubError(
+                f"data '{config.data}' has {data.num_classes} classes, model '{config.model}' has "
+                f"{model.num_classes}: set dense_epochs to train a new classifier, or choose the right model"
+            )
+        torch.manual_seed(config.seed)
+        model = load_model(config.model, pretrained=config.pretrained or prefixed, num_classes=data.num_classes)
+    return data, model
+
+
+def _settings(config: TrainConfig, accelerator: Accelerator, data: ImageData) -> dict[str, Any]:
+    """What decides the numbers of a run, as a checkpoint keeps it."""
+    settings = {name: value for name, value in config.to_dict().items() if name not in _FREE}
+    return settings | {"processes": accelerator.num_processes, "training images": len(data.train)}
+
+
+def _dense_model(run: Run, model: nn.Module, start: Checkpoint | None) -> nn.Module:
+    """The trained dense model, measured once, and kept in the run's folder for resuming."""
+    config, kept = run.config, run.config.run_folder / "dense.safetensors"
+    model.to(run.accelerator.device)
+    if start and start.phase != "dense":
+        model.load_state_dict(read_weights(kept))
+        return model.eval()
+    if config.dense_epochs:
+        make_plan(model, **_budget(config))  # an impossible budget shows now, not after the training
+        if start:
+            model.load_state_dict(start.state["model"])
+        average = train(run, Phase("dense", model, config.dense_epochs, config.dense_lr or config.lr), start)
+        model = average or model
+    model.eval()
+    run.scores["dense"] = _score(run, model, "dense model")
+    if run.accelerator.is_main_process:
+        save_tensors(kept, model.state_dict())
+    return model
+
+
+def _low_rank_model(run: Run, dense: nn.Module, start: Checkpoint | None) -> tuple[nn.Module, RankPlan]:
+    """Plan, penalise and decompose a copy of the dense model; train its factors if asked to."""
+    config = run.config
+    teacher = dense.requires_grad_(False) if config.distill else None
+    if start and start.phase == "finetune":
+        plan = RankPlan.from_dict(start.plan)
+        model = apply_plan(copy.deepcopy(dense), plan)
+        model.load_state_dict(start.state["model"])
+    else:
+        model, plan = _penalised_model(run, dense, teacher, start if start and start.phase == "compress" else None)
+    if config.finetune_epochs:
+        model.requires_grad_(True)
+        begin = start if start and start.phase == "finetune" else None
+        rate = config.finetune_lr or config.lr / 10
+        average = train(run, Phase("finetune", model, config.finetune_epochs, rate, teacher), begin)
+        model = average or model
+        run.scores["finetuned"] = _score(run, model, "fine-tuned model")
+    return model.eval(), plan
+
+
+def _penalised_model(
+    run: Run, dense: nn.Module, teacher: nn.Module | None, start: Checkpoint | None
+) -> tuple[nn.Module, RankPlan]:
+    """Ramp and hold, then the cut, which changes nothing any more."""
+    config = run.config
+    model = copy.deepcopy(dense).requires_grad_(True)
+    factors = None
+    if start:
+        plan = RankPlan.from_dict(start.plan)
+        model.load_state_dict(start.state["model"])
+    else:
+        images = _calibration(run)
+        plan = _same_everywhere(run.accelerator, make_plan(model, calibration=images, **_budget(config)))
+        run.plan = plan.to_dict()
+        run.log.note("plan: %d layers are decomposed, %d stay dense", len(plan.layers), len(plan.dense))
+        if config.start == "fit":
+            decompose(model, plan, calibration=images)
+            run.scores["fit"] = _score(run, model, "data-aware fit, untrained")
+            factors = _factors(run.accelerator, model)
+            to_dense(model)
+    penalty = AdaptiveRankPenalty(
+        model, plan, total_steps=run.total_steps(config.epochs), ramp=config.ramp, method=config.method, factors=factors
+    )
+    if start:
+        penalty.load_state_dict(start.state["penalty"])
+    average = train(run, Phase("compress", model, config.epochs, config.lr, teacher, penalty), start)
+    if average is not None:
+        raise NotImplementedError
+    run.scores["before_decomposition"] = _score(run, model, "before decomposition")
+    decompose(model, plan, factors=penalty.factors())
+    run.scores["decomposed"] = _score(run, model, "decomposed")
+    return model, plan
+
+
+def _budget(config: TrainConfig) -> dict[str, Any]:
+    """The arguments of `make_plan` that are settings."""
+    return {
+        "keep_params": config.keep_params,
+        "keep_macs": config.keep_macs,
+        "schemes": list(config.schemes) or None,
+        "rank_multiple": config.rank_multiple,
+        "exclude": list(config.exclude) or None,
+    }
+
+
+def _calibration(run: Run) -> Tensor | None:
+    config = run.config
+    count = config.calibration_images
+    if config.max_steps:
+        count = min(count, config.max_steps * _TRIAL_IMAGES)
+    return calibration_images(run.data, count, seed=config.seed, workers=config.workers) if count else None
+
+
+def _score(run: Run, model: nn.Module, title: str) -> Scores:
+    """Accuracy on the test split."""
+    config = run.config
+    limit = config.max_steps * _TRIAL_IMAGES if config.max_steps else None
+    scores = evaluate(model, run.data.test, workers=config.workers, accelerator=run.accelerator, max_images=limit)
+    run.log.note(
+        "%s: top-1 %.2f, top-5 %.2f, loss %.4f on %d test images, %d parameters",
+        title, scores["top1"], scores["top5"], scores["loss"], scores["images"], count_params(model),
+    )  # fmt: skip
+    return scores
+
+
+def _same_everywhere(accelerator: Accelerator, plan: RankPlan) -> RankPlan:
+    """The main process's plan: rounding might let others choose otherwise."""
+    if accelerator.num_processes == 1:
+        return plan
+    text = torch.tensor(list(plan.to_json().encode()), device=accelerator.device)
+    size = broadcast(torch.tensor([len(text)], device=accelerator.device))
+    padded = text.new_zeros(int(size))
+    padded[: len(text)] = text[: len(padded)]
+    return RankPlan.from_json(bytes(broadcast(padded).tolist()).decode())
+
+
+def _factors(accelerator: Accelerator, model: nn.Module) -> dict[str, Factors]:
+    """The factors of a decomposed model, made the same on all processes."""
+    if accelerator.num_processes > 1:
+        for tensor in model.state_dict().values():
+            tensor.copy_(broadcast(tensor.contiguous()))
+    return {
+        name: tuple(factor.detach().clone() for factor in layer.factor_weights())
+        for name, layer in low_rank_layers(model).items()
+    }
+
+
+def _metrics(run: Run, dense: nn.Module, result: nn.Module, plan: RankPlan, seconds: float) -> dict[str, Any]:
+    """Every number of the run, with all that stands behind it."""
+    size = (3, *run.data.test.images.form.size)
+    last = run.scores.get("finetuned") or run.scores["decomposed"]
+    return {
+        **last,
+        "params": count_params(result),
+        "macs": count_macs(result, size),
+        "dense_params": count_params(dense),
+        "dense_macs": count_macs(dense, size),
+        "scores": run.scores,
+        "data": run.config.data,
+        "split": run.data.test.name,
+        "plan": plan.to_dict(),
+        "config": run.config.to_dict(),
+        "command": " ".join(sys.argv),
+        "seed": run.config.seed,
+        "processes": run.accelerator.num_processes,
+        "hardware": _hardware(run.accelerator),
+        "versions": {
+            "arp_hub": __version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "accelerate": accelerate.__version__,
+            "safetensors": safetensors.__version__,
+            "python": platform.python_version(),
+        },
+        "seconds": round(seconds, 1),
+    }
+
+
+def _hardware(accelerator: Accelerator) -> str:
+    if accelerator.device.type == "cuda":
+        return torch.cuda.get_device_name(accelerator.device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads a process)"

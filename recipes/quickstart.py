@@ -1,0 +1,32 @@
+"""Ten minutes' worth of arp_hub in three: from nothing to a saved model of a third of the parameters, without a download.
+
+Trains a small CIFAR-style ResNet on scikit-learn's 8x8 digits, penalises it down to 35 % of its parameters, decomposes
+it, saves it, and loads it again as anybody would.
+"""
+
+import timm
+
+import arp_hub
+from arp_hub.training import evaluate, load_data, main
+
+if __name__ == "__main__":
+    metrics = main(
+        __doc__,
+        model="cifar_resnet20",
+        data="digits",
+        keep_params=0.35,
+        dense_epochs=10,
+        epochs=10,
+        lr=0.05,
+        dense_lr=0.1,
+        batch_size=128,
+        calibration_images=256,
+        output="runs/quickstart",
+    )
+    folder, scores = metrics["config"]["output"], metrics["scores"]
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)  # needs `import arp_hub`, nothing else
+    again = evaluate(model, load_data(metrics["config"]["data"], model).test)
+    print(f"arp_hub {arp_hub.__version__}, reloaded through timm from {folder}:")
+    print(f"  parameters {metrics['dense_params']:,} -> {arp_hub.count_params(model):,}", end="")
+    print(f" ({100 * arp_hub.count_params(model) / metrics['dense_params']:.1f} %)")
+    print(f"  top-1      {scores['dense']['top1']:.2f} -> {again['top1']:.2f}")
