@@ -1,0 +1,6 @@
+"""Models that arp_hub registers with timm: the CIFAR networks, and the one that rebuilds decomposed backbones."""
+
+from .cifar_resnet import CifarResNet
+from .cifar_vgg import CifarVgg
+
+__all__ = ["CifarResNet", "CifarVgg"]
