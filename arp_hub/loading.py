@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from . import models  # noqa: F401  (registers our models with timm)
 from .errors import ArpHubError
 
 _PREFIXES = ("local-dir:", "hf-hub:", "hf_hub:")

@@ -1,4 +1,4 @@
-"""Ten minutes' worth of arp_hub in three: from nothing to a saved model of a third of the parameters, without a download.
+"""The whole of arp_hub in three minutes, without a download.
 
 Trains a small CIFAR-style ResNet on scikit-learn's 8x8 digits, penalises it down to 35 % of its parameters, decomposes
 it, saves it, and loads it again as anybody would.
