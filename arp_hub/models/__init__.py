@@ -2,5 +2,6 @@
 
 from .cifar_resnet import CifarResNet
 from .cifar_vgg import CifarVgg
+from .lowrank import arp_lowrank
 
-__all__ = ["CifarResNet", "CifarVgg"]
+__all__ = ["CifarResNet", "CifarVgg", "arp_lowrank"]

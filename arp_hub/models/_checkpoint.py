@@ -1,0 +1,134 @@
+"""Saved weights on their way into a decomposed model, between reading the file and ``load_state_dict``."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArpHubError
+from ..layers import LowRankLayer, layer_shape, low_rank_layers
+from ..plan import RankPlan
+from ..schemes import make_scheme
+
+StateDict = dict[str, Tensor]
+
+_FACTOR = re.compile(r"(?P<layer>.+)\.factors\.\d+\.(weight|bias)")
+
+
+def names_of(value: str | Iterable[str] | None) -> frozenset[str]:
+    """The layer names in a ``classifier`` or ``first_conv`` entry of a pretrained_cfg: none, one or several."""
+    return frozenset({value} if isinstance(value, str) else value or ())
+
+
+def weights_source(cfg: Mapping[str, Any]) -> str:
+    """Where the weights come from, for messages."""
+    return str(cfg.get("hf_hub_id") or cfg.get("file") or "the given state_dict")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointAdapter:
+    """The ``pretrained_filter_fn`` of a decomposed model: checks the factors, runs the backbone's filter on the rest.
+
+    Attributes:
+        saved: The plan of the saved weights.
+        kept: The part of it that the model was built with; the caller's arguments make the other layers dense.
+        first_convs: Names of the layers that meet the input image.
+        channels: Channels of the input image in the saved weights, and in the model.
+        entrypoint: The backbone's entrypoint.
+        source: Where the weights come from, for messages.
+    """
+
+    saved: RankPlan
+    kept: RankPlan
+    first_convs: frozenset[str]
+    channels: tuple[int, int]
+    entrypoint: Callable[..., nn.Module]
+    source: str
+
+    def __call__(self, state: StateDict, model: nn.Module) -> StateDict:
+        """The saved weights under the names and in the shapes that ``model`` takes.
+
+        Raises:
+            ArpHubError: If the factors are not those of the plan.
+        """
+        factors = {
+            name: {key: value for key, value in state.items() if key.startswith(f"{name}.factors.")}
+            for name in self.saved.layers
+        }
+        self._check(state, factors, model)
+        taken = {key for found in factors.values() for key in found}
+        rest = self._filtered({key: value for key, value in state.items() if key not in taken}, model)
+        for name in self.first_convs & (self.saved.layers.keys() - self.kept.layers.keys()):
+            rest |= self._merged(name, factors[name], model.get_submodule(name))
+        return rest | {key: value for name in self.kept.layers for key, value in factors[name].items()}
+
+    def _check(self, state: StateDict, factors: Mapping[str, StateDict], model: nn.Module) -> None:
+        own = model.state_dict()
+        for name in self.kept.layers:
+            expected = {key: tuple(v.shape) for key, v in own.items() if key.startswith(f"{name}.factors.")}
+            found = {key: tuple(v.shape) for key, v in factors[name].items()}
+            if found != expected:
+                raise self._misfit(name, sorted(expected.values()), sorted(found.values()))
+        for key in state.keys() - own.keys():
+            match = _FACTOR.fullmatch(key)
+            if match and match["layer"] not in self.saved.layers:
+                raise ArpHubError(
+                    f"the weights in '{self.source}' hold factors of the layer '{match['layer']}', which the plan "
+                    "leaves dense: they belong to another plan"
+                )
+
+    def _filtered(self, state: StateDict, model: nn.Module) -> StateDict:
+        """Run the backbone's own filter, which resamples position embeddings and the like.
+
+        Filters tell a checkpoint's origin by its keys and read shapes of weights that are factors here: so they are
+        shown stand-ins of the dense shapes, without memory of their own.
+        """
+        own_filter = getattr(sys.modules[self.entrypoint.__module__], "checkpoint_filter_fn", None)
+        if own_filter is None:
+            return state
+        stand_ins: StateDict = {}
+        for name, layer in low_rank_layers(model).items():
+            stand_ins[f"{name}.weight"] = torch.zeros(()).expand(_dense_shape(layer))
+            if layer.bias is not None:
+                stand_ins[f"{name}.bias"] = torch.zeros(()).expand(layer.bias.shape)
+        try:
+            state = own_filter({**state, **stand_ins}, model)
+        except TypeError:  # as timm does, for filters that take the state alone
+            state = own_filter({**state, **stand_ins})
+        return {key: value for key, value in state.items() if key not in stand_ins}
+
+    def _merged(self, name: str, found: StateDict, module: nn.Module) -> StateDict:
+        """The dense weight of a first convolution, with the channels that were saved: timm adapts it to the model's."""
+        layer = self.saved.layers[name]
+        weights = [found[key] for key in sorted(found) if key.endswith(".weight")]
+        saved_channels, channels = self.channels
+        shape = layer_shape(module)
+        shape = dataclasses.replace(shape, in_channels=shape.in_channels * saved_channels // channels)
+        scheme = make_scheme(layer.scheme, shape, layer.groups)
+        expected = [conv.weight_shape for conv in scheme.convs(layer.rank)]
+        weights = [w if w.dim() == 4 else w[..., None, None] for w in weights]
+        if [tuple(w.shape) for w in weights] != expected:
+            raise self._misfit(name, expected, [tuple(w.shape) for w in weights])
+        merged = scheme.compose([w.double() for w in weights]).to(weights[0].dtype)
+        bias = {f"{name}.bias": value for key, value in found.items() if key.endswith(".bias")}
+        return {f"{name}.weight": merged[..., 0, 0] if shape.kind == "linear" else merged, **bias}
+
+    def _misfit(self, name: str, expected: Sequence[tuple[int, ...]], found: Sequence[tuple[int, ...]]) -> ArpHubError:
+        layer = self.saved.layers[name]
+        return ArpHubError(
+            f"the weights in '{self.source}' do not fit the plan of the layer '{name}' ({layer.scheme}, "
+            f"rank {layer.rank}, groups {layer.groups}): the plan makes tensors of {expected}, the file holds "
+            f"{found or 'none'}"
+        )
+
+
+def _dense_shape(layer: LowRankLayer) -> tuple[int, ...]:
+    shape = layer.scheme.shape
+    matrix = (shape.out_channels, shape.group_in)
+    return matrix if shape.kind == "linear" else (*matrix, *shape.kernel_size)

@@ -1,0 +1,154 @@
+"""``arp_lowrank``, the timm entrypoint that rebuilds any decomposed backbone from its name and its plan.
+
+A saved ``config.json`` names this architecture and carries both as ``model_args``. The backbone is built by its own
+entrypoint, the plan is applied, then timm loads the weights: so every argument of ``timm.create_model`` means what it
+means for the dense backbone. Two layers may have to differ from what was saved, and are then built dense:
+
+- the classifier, when the number of classes changes: its saved factors are left out, as timm leaves out a dense one;
+- the first convolution, when the input channels change: its factors are merged, and timm adapts the merged weight.
+
+The config may come from anybody: only names of registered backbones, plain numbers and safetensors files are taken.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import FeatureListNet, PretrainedCfg, build_model_with_cfg, model_entrypoint, register_model
+from torch import nn
+
+from ..errors import ArpHubError
+from ..plan import RankPlan
+from ..structure import apply_plan
+from ._checkpoint import CheckpointAdapter, names_of, weights_source
+
+__all__: list[str] = []
+
+NAME = "arp_lowrank"
+_BACKBONE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")
+_UNTRUSTED = frozenset({"url", "state_dict", "hf_hub_filename", "custom_load"})
+"""Keys of a pretrained_cfg by which a config could point somewhere else than to its own safetensors file."""
+
+
+@register_model
+def arp_lowrank(
+    pretrained: bool = False, *, backbone: str = "", plan: RankPlan | Mapping[str, Any] | None = None, **kwargs: Any
+) -> nn.Module:
+    """Build a decomposed model.
+
+    Args:
+        pretrained: Load the weights of the ``local-dir:`` or ``hf-hub:`` folder that the model is created from.
+        backbone: Any registered timm name, with or without a tag.
+        plan: The rank plan or its JSON form.
+        **kwargs: Whatever the backbone takes.
+
+    Raises:
+        ArpHubError: If the backbone is unknown, the plan is not one or does not fit it, or the weights fit neither.
+
+    Example:
+        >>> plan = {"format_version": 1, "layers": {"layer1.0.conv1": {"scheme": "cp", "rank": 16}}}
+        >>> model = timm.create_model("arp_lowrank", backbone="resnet18", plan=plan)
+    """
+    entrypoint = _entrypoint(backbone)
+    rank_plan = plan if isinstance(plan, RankPlan) else RankPlan.from_dict(plan)
+    cfg = _merged_cfg(backbone, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None))
+    if pretrained:
+        cfg |= _weights_file(cfg)
+    features_only = kwargs.get("features_only", False)
+    first_convs, saved_channels = names_of(cfg["first_conv"]), cfg["input_size"][0]
+    channels = (saved_channels, kwargs.get("in_chans", saved_channels))
+    replaced: frozenset[str] = frozenset()
+    if features_only or kwargs.get("num_classes", cfg["num_classes"]) != cfg["num_classes"]:
+        replaced |= names_of(cfg["classifier"])
+    if channels[0] != channels[1]:
+        replaced |= first_convs
+    kept = RankPlan({name: layer for name, layer in rank_plan.layers.items() if name not in replaced})
+
+    def build(**model_kwargs: Any) -> nn.Module:
+        return apply_plan(entrypoint(pretrained=False, pretrained_cfg=dict(cfg), **model_kwargs), kept)
+
+    adapter = CheckpointAdapter(rank_plan, kept, first_convs, channels, entrypoint, weights_source(cfg))
+    try:
+        return build_model_with_cfg(
+            build,
+            NAME,
+            pretrained,
+            pretrained_cfg=cfg,
+            pretrained_filter_fn=adapter,
+            feature_cfg=_feature_cfg(entrypoint, cfg, kwargs) if features_only else None,
+            **kwargs,
+        )
+    except RuntimeError as error:
+        if not pretrained:
+            raise
+        raise ArpHubError(f"the weights in '{adapter.source}' do not fit {backbone} with its plan: {error}") from error
+
+
+def _entrypoint(backbone: str) -> Callable[..., nn.Module]:
+    """The backbone's entrypoint; anything but a registered dense model is refused."""
+    if not isinstance(backbone, str) or not backbone:
+        raise ArpHubError(f"{NAME} needs backbone= (a timm name) and plan=; got backbone={backbone!r}")
+    if not _BACKBONE.fullmatch(backbone):
+        raise ArpHubError(f"backbone {backbone[:100]!r} is no timm name (like 'resnet50' or 'resnet50.a1_in1k')")
+    name = backbone.partition(".")[0]
+    if name == NAME:
+        raise ArpHubError(f"the backbone of {NAME} cannot be {NAME} itself: name the dense model")
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "import the package that registers it, or upgrade timm"
+        raise ArpHubError(f"unknown backbone '{name}' (timm {timm.__version__}): {hint}")
+    return model_entrypoint(name)
+
+
+def _merged_cfg(backbone: str, given: Any, overlay: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The backbone's own pretrained_cfg without its weights, under the saved one, under the caller's overlay."""
+    if isinstance(given, str):
+        raise ArpHubError(f"{NAME} has no tags, got '{given}': create local-dir:FOLDER or hf-hub:USER/NAME")
+    own = timm.get_pretrained_cfg(backbone) or timm.get_pretrained_cfg(backbone.partition(".")[0]) or PretrainedCfg()
+    base = own.to_dict(remove_source=True)
+    given = given.to_dict() if isinstance(given, PretrainedCfg) else given or {}
+    trusted = {key: value for key, value in given.items() if key not in _UNTRUSTED}
+    cfg = {**base, "tag": None, "custom_load": False, **trusted, "architecture": NAME, **(overlay or {})}
+    try:
+        return PretrainedCfg(**cfg).to_dict()
+    except TypeError as error:
+        raise ArpHubError(f"timm {timm.__version__} does not know this pretrained_cfg: {error}") from None
+
+
+def _weights_file(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """What to change in the cfg so that timm loads ``model.safetensors`` and never falls back to a pickle."""
+    if cfg.get("source") == "local-dir":
+        file = Path(cfg["file"]) / "model.safetensors"
+        if not file.is_file():
+            raise ArpHubError(f"no weights in '{cfg['file']}': it holds no model.safetensors")
+        return {"source": None, "file": str(file)}
+    if cfg.get("source") == "hf-hub":
+        return {"hf_hub_filename": "model.safetensors"}
+    if any(cfg.get(key) for key in ("file", "url", "state_dict", "hf_hub_id")):  # the caller's own overlay
+        return {}
+    raise ArpHubError(
+        f"{NAME} has no weights of its own: create local-dir:FOLDER or hf-hub:USER/NAME, or pass pretrained=False"
+    )
+
+
+def _feature_cfg(
+    entrypoint: Callable[..., nn.Module], cfg: Mapping[str, Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """How to take features off a decomposed backbone: as its own entrypoint takes them off the dense one.
+
+    The dense feature extractor is built without memory, and looked at. timm's list extractor is set up the same way;
+    the others, some of which are classes of their own, are replaced by the one that calls ``forward_intermediates``.
+    """
+    with torch.device("meta"):
+        dense: Any = entrypoint(pretrained=False, pretrained_cfg=dict(cfg), **kwargs)
+    info = dense.feature_info
+    if isinstance(dense, FeatureListNet):
+        nested = any("." in name for name in info.module_name())
+        return {"feature_cls": FeatureListNet, "out_indices": info.out_indices, "flatten_sequential": nested}
+    return {"feature_cls": "getter", "out_indices": info.out_indices}
