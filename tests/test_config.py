@@ -1,0 +1,124 @@
+import dataclasses
+import sys
+
+import pytest
+
+from arp_hub.errors import ArpHubError
+from arp_hub.training import TrainConfig
+from arp_hub.training.command import parse_command
+from arp_hub.training.config import GROUPS, read_config
+
+BASE = {"model": "cifar_resnet20", "keep_params": 0.5}
+
+
+def test_every_setting_is_documented_under_a_heading():
+    for setting in dataclasses.fields(TrainConfig):
+        assert setting.metadata["group"] in GROUPS
+        assert len(setting.metadata["help"]) > 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"keep_params": 0}, ["keep_params", "above 0", "0"]),
+        ({"keep_params": 1.5}, ["keep_params", "below 1", "1.5"]),
+        ({"keep_params": "half"}, ["keep_params", "a number", "'half'"]),
+        ({"keep_params": float("nan")}, ["keep_params", "nan"]),
+        ({"keep_macs": 0.5}, ["keep_params or keep_macs", "both"]),
+        ({"keep_params": None}, ["keep_params or keep_macs", "none"]),
+        ({"model": ""}, ["model is not set"]),
+        ({"epochs": 0}, ["epochs", "at least 1"]),
+        ({"epochs": 2.5}, ["epochs", "whole number", "2.5"]),
+        ({"epochs": True}, ["epochs", "whole number"]),
+        ({"ramp": 1.0}, ["ramp", "below 1"]),
+        ({"lr": -0.1}, ["lr", "above 0"]),
+        ({"lr": float("inf")}, ["lr", "inf"]),
+        ({"momentum": 1}, ["momentum", "below 1"]),
+        ({"distill": 2}, ["distill", "at most 1"]),
+        ({"batch_size": 0}, ["batch_size", "at least 1"]),
+        ({"start": "middle"}, ["start", "'middle'", "fit, dense"]),
+        ({"schemes": ["cp", "svd"]}, ["schemes", "'svd'", "tucker2"]),
+        ({"schemes": 3}, ["schemes", "list of words"]),
+        ({"mixed_precision": "fp8"}, ["mixed_precision", "bf16"]),
+        ({"overwrite": "yes"}, ["overwrite", "true or false"]),
+        ({"val_fraction": 1}, ["val_fraction", "below 1"]),
+        ({"calibration_images": 0}, ["calibration_images", "start='dense'"]),
+    ],
+)
+def test_bad_values_name_the_setting_and_the_way_out(changes, words):
+    with pytest.raises(ArpHubError) as caught:
+        TrainConfig(**(BASE | changes))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_settings_survive_yaml(tmp_path):
+    config = TrainConfig(**BASE, schemes=("cp", "channel"), lr=1e-3, exclude=("fc",), cpu=True)
+    config.save(tmp_path / "config.yaml")
+    assert TrainConfig.from_layers(read_config(tmp_path / "config.yaml")) == config
+
+
+def test_later_layers_win_and_budgets_replace_each_other(tmp_path):
+    (tmp_path / "my.yaml").write_text("keep_macs: 0.4\nlr: 1e-3\nepochs: 7\n")  # YAML reads 1e-3 as text
+    config = parse_command(
+        "",
+        {**BASE, "epochs": 30},
+        ["--config", str(tmp_path / "my.yaml"), "--lr", "0.02", "--schemes", "cp", "channel"],
+    )
+    assert (config.keep_params, config.keep_macs) == (None, 0.4)
+    assert (config.lr, config.epochs, config.schemes) == (0.02, 7, ("cp", "channel"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dense_epochs"),
+    [
+        ([], 90),
+        (["--checkpoint", "w.safetensors"], 0),
+        (["--pretrained"], 0),
+        (["--pretrained", "--dense-epochs", "5"], 5),
+    ],
+)
+def test_given_weights_make_dense_training_unnecessary(arguments, dense_epochs):
+    assert parse_command("", {**BASE, "dense_epochs": 90}, arguments).dense_epochs == dense_epochs
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("epoks: 3", ["'epoks'", "'epochs'"]),
+        ("- lr", ["list"]),
+        ("lr: [1", ["cannot read"]),
+        ("!!python/object/apply:os.system ['true']", ["cannot read"]),
+    ],
+)
+def test_bad_config_files(tmp_path, content, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(ArpHubError) as caught:
+        parse_command("", BASE, ["--config", str(path)])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_unknown_option_names_the_nearest():
+    with pytest.raises(ArpHubError, match="--keep-params"):
+        parse_command("", BASE, ["--keep-parms", "0.3"])
+    with pytest.raises(ArpHubError, match="no-such-file"):
+        parse_command("", BASE, ["--config", "no-such-file.yaml"])
+
+
+def test_resume_without_a_path_means_the_newest():
+    assert parse_command("", BASE, ["--resume"]).resume == "auto"
+    assert parse_command("", BASE, ["--resume", "runs/x"]).resume == "runs/x"
+
+
+def test_help_shows_defaults_of_the_recipe(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipe.py"])
+    with pytest.raises(SystemExit):
+        parse_command("What it does.", {**BASE, "epochs": 17}, ["--help"])
+    shown = capsys.readouterr().out
+    assert "What it does." in shown
+    assert "default: 17" in shown
+    assert "torch.distributed.run --nproc_per_node 2 recipe.py --cpu" in shown
+    for group in GROUPS:
+        assert f"{group}:" in shown

@@ -1,0 +1,277 @@
+import itertools
+import json
+import warnings
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from arp_hub.errors import ArpHubError
+from arp_hub.loading import load_model
+from arp_hub.training import calibration_images, evaluate, load_data
+from arp_hub.training.augment import crop_and_flip, epoch_batches, seeded
+from arp_hub.training.images import InputFormat, StreamedImages, TrainBatch
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("cifar_resnet20", pretrained=False)
+
+
+def picture(value, size=16, mode="RGB"):
+    return Image.fromarray(np.full((size, size), value, np.uint8)).convert(mode)
+
+
+def class_folders(root, size=16, classes=("cat", "dog"), count=3):
+    for split in ("train", "test"):
+        for k, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                picture(40 * k + i, size).save(root / split / name / f"{i}.png")
+    return str(root)
+
+
+def parquet(root, features, **columns):
+    root.mkdir(exist_ok=True)
+    table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    for split in ("train", "test"):
+        table.to_parquet(root / f"{split}-00000-of-00001.parquet")
+    return str(root)
+
+
+def test_digits_are_split_the_same_way_always(model):
+    data = load_data("digits", model)
+    assert (len(data.train), len(data.test), data.num_classes) == (1437, 360, 10)
+    assert torch.bincount(data.test.labels).tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
+    again = load_data("digits", model, seed=5)
+    assert torch.equal(again.test.labels, data.test.labels)
+    images = torch.cat(list(data.test.images.evaluation(data.test.indices, 100, CPU, 0)))
+    assert images.shape == (360, 3, 32, 32)
+    assert data.train.images.flip is False
+
+
+def test_held_out_images_are_stratified_and_not_trained_on(model):
+    data = load_data("digits", model, val_fraction=0.1, seed=3)
+    assert not set(data.train.indices.tolist()) & set(data.val.indices.tolist())
+    assert len(data.train) + len(data.val) == 1437
+    assert torch.bincount(data.val.labels).float().std() < 1
+    calibration = calibration_images(data, 20_000)
+    assert len(calibration) == len(data.train)
+
+
+def test_calibration_images_are_normalised_and_keyed_by_seed(model):
+    data = load_data("digits", model)
+    first, same, other = (calibration_images(data, 32, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    lowest = (0 - torch.tensor(model.pretrained_cfg["mean"])) / torch.tensor(model.pretrained_cfg["std"])
+    assert torch.allclose(first.amin((0, 2, 3)), lowest)
+
+
+def test_class_folders_and_parquet_give_the_same_images(tmp_path, model):
+    folders = load_data(class_folders(tmp_path / "folders"), model)
+    features = {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog"])}
+    rows = [(picture(40 * k + i), k) for k in range(2) for i in range(3)]
+    tables = load_data(
+        parquet(tmp_path / "tables", features, picture=[r[0] for r in rows], kind=[r[1] for r in rows]), model
+    )
+    for data in (folders, tables):
+        assert data.class_names == ("cat", "dog")
+        assert data.test.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    pixels = [torch.cat(list(d.test.images.evaluation(d.test.indices, 4, CPU, 0))) for d in (folders, tables)]
+    assert torch.equal(*pixels)
+    assert pixels[0].shape == (6, 3, 32, 32)
+
+
+def test_modes_of_images_are_all_brought_to_rgb(tmp_path, model):
+    for split in ("train", "test"):
+        for k, mode in enumerate(["L", "P", "RGBA", "CMYK", "1", "I;16", "LA"]):
+            (tmp_path / split / f"class{k}").mkdir(parents=True)
+            suffix = "jpg" if mode == "CMYK" else "png"
+            image = Image.new("I;16", (16, 16), 500) if mode == "I;16" else picture(200, mode=mode)
+            image.save(tmp_path / split / f"class{k}" / f"x.{suffix}")
+    data = load_data(str(tmp_path), model)
+    images = torch.cat(list(data.test.images.evaluation(data.test.indices, 10, CPU, 0)))
+    assert images.shape == (7, 3, 32, 32)
+
+
+def test_cifar_and_imagenet_are_found_by_feature_type(shared, model, caplog):
+    data = load_data(str(shared / "data" / "cifar10"), model)
+    assert (len(data.train), len(data.test), data.num_classes) == (50_000, 10_000, 10)
+    assert data.class_names[3] == "cat"
+    sample = load_data(str(shared / "data" / "imagenet-sample"), timm.create_model("test_resnet"))
+    assert "one usable split, 'validation'" in caplog.text
+    assert (len(sample.train), len(sample.test), sample.num_classes) == (1000, 1000, 1000)
+    assert sample.split("validation").labels.tolist() == sample.test.labels.tolist()
+    assert calibration_images(sample, 3).shape == (3, 3, 160, 160)
+
+
+FEATURES = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"]), "size": datasets.Value("int64")}
+
+
+@pytest.mark.parametrize(
+    ("features", "columns", "options", "words"),
+    [
+        (FEATURES, {"label": [0, 1]}, {"label_key": "x"}, ["label_key='x'", "image (Image)", "label (ClassLabel)"]),
+        (FEATURES, {"label": [0, 1]}, {"image_key": "size"}, ["'size' holds no images", "size (Value)"]),
+        (FEATURES, {"label": [0, 1]}, {"label_key": "image"}, ["'image' holds no class numbers"]),
+        (FEATURES | {"more": datasets.Image()}, {"label": [0, 1]}, {}, ["more than one image column", "image_key"]),
+        (FEATURES | {"top": datasets.ClassLabel(names=["a"])}, {"label": [0, 1]}, {}, ["more than one label column"]),
+        ({"image": datasets.Image(), "size": datasets.Value("int64")}, {}, {}, ["no label column", "label_key"]),
+        (FEATURES | {"k": datasets.Value("int64")}, {"k": [0, -3]}, {"label_key": "k"}, ["-3..0", "out of range"]),
+        (FEATURES, {"label": [-1, -1]}, {}, ["no split has labels"]),
+        (FEATURES, {"label": [-1, 1]}, {}, ["1 labels of split 'train' are out of range", "0..1"]),
+    ],
+)  # fmt: skip
+def test_columns_that_make_no_sense(tmp_path, model, features, columns, options, words):
+    rows = {name: [picture(1), picture(2)] if isinstance(kind, datasets.Image) else [0, 0]
+            for name, kind in features.items()}  # fmt: skip
+    path = parquet(tmp_path / "data", features, **(rows | columns))
+    with pytest.raises(ArpHubError) as caught:
+        load_data(path, model, **options)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_named_columns_settle_what_types_do_not(tmp_path, model):
+    features = FEATURES | {"kind": datasets.Value("int64")}
+    columns = {"image": [picture(1), picture(2)], "label": [0, 1], "size": [0, 0], "kind": [4, 2]}
+    data = load_data(parquet(tmp_path / "data", features, **columns), model, label_key="kind")
+    assert data.train.labels.tolist() == [4, 2]
+    assert data.num_classes == 5
+
+
+def test_sources_that_are_not_there(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # else it takes the client's retries to find out
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    cases = {
+        "no-such-data": "no such folder",
+        str(tmp_path / "missing"): "no such folder",
+        str(tmp_path / "empty"): "no images",
+        str(tmp_path): "no images",
+        str(tmp_path / "notes.txt"): "is a file",
+        "nobody/no-such-dataset": "cannot load the data 'nobody/no-such-dataset'",
+    }
+    for source, words in cases.items():
+        with pytest.raises(ArpHubError, match=words):
+            load_data(source, model)
+
+
+def test_splits_that_do_not_fit_together(tmp_path, model):
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    table = datasets.Dataset.from_dict(
+        {"image": [picture(1), picture(2)], "label": [0, 1]}, features=datasets.Features(features)
+    )
+    for split in ("train", "unsupervised"):
+        table.to_parquet(tmp_path / f"{split}.parquet")
+    card = {"configs": [{"config_name": "default", "data_files": [
+        {"split": split, "path": f"{split}.parquet"} for split in ("train", "unsupervised")]}]}  # fmt: skip
+    (tmp_path / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+    with pytest.raises(ArpHubError, match="'train' and 'test'.*unsupervised"):
+        load_data(str(tmp_path), model)
+    with pytest.raises(ArpHubError, match="no split 'val': choose one of test, train"):
+        load_data("digits", model).split("val")
+    with pytest.raises(ArpHubError, match=r"val_fraction=0\.999"):
+        load_data("digits", model, val_fraction=0.999)
+
+
+def test_a_corrupt_image_is_named(tmp_path, model):
+    root = class_folders(tmp_path)
+    (tmp_path / "train" / "dog" / "1.png").write_bytes(b"\x89PNG not really")
+    with pytest.raises(ArpHubError, match="image 4 of column 'image'"):
+        calibration_images(load_data(root, model), 100)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_shifts_and_flips_are_what_pad_and_crop_would_give(flip):
+    pixels = torch.randint(1, 255, (64, 3, 32, 32), dtype=torch.uint8)
+    moved = crop_and_flip(pixels, slice(0, 64), 64, seed=7, padding=4, flip=flip)
+    flipped = shifted = 0
+    for before, after in zip(pixels, moved, strict=True):
+        padded = {mirror: F.pad(before.flip(2) if mirror else before, (4,) * 4) for mirror in (False, True)}
+        candidates = [
+            (mirror, dy, dx)
+            for mirror, dy, dx in itertools.product((False, True), range(9), range(9))
+            if torch.equal(padded[mirror][:, dy : dy + 32, dx : dx + 32], after)
+        ]
+        assert len(candidates) == 1
+        flipped += candidates[0][0]
+        shifted += candidates[0][1:] != (4, 4)
+    assert shifted > 50
+    assert 20 < flipped < 44 if flip else flipped == 0
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_batches_do_not_depend_on_how_they_are_shared_out(model, small):
+    data = load_data("digits", model)
+    images = data.train.images
+    if not small:
+        form = InputFormat((24, 24), (0.5,) * 3, (0.5,) * 3)
+        rows = [{"image": picture(k, 40)} for k in range(40)]
+        images = StreamedImages(rows, "image", form, "rand-m9-mstd0.5")
+    indices = torch.randperm(40)[:12]
+    whole = next(images.training([TrainBatch(indices, 5, slice(0, 12))], CPU, 0))
+    parts = [TrainBatch(indices, 5, slice(k, k + 4)) for k in (0, 4, 8)]
+    assert torch.equal(torch.cat(list(images.training(parts, CPU, 0))), whole)
+    other = next(images.training([TrainBatch(indices, 6, slice(0, 12))], CPU, 0))
+    assert not torch.equal(other, whole)
+    if not small:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert torch.equal(torch.cat(list(images.training(parts, CPU, 2))), whole)
+
+
+def test_transforms_leave_the_global_generators_alone():
+    before = torch.rand(1), np.random.rand()
+    torch.manual_seed(1), np.random.seed(1)
+    with seeded(5):
+        torch.rand(3), np.random.rand(3)
+    after = torch.rand(1), np.random.rand()
+    torch.manual_seed(1), np.random.seed(1)
+    assert (torch.rand(1), np.random.rand()) == after
+    assert before != after
+
+
+@pytest.mark.parametrize(("images", "batch", "steps"), [(100, 32, 3), (32, 32, 1), (10, 32, 1)])
+def test_an_epoch_sees_every_image_once_or_fills_one_batch(images, batch, steps):
+    order = epoch_batches(images, batch, seed=1, epoch=0)
+    assert order.shape == (steps, batch)
+    counts = torch.bincount(order.flatten(), minlength=images)
+    assert counts.max() <= max(1, -(-batch // images))
+    assert counts.max() - counts.min() <= 1
+    assert not torch.equal(order, epoch_batches(images, batch, seed=1, epoch=1))
+    assert torch.equal(order, epoch_batches(images, batch, seed=1, epoch=0))
+
+
+def test_evaluate_counts_every_image_once_whatever_the_batch(model):
+    data = load_data("digits", model)
+    scores = [evaluate(model, data.test, batch_size=size) for size in (7, 360)]
+    assert scores[0]["images"] == 360
+    for key in ("top1", "top5", "loss"):
+        assert scores[0][key] == pytest.approx(scores[1][key], rel=1e-5)
+    images = torch.cat(list(data.test.images.evaluation(data.test.indices, 360, CPU, 0)))
+    with torch.no_grad():
+        logits = model(images)
+    assert scores[0]["top1"] == pytest.approx(100 * (logits.argmax(1) == data.test.labels).float().mean().item())
+    assert not model.training
+
+
+def test_evaluate_refuses_labels_that_the_model_lacks():
+    small = load_model("cifar_resnet20", pretrained=False, num_classes=4)
+    with pytest.raises(ArpHubError, match="label 9, the model has 4 classes"):
+        evaluate(small, load_data("digits", small).test)
+
+
+def test_published_accuracy_of_a_checkpoint(shared):
+    model = load_model("cifar_resnet20", shared / "weights" / "resnet20_cifar10.safetensors")
+    data = load_data(str(shared / "data" / "cifar10"), model)
+    scores = evaluate(model, data.test, max_images=2000)
+    assert scores["images"] == 2000
+    assert scores["top1"] == pytest.approx(91.65, abs=0.1)
