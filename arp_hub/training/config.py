@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ..errors import ArpHubError
+from ..penalty import Method
 from ..schemes import SCHEMES
 
 GROUPS = ("model and data", "budget", "phases", "optimisation", "regularisation", "run")
@@ -59,12 +60,14 @@ class TrainConfig:
 
     dense_epochs: int = _setting("phases", 0, "epochs of training the dense model first", low=0)
     epochs: int = _setting("phases", 10, "epochs of penalty training, ramp and hold together", low=1)
-    ramp: float = _setting("phases", 0.65, "share of these epochs that is ramp; the rest is hold", above=0, below=1)
+    ramp: float = _setting("phases", 0.65, "share of these epochs that is ramp; the rest is hold", low=0, below=1)
     finetune_epochs: int = _setting("phases", 0, "epochs of training the factors after decomposition", low=0)
     start: str = _setting(
         "phases", "fit", "penalise from the data-aware decomposition, or from dense", choices=("fit", "dense")
     )
-    method: str = _setting("phases", "tracking", "how the penalty sets its strength")
+    method: Method = _setting(
+        "phases", "tracking", "how the penalty sets its strength", choices=typing.get_args(Method)
+    )
     max_steps: int = _setting(
         "phases", 0, "cap on the steps of each phase, for trial runs that pass through all of them; 0: none", low=0
     )
@@ -220,6 +223,8 @@ def parse(setting: dataclasses.Field[Any], value: Any) -> Any:
 def _kind(setting: dataclasses.Field[Any]) -> tuple[Any, bool]:
     """The plain type of a field, and whether None is allowed."""
     kind = typing.get_type_hints(TrainConfig)[setting.name]
+    if typing.get_origin(kind) is typing.Literal:
+        return str, False
     if isinstance(kind, types.UnionType):
         return next(part for part in typing.get_args(kind) if part is not type(None)), True
     return typing.get_origin(kind) or kind, False

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 
 from ..errors import ArpHubError
+from ..penalty import AdaptiveRankPenalty
 from .augment import epoch_batches, keyed_seed, seed_everything, steps_per_epoch
 from .checkpoint import Checkpoint, save_checkpoint
 from .config import TrainConfig
@@ -26,21 +27,6 @@ from .data import ImageData
 from .evaluate import evaluate
 from .images import TrainBatch
 from .runlog import RunLog
-
-
-class Penalty(Protocol):
-    """What the loop asks of a penalty, as `arp_hub.AdaptiveRankPenalty` has it."""
-
-    phase: str
-
-    def step(self) -> None:
-        """Pull the weights; called after every optimiser step."""
-
-    def violations(self) -> dict[str, float]:
-        """Relative violation of every planned layer."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
 
 
 @dataclass
@@ -62,8 +48,13 @@ class Run:
 
     def total_steps(self, epochs: int) -> int:
         """Optimiser steps of a phase, ``max_steps`` at most."""
-        total = epochs * self.steps_per_epoch
-        return min(total, self.config.max_steps) if self.config.max_steps else total
+        return phase_steps(self.config, self.data, epochs)
+
+
+def phase_steps(config: TrainConfig, data: ImageData, epochs: int) -> int:
+    """Optimiser steps of ``epochs``, ``max_steps`` at most."""
+    total = epochs * steps_per_epoch(len(data.train), config.batch_size)
+    return min(total, config.max_steps) if config.max_steps else total
 
 
 @dataclass
@@ -75,7 +66,7 @@ class Phase:
     epochs: int
     lr: float
     teacher: nn.Module | None = None
-    penalty: Penalty | None = None
+    penalty: AdaptiveRankPenalty | None = None
 
 
 def train(run: Run, phase: Phase, start: Checkpoint | None = None) -> nn.Module | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
+import math
 import os
 import platform
 import shutil
@@ -40,10 +40,8 @@ from .checkpoint import Checkpoint, check_same, find_checkpoint, load_checkpoint
 from .config import TrainConfig
 from .data import ImageData, calibration_images, load_data
 from .evaluate import Scores, evaluate
-from .loop import Phase, Run, train
+from .loop import Phase, Run, phase_steps, train
 from .runlog import RunLog, tracker_name
-
-_logger = logging.getLogger(__name__)
 
 _FREE = {"workers", "resume", "overwrite", "log_every", "keep_checkpoints", "checkpoint_every", "tracker", "output"}
 """Settings that a resumed run may change, because no number depends on them."""
@@ -69,6 +67,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     start = load_checkpoint(found) if found else None
     _check_folders(config, accelerator, start)
     data, model = _data_and_model(config)
+    _check_schedule(config, data)
     settings = _settings(config, accelerator, data)
     if start and found:
         check_same(start.settings, settings, found)
@@ -162,6 +161,14 @@ def _data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
     return data, model
 
 
+def _check_schedule(config: TrainConfig, data: ImageData) -> None:
+    steps = phase_steps(config, data, config.epochs)
+    if math.ceil(config.ramp * steps) >= steps:
+        raise ArpHubError(
+            f"ramp={config.ramp} leaves no step for the hold in {steps} steps: lower ramp, or raise epochs or max_steps"
+        )
+
+
 def _settings(config: TrainConfig, accelerator: Accelerator, data: ImageData) -> dict[str, Any]:
     """What decides the numbers of a run, as a checkpoint keeps it."""
     settings = {name: value for name, value in config.to_dict().items() if name not in _FREE}
@@ -176,7 +183,7 @@ def _dense_model(run: Run, model: nn.Module, start: Checkpoint | None) -> nn.Mod
         model.load_state_dict(read_weights(kept))
         return model.eval()
     if config.dense_epochs:
-        make_plan(model, **_budget(config))  # an impossible budget shows now, not after the training
+        _check_budget(run, model)
         if start:
             model.load_state_dict(start.state["model"])
         average = train(run, Phase("dense", model, config.dense_epochs, config.dense_lr or config.lr), start)
@@ -224,7 +231,7 @@ def _penalised_model(
         run.plan = plan.to_dict()
         run.log.note("plan: %d layers are decomposed, %d stay dense", len(plan.layers), len(plan.dense))
         if config.start == "fit":
-            decompose(model, plan, calibration=images)
+            decompose(model, plan, calibration=images, progress=run.log.main and sys.stderr.isatty())
             run.scores["fit"] = _score(run, model, "data-aware fit, untrained")
             factors = _factors(run.accelerator, model)
             to_dense(model)
@@ -234,12 +241,22 @@ def _penalised_model(
     if start:
         penalty.load_state_dict(start.state["penalty"])
     average = train(run, Phase("compress", model, config.epochs, config.lr, teacher, penalty), start)
-    if average is not None:
-        raise NotImplementedError
+    if average is not None:  # a mean of low-rank weights is not quite low-rank: bring it back
+        model = average
+        penalty = AdaptiveRankPenalty(model, plan, total_steps=1, ramp=0, factors=penalty.factors())
+        penalty.step()
     run.scores["before_decomposition"] = _score(run, model, "before decomposition")
     decompose(model, plan, factors=penalty.factors())
     run.scores["decomposed"] = _score(run, model, "decomposed")
     return model, plan
+
+
+def _check_budget(run: Run, model: nn.Module) -> None:
+    """Let an impossible budget or a layer that cannot be penalised show before the dense training, not after it."""
+    config = run.config
+    plan = make_plan(model, **_budget(config))
+    if config.start == "dense":
+        AdaptiveRankPenalty(model, plan, total_steps=run.total_steps(config.epochs), ramp=config.ramp)
 
 
 def _budget(config: TrainConfig) -> dict[str, Any]:
