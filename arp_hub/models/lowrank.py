@@ -35,6 +35,11 @@ _BACKBONE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")
 _UNTRUSTED = frozenset({"url", "state_dict", "hf_hub_filename", "custom_load"})
 """Keys of a pretrained_cfg by which a config could point somewhere else than to its own safetensors file."""
 
+OF_THE_WEIGHTS = frozenset(
+    {"architecture", "tag", "custom_load", "label_offset", "origin_url", "notes", "description", *_UNTRUSTED}
+)
+"""Keys of a pretrained_cfg that say something about published weights, not about the model."""
+
 
 @register_model
 def arp_lowrank(
@@ -110,15 +115,19 @@ def _merged_cfg(backbone: str, given: Any, overlay: Mapping[str, Any] | None) ->
     """The backbone's own pretrained_cfg without its weights, under the saved one, under the caller's overlay."""
     if isinstance(given, str):
         raise ArpHubError(f"{NAME} has no tags, got '{given}': create local-dir:FOLDER or hf-hub:USER/NAME")
-    own = timm.get_pretrained_cfg(backbone) or timm.get_pretrained_cfg(backbone.partition(".")[0]) or PretrainedCfg()
-    base = own.to_dict(remove_source=True)
     given = given.to_dict() if isinstance(given, PretrainedCfg) else given or {}
     trusted = {key: value for key, value in given.items() if key not in _UNTRUSTED}
-    cfg = {**base, "tag": None, "custom_load": False, **trusted, "architecture": NAME, **(overlay or {})}
+    cfg = {**backbone_cfg(backbone), **trusted, "architecture": NAME, **(overlay or {})}
     try:
         return PretrainedCfg(**cfg).to_dict()
     except TypeError as error:
         raise ArpHubError(f"timm {timm.__version__} does not know this pretrained_cfg: {error}") from None
+
+
+def backbone_cfg(backbone: str) -> dict[str, Any]:
+    """The pretrained_cfg of a registered model, without what is true of its published weights alone."""
+    own = timm.get_pretrained_cfg(backbone) or timm.get_pretrained_cfg(backbone.partition(".")[0]) or PretrainedCfg()
+    return {key: value for key, value in own.to_dict(remove_source=True).items() if key not in OF_THE_WEIGHTS}
 
 
 def _weights_file(cfg: Mapping[str, Any]) -> dict[str, Any]:

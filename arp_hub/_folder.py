@@ -1,0 +1,55 @@
+"""A folder that is replaced whole or not at all."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder to fill; it takes the place of ``folder`` when the block ends without an error.
+
+    The new folder lies beside the old one, which is not touched before the new one is finished.
+    """
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    new.mkdir()
+    try:
+        yield new
+        _put(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _put(new: Path, folder: Path) -> None:
+    """Move ``new`` to ``folder``; what was there is left at ``new``."""
+    if not folder.exists():
+        new.rename(folder)
+    elif not _exchange(new, folder):
+        old = new.with_suffix(".old")
+        folder.rename(old)
+        try:
+            new.rename(folder)
+        except BaseException:
+            old.rename(folder)
+            raise
+        old.rename(new)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two folders in one step, so that neither name is missing for an instant. Linux can; False elsewhere."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    return renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
