@@ -51,7 +51,7 @@ def load_model(
     """
     _check_name(name)
     if pretrained is None:
-        pretrained = checkpoint is None and (name.startswith(_PREFIXES) or timm.models.is_model_pretrained(name))
+        pretrained = checkpoint is None and (is_saved_model(name) or timm.models.is_model_pretrained(name))
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
     try:
@@ -63,6 +63,11 @@ def load_model(
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     return model.eval()
+
+
+def is_saved_model(name: str) -> bool:
+    """Whether a name stands for a saved folder or a model on the Hub, whose weights belong to it."""
+    return name.startswith(_PREFIXES)
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -142,7 +147,7 @@ def _check_name(name: str) -> None:
             raise ArpHubError(f"cannot read '{config}': {error}") from error
         if not isinstance(found, Mapping) or not isinstance(found.get("architecture"), str):
             raise ArpHubError(f"'{config}' is not a timm model config: it names no architecture")
-    elif not name.startswith(_PREFIXES) and not timm.is_model(name):
+    elif not is_saved_model(name) and not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
         hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise ArpHubError(

@@ -5,8 +5,10 @@ it, saves it, and loads it again as anybody would.
 """
 
 import timm
+from accelerate import PartialState
 
 import arp_hub
+from arp_hub.layers import count_params
 from arp_hub.training import evaluate, load_data, main
 
 if __name__ == "__main__":
@@ -22,11 +24,13 @@ if __name__ == "__main__":
         batch_size=128,
         calibration_images=256,
         output="runs/quickstart",
+        overwrite=True,
     )
-    folder, scores = metrics["config"]["output"], metrics["scores"]
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True)  # needs `import arp_hub`, nothing else
-    again = evaluate(model, load_data(metrics["config"]["data"], model).test)
-    print(f"arp_hub {arp_hub.__version__}, reloaded through timm from {folder}:")
-    print(f"  parameters {metrics['dense_params']:,} -> {arp_hub.count_params(model):,}", end="")
-    print(f" ({100 * arp_hub.count_params(model) / metrics['dense_params']:.1f} %)")
-    print(f"  top-1      {scores['dense']['top1']:.2f} -> {again['top1']:.2f}")
+    if PartialState().is_main_process:
+        folder = metrics["config"]["output"]
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)  # needs `import arp_hub`, nothing else
+        again = evaluate(model, load_data(metrics["config"]["data"], model).test)
+        before, after = metrics["dense"]["params"], count_params(model)
+        print(f"{folder}, reloaded through timm with arp_hub {arp_hub.__version__}:")
+        print(f"  parameters {before:,} -> {after:,} ({100 * after / before:.1f} %)")
+        print(f"  top-1 on {again['images']} test images {metrics['dense']['top1']:.2f} -> {again['top1']:.2f}")

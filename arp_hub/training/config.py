@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm.optim
 import yaml
 
 from ..errors import ArpHubError
@@ -55,7 +56,9 @@ class TrainConfig:
     keep_macs: float | None = _setting("budget", None, "share of the multiply-accumulates to keep", above=0, below=1)
     schemes: tuple[str, ...] = _setting("budget", (), "schemes to choose from; by default all", choices=tuple(SCHEMES))
     rank_multiple: int = _setting("budget", 1, "hold ranks to multiples of this", low=1)
-    exclude: tuple[str, ...] = _setting("budget", (), "layers that stay dense, by name or pattern")
+    exclude: tuple[str, ...] | None = _setting(
+        "budget", None, "layers that stay dense, by name or pattern; by default the first convolution"
+    )
     calibration_images: int = _setting("budget", 512, "unlabelled training images for plan and fit; 0: weights", low=0)
 
     dense_epochs: int = _setting("phases", 0, "epochs of training the dense model first", low=0)
@@ -119,6 +122,8 @@ class TrainConfig:
             raise ArpHubError(f"set one budget, keep_params or keep_macs (got {given})")
         if self.calibration_images == 0 and self.start == "fit":
             raise ArpHubError("start='fit' needs calibration images: set calibration_images, or start='dense'")
+        if self.optimizer.lower() not in (optimizers := [str(name) for name in timm.optim.list_optimizers()]):
+            raise ArpHubError(f"optimizer: timm has no '{self.optimizer}'{nearest(self.optimizer, optimizers)}")
         if not self.output:
             object.__setattr__(self, "output", f"runs/{self.model.split(':')[-1].strip('/').replace('/', '_')}")
 
@@ -187,7 +192,7 @@ def check_names(layer: Mapping[Any, Any]) -> None:
 def nearest(name: str, known: list[str]) -> str:
     """The end of an error message: the known name that is nearest to ``name``, or where all are listed."""
     near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
-    return f": did you mean '{near[0]}'?" if near else ": --help lists them all"
+    return f": did you mean '{near[0]}'?" if near else " (--help lists what there is)"
 
 
 def parse(setting: dataclasses.Field[Any], value: Any) -> Any:
@@ -226,7 +231,8 @@ def _kind(setting: dataclasses.Field[Any]) -> tuple[Any, bool]:
     if typing.get_origin(kind) is typing.Literal:
         return str, False
     if isinstance(kind, types.UnionType):
-        return next(part for part in typing.get_args(kind) if part is not type(None)), True
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+        return typing.get_origin(kind) or kind, True
     return typing.get_origin(kind) or kind, False
 
 

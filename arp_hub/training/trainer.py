@@ -7,41 +7,39 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import os
-import platform
 import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import safetensors
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast
 from torch import Tensor, nn
 
-from .. import __version__
+from .._env import environment
 from ..budget import make_plan
 from ..decompose import decompose, to_dense
 from ..errors import ArpHubError
-from ..hub import save_pretrained
+from ..hub import METRICS, check_folder, save_pretrained
 from ..layers import count_params, low_rank_layers
-from ..loading import load_model, read_weights
+from ..loading import is_saved_model, load_model, read_weights
 from ..penalty import AdaptiveRankPenalty
 from ..plan import RankPlan
 from ..schemes import Factors
 from ..structure import apply_plan
-from ..tracing import count_macs
 from .checkpoint import Checkpoint, check_same, find_checkpoint, load_checkpoint, save_tensors, write_atomically
 from .config import TrainConfig
 from .data import ImageData, calibration_images, load_data
 from .evaluate import Scores, evaluate
 from .loop import Phase, Run, phase_steps, train
 from .runlog import RunLog, tracker_name
+
+_logger = logging.getLogger(__name__)
 
 _FREE = {"workers", "resume", "overwrite", "log_every", "keep_checkpoints", "checkpoint_every", "tracker", "output"}
 """Settings that a resumed run may change, because no number depends on them."""
@@ -78,14 +76,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
         this.scores, this.plan = dict(start.scores), start.plan
         log.note("resumed from '%s'", found)
 
-    dense = _dense_model(this, model, start)
-    result, plan = _low_rank_model(this, dense, start)
-    metrics = _metrics(this, dense, result, plan, time.perf_counter() - began)
-    if accelerator.is_main_process:
-        write_atomically(config.run_folder / "metrics.json", json.dumps(metrics, indent=2))
-        save_pretrained(result, config.output, metrics=metrics, overwrite=True)
-    accelerator.wait_for_everyone()
-    log.note("saved in '%s': load it with timm.create_model('local-dir:%s')", config.output, config.output)
+    result, plan = _low_rank_model(this, _dense_model(this, model, start), start)
+    metrics = _save(this, result, _metrics(this, plan, time.perf_counter() - began))
     accelerator.end_training()
     return metrics
 
@@ -116,12 +108,16 @@ def _accelerator(config: TrainConfig) -> Accelerator:
 def _check_folders(config: TrainConfig, accelerator: Accelerator, start: Checkpoint | None) -> None:
     """Refuse to write over anything, before any work."""
     output, folder = Path(config.output), config.run_folder
-    if config.overwrite or start:
-        return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ArpHubError(f"output '{output}' is there already: choose another one, or replace it with --overwrite")
-    if not config.resume and (folder / "checkpoints").is_dir():
-        raise ArpHubError(f"a run is under way in '{folder}': go on with --resume auto, or start anew with --overwrite")
+    check_folder(output, overwrite=config.overwrite)
+    if not config.overwrite and start is None:
+        if output.exists() and any(output.iterdir()):
+            raise ArpHubError(
+                f"'{output}' holds a model already: choose another output, or replace it with --overwrite"
+            )
+        if (folder / "checkpoints").is_dir() and not config.resume:
+            raise ArpHubError(
+                f"a run is under way in '{folder}': go on with --resume auto, or start anew with --overwrite"
+            )
     accelerator.wait_for_everyone()  # nobody may open the folder while another still looks
 
 
@@ -138,9 +134,9 @@ def _open_folder(config: TrainConfig, accelerator: Accelerator, start: Checkpoin
 def _data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
     """The data, and the model with as many classes as the data has if its classifier will be trained."""
     checkpoint = config.checkpoint or None
-    prefixed = config.model.startswith(("local-dir:", "hf-hub:", "hf_hub:"))
+    pretrained = config.pretrained or is_saved_model(config.model)
     torch.manual_seed(config.seed)
-    model = load_model(config.model, checkpoint, pretrained=config.pretrained or prefixed)
+    model = load_model(config.model, checkpoint, pretrained=pretrained)
     data = load_data(
         config.data,
         model,
@@ -151,13 +147,15 @@ def _data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
         auto_augment=config.auto_augment,
     )
     if data.num_classes != model.num_classes:
-        if checkpoint or not config.dense_epochs:
+        if checkpoint or (pretrained and not config.dense_epochs):
             raise ArpHubError(
                 f"data '{config.data}' has {data.num_classes} classes, model '{config.model}' has "
                 f"{model.num_classes}: set dense_epochs to train a new classifier, or choose the right model"
             )
         torch.manual_seed(config.seed)
-        model = load_model(config.model, pretrained=config.pretrained or prefixed, num_classes=data.num_classes)
+        model = load_model(config.model, pretrained=pretrained, num_classes=data.num_classes)
+    if not checkpoint and not pretrained and not config.dense_epochs:
+        _logger.warning("no weights to start from and dense_epochs=0: penalty training starts from random weights")
     return data, model
 
 
@@ -266,7 +264,7 @@ def _budget(config: TrainConfig) -> dict[str, Any]:
         "keep_macs": config.keep_macs,
         "schemes": list(config.schemes) or None,
         "rank_multiple": config.rank_multiple,
-        "exclude": list(config.exclude) or None,
+        "exclude": None if config.exclude is None else list(config.exclude),
     }
 
 
@@ -312,38 +310,33 @@ def _factors(accelerator: Accelerator, model: nn.Module) -> dict[str, Factors]:
     }
 
 
-def _metrics(run: Run, dense: nn.Module, result: nn.Module, plan: RankPlan, seconds: float) -> dict[str, Any]:
-    """Every number of the run, with all that stands behind it."""
-    size = (3, *run.data.test.images.form.size)
+def _metrics(run: Run, plan: RankPlan, seconds: float) -> dict[str, Any]:
+    """Every number of the run, with all that stands behind it: the finished model's own on top."""
     last = run.scores.get("finetuned") or run.scores["decomposed"]
     return {
+        **environment(),
         **last,
-        "params": count_params(result),
-        "macs": count_macs(result, size),
-        "dense_params": count_params(dense),
-        "dense_macs": count_macs(dense, size),
+        "dense": run.scores["dense"],
         "scores": run.scores,
         "data": run.config.data,
         "split": run.data.test.name,
-        "plan": plan.to_dict(),
-        "config": run.config.to_dict(),
-        "command": " ".join(sys.argv),
         "seed": run.config.seed,
         "processes": run.accelerator.num_processes,
-        "hardware": _hardware(run.accelerator),
-        "versions": {
-            "arp_hub": __version__,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "accelerate": accelerate.__version__,
-            "safetensors": safetensors.__version__,
-            "python": platform.python_version(),
-        },
         "seconds": round(seconds, 1),
+        "plan": plan.to_dict(),
+        "config": run.config.to_dict(),
     }
 
 
-def _hardware(accelerator: Accelerator) -> str:
-    if accelerator.device.type == "cuda":
-        return torch.cuda.get_device_name(accelerator.device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads a process)"
+def _save(run: Run, model: nn.Module, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Save on the main process; it gets the metrics with counts of parameters and MACs added."""
+    output, names = run.config.output, run.data.class_names
+    if run.accelerator.is_main_process:
+        label_names = names if len(names) == model.num_classes else None
+        save_pretrained(model, output, metrics=metrics, label_names=label_names, overwrite=True)
+        text = (Path(output) / METRICS).read_text(encoding="utf-8")
+        write_atomically(run.config.run_folder / METRICS, text)
+        metrics = json.loads(text)
+    run.accelerator.wait_for_everyone()
+    run.log.note("saved in '%s': timm.create_model('local-dir:%s', pretrained=True) loads it", output, output)
+    return metrics
