@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .calibration import Images, Moments, batches, layer_io
+from .calibration import Images, all_moments
 from .errors import ArpHubError
 from .layers import LowRankLayer, effective_weight, layer_shape, refusal, weight_layers
 from .schemes import SCHEMES, Scheme, make_scheme, relative_error
 
 MATRIX_SCHEMES = tuple(name for name, scheme in SCHEMES.items() if hasattr(scheme, "fold"))
 """The schemes whose blocks are matrices, and so have singular values."""
+_MOMENT_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -89,25 +91,41 @@ def spectrum(module: nn.Module, scheme: Scheme | None = None) -> Spectrum:
 
 
 @torch.no_grad()
-def output_spectrum(model: nn.Module, module: nn.Module, images: Images) -> Spectrum:
-    """Singular values of a layer's ``channel`` fold in the metric of its inputs: they weigh the layer's *output*.
+def output_spectra(model: nn.Module, layers: Mapping[str, nn.Module], images: Images) -> dict[str, Spectrum]:
+    """Singular values of layers' ``channel`` folds in the metric of their inputs: they weigh the layers' *outputs*.
 
     With C the second moment of the input patches, these are the singular values of ``W C^(1/2)``.
 
     Args:
-        model: The model that holds the layer, in evaluation mode.
-        module: The layer.
+        model: The model that holds the layers, in evaluation mode.
+        layers: Layers by dotted name; those that the model never calls are left out of the result.
         images: Normalised calibration images.
     """
-    shape = layer_shape(module)
-    device = next(model.parameters()).device
-    moments = Moments(shape, device)
-    for batch in batches(images, device):
-        moments.update(*layer_io(model, module, batch))
-    weight = effective_weight(module).double()
-    moment = moments.regression(weight).moment
-    rows = weight.reshape(shape.groups, shape.group_out, -1)
-    return Spectrum(torch.linalg.svdvals(rows @ torch.linalg.cholesky(moment)).float())
+    found = {}
+    for chunk in _chunks(layers):
+        for name, moments in all_moments(model, chunk, images).items():
+            weight = effective_weight(chunk[name]).double()
+            root = torch.linalg.cholesky(moments.regression(weight).moment)
+            rows = weight.reshape(root.shape[0], -1, root.shape[1])
+            found[name] = Spectrum(torch.linalg.svdvals(rows @ root).float())
+    return {name: found[name] for name in layers if name in found}
+
+
+def _chunks(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
+    """Layers in groups whose moments fit into the memory allowed; a pass over the images serves one group."""
+    chunk: dict[str, nn.Module] = {}
+    used = 0
+    for name, layer in layers.items():
+        shape = layer_shape(layer)
+        columns = shape.group_in * shape.taps
+        size = 16 * shape.groups * columns * (columns + shape.group_out)  # two halves of float64
+        if chunk and used + size > _MOMENT_BYTES:
+            yield chunk
+            chunk, used = {}, 0
+        chunk[name] = layer
+        used += size
+    if chunk:
+        yield chunk
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from arp_hub.plan import LayerPlan, RankPlan
 from arp_hub.plots import save_figure, spectra_figure
 from arp_hub.report import dense_table, plan_report, plan_table, spectrum_reports, spectrum_table
 from arp_hub.schemes import make_scheme, relative_error
-from arp_hub.spectra import MATRIX_SCHEMES, Spectrum, decomposable_layers, output_spectrum, spectrum, violation
+from arp_hub.spectra import MATRIX_SCHEMES, Spectrum, decomposable_layers, output_spectra, spectrum, violation
 from arp_hub.structure import apply_plan
 from arp_hub.tracing import count_macs
 
@@ -86,7 +86,7 @@ def test_output_spectrum_holds_the_energy_of_the_outputs():
         model(images)
     hook.remove()
     energy = outputs[0].double().square().sum(1).mean()
-    found = output_spectrum(model, layer, images)
+    found = output_spectra(model, {"layer2.0.conv1": layer}, images)["layer2.0.conv1"]
     assert float(found.values.double().square().sum()) == pytest.approx(float(energy), rel=0.02)
     assert found.energy_rank(0.9) < spectrum(layer).energy_rank(0.9)  # inputs are correlated, so outputs need fewer
 

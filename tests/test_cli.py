@@ -1,0 +1,262 @@
+"""The command line, run for real: a small network trained on digits, and CIFAR-10 where it is at hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from arp_hub.cli import app
+from arp_hub.layers import count_params
+from arp_hub.plan import LayerPlan, RankPlan
+from arp_hub.structure import plan_of
+from arp_hub.training import load_data
+
+SIZE = ("--input-size", "3", "32", "32")
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs ``arp-hub`` in this process."""
+
+    def call(*words) -> Result:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            app([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return Result(stop.value.code or 0, out, err)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[str, ...]:
+    """Options that name a small ResNet trained on digits for a few seconds."""
+    torch.manual_seed(0)
+    overlay = {"input_size": (3, 32, 32)}
+    model = timm.create_model("test_resnet", num_classes=10, pretrained_cfg_overlay=overlay)
+    train = load_data("digits", model).train
+    images = torch.cat(list(train.images.evaluation(train.indices, 256, torch.device("cpu"), 0)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(6):
+        for chosen in torch.randperm(len(images)).split(64):
+            F.cross_entropy(model(images[chosen]), train.labels[chosen]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    path = tmp_path_factory.mktemp("trained") / "digits.safetensors"
+    save_file(model.state_dict(), path)
+    return ("--model", "test_resnet", "--num-classes", "10", "--checkpoint", str(path), *SIZE)
+
+
+def test_plan_prints_the_table_and_writes_the_file(run, trained, tmp_path):
+    path = tmp_path / "plan.json"
+    result = run("plan", *trained, "--keep-params", 0.5, "--output", path)
+    assert result.code == 0, result.err
+    plan = RankPlan.load(path)
+    assert all(name in result.out for name in (*plan.layers, *plan.dense))
+    again = run("plan", *trained, "--keep-params", 0.5, "--output", path, "--json")
+    assert again.code == 0
+    assert RankPlan.from_dict(again.json["plan"]) == plan
+    assert 0.49 <= again.json["params_after"] / again.json["params"] <= 0.5
+
+
+@pytest.mark.parametrize("budget", ["params", "macs"])
+def test_compress_keeps_what_it_was_told(run, trained, tmp_path, budget):
+    out = tmp_path / "out"
+    result = run("compress", *trained, f"--keep-{budget}", 0.6, "--output", out, "--json")
+    assert result.code == 0, result.err
+    kept = result.json[budget] / result.json["dense"][budget]
+    assert 0.59 <= kept <= 0.6
+    assert "top1" not in result.json
+    model = timm.create_model(f"local-dir:{out}", pretrained=True)
+    assert plan_of(model).layers
+    assert count_params(model) == result.json["params"]
+
+
+def test_compress_with_data_measures_before_and_after_and_evaluate_agrees(run, trained, tmp_path):
+    out = tmp_path / "out"
+    words = ("--data", "digits", "--keep-params", 0.6, "--schemes", "channel,group_in", "--output", out)
+    result = run("compress", *trained, *words, "--json")
+    assert result.code == 0, result.err
+    dense, low = result.json["dense"], result.json
+    assert dense["top1"] > 90
+    assert low["top1"] > dense["top1"] - 5
+    assert low["images"] == dense["images"] == 360
+    found = run("evaluate", "--model", f"local-dir:{out}", "--data", "digits", "--json")
+    assert found.code == 0, found.err
+    for key in ("top1", "top5", "images", "params", "macs"):
+        assert found.json[key] == low[key], key
+    assert found.json["loss"] == pytest.approx(low["loss"], rel=1e-5)
+    assert run("evaluate", *trained, "--data", "digits", "--json").json["top1"] == dense["top1"]
+    kept = json.loads((out / "metrics.json").read_text())
+    assert (kept["top1"], kept["dense"]["top1"], kept["trained"]) == (low["top1"], dense["top1"], False)
+
+
+def test_compress_by_a_plan_gives_that_plan(run, trained, tmp_path):
+    path, out = tmp_path / "plan.json", tmp_path / "out"
+    words = ("--keep-params", 0.7, "--schemes", "channel,cp", "--exclude", "conv1.0", "--output", path)
+    assert run("plan", *trained, *words).code == 0
+    plan = RankPlan.load(path)
+    assert {layer.scheme for layer in plan.layers.values()} <= {"channel", "cp"}
+    assert "conv1.0" not in plan.layers
+    assert run("compress", *trained, "--plan", path, "--output", out).code == 0
+    assert plan_of(timm.create_model(f"local-dir:{out}", pretrained=True)).layers == plan.layers
+
+
+def test_rank_multiple_holds(run, trained, tmp_path):
+    path = tmp_path / "plan.json"
+    assert run("plan", *trained, "--keep-params", 0.7, "--rank-multiple", 4, "--output", path).code == 0
+    assert all(layer.rank % 4 == 0 for layer in RankPlan.load(path).layers.values())
+
+
+def test_inspect_shows_every_layer_and_draws(run, trained, tmp_path):
+    plan, picture = tmp_path / "plan.json", tmp_path / "spectra.png"
+    RankPlan({"layer2.0.conv1": LayerPlan("cp", 12), "layer3.0.conv1": LayerPlan("channel", 8)}).save(plan)
+    result = run("inspect", *trained, "--plan", plan, "--plot", picture, "--json")
+    assert result.code == 0, result.err
+    layers = {layer["name"]: layer for layer in result.json["layers"]}
+    assert layers["layer2.0.conv1"]["scheme"] == "cp"
+    assert 0 < layers["layer2.0.conv1"]["violation"] < 1
+    assert layers["conv1.0"]["violation"] is None
+    assert all(1 <= x["rank_90"] <= x["rank_99"] <= x["full_rank"] for x in layers.values())
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    by_output = run("inspect", *trained, "--data", "digits", "--calibration-images", 32, "--json").json
+    assert by_output["metric"] == "outputs"
+    assert sum(x["rank_90"] for x in by_output["layers"]) < sum(x["rank_90"] for x in layers.values())
+    assert all(name in run("inspect", *trained).out for name in layers)
+
+
+def test_inspect_shows_the_ranks_of_a_decomposed_model(run, trained, tmp_path):
+    out = tmp_path / "out"
+    assert run("compress", *trained, "--keep-params", 0.5, "--schemes", "channel", "--output", out).code == 0
+    layers = run("inspect", "--model", f"local-dir:{out}", "--json").json["layers"]
+    planned = [layer for layer in layers if layer["scheme"]]
+    assert planned
+    assert all(layer["rank_99"] <= layer["rank"] for layer in planned)
+
+
+def test_overwrite(run, trained, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    words = ("compress", *trained, "--keep-params", 0.5, "--output", out)
+    refused = run(*words)
+    assert refused.code == 2
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+    assert run(*words, "--overwrite").code == 0
+    assert run(*words).code == 0, "a saved folder is written anew without being told"
+
+
+FINE = "--model test_resnet --input-size 3 32 32 --num-classes 10 --checkpoint {checkpoint}"
+SEVEN = "--model test_resnet --input-size 3 32 32 --num-classes 7 --checkpoint {tmp}/seven.safetensors"
+HALF = f"compress {FINE} --keep-params 0.5 --output {{tmp}}/out"
+BAD_INPUTS = {
+    "unknown model": ("compress --model resnet_5O --keep-params 0.5 --output {tmp}/out", "resnet_5O"),
+    "no such saved model": ("evaluate --model local-dir:{tmp}/nix --data digits", "nix"),
+    "missing checkpoint": ("inspect --model test_resnet --checkpoint {tmp}/nix.pt", "nix.pt"),
+    "checkpoint of another shape": ("inspect --model test_resnet --checkpoint {tmp}/wrong.safetensors", "fc.weight"),
+    "checkpoint that is none": ("inspect --model test_resnet --checkpoint {tmp}/notes.txt", "notes.txt"),
+    "unknown data": (f"{HALF} --data digitz", "digitz"),
+    "folder without images": (f"{HALF} --data {{tmp}}/empty", "no images"),
+    "unknown split": (f"evaluate {FINE} --data digits --split dev", "'dev'"),
+    "other classes than the data": (f"evaluate {SEVEN} --data digits", "7 classes"),
+    "no calibration images": (f"{HALF} --data digits --calibration-images 0", "got 0"),
+    "keep_params of 0": (f"compress {FINE} --keep-params 0 --output {{tmp}}/out", "got 0"),
+    "keep_params of 1.5": (f"compress {FINE} --keep-params 1.5 --output {{tmp}}/out", "got 1.5"),
+    "keep_macs of nan": (f"plan {FINE} --keep-macs nan --output {{tmp}}/plan.json", "got nan"),
+    "keep_params out of reach": (f"compress {FINE} --keep-params 0.001 --output {{tmp}}/out", "0.001"),
+    "both budgets": (f"{HALF} --keep-macs 0.5", "exactly one of"),
+    "no budget": (f"compress {FINE} --output {{tmp}}/out", "exactly one of"),
+    "a budget and a plan": (f"{HALF} --plan {{tmp}}/other.json", "exactly one of"),
+    "plan of another model": (f"compress {FINE} --plan {{tmp}}/other.json --output {{tmp}}/out", "blocks.0.attn.qkv"),
+    "plan that is none": (f"compress {FINE} --plan {{tmp}}/notes.txt --output {{tmp}}/out", "not valid JSON"),
+    "missing plan": (f"inspect {FINE} --plan {{tmp}}/nix.json", "nix.json"),
+    "folder that holds something else": (f"compress {FINE} --keep-params 0.5 --output {{tmp}}/full", "full"),
+    "plan file that holds something else": (f"plan {FINE} --keep-params 0.5 --output {{tmp}}/notes.txt", "notes.txt"),
+    "plan file in no folder": (f"plan {FINE} --keep-params 0.5 --output {{tmp}}/nix/plan.json", "no folder"),
+    "unknown scheme": (f"{HALF} --schemes cp,svd", "svd"),
+    "rank multiple of 0": (f"{HALF} --rank-multiple 0", "rank_multiple"),
+    "excluded layer that is not there": (f"{HALF} --exclude layer9.conv", "layer9.conv"),
+    "picture of no kind": (f"inspect {FINE} --plot {{tmp}}/spectra.txt", "spectra.txt"),
+    "unknown device": (f"inspect {FINE} --device toaster", "toaster"),
+    "input size of 0": ("plan --model cifar_resnet20 --keep-params 0.5 --input-size 3 0 32", "(3, 0, 32)"),
+    "unknown option": ("compress --keep-everything", "--keep-everything"),
+    "option that is no number": (f"compress {FINE} --keep-params half --output {{tmp}}/out", "--keep-params"),
+    "unknown command": ("squeeze", "squeeze"),
+    "no model": ("compress --keep-params 0.5 --output {tmp}/out", "--model"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Files that are not what a command asks for."""
+    tmp = tmp_path_factory.mktemp("bad")
+    save_file(timm.create_model("test_resnet", num_classes=7).state_dict(), tmp / "seven.safetensors")
+    save_file({"fc.weight": torch.zeros(10, 3)}, tmp / "wrong.safetensors")
+    RankPlan({"blocks.0.attn.qkv": LayerPlan("channel", 4)}).save(tmp / "other.json")
+    (tmp / "notes.txt").write_text("not a plan")
+    (tmp / "empty").mkdir()
+    (tmp / "full").mkdir()
+    (tmp / "full" / "thesis.txt").write_text("years of work")
+    return tmp
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_bad_input_exits_2_with_one_line_and_writes_nothing(run, trained, folder, monkeypatch, line, message):
+    monkeypatch.chdir(folder)
+    before = sorted(folder.rglob("*"))
+    result = run(*line.format(tmp=folder, checkpoint=trained[5]).split())
+    assert result.code == 2, result
+    assert result.out == ""
+    lines = result.err.strip().splitlines()
+    assert len(lines) == 1, result.err
+    assert message in lines[0]
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_help_tells_the_exit_codes(run):
+    result = run("--help")
+    assert result.code == 0
+    assert "2 bad input" in " ".join(result.out.split())
+
+
+def test_installed_command_keeps_stdout_for_json(trained):
+    command = Path(sys.executable).with_name("arp-hub")
+    done = subprocess.run(
+        [command, "evaluate", *trained, "--data", "digits", "--max-images", "64", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert json.loads(done.stdout)["images"] == 64
+
+
+def test_cifar(run, shared, tmp_path):
+    words = ("--data", shared / "data/cifar10", "--json")
+    checkpoint = shared / "weights/resnet20_cifar10.safetensors"
+    network = ("--model", "cifar_resnet20", "--checkpoint", checkpoint)
+    out = tmp_path / "out"
+    limits = ("--calibration-images", 64, "--max-images", 256)
+    result = run("compress", *network, *words, "--keep-params", 0.7, "--output", out, *limits)
+    assert result.code == 0, result.err
+    assert result.json["dense"]["top1"] > 88
+    assert result.json["top1"] > result.json["dense"]["top1"] - 4
