@@ -1,0 +1,23 @@
+"""Shrink vision models: adaptive rank penalty, low-rank decomposition, one-line loading through timm."""
+
+__version__ = "0.1.0"
+
+from . import models  # registers the architectures with timm
+from .budget import make_plan
+from .decompose import decompose, to_dense
+from .errors import ArpHubError
+from .hub import save_pretrained
+from .penalty import AdaptiveRankPenalty
+from .plan import LayerPlan, RankPlan
+
+__all__ = [
+    "AdaptiveRankPenalty",
+    "ArpHubError",
+    "LayerPlan",
+    "RankPlan",
+    "decompose",
+    "make_plan",
+    "models",
+    "save_pretrained",
+    "to_dense",
+]

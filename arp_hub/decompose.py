@@ -1,0 +1,197 @@
+"""Decompose a model by a plan, and merge it back: closed forms and small fits, no training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from tqdm.auto import tqdm
+
+from .calibration import Images, Regression, batches, following_norms, layer_moments
+from .errors import ArpHubError
+from .layers import LowRankLayer, effective_weight, low_rank_layer, low_rank_layers, replace_layer
+from .plan import RankPlan
+from .schemes import Factors, Scheme, relative_error
+from .structure import check_plan
+from .tracing import trace
+
+_FIT_WORK = 4e11
+"""Multiply-accumulates that one layer's fit may take; a small layer gets `_FIT_ITERATIONS` for far less."""
+_FIT_ITERATIONS = 150
+_EXACT = 1e-8
+"""Largest relative squared error at which given factors count as the weight itself."""
+
+
+def decompose(
+    model: nn.Module,
+    plan: RankPlan,
+    calibration: Images | None = None,
+    *,
+    factors: Mapping[str, Factors] | None = None,
+    progress: bool = False,
+) -> nn.Module:
+    """Replace the planned layers by their low-rank factors, in place. No labels, no back-propagation.
+
+    Without ``calibration`` every weight goes to its nearest point in the scheme's set. With it, the layers are
+    fitted one after the other, in the order in which the model uses them: each to the dense model's output, from the
+    input that the already decomposed model gives it, in the metric of that input's second moment. Biases and the
+    means of a BatchNorm that follows are set in closed form so that every layer's mean output stays right.
+
+    Args:
+        model: A model with dense layers, on the device on which to work.
+        plan: A plan made for it.
+        calibration: Unlabelled images, normalised as for the model: a tensor ``(N, C, H, W)`` or batches.
+        factors: Factors found already, as `AdaptiveRankPenalty.factors` gives them after the hold. They must
+            reproduce the weights; then the decomposition is exact.
+        progress: Show a progress bar.
+
+    Returns:
+        ``model`` itself. On an error it is left as it was.
+
+    Raises:
+        ArpHubError: If the plan does not fit the model, a weight is not finite, or ``factors`` do not reproduce
+            the weights.
+
+    Example:
+        >>> model = timm.create_model("resnet18")
+        >>> plan = make_plan(model, keep_params=0.5)
+        >>> decompose(model, plan)
+    """
+    schemes = check_plan(model, plan)
+    if factors is not None and calibration is not None:
+        raise ArpHubError("pass either calibration images or factors, not both: given factors are not fitted again")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in plan.layers:
+        if not torch.isfinite(effective_weight(modules[name])).all():
+            raise ArpHubError(f"layer '{name}': its weight holds NaN or infinite values")
+    if calibration is not None:
+        return _decompose_by_data(model, plan, schemes, calibration, progress)
+    new = {}
+    for name, layer_plan in tqdm(plan.layers.items(), "decompose", disable=not progress, leave=False):
+        weight = effective_weight(modules[name])
+        if factors is None:
+            found = schemes[name].nearest(weight.double(), layer_plan.rank)
+        else:
+            found = _given_factors(name, schemes[name], weight, factors)
+        new[name] = low_rank_layer(modules[name], layer_plan)
+        new[name].load_factors(found, modules[name].bias)  # type: ignore[arg-type]  # a bias is a tensor or None
+    for name, layer in new.items():
+        replace_layer(model, modules[name], layer)
+    return model
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Merge every decomposed layer's factors into one dense layer, in place: the same outputs, plain modules.
+
+    A weight-standardised convolution comes back as a plain one that holds the standardised weight.
+
+    Returns:
+        ``model`` itself.
+    """
+    for layer in low_rank_layers(model).values():
+        replace_layer(model, layer, layer.dense_layer())
+    return model
+
+
+def _given_factors(name: str, scheme: Scheme, weight: Tensor, factors: Mapping[str, Factors]) -> Factors:
+    if name not in factors:
+        raise ArpHubError(f"layer '{name}' is planned, but there are no factors for it")
+    found = tuple(factor.detach() for factor in factors[name])
+    error = relative_error(weight.double(), scheme.compose([factor.double() for factor in found]))
+    if not error <= _EXACT:
+        raise ArpHubError(
+            f"layer '{name}': the given factors miss its weight by a relative squared error of {float(error):.1e}; "
+            "they are exact only after the penalty's hold phase: train to its end, or leave factors out"
+        )
+    return found
+
+
+def _decompose_by_data(
+    model: nn.Module, plan: RankPlan, schemes: Mapping[str, Scheme], images: Images, progress: bool
+) -> nn.Module:
+    """Fit layer after layer on a copy; put the new layers into ``model`` once all of them are there."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        student = copy.deepcopy(model)
+        teachers = {name: model.get_submodule(name) for name in plan.layers}
+        norms = following_norms(student, {name: student.get_submodule(name) for name in plan.layers}, images)
+        for name in tqdm(_execution_order(model, plan, images), "decompose", disable=not progress, leave=False):
+            old = student.get_submodule(name)
+            moments = layer_moments(student, old, model, teachers[name], images)
+            norm = norms.get(name)
+            can_shift = norm is not None or old.bias is not None
+            weight = effective_weight(teachers[name]).double()
+            problem = moments.regression(weight, centred=can_shift)
+            factors = fit_layer(schemes[name], plan.layers[name].rank, weight, problem, output_scale(norm, weight))
+            new = low_rank_layer(old, plan.layers[name])
+            new.load_factors(factors, old.bias)  # type: ignore[arg-type]  # a bias is a tensor or None
+            if can_shift:
+                _shift_mean(new, norm, problem.bias(schemes[name].compose(factors)))
+            replace_layer(student, old, new)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    student_modules = dict(student.named_modules())
+    for name, teacher in teachers.items():
+        replace_layer(model, teacher, student_modules[name].train(teacher.training))
+    for name, module in model.named_modules():
+        if isinstance(module, BatchNorm) and module.running_mean is not None:
+            module.running_mean.copy_(student_modules[name].running_mean)  # type: ignore[arg-type]
+    return model
+
+
+def fit_layer(
+    scheme: Scheme, rank: int, weight: Tensor, problem: Regression, scale: Tensor, iterations: int | None = None
+) -> Factors:
+    """Factors of one layer for a regression problem.
+
+    Args:
+        scheme: The scheme, bound to the layer.
+        rank: Its rank.
+        weight: The dense weight, where the fit starts from.
+        problem: The regression, from `Moments.regression`.
+        scale: Weight of each output channel's error, ``(O,)``.
+        iterations: Iterations of the fit; by default as many as pay, fewer for a very large layer.
+    """
+    columns = problem.moment.shape[-1]
+    if iterations is None:
+        inner = scheme.params(rank) / (columns + weight.shape[0])
+        iterations = int(min(_FIT_ITERATIONS, max(10, _FIT_WORK / (inner * columns**2))))
+    rows = scale.view(-1, 1, 1, 1)
+    start = scheme.nearest(weight * rows, rank)
+    factors = scheme.fit(problem.target * rows, problem.moment, start, iterations)
+    return scheme.balance((*factors[:-1], factors[-1] / rows))
+
+
+def output_scale(norm: BatchNorm | None, weight: Tensor) -> Tensor:
+    """How much each output channel counts: as its BatchNorm scales it, or all alike without one. At most 1."""
+    if norm is None:
+        return torch.ones(weight.shape[0], dtype=weight.dtype, device=weight.device)
+    scale = (norm.weight.detach().abs() / (norm.running_var + norm.eps).sqrt()).to(weight)  # type: ignore[operator]
+    return (scale / scale.max().clamp_min(torch.finfo(scale.dtype).tiny)).clamp_min(_LEAST_SCALE)
+
+
+_LEAST_SCALE = 1e-3
+
+
+@torch.no_grad()
+def _shift_mean(layer: LowRankLayer, norm: BatchNorm | None, bias: Tensor) -> None:
+    """Let the layer's bias, or the mean of the BatchNorm behind it, take up the ``bias`` of a fit."""
+    if layer.bias is not None:
+        layer.bias.add_(bias.to(layer.bias))
+    else:
+        norm.running_mean.sub_(bias.to(norm.running_mean))  # type: ignore[union-attr, arg-type]
+
+
+def _execution_order(model: nn.Module, plan: RankPlan, images: Images) -> Sequence[str]:
+    first = next(batches(images))
+    called = trace(model, tuple(first.shape[1:])).sizes  # type: ignore[arg-type]  # images are (N, C, H, W)
+    by_module = {id(model.get_submodule(name)): order for order, name in enumerate(called)}
+    order = {name: by_module.get(id(model.get_submodule(name))) for name in plan.layers}
+    if silent := [name for name, place in order.items() if place is None]:
+        raise ArpHubError(f"the model never calls {silent[0]!r} (it may use its weight directly): take it out of the plan")
+    return sorted(plan.layers, key=lambda name: order[name])  # type: ignore[arg-type, return-value]

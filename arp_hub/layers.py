@@ -1,0 +1,388 @@
+"""The decomposed layers, and what of a model can become one.
+
+A decomposed layer is a chain of plain ``nn.Conv2d`` or ``nn.Linear`` modules that sits at the dense layer's dotted name
+and answers to the dense layer's attributes, because timm models read them (``conv_head.in_channels``,
+``patch_embed.proj.weight.device`` and the like).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import timm.layers
+import torch
+import torch.nn.functional as F
+from timm.layers.padding import pad_same
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .errors import ArpHubError
+from .plan import LayerPlan
+from .schemes import ConvSpec, Factors, LayerShape, Pair, Scheme, make_scheme
+
+_PLAIN_CONVS = (nn.Conv2d, timm.layers.Conv2dSame)
+_STANDARDISED_CONVS = (
+    timm.layers.StdConv2d,
+    timm.layers.StdConv2dSame,
+    timm.layers.ScaledStdConv2d,
+    timm.layers.ScaledStdConv2dSame,
+)
+_LINEARS = (nn.Linear, timm.layers.Linear)
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why ``module`` must stay dense, or None if it can be decomposed."""
+    kind = type(module)
+    if kind in _LINEARS:
+        return None
+    if kind not in _PLAIN_CONVS + _STANDARDISED_CONVS:
+        return f"layers of type {kind.__name__} are not decomposed"
+    conv = cast(nn.Conv2d, module)
+    if conv.groups == conv.in_channels and conv.groups > 1:
+        return "depthwise: each channel's kernel is already a single small filter"
+    return None
+
+
+def weight_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules that own a weight of two or more dimensions, each once, decomposed ones not looked into."""
+
+    def visit(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        if isinstance(module, LowRankLayer):
+            return
+        if any(p is not None and p.dim() >= 2 for n, p in module._parameters.items() if n.startswith("weight")):
+            yield name, module
+        for child_name, child in module._modules.items():
+            if child is not None:
+                yield from visit(f"{name}.{child_name}" if name else child_name, child)
+
+    seen: set[int] = set()
+    yield from visit("", model)
+
+
+def layer_shape(module: nn.Module) -> LayerShape:
+    """The shape of a dense or decomposed layer, with padding as numbers.
+
+    Raises:
+        ArpHubError: If the module is not of a kind that can be decomposed.
+    """
+    if isinstance(module, LowRankLayer):
+        return module.scheme.shape
+    if reason := refusal(module):
+        raise ArpHubError(reason)
+    if isinstance(module, nn.Linear):
+        return LayerShape(module.out_features, module.in_features, kind="linear")
+    conv = cast(nn.Conv2d, module)
+    return LayerShape(
+        conv.out_channels,
+        conv.in_channels,
+        cast(Pair, conv.kernel_size),
+        cast(Pair, conv.stride),
+        _numeric_padding(conv) or (0, 0),
+        cast(Pair, conv.dilation),
+        conv.groups,
+    )
+
+
+def effective_weight(module: nn.Module) -> Tensor:
+    """The weight that really multiplies the input, ``(O, I, kh, kw)``.
+
+    For a weight-standardised convolution that is the standardised weight; it is caught on its way into ``conv2d``.
+    """
+    if isinstance(module, LowRankLayer):
+        return module.weight if module.weight.dim() == 4 else module.weight[..., None, None]
+    if isinstance(module, nn.Linear):
+        return module.weight.detach()[..., None, None]
+    conv = cast(nn.Conv2d, module)
+    if type(conv) in _PLAIN_CONVS:
+        return conv.weight.detach()
+    size = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    with torch.no_grad(), _WeightCapture() as capture:
+        conv(conv.weight.new_zeros(1, conv.in_channels, *size))
+    return capture.weight
+
+
+class _WeightCapture(TorchFunctionMode):
+    """Remembers the weight of the last ``conv2d`` call."""
+
+    weight: Tensor
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.conv2d:
+            self.weight = (args[1] if len(args) > 1 else kwargs["weight"]).detach().clone()
+        return func(*args, **kwargs)
+
+
+def _is_same_padded(module: nn.Module) -> bool:
+    """Whether the layer pads its input itself, by an amount that depends on the input's size."""
+    same = (timm.layers.Conv2dSame, timm.layers.StdConv2dSame)
+    return isinstance(module, same) or bool(getattr(module, "same_pad", False))
+
+
+def _numeric_padding(conv: nn.Conv2d) -> Pair | None:
+    """Symmetric zero padding as numbers, or None if the layer must pad its input beforehand."""
+    if _is_same_padded(conv) or conv.padding_mode != "zeros":
+        return None
+    if conv.padding == "valid":
+        return (0, 0)
+    if conv.padding == "same":
+        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return None if total[0] % 2 or total[1] % 2 else (total[0] // 2, total[1] // 2)
+    return cast(Pair, tuple(conv.padding))
+
+
+def padder(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """What a layer does to its input before it convolves it, or None if it only pads with zeros, symmetrically."""
+    if not isinstance(module, nn.Conv2d):
+        return None
+    size, stride, dilation = list(module.kernel_size), list(module.stride), list(module.dilation)
+    if _is_same_padded(module):
+        return lambda x: pad_same(x, size, stride, dilation)  # type: ignore[arg-type]  # any sequence will do
+    if _numeric_padding(module) is None:
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        return lambda x: F.pad(x, list(module._reversed_padding_repeated_twice), mode=mode)
+    return None
+
+
+class GroupedLinear(nn.Module):
+    """A linear layer whose weight is block-diagonal, as a convolution with ``groups`` is.
+
+    Maps ``(..., in_features)`` to ``(..., out_features)``; ``weight`` is ``(out_features, in_features / groups)``.
+    """
+
+    def __init__(self, in_features: int, out_features: int, groups: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.groups = in_features, out_features, groups
+        self.weight = nn.Parameter(torch.empty(out_features, in_features // groups))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the blocks side by side."""
+        blocks = self.weight.unflatten(0, (self.groups, -1)).mT
+        y = (x.unflatten(-1, (self.groups, 1, -1)) @ blocks).flatten(-3)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        """Sizes, for printing."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, groups={self.groups}"
+
+
+class LowRankLayer(nn.Module):
+    """What the decomposed layers share: the plan's entry, the chain of factors, the way back to a dense layer.
+
+    ``factors`` is the chain; its last module carries the dense layer's bias.
+    """
+
+    factors: nn.Sequential
+
+    def __init__(self, scheme: Scheme, rank: int) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.rank = rank
+
+    @property
+    def layer_plan(self) -> LayerPlan:
+        """The entry of a plan that describes this layer."""
+        return LayerPlan(self.scheme.name, self.rank, self.scheme.groups)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The dense layer's bias, held by the last factor."""
+        return cast("Tensor | None", self.factors[-1].bias)
+
+    def factor_weights(self) -> Factors:
+        """The factors in convolution layout."""
+        weights = [cast(Tensor, factor.weight) for factor in self.factors]
+        return tuple(w if w.dim() == 4 else w[..., None, None] for w in weights)
+
+    @torch.no_grad()
+    def load_factors(self, factors: Sequence[Tensor], bias: Tensor | None) -> None:
+        """Copy factors in convolution layout, and the dense layer's bias, into the chain."""
+        for module, factor in zip(self.factors, factors, strict=True):
+            weight = cast(Tensor, module.weight)
+            weight.copy_(factor.reshape(weight.shape))
+        if bias is not None:
+            cast(Tensor, self.bias).copy_(bias)
+
+    def dense_layer(self) -> nn.Module:
+        """A dense layer that computes the same, with the factors merged."""
+        raise ArpHubError(f"{type(self).__name__} has no dense form")
+
+    def extra_repr(self) -> str:
+        """The layer's plan, for printing."""
+        groups = f", groups={self.scheme.groups}" if self.scheme.groups > 1 else ""
+        return f"scheme={self.scheme.name}, rank={self.rank}{groups}"
+
+    @torch.no_grad()
+    def _merged(self) -> Tensor:
+        """The merged weight in float64, in convolution layout."""
+        return self.scheme.compose([factor.detach().double() for factor in self.factor_weights()])
+
+
+class LowRankConv2d(LowRankLayer):
+    """A convolution as a chain of smaller ones.
+
+    Args:
+        dense: The layer that it stands for; its attributes, device, dtype and mode are taken over, its weight is not.
+        scheme: The scheme, bound to the layer's shape.
+        rank: Rank per block.
+    """
+
+    def __init__(self, dense: nn.Conv2d, scheme: Scheme, rank: int) -> None:
+        super().__init__(scheme, rank)
+        self.in_channels, self.out_channels = dense.in_channels, dense.out_channels
+        self.kernel_size, self.stride, self.dilation = dense.kernel_size, dense.stride, dense.dilation
+        self.padding, self.groups, self.padding_mode = dense.padding, dense.groups, dense.padding_mode
+        self.same_pad = _is_same_padded(dense)
+        self.pad_before: list[int] = []
+        if not self.same_pad and _numeric_padding(dense) is None:
+            self.pad_before = list(dense._reversed_padding_repeated_twice)
+        convs = scheme.convs(rank)
+        like = {"device": dense.weight.device, "dtype": dense.weight.dtype}
+        last = len(convs) - 1
+        self.factors = nn.Sequential(
+            *(_conv2d(spec, bias=k == last and dense.bias is not None, **like) for k, spec in enumerate(convs))
+        )
+        self.train(dense.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The merged weight ``(O, I, kh, kw)``, computed on every access. To change the layer, change its factors."""
+        return self.scheme.compose(self.factor_weights())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pad as the dense layer would, then apply the chain."""
+        if self.same_pad:
+            x = pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation))
+        elif self.pad_before:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, self.pad_before, mode=mode)
+        return self.factors(x)
+
+    def dense_layer(self) -> nn.Conv2d:
+        """The plain convolution that computes the same."""
+        first = cast(nn.Conv2d, self.factors[0])
+        return _dense_conv(self, first.weight, self._merged(), self.bias)
+
+
+class LowRankLinear(LowRankLayer):
+    """A linear layer as a chain of smaller ones; arguments as for `LowRankConv2d`."""
+
+    def __init__(self, dense: nn.Linear, scheme: Scheme, rank: int) -> None:
+        super().__init__(scheme, rank)
+        self.in_features, self.out_features = dense.in_features, dense.out_features
+        convs = scheme.convs(rank)
+        like = {"device": dense.weight.device, "dtype": dense.weight.dtype}
+        last = len(convs) - 1
+        self.factors = nn.Sequential(
+            *(_linear(spec, bias=k == last and dense.bias is not None, **like) for k, spec in enumerate(convs))
+        )
+        self.train(dense.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The merged weight ``(out, in)``, computed on every access. To change the layer, change its factors."""
+        return self.scheme.compose(self.factor_weights())[..., 0, 0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the chain to the last dimension."""
+        return self.factors(x)
+
+    def dense_layer(self) -> nn.Linear:
+        """The plain linear layer that computes the same."""
+        first = cast(Tensor, self.factors[0].weight)
+        dense = nn.Linear(
+            self.in_features, self.out_features, bias=self.bias is not None, device=first.device, dtype=first.dtype
+        )
+        _fill(dense, self._merged()[..., 0, 0], self.bias)
+        return dense.train(self.training)
+
+
+def low_rank_layer(dense: nn.Module, plan: LayerPlan) -> LowRankConv2d | LowRankLinear:
+    """The decomposed form of ``dense``, structure only: load its factors afterwards.
+
+    Raises:
+        ArpHubError: If the plan does not fit the layer.
+    """
+    scheme = make_scheme(plan.scheme, layer_shape(dense), plan.groups)
+    if isinstance(dense, nn.Linear):
+        return LowRankLinear(dense, scheme, plan.rank)
+    return LowRankConv2d(cast(nn.Conv2d, dense), scheme, plan.rank)
+
+
+def replace_layer(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` at every path of ``model`` where ``old`` sits, so that shared layers stay shared."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+
+
+def low_rank_layers(model: nn.Module) -> dict[str, LowRankLayer]:
+    """The decomposed layers of a model by dotted name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
+
+
+def count_params(model: nn.Module) -> int:
+    """Number of parameters; a shared one counts once, buffers do not."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _conv2d(spec: ConvSpec, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(
+        spec.in_channels,
+        spec.out_channels,
+        spec.kernel_size,
+        spec.stride,
+        spec.padding,
+        spec.dilation,
+        spec.groups,
+        **options,
+    )
+
+
+def _linear(spec: ConvSpec, bias: bool, **like: Any) -> nn.Module:
+    if spec.groups == 1:
+        return nn.Linear(spec.in_channels, spec.out_channels, bias=bias, **like)
+    return GroupedLinear(spec.in_channels, spec.out_channels, spec.groups, bias=bias).to(**like)
+
+
+def plain_layer(module: nn.Module) -> nn.Module:
+    """A plain convolution or linear layer that computes what ``module`` does, for a layer that can be decomposed."""
+    weight = effective_weight(module)
+    if isinstance(module, nn.Linear):
+        dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, weight.device, weight.dtype)
+        _fill(dense, weight[..., 0, 0], module.bias)
+        return dense.train(module.training)
+    return _dense_conv(cast(nn.Conv2d, module), weight, weight, cast(nn.Conv2d, module).bias)
+
+
+def _dense_conv(like: nn.Conv2d | LowRankConv2d, sample: Tensor, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+    """A convolution with the attributes of ``like`` and the device and dtype of ``sample``."""
+    kind = timm.layers.Conv2dSame if _is_same_padded(like) else nn.Conv2d
+    dense = kind(
+        like.in_channels,
+        like.out_channels,
+        like.kernel_size,  # type: ignore[arg-type]  # a pair, in timm's word too
+        stride=like.stride,
+        padding=like.padding,
+        dilation=like.dilation,
+        groups=like.groups,
+        bias=bias is not None,
+        padding_mode=like.padding_mode,
+        device=sample.device,
+        dtype=sample.dtype,
+    )
+    _fill(dense, weight, bias)
+    return cast(nn.Conv2d, dense.train(like.training))
+
+
+@torch.no_grad()
+def _fill(dense: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    dense.weight.copy_(weight)
+    if bias is not None:
+        cast(Tensor, dense.bias).copy_(bias)

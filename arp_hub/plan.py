@@ -1,0 +1,189 @@
+"""The plan: which layers are decomposed, by which scheme, at which rank. Plain JSON, checked on the way in.
+
+A plan file looks like this::
+
+    {"format_version": 1,
+     "layers": {"layer1.0.conv1": {"scheme": "cp", "rank": 16, "groups": 1}},
+     "dense": {"conv1": "first convolution"}}
+
+``dense`` gives the reason for every layer that stays as it is. A key that this version does not know is passed over with
+a warning, unless the file lists it in ``requires``: then the file is refused, with the command that upgrades arp_hub.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from .errors import ArpHubError
+from .schemes import SCHEMES
+
+FORMAT_VERSION = 1
+"""The newest plan format that this version reads, and the one that it writes."""
+
+_UPGRADE = "upgrade with `pip install --upgrade arp-hub`"
+_PLAN_KEYS = frozenset({"format_version", "layers", "dense", "requires"})
+_LAYER_KEYS = frozenset({"scheme", "rank", "groups"})
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one layer is decomposed.
+
+    Attributes:
+        scheme: Name of a scheme, one of `arp_hub.schemes.SCHEMES`.
+        rank: Rank of every block, at least 1.
+        groups: Number of blocks that the scheme makes, 1 except for ``group_in`` and ``group_out``.
+
+    Raises:
+        ArpHubError: If a value is out of range on its own. Whether it fits a layer is for `check_plan`.
+    """
+
+    scheme: str
+    rank: int
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.scheme, str) or self.scheme not in SCHEMES:
+            raise ArpHubError(f"unknown scheme {_short(self.scheme)}: choose one of {', '.join(SCHEMES)}")
+        for name, value in (("rank", self.rank), ("groups", self.groups)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArpHubError(f"{name} must be a whole number of at least 1, got {_short(value)}")
+        if self.groups > 1 and not SCHEMES[self.scheme].grouped:
+            grouped = ", ".join(name for name, scheme in SCHEMES.items() if scheme.grouped)
+            raise ArpHubError(f"scheme '{self.scheme}' makes no groups, got groups={self.groups}: use {grouped}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {"scheme": self.scheme, "rank": self.rank, "groups": self.groups}
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What becomes of every layer of one model.
+
+    Attributes:
+        layers: The decomposed layers by dotted name.
+        dense: The layers that stay dense, each with its reason.
+
+    Example:
+        >>> plan = RankPlan({"layer1.0.conv1": LayerPlan("cp", rank=16)})
+        >>> RankPlan.from_json(plan.to_json()) == plan
+        True
+    """
+
+    layers: Mapping[str, LayerPlan] = field(default_factory=dict)
+    dense: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
+        object.__setattr__(self, "dense", MappingProxyType(dict(self.dense)))
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.layers.items()), tuple(self.dense.items())))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy cannot be pickled or copied by itself
+        return RankPlan, (dict(self.layers), dict(self.dense))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "layers": {name: layer.to_dict() for name, layer in self.layers.items()},
+            "dense": dict(self.dense),
+        }
+
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, atomically."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(self.to_json() + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RankPlan:
+        """Read a plan file.
+
+        Raises:
+            ArpHubError: If there is no such file, or it does not hold a plan.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArpHubError(f"cannot read the plan '{path}': {error}") from error
+        return cls.from_json(text)
+
+    @classmethod
+    def from_json(cls, text: str) -> RankPlan:
+        """Parse a plan from JSON text; raises as `from_dict` does."""
+        try:
+            data = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ArpHubError(f"the plan is not valid JSON: {error}") from error
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> RankPlan:
+        """Build a plan from its JSON form.
+
+        Raises:
+            ArpHubError: If a key is missing, of the wrong type, or required by the file and unknown here.
+        """
+        if not isinstance(data, Mapping):
+            raise ArpHubError(f"a plan is a JSON object, got {_short(data)}")
+        version = data.get("format_version")
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+            raise ArpHubError(f"the plan's format_version must be a whole number from 1, got {_short(version)}")
+        if version > FORMAT_VERSION:
+            raise ArpHubError(
+                f"the plan has format_version {version}, this arp_hub reads up to {FORMAT_VERSION}: {_UPGRADE}"
+            )
+        requires = data.get("requires", [])
+        if not isinstance(requires, list) or not all(isinstance(key, str) for key in requires):
+            raise ArpHubError(f"the plan's 'requires' must be a list of key names, got {_short(requires)}")
+        layers, dense = data.get("layers"), data.get("dense", {})
+        if not isinstance(layers, Mapping):
+            raise ArpHubError(f"the plan's 'layers' must be an object of layer plans, got {_short(layers)}")
+        if not isinstance(dense, Mapping) or not all(isinstance(reason, str) for reason in dense.values()):
+            raise ArpHubError(f"the plan's 'dense' must be an object of reasons, got {_short(dense)}")
+        _check_keys(data, _PLAN_KEYS, requires, "the plan")
+        return cls({name: _layer_from_dict(name, value, requires) for name, value in layers.items()}, dense)
+
+
+def _layer_from_dict(name: str, data: Any, requires: list[str]) -> LayerPlan:
+    if not isinstance(data, Mapping):
+        raise ArpHubError(f"layer {_short(name)}: its plan must be an object, got {_short(data)}")
+    _check_keys(data, _LAYER_KEYS, requires, f"layer {_short(name)}")
+    if missing := {"scheme", "rank"} - data.keys():
+        raise ArpHubError(f"layer {_short(name)}: its plan lacks {', '.join(sorted(missing))}")
+    try:
+        return LayerPlan(data["scheme"], data["rank"], data.get("groups", 1))
+    except ArpHubError as error:
+        raise ArpHubError(f"layer {_short(name)}: {error}") from None
+
+
+def _check_keys(data: Mapping[str, Any], known: frozenset[str], requires: list[str], owner: str) -> None:
+    unknown = [key for key in data if key not in known]
+    if needed := [key for key in unknown if key in requires]:
+        raise ArpHubError(f"{owner} requires {_short(needed)}, which this arp_hub does not know: {_UPGRADE}")
+    if unknown:
+        warnings.warn(
+            f"{owner} holds {_short(unknown)}, which this arp_hub does not know and passes over; to use them, {_UPGRADE}",
+            stacklevel=4,
+        )
+
+
+def _short(value: Any, limit: int = 80) -> str:
+    """A value for an error message, cut to a readable length."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

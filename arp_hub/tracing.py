@@ -1,0 +1,107 @@
+"""What one forward pass on the meta device tells: the layers in order of use, their map sizes, and the MACs.
+
+Nothing is computed and no weight is copied, so that the largest models are traced in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .errors import ArpHubError
+from .layers import LowRankLayer, count_params, weight_layers
+from .schemes import Pair
+
+InputSize = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One forward pass of one image.
+
+    Attributes:
+        sizes: For every layer that was called, in order of its first call: the height and width of its input map
+            (tokens x 1 for a linear layer), once per call.
+        macs: Multiply-accumulates of the whole model.
+        params: Parameters of the whole model.
+    """
+
+    sizes: Mapping[str, tuple[Pair, ...]]
+    macs: int
+    params: int
+
+
+def input_size_of(model: nn.Module, input_size: InputSize | None = None) -> InputSize:
+    """``input_size`` if given, else the one in the model's pretrained_cfg.
+
+    Raises:
+        ArpHubError: If neither is known, or the given one is not three positive numbers.
+    """
+    if input_size is None:
+        config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+        input_size = config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
+        if input_size is None:
+            raise ArpHubError("the model does not say its input size: pass input_size=(channels, height, width)")
+    size = tuple(input_size)
+    if len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise ArpHubError(f"input_size must be (channels, height, width), got {input_size!r}")
+    return size  # type: ignore[return-value]  # its length was checked just above
+
+
+def trace(model: nn.Module, input_size: InputSize | None = None) -> Trace:
+    """Follow one image through the model on the meta device.
+
+    Args:
+        model: Any timm model, dense or decomposed.
+        input_size: ``(channels, height, width)``; by default the model's own.
+
+    Raises:
+        ArpHubError: If the model cannot run on an input of this size.
+    """
+    size = input_size_of(model, input_size)
+    names = {id(module): name for name, module in weight_layers(model)}
+    names.update({id(m): name for name, m in model.named_modules() if isinstance(m, LowRankLayer)})
+    sizes: dict[str, list[Pair]] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            sizes.setdefault(names[id(module)], []).append(_map_size(module, args[0]))
+
+    hooks = [m.register_forward_pre_hook(record) for m in model.modules() if id(m) in names]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        macs = _meta_macs(model, size)
+    except Exception as error:
+        raise ArpHubError(f"the model cannot run on an input of size {size}: {error}") from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for hook in hooks:
+            hook.remove()
+    return Trace({name: tuple(calls) for name, calls in sizes.items()}, macs, count_params(model))
+
+
+def count_macs(model: nn.Module, input_size: InputSize | None = None) -> int:
+    """Multiply-accumulates of one image, counted on the model as it is (attention included)."""
+    return trace(model, input_size).macs
+
+
+def _map_size(module: nn.Module, x: Tensor) -> Pair:
+    linear = isinstance(module, nn.Linear) or hasattr(module, "in_features")
+    return (x.numel() // x.shape[-1], 1) if linear or x.dim() != 4 else (x.shape[-2], x.shape[-1])
+
+
+@torch.no_grad()
+def _meta_macs(model: nn.Module, size: InputSize) -> int:
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(model, meta, (torch.zeros(1, *size, dtype=dtype, device="meta"),))
+    return counter.get_total_flops() // 2
