@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .decompose import to_dense
 from .errors import ArpHubError
 from .layers import count_params, low_rank_layers
-from .tracing import InputSize, count_macs
+from .tracing import InputSize, count_macs, meta_copy
 
 
 def model_figures(model: nn.Module, input_size: InputSize) -> dict[str, Any]:
@@ -26,7 +25,7 @@ def model_figures(model: nn.Module, input_size: InputSize) -> dict[str, Any]:
     """
     figures: dict[str, Any] = {**_count(model, input_size), "input_size": list(input_size)}
     if low_rank_layers(model):
-        dense = _count(_dense_twin(model), input_size)
+        dense = _count(to_dense(meta_copy(model)), input_size)
         figures["dense"] = dense
         figures["kept"] = {key: round(figures[key] / dense[key], 4) for key in dense if key in figures}
     return figures
@@ -37,14 +36,3 @@ def _count(model: nn.Module, input_size: InputSize) -> dict[str, int]:
         return {"params": count_params(model), "macs": count_macs(model, input_size)}
     except ArpHubError:
         return {"params": count_params(model)}
-
-
-def _dense_twin(model: nn.Module) -> nn.Module:
-    """The dense form of a decomposed model on the meta device: shapes without weights."""
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    return to_dense(copy.deepcopy(model, {id(tensor): _meta(tensor) for tensor in tensors}))
-
-
-def _meta(tensor: Tensor) -> Tensor:
-    shape = tensor.detach().to("meta")
-    return nn.Parameter(shape, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shape

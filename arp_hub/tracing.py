@@ -5,6 +5,7 @@ Nothing is computed and no weight is copied, so that the largest models are trac
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,26 +65,22 @@ def trace(model: nn.Module, input_size: InputSize | None = None) -> Trace:
         ArpHubError: If the model cannot run on an input of this size.
     """
     size = input_size_of(model, input_size)
-    names = {id(module): name for name, module in weight_layers(model)}
-    names.update({id(m): name for name, m in model.named_modules() if isinstance(m, LowRankLayer)})
+    twin = meta_copy(model).eval()
+    names = {id(module): name for name, module in weight_layers(twin)}
+    names.update({id(m): name for name, m in twin.named_modules() if isinstance(m, LowRankLayer)})
     sizes: dict[str, list[Pair]] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor):
             sizes.setdefault(names[id(module)], []).append(_map_size(module, args[0]))
 
-    hooks = [m.register_forward_pre_hook(record) for m in model.modules() if id(m) in names]
-    modes = {module: module.training for module in model.modules()}
+    for module in twin.modules():
+        if id(module) in names:
+            module.register_forward_pre_hook(record)
     try:
-        model.eval()
-        macs = _meta_macs(model, size)
+        macs = _macs(twin, size)
     except Exception as error:
         raise ArpHubError(f"the model cannot run on an input of size {size}: {error}") from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for hook in hooks:
-            hook.remove()
     return Trace({name: tuple(calls) for name, calls in sizes.items()}, macs, count_params(model))
 
 
@@ -92,16 +89,25 @@ def count_macs(model: nn.Module, input_size: InputSize | None = None) -> int:
     return trace(model, input_size).macs
 
 
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model on the meta device: all of its structure, shared modules included, and none of its weights."""
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): _on_meta(tensor) for tensor in tensors})
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    meta = tensor.detach().to("meta")
+    return nn.Parameter(meta, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+
+
 def _map_size(module: nn.Module, x: Tensor) -> Pair:
     linear = isinstance(module, nn.Linear) or hasattr(module, "in_features")
     return (x.numel() // x.shape[-1], 1) if linear or x.dim() != 4 else (x.shape[-2], x.shape[-1])
 
 
 @torch.no_grad()
-def _meta_macs(model: nn.Module, size: InputSize) -> int:
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
+def _macs(model: nn.Module, size: InputSize) -> int:
+    dtype = next((t.dtype for t in model.parameters() if t.is_floating_point()), torch.float32)
     with FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(model, meta, (torch.zeros(1, *size, dtype=dtype, device="meta"),))
+        model(torch.zeros(1, *size, dtype=dtype, device="meta"))
     return counter.get_total_flops() // 2

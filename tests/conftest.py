@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import load_dataset
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 torch.set_num_threads(1)
 
@@ -18,3 +23,17 @@ def shared() -> Path:
     if not (folder / "data").is_dir() or not (folder / "weights").is_dir():
         pytest.skip(f"no data and weights in '{folder}': set ARP_HUB_SHARED")
     return folder
+
+
+@pytest.fixture(scope="session")
+def cifar_test(shared: Path) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """The first ``count`` CIFAR-10 test images, normalised as the shared checkpoints expect, and their labels."""
+    mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
+
+    def images(count: int) -> tuple[Tensor, Tensor]:
+        files = str(shared / "data/cifar10/test-*.parquet")
+        rows = load_dataset("parquet", data_files=files, split=f"train[:{count}]")
+        pixels = torch.stack([pil_to_tensor(image.convert("RGB")) for image in rows["img"]])
+        return (pixels / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1), torch.tensor(rows["label"])
+
+    return images

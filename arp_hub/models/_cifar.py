@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -54,8 +53,8 @@ class CifarModel(nn.Module):
         self.head_hidden_size = self.num_features * cast(Any, self.global_pool).feat_mult()
 
     @abstractmethod
-    def stages(self) -> list[Sequence[nn.Module]]:
-        """The modules of every stage, in the order of `feature_info`."""
+    def stages(self) -> list[nn.Sequential]:
+        """The stages in the order of `feature_info`; gradient checkpointing recomputes a stage child by child."""
 
     @abstractmethod
     def keep_stages(self, count: int) -> None:
@@ -144,12 +143,8 @@ class CifarModel(nn.Module):
         """Logits ``(N, num_classes)`` of images ``(N, in_chans, H, W)``."""
         return self.forward_head(self.forward_features(x))
 
-    def _run(self, stage: Sequence[nn.Module], x: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(stage, x)
-        for module in stage:
-            x = module(x)
-        return x
+    def _run(self, stage: nn.Sequential, x: Tensor) -> Tensor:
+        return checkpoint_seq(stage, x) if self.grad_checkpointing and len(stage) else stage(x)
 
 
 def init_weights(model: nn.Module) -> None:

@@ -8,7 +8,6 @@ half of them before and half after the old ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -106,10 +105,10 @@ class CifarResNet(CifarModel):
         """Patterns that group the parameters by depth, for layer-wise learning rates."""
         return {"stem": r"^conv1|bn1", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
-    def stages(self) -> list[Sequence[nn.Module]]:
+    def stages(self) -> list[nn.Sequential]:
         """The stem, then layer1 to layer3."""
-        layers = [cast("Sequence[nn.Module]", getattr(self, info["module"])) for info in self.feature_info[1:]]
-        return [[self.conv1, self.bn1, self.act1], *layers]
+        stem = nn.Sequential(nn.Sequential(self.conv1, self.bn1, self.act1))
+        return [stem, *(cast(nn.Sequential, getattr(self, info["module"])) for info in self.feature_info[1:])]
 
     def keep_stages(self, count: int) -> None:
         """Empty all stages but the first ``count``."""

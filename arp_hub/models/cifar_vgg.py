@@ -7,11 +7,11 @@ linear layers of the ImageNet model are replaced by one, as is usual on 32x32 im
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import nn
+from torch import Tensor, nn
 
 from ._cifar import CifarModel, cifar_cfg, init_weights
 
@@ -72,15 +72,18 @@ class CifarVgg(CifarModel):
         """Patterns that group the parameters by depth, for layer-wise learning rates."""
         return {"stem": r"^features\.0", "blocks": r"^features\.(\d+)"}
 
-    def stages(self) -> list[Sequence[nn.Module]]:
+    def stages(self) -> list[nn.Sequential]:
         """The convolutions of every stage, led by the pooling before them; the last stage is the last pooling."""
         ends = [0, *self._ends()]
-        stages = [list(self.features)[start:end] for start, end in zip(ends, ends[1:], strict=False)]
-        return cast("list[Sequence[nn.Module]]", stages)
+        return [nn.Sequential(self.features[start:end]) for start, end in zip(ends, ends[1:], strict=False)]
 
     def keep_stages(self, count: int) -> None:
         """Cut off all stages but the first ``count``."""
         self.features = self.features[: self._ends()[count - 1]]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last map ``(N, num_features, h, w)``."""
+        return super().forward_features(x) if self.grad_checkpointing else self.features(x)
 
     def _ends(self) -> list[int]:
         return [int(info["module"].rpartition(".")[2]) + 1 for info in self.feature_info]

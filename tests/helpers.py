@@ -1,0 +1,47 @@
+"""Decomposed models for tests of what happens to a model after its decomposition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import arp_hub
+from arp_hub.layers import layer_shape
+from arp_hub.schemes import make_scheme
+
+
+def half_rank_plan(model: nn.Module, layers: dict[str, str]) -> arp_hub.RankPlan:
+    """A plan with the given scheme of every named layer, at half its full rank."""
+    modules = dict(model.named_modules())
+    plans = {}
+    for name, scheme in layers.items():
+        groups = 2 if scheme.startswith("group_") else 1
+        full = make_scheme(scheme, layer_shape(modules[name]), groups).max_rank
+        plans[name] = arp_hub.LayerPlan(scheme, max(full // 2, 1), groups)
+    return arp_hub.RankPlan(plans)
+
+
+def low_rank_model(name: str, layers: dict[str, str], **kwargs: object) -> nn.Module:
+    """A timm model with random weights and statistics, some of its layers decomposed at half rank."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return arp_hub.decompose(model, half_rank_plan(model, layers))
+
+
+def load(folder: Path, **kwargs: object) -> nn.Module:
+    """What ``timm.create_model`` makes of a saved folder."""
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval()
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """A model's output, or its feature maps, as a list."""
+    y = model(x)
+    return list(y) if isinstance(y, (list, tuple)) else [y]
