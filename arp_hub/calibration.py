@@ -73,13 +73,13 @@ class Moments:
 
     def __init__(self, shape: LayerShape, device: torch.device) -> None:
         columns = shape.group_in * shape.taps
-        like = {"dtype": torch.float64, "device": device}
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         self.shape = shape
-        self.xx = torch.zeros(2, shape.groups, columns, columns, **like)
-        self.yx = torch.zeros(2, shape.groups, shape.group_out, columns, **like)
-        self.x = torch.zeros(2, shape.groups, columns, **like)
-        self.y = torch.zeros(2, shape.groups, shape.group_out, **like)
-        self.count = torch.zeros(2, **like)
+        self.xx = zeros(2, shape.groups, columns, columns)
+        self.yx = zeros(2, shape.groups, shape.group_out, columns)
+        self.x = zeros(2, shape.groups, columns)
+        self.y = zeros(2, shape.groups, shape.group_out)
+        self.count = zeros(2)
         self._images = 0
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,7 @@ def decompose(
         else:
             found = _given_factors(name, schemes[name], weight, factors)
         new[name] = low_rank_layer(modules[name], layer_plan)
-        new[name].load_factors(found, modules[name].bias)  # type: ignore[arg-type]  # a bias is a tensor or None
+        new[name].load_factors(found, modules[name].bias)
     for name, layer in new.items():
         replace_layer(model, modules[name], layer)
     return model
@@ -140,7 +141,7 @@ def _decompose_by_data(
         replace_layer(model, teacher, student_modules[name].train(teacher.training))
     for name, module in model.named_modules():
         if isinstance(module, BatchNorm) and module.running_mean is not None:
-            module.running_mean.copy_(student_modules[name].running_mean)  # type: ignore[arg-type]
+            module.running_mean.copy_(student_modules[name].running_mean)
     return model
 
 
@@ -171,7 +172,7 @@ def output_scale(norm: BatchNorm | None, weight: Tensor) -> Tensor:
     """How much each output channel counts: as its BatchNorm scales it, or all alike without one. At most 1."""
     if norm is None:
         return torch.ones(weight.shape[0], dtype=weight.dtype, device=weight.device)
-    scale = (norm.weight.detach().abs() / (norm.running_var + norm.eps).sqrt()).to(weight)  # type: ignore[operator]
+    scale = (norm.weight.detach().abs() / (cast(Tensor, norm.running_var) + norm.eps).sqrt()).to(weight)
     return (scale / scale.max().clamp_min(torch.finfo(scale.dtype).tiny)).clamp_min(_LEAST_SCALE)
 
 
@@ -184,7 +185,8 @@ def _shift_mean(layer: LowRankLayer, norm: BatchNorm | None, bias: Tensor) -> No
     if layer.bias is not None:
         layer.bias.add_(bias.to(layer.bias))
     else:
-        norm.running_mean.sub_(bias.to(norm.running_mean))  # type: ignore[union-attr, arg-type]
+        mean = cast(Tensor, cast(BatchNorm, norm).running_mean)
+        mean.sub_(bias.to(mean))
 
 
 def _execution_order(model: nn.Module, plan: RankPlan, images: Images) -> Sequence[str]:
@@ -193,5 +195,5 @@ def _execution_order(model: nn.Module, plan: RankPlan, images: Images) -> Sequen
     by_module = {id(model.get_submodule(name)): order for order, name in enumerate(called)}
     order = {name: by_module.get(id(model.get_submodule(name))) for name in plan.layers}
     if silent := [name for name, place in order.items() if place is None]:
-        raise ArpHubError(f"the model never calls {silent[0]!r} (it may use its weight directly): take it out of the plan")
+        raise ArpHubError(f"the model never calls '{silent[0]}' (it may use its weight alone): take it out of the plan")
     return sorted(plan.layers, key=lambda name: order[name])  # type: ignore[arg-type, return-value]

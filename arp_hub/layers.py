@@ -93,7 +93,7 @@ def effective_weight(module: nn.Module) -> Tensor:
     For a weight-standardised convolution that is the standardised weight; it is caught on its way into ``conv2d``.
     """
     if isinstance(module, LowRankLayer):
-        return module.weight if module.weight.dim() == 4 else module.weight[..., None, None]
+        return module.scheme.compose(module.factor_weights())
     if isinstance(module, nn.Linear):
         return module.weight.detach()[..., None, None]
     conv = cast(nn.Conv2d, module)
@@ -141,7 +141,7 @@ def padder(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         return None
     size, stride, dilation = list(module.kernel_size), list(module.stride), list(module.dilation)
     if _is_same_padded(module):
-        return lambda x: pad_same(x, size, stride, dilation)  # type: ignore[arg-type]  # any sequence will do
+        return lambda x: pad_same(x, size, stride, dilation)
     if _numeric_padding(module) is None:
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         return lambda x: F.pad(x, list(module._reversed_padding_repeated_twice), mode=mode)
@@ -363,22 +363,25 @@ def plain_layer(module: nn.Module) -> nn.Module:
 
 def _dense_conv(like: nn.Conv2d | LowRankConv2d, sample: Tensor, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """A convolution with the attributes of ``like`` and the device and dtype of ``sample``."""
-    kind = timm.layers.Conv2dSame if _is_same_padded(like) else nn.Conv2d
-    dense = kind(
-        like.in_channels,
-        like.out_channels,
-        like.kernel_size,  # type: ignore[arg-type]  # a pair, in timm's word too
-        stride=like.stride,
-        padding=like.padding,
-        dilation=like.dilation,
-        groups=like.groups,
-        bias=bias is not None,
-        padding_mode=like.padding_mode,
-        device=sample.device,
-        dtype=sample.dtype,
-    )
+    options: dict[str, Any] = {
+        "kernel_size": like.kernel_size,
+        "stride": like.stride,
+        "dilation": like.dilation,
+        "groups": like.groups,
+        "bias": bias is not None,
+        "device": sample.device,
+        "dtype": sample.dtype,
+    }
+    dense: nn.Conv2d
+    if _is_same_padded(like):
+        dense = timm.layers.Conv2dSame(like.in_channels, like.out_channels, **options)
+    else:
+        padding: Any = like.padding
+        dense = nn.Conv2d(
+            like.in_channels, like.out_channels, padding=padding, padding_mode=like.padding_mode, **options
+        )
     _fill(dense, weight, bias)
-    return cast(nn.Conv2d, dense.train(like.training))
+    return dense.train(like.training)
 
 
 @torch.no_grad()

@@ -31,10 +31,10 @@ Method = Literal["tracking", "dual"]
 _END_OF_RAMP = 1e-4
 """Target violation at the end of the ramp, relative to the one at its start."""
 _DUAL_RATE, _DUAL_GROWTH, _DUAL_PROGRESS = 0.02, 1.02, 0.99
-"""Dual ascent: gain per step and unit of relative violation, and its growth when the violation falls by less than 1 %."""
+"""Dual ascent: gain per step, and its growth in steps in which the violation falls by less than 1 %."""
 _METRIC_ITERATIONS = 2
 _CHECK_EVERY = 50
-"""Steps between two looks for NaN on an accelerator, where a look stops the pipeline. On a CPU every step is checked."""
+"""Steps between two looks for NaN on an accelerator, where a look stops the pipeline; on a CPU every step looks."""
 
 
 @dataclass

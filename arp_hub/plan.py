@@ -6,8 +6,8 @@ A plan file looks like this::
      "layers": {"layer1.0.conv1": {"scheme": "cp", "rank": 16, "groups": 1}},
      "dense": {"conv1": "first convolution"}}
 
-``dense`` gives the reason for every layer that stays as it is. A key that this version does not know is passed over with
-a warning, unless the file lists it in ``requires``: then the file is refused, with the command that upgrades arp_hub.
+``dense`` gives the reason for every layer that stays as it is. A key that this version does not know is passed over
+with a warning, unless the file lists it in ``requires``: then the file is refused, with the command that upgrades.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _check_keys(data: Mapping[str, Any], known: frozenset[str], requires: list[s
         raise ArpHubError(f"{owner} requires {_short(needed)}, which this arp_hub does not know: {_UPGRADE}")
     if unknown:
         warnings.warn(
-            f"{owner} holds {_short(unknown)}, which this arp_hub does not know and passes over; to use them, {_UPGRADE}",
+            f"{owner} holds {_short(unknown)}, which this arp_hub does not know and passes over; to use it, {_UPGRADE}",
             stacklevel=4,
         )
 

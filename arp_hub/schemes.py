@@ -354,7 +354,7 @@ class Channel(_MatrixScheme):
         return self.design(factors[:-1])
 
     def fit(self, target: Tensor, moment: Tensor, start: Sequence[Tensor], iterations: int = 100) -> Factors:
-        """Reduced-rank regression, in closed form: the truncated SVD in the whitened metric (``start`` gives the rank)."""
+        """Reduced-rank regression, in closed form: a truncated SVD in the whitened metric; ``start`` gives the rank."""
         rank = start[-1].shape[1]
         root = torch.linalg.cholesky(moment.repeat_interleave(self.groups, dim=0))
         left = torch.linalg.svd(self._rows(target) @ root, full_matrices=False).U[..., :rank]
@@ -445,11 +445,10 @@ class Spatial(_MatrixScheme):
     def convs(self, rank: int) -> tuple[ConvSpec, ...]:
         s = self.shape
         inner = s.groups * rank
-        vertical = [(n, neutral) for n, neutral in zip(_axis(s, 0), (1, 1, 0, 1), strict=True)]
-        horizontal = [(neutral, n) for n, neutral in zip(_axis(s, 1), (1, 1, 0, 1), strict=True)]
+        (kh, kw), (sh, sw), (ph, pw), (dh, dw) = s.kernel_size, s.stride, s.padding, s.dilation
         return (
-            ConvSpec(s.in_channels, inner, *vertical, s.groups),
-            ConvSpec(inner, s.out_channels, *horizontal, s.groups),
+            ConvSpec(s.in_channels, inner, (kh, 1), (sh, 1), (ph, 0), (dh, 1), s.groups),
+            ConvSpec(inner, s.out_channels, (1, kw), (1, sw), (0, pw), (1, dw), s.groups),
         )
 
     def design(self, factors: Sequence[Tensor]) -> Tensor:
@@ -624,11 +623,6 @@ class Tucker2(Scheme):
                 outputs.reshape(s.out_channels, r_out, 1, 1),
             )
         )
-
-
-def _axis(shape: LayerShape, axis: int) -> tuple[int, int, int, int]:
-    """Kernel size, stride, padding and dilation along one axis."""
-    return shape.kernel_size[axis], shape.stride[axis], shape.padding[axis], shape.dilation[axis]
 
 
 def _leading(matrix: Tensor, rank: int) -> Tensor:

@@ -48,10 +48,10 @@ def input_size_of(model: nn.Module, input_size: InputSize | None = None) -> Inpu
         input_size = config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
         if input_size is None:
             raise ArpHubError("the model does not say its input size: pass input_size=(channels, height, width)")
-    size = tuple(input_size)
-    if len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
+    if len(input_size) != 3 or not all(isinstance(n, int) and n > 0 for n in input_size):
         raise ArpHubError(f"input_size must be (channels, height, width), got {input_size!r}")
-    return size  # type: ignore[return-value]  # its length was checked just above
+    channels, height, width = input_size
+    return channels, height, width
 
 
 def trace(model: nn.Module, input_size: InputSize | None = None) -> Trace:
