@@ -512,7 +512,9 @@ class Cp(Scheme):
         s = self.shape
         tensor = weight.reshape(s.groups, s.group_out, s.group_in, s.taps)
         if start is None:
-            modes, sweeps = self._slice_start(tensor, rank), ALS_SWEEPS if sweeps is None else sweeps
+            modes = _slice_start(tensor, rank)
+            sweeps = ALS_SWEEPS if sweeps is None else sweeps
+            sweeps = 0 if rank >= self.max_rank else sweeps  # the start is exact
         else:
             inputs, taps = self._modes(start)
             modes = [start[-1].reshape(s.groups, s.group_out, rank).mT, inputs, taps]
@@ -541,29 +543,6 @@ class Cp(Scheme):
         """The input and the kernel mode, each ``(G, r, n)``."""
         s = self.shape
         return factors[0].reshape(s.groups, -1, s.group_in), factors[1].reshape(s.groups, -1, s.taps)
-
-    def _slice_start(self, tensor: Tensor, rank: int) -> list[Tensor]:
-        """A deterministic start: the r largest singular triplets of the slices of the rotated tensor.
-
-        The kernel mode is rotated to its principal axes; each slice is then a matrix, and its singular triplets are
-        CP components. At full rank this is already exact.
-        """
-        axes = torch.linalg.svd(tensor.flatten(1, 2), full_matrices=False).Vh  # (G, a, taps)
-        slices = torch.einsum("gois,gas->gaoi", tensor, axes)
-        left, values, right = torch.linalg.svd(slices, full_matrices=False)
-        order = values.flatten(1).argsort(dim=1, descending=True, stable=True)[:, :rank]
-        root = values.flatten(1).gather(1, order).clamp_min(torch.finfo(tensor.dtype).eps).pow(1 / 3)[..., None]
-
-        def pick(vectors: Tensor) -> Tensor:
-            return vectors.gather(1, order[..., None].expand(-1, -1, vectors.shape[-1]))
-
-        per_slice = values.shape[-1]
-        return [
-            pick(left.mT.flatten(1, 2)) * root,
-            pick(right.flatten(1, 2)) * root,
-            pick(axes.repeat_interleave(per_slice, dim=1)) * root,
-        ]
-
 
 class Tucker2(Scheme):
     """1x1 to r channels, a full ``kh x kw`` convolution on them, 1x1 out (Kim et al. 2016).
@@ -640,6 +619,32 @@ def _solve_spd(gram: Tensor, right: Tensor) -> Tensor:
     if info.any():  # numerically rank-deficient: damp until it factorises
         factor = torch.linalg.cholesky(damped + torch.diag_embed((ridge * 1e4).expand_as(diagonal)))
     return torch.cholesky_solve(right, factor)
+
+
+def _slice_start(tensor: Tensor, rank: int) -> list[Tensor]:
+    """A deterministic start for CP: the r largest singular triplets of the slices of the rotated tensor.
+
+    The shortest mode is rotated to its principal axes; each slice along it is then a matrix, and its singular triplets
+    are CP components. At full rank this is exact already.
+    """
+    short = min((3, 2, 1), key=lambda mode: tensor.shape[mode])
+    others = [mode for mode in (1, 2, 3) if mode != short]
+    turned = tensor.permute(0, *others, short)
+    axes = torch.linalg.svd(turned.flatten(1, 2), full_matrices=False).Vh  # (G, axis, n)
+    slices = torch.einsum("gabs,gts->gtab", turned, axes)
+    left, values, right = torch.linalg.svd(slices, full_matrices=False)
+    order = values.flatten(1).argsort(dim=1, descending=True, stable=True)[:, :rank]
+    root = values.flatten(1).gather(1, order).clamp_min(torch.finfo(tensor.dtype).tiny).pow(1 / 3)[..., None]
+
+    def pick(vectors: Tensor) -> Tensor:
+        return vectors.gather(1, order[..., None].expand(-1, -1, vectors.shape[-1])) * root
+
+    found = {
+        others[0]: pick(left.mT.flatten(1, 2)),
+        others[1]: pick(right.flatten(1, 2)),
+        short: pick(axes.repeat_interleave(values.shape[-1], dim=1)),
+    }
+    return [found[mode] for mode in (1, 2, 3)]
 
 
 def _als_sweep(tensor: Tensor, modes: list[Tensor]) -> list[Tensor]:

@@ -1,0 +1,149 @@
+"""Plans: JSON there and back, what is refused, and what a model says of a plan."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arp_hub import ArpHubError, LayerPlan, RankPlan
+from arp_hub.schemes import SCHEMES
+from arp_hub.structure import apply_plan, check_plan, plan_of
+
+layer_plans = st.builds(
+    lambda scheme, rank, groups: LayerPlan(scheme, rank, groups if SCHEMES[scheme].grouped else 1),
+    st.sampled_from(sorted(SCHEMES)),
+    st.integers(1, 10**6),
+    st.integers(1, 64),
+)
+plans = st.builds(RankPlan, st.dictionaries(st.text(), layer_plans), st.dictionaries(st.text(), st.text()))
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(plans)
+def test_round_trip(plan):
+    again = RankPlan.from_json(plan.to_json())
+    assert again == plan
+    assert hash(again) == hash(plan)
+    assert copy.deepcopy(plan) == pickle.loads(pickle.dumps(plan)) == plan
+
+
+def test_file_round_trip(tmp_path):
+    plan = RankPlan({"layer1.0.conv1": LayerPlan("cp", 16)}, {"conv1": "first convolution"})
+    plan.save(tmp_path / "plan.json")
+    assert RankPlan.load(tmp_path / "plan.json") == plan
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+@settings(max_examples=300)
+@given(
+    json_values
+    | st.fixed_dictionaries(
+        {"format_version": json_values | st.just(1), "layers": json_values},
+        optional={"dense": json_values, "requires": json_values},
+    )
+    | st.fixed_dictionaries(
+        {
+            "format_version": st.just(1),
+            "layers": st.dictionaries(
+                st.text(max_size=5),
+                st.fixed_dictionaries({"scheme": json_values | st.just("cp"), "rank": json_values, "groups": json_values}),
+                max_size=2,
+            ),
+        }
+    )
+)
+@pytest.mark.filterwarnings("ignore:.*does not know")
+def test_garbage_raises_nothing_but_our_error(data):
+    try:
+        RankPlan.from_json(json.dumps(data))
+    except ArpHubError as error:
+        assert len(str(error)) < 600
+
+
+GOOD = {"format_version": 1, "layers": {"conv": {"scheme": "cp", "rank": 4}}}
+BAD_FILES = {
+    "not JSON": ("{", "not valid JSON"),
+    "not an object": ([], "JSON object"),
+    "no version": ({"layers": {}}, "format_version"),
+    "newer version": ({"format_version": 2, "layers": {}}, "pip install --upgrade"),
+    "no layers": ({"format_version": 1}, "'layers'"),
+    "unknown scheme": ({"format_version": 1, "layers": {"a": {"scheme": "svd", "rank": 4}}}, "choose one of channel"),
+    "rank zero": ({"format_version": 1, "layers": {"a": {"scheme": "cp", "rank": 0}}}, "rank must be"),
+    "rank a float": ({"format_version": 1, "layers": {"a": {"scheme": "cp", "rank": 1.5}}}, "rank must be"),
+    "no rank": ({"format_version": 1, "layers": {"a": {"scheme": "cp"}}}, "lacks rank"),
+    "groups without a grouped scheme": (
+        {"format_version": 1, "layers": {"a": {"scheme": "cp", "rank": 1, "groups": 2}}},
+        "makes no groups",
+    ),
+    "a required key from the future": (GOOD | {"bits": 4, "requires": ["bits"]}, "pip install --upgrade"),
+    "a required layer key": (
+        {
+            "format_version": 1,
+            "requires": ["bits"],
+            "layers": {"a": {"scheme": "cp", "rank": 4, "bits": 4}},
+        },
+        "layer 'a' requires",
+    ),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_file(data, message):
+    text = data if isinstance(data, str) else json.dumps(data)
+    with pytest.raises(ArpHubError, match=message):
+        RankPlan.from_json(text)
+
+
+def test_unknown_optional_key_warns():
+    with pytest.warns(UserWarning, match="'colour'"):
+        assert RankPlan.from_dict(GOOD | {"colour": "red"}) == RankPlan.from_dict(GOOD)
+
+
+def test_deep_nesting_is_refused():
+    with pytest.raises(ArpHubError):
+        RankPlan.from_json("[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"layer1.0.conv9": LayerPlan("cp", 4)}, "did you mean 'layer1.0.conv"),
+        ({"layer1": LayerPlan("cp", 4)}, "cannot be decomposed"),
+        ({"layer1.0.conv1": LayerPlan("cp", 10**6)}, "beyond"),
+        ({"layer1.0.conv1": LayerPlan("group_in", 4, groups=7)}, "cannot be split into 7 groups"),
+        ({"fc": LayerPlan("cp", 4)}, "1x1"),
+        ({"fc": LayerPlan("spatial", 4)}, "length 1"),
+    ],
+)
+def test_plan_that_does_not_fit(layers, message):
+    model = timm.create_model("resnet18", num_classes=10)
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ArpHubError, match=message):
+        apply_plan(model, RankPlan(layers))
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_plan_of_reads_a_model_back():
+    plan = RankPlan({"layer1.0.conv1": LayerPlan("cp", 7), "fc": LayerPlan("group_in", 3, 4)})
+    model = apply_plan(timm.create_model("resnet18", num_classes=10), plan)
+    assert plan_of(model).layers == plan.layers
+    with pytest.raises(ArpHubError, match="decomposed already"):
+        check_plan(model, plan)
+
+
+def test_a_shared_module_is_planned_once_and_stays_shared():
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(8, 8)})
+    model["b"] = model["a"]
+    with pytest.raises(ArpHubError, match="one shared module"):
+        check_plan(model, RankPlan({"a": LayerPlan("channel", 2), "b": LayerPlan("channel", 2)}))
+    apply_plan(model, RankPlan({"a": LayerPlan("channel", 2)}))
+    assert model["a"] is model["b"]

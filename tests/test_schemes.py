@@ -1,0 +1,156 @@
+"""The maths of every scheme on every kind of layer: exactness, costs, nearest points, fits."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from arp_hub import ArpHubError, LayerPlan
+from arp_hub.layers import count_params, effective_weight, low_rank_layer
+from arp_hub.schemes import SCHEMES, LayerShape, chain_macs, make_scheme, relative_error
+
+SHAPES = {
+    "3x3": LayerShape(12, 8, (3, 3), padding=(1, 1)),
+    "strided": LayerShape(8, 12, (3, 3), stride=(2, 1), padding=(1, 1)),
+    "dilated": LayerShape(8, 8, (3, 3), padding=(2, 1), dilation=(2, 1)),
+    "rectangular": LayerShape(12, 8, (3, 5), padding=(1, 2)),
+    "patchify": LayerShape(16, 4, (4, 4), stride=(4, 4)),
+    "1x7": LayerShape(8, 8, (1, 7), padding=(0, 3)),
+    "1x1": LayerShape(24, 8),
+    "grouped": LayerShape(12, 8, (3, 3), padding=(1, 1), groups=2),
+    "linear": LayerShape(24, 8, kind="linear"),
+}
+CASES = [
+    pytest.param(shape, name, groups, id=f"{kind}-{name}-{groups}")
+    for kind, shape in SHAPES.items()
+    for name, scheme in SCHEMES.items()
+    for groups in ((1, 2) if scheme.grouped else (1,))
+    if scheme.refusal(shape, groups) is None
+]
+
+
+def dense_layer(shape: LayerShape) -> nn.Module:
+    torch.manual_seed(0)
+    if shape.kind == "linear":
+        return nn.Linear(shape.in_channels, shape.out_channels).double()
+    return nn.Conv2d(
+        shape.in_channels, shape.out_channels, shape.kernel_size, shape.stride, shape.padding, shape.dilation, shape.groups
+    ).double()
+
+
+def images(shape: LayerShape) -> torch.Tensor:
+    torch.manual_seed(1)
+    size = (2, 5, shape.in_channels) if shape.kind == "linear" else (2, shape.in_channels, 12, 13)
+    return torch.randn(size, dtype=torch.float64)
+
+
+def low_rank(dense: nn.Module, name: str, groups: int, rank: int) -> nn.Module:
+    layer = low_rank_layer(dense, LayerPlan(name, rank, groups))
+    layer.load_factors(layer.scheme.nearest(effective_weight(dense), rank), dense.bias)
+    return layer
+
+
+@pytest.mark.parametrize(("shape", "name", "groups"), CASES)
+def test_full_rank_is_exact(shape, name, groups):
+    dense, x = dense_layer(shape), images(shape)
+    layer = low_rank(dense, name, groups, make_scheme(name, shape, groups).max_rank)
+    assert (layer(x) - dense(x)).norm() < 1e-5 * dense(x).norm()
+
+
+@pytest.mark.parametrize(("shape", "name", "groups"), CASES)
+def test_chain_equals_its_dense_form_and_costs_what_it_says(shape, name, groups):
+    dense, x = dense_layer(shape), images(shape)
+    scheme = make_scheme(name, shape, groups)
+    rank = max(1, scheme.max_rank // 2)
+    layer = low_rank(dense, name, groups, rank)
+    merged = layer.dense_layer()
+    torch.testing.assert_close(layer(x), merged(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(layer.weight, merged.weight)
+    assert count_params(layer) == scheme.params(rank) + dense.bias.numel()
+    if shape.kind == "conv":
+        convs, size = scheme.convs(rank), (12, 13)
+        assert convs[-1].output_size(convs[-1].output_size(size)) is not None
+        for conv in convs:
+            size = conv.output_size(size)
+        assert size == tuple(dense(x).shape[-2:])
+        assert chain_macs(convs, (12, 13)) > 0
+
+
+@pytest.mark.parametrize(("shape", "name", "groups"), CASES)
+def test_nearest_falls_with_rank_and_beats_chance(shape, name, groups):
+    weight = effective_weight(dense_layer(shape))
+    scheme = make_scheme(name, shape, groups)
+    ranks = sorted({1, max(1, scheme.max_rank // 3), max(1, scheme.max_rank // 2), scheme.max_rank})
+    errors = [float(relative_error(weight, scheme.compose(scheme.nearest(weight, rank)))) for rank in ranks]
+    assert all(after <= before + 1e-9 for before, after in itertools.pairwise(errors))
+    assert errors[0] < 1
+    assert errors[-1] < 1e-9
+
+
+@pytest.mark.parametrize(("shape", "name", "groups"), CASES)
+def test_warm_start_settles_on_a_point_of_the_set(shape, name, groups):
+    weight = effective_weight(dense_layer(shape))
+    scheme = make_scheme(name, shape, groups)
+    rank = max(1, scheme.max_rank // 2)
+    on_set = scheme.compose(scheme.nearest(weight, rank))
+    start = scheme.nearest(weight + 0.05 * weight.std() * torch.randn_like(weight), rank)
+    error = float(relative_error(on_set, scheme.compose(scheme.nearest(on_set, rank, start=start, sweeps=50))))
+    assert error < 2e-3
+
+
+@pytest.mark.parametrize(("shape", "name", "groups"), CASES)
+def test_fit_in_a_metric_beats_the_weight_metric(shape, name, groups):
+    weight = effective_weight(dense_layer(shape))
+    scheme = make_scheme(name, shape, groups)
+    columns = shape.group_in * shape.taps
+    x = torch.randn(shape.groups, columns, 3 * columns, dtype=torch.float64) * torch.linspace(0.1, 3, columns)[:, None]
+    moment = x @ x.mT / x.shape[-1]
+    rank = max(1, scheme.max_rank // 3)
+    plain = scheme.nearest(weight, rank)
+    fitted = scheme.fit(weight, moment, plain)
+    before, after = (float(relative_error(weight, scheme.compose(f), moment)) for f in (plain, fitted))
+    assert after < before
+    assert [f.shape for f in fitted] == [conv.weight_shape for conv in scheme.convs(rank)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    out=st.integers(1, 10), inner=st.integers(1, 10), kh=st.integers(1, 4), kw=st.integers(1, 4),
+    own=st.integers(1, 3), data=st.data(),
+)  # fmt: skip
+def test_any_shape_any_rank(out, inner, kh, kw, own, data):
+    shape = LayerShape(out * own, inner * own, (kh, kw), groups=own)
+    name = data.draw(st.sampled_from(sorted(SCHEMES)))
+    groups = data.draw(st.sampled_from([1, 2, 5])) if SCHEMES[name].grouped else 1
+    if SCHEMES[name].refusal(shape, groups):
+        with pytest.raises(ArpHubError, match="does not fit this layer"):
+            make_scheme(name, shape, groups)
+        return
+    scheme = make_scheme(name, shape, groups)
+    rank = data.draw(st.integers(1, scheme.max_rank))
+    weight = torch.randn(out * own, inner, kh, kw, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    factors = scheme.nearest(weight, rank, sweeps=3)
+    assert [f.shape for f in factors] == [conv.weight_shape for conv in scheme.convs(rank)]
+    assert sum(f.numel() for f in factors) == scheme.params(rank)
+    assert float(relative_error(weight, scheme.compose(factors))) <= 1 + 1e-9
+    torch.testing.assert_close(scheme.compose(scheme.balance(factors)), scheme.compose(factors))
+
+
+def test_groups_buy_total_rank_for_one_by_one_layers():
+    expand, squeeze = LayerShape(64, 16), LayerShape(16, 64)
+    plain = make_scheme("channel", expand)
+    split = make_scheme("group_out", expand, 4)
+    assert split.params(4) / 16 < plain.params(16) / 16
+    assert make_scheme("group_in", squeeze, 4).params(4) < make_scheme("channel", squeeze).params(16)
+
+
+def test_a_zero_weight_stays_zero():
+    weight = torch.zeros(8, 8, 3, 3, dtype=torch.float64)
+    for name in SCHEMES:
+        scheme = make_scheme(name, LayerShape(8, 8, (3, 3)))
+        composed = scheme.compose(scheme.nearest(weight, 2))
+        assert composed.isfinite().all()
+        assert composed.abs().max() < 1e-6
