@@ -5,6 +5,7 @@ Both give normalised batches ``(N, 3, H, W)`` on a device, for training (augment
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -158,7 +159,7 @@ class StreamedImages:
         loader = DataLoader(
             _Transformed(self, transform),
             batch_sampler=jobs,
-            num_workers=workers,
+            num_workers=min(workers, os.cpu_count() or 1),
             pin_memory=device.type == "cuda",
             collate_fn=torch.stack,
         )

@@ -1,0 +1,290 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from arp_hub.errors import ArpHubError
+from arp_hub.layers import count_params
+from arp_hub.training import TrainConfig, evaluate, load_data, run
+from arp_hub.training.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from arp_hub.training.runlog import read_log
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+TINY = {
+    "model": "cifar_resnet20",
+    "data": "digits",
+    "keep_params": 0.5,
+    "schemes": ("channel",),
+    "calibration_images": 16,
+    "dense_epochs": 1,
+    "epochs": 1,
+    "max_steps": 4,
+    "batch_size": 16,
+    "cpu": True,
+    "tracker": "none",
+}
+
+
+def config(tmp_path, **changes):
+    return TrainConfig(**{**TINY, "output": str(tmp_path / "out"), **changes})
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def largest_difference(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    return max((a[key].double() - b[key].double()).abs().max().item() for key in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run through every phase."""
+    folder = tmp_path_factory.mktemp("finished")
+    settings = config(folder, finetune_epochs=1, val_fraction=0.1, distill=0.5, tracker="tensorboard", log_every=2)
+    return settings, run(settings)
+
+
+def test_a_run_passes_through_every_phase(finished):
+    settings, metrics = finished
+    entries = read_log(settings.run_folder / "log.jsonl")
+    assert [(entry["phase"], entry["step"]) for entry in entries] == [("dense", 4), ("compress", 4), ("finetune", 4)]
+    assert all(0 <= entry["val"]["top1"] <= 100 and entry["val"]["images"] == 144 for entry in entries)
+    violations = entries[1]["violations"]
+    assert violations.keys() == metrics["plan"]["layers"].keys()
+    assert max(violations.values()) == 0
+    assert set(metrics["scores"]) == {"dense", "fit", "before_decomposition", "decomposed", "finetuned"}
+    assert list((settings.run_folder / "tracker").glob("events*"))
+
+
+def test_decomposition_changes_nothing_after_the_hold(finished):
+    scores = finished[1]["scores"]
+    assert scores["decomposed"]["loss"] == pytest.approx(scores["before_decomposition"]["loss"], rel=1e-4)
+    assert scores["decomposed"]["top1"] == scores["before_decomposition"]["top1"]
+
+
+def test_the_saved_model_is_the_one_that_was_measured(finished):
+    settings, metrics = finished
+    model = timm.create_model(f"local-dir:{settings.output}", pretrained=True)
+    scores = evaluate(model, load_data("digits", model).test, max_images=4 * 32)
+    assert scores["top1"] == metrics["top1"] == metrics["scores"]["finetuned"]["top1"]
+    assert count_params(model) == metrics["params"] <= 0.5 * metrics["dense"]["params"]
+    kept = json.loads((Path(settings.output) / "metrics.json").read_text())
+    for key in ("top1", "command", "seed", "hardware", "versions", "seconds", "config", "scores"):
+        assert kept[key] == json.loads(json.dumps(metrics[key]))
+
+
+def test_a_run_can_be_repeated_from_its_metrics(finished, tmp_path):
+    settings, metrics = finished
+    kept = json.loads((Path(settings.output) / "metrics.json").read_text())["config"]
+    again = TrainConfig.from_layers(kept, {"output": str(tmp_path / "again"), "tracker": "none"})
+    assert run(again)["scores"] == metrics["scores"]
+    assert largest_difference(settings.output, again.output) == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"start": "dense", "method": "dual", "calibration_images": 0},
+        {"mixup": 0.2, "cutmix": 1.0, "smoothing": 0.1, "optimizer": "adamw", "lr": 1e-3, "schedule": "multistep"},
+        {"ema_decay": 0.5, "clip_grad": 1.0, "warmup_epochs": 0.01, "distill": 1.0},
+        {"dense_epochs": 0, "ramp": 0.0, "keep_params": None, "keep_macs": 0.6, "exclude": ("conv1",)},
+    ],
+    ids=["dense start, dual ascent", "mixing and AdamW", "averaging and distillation", "hold only, MACs"],
+)
+def test_options(tmp_path, changes):
+    settings = config(tmp_path, **changes)
+    metrics = run(settings)
+    assert metrics["scores"]["decomposed"]["loss"] == pytest.approx(
+        metrics["scores"]["before_decomposition"]["loss"], rel=1e-3
+    )
+    assert all(torch.isfinite(tensor).all() for tensor in weights(settings.output).values())
+    if "keep_macs" in changes:
+        assert metrics["macs"] <= 0.6 * metrics["dense"]["macs"]
+
+
+def test_accumulation_gives_the_same_weights(tmp_path):
+    outputs = []
+    for parts in (1, 4):
+        output = str(tmp_path / f"parts{parts}")
+        settings = config(
+            tmp_path,
+            model="test_vit",
+            accumulation=parts,
+            dense_epochs=0,
+            start="dense",
+            calibration_images=0,
+            output=output,
+        )
+        run(settings)
+        outputs.append(settings.output)
+    assert largest_difference(*outputs) < 1e-5
+
+
+def test_bad_input_stops_a_run_before_any_training(tmp_path, shared):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.txt").write_text("mine")
+    twenty, longer = (shared / "weights" / f"resnet{depth}_cifar10.safetensors" for depth in (20, 56))
+    sample = str(shared / "data" / "imagenet-sample")
+    for changes, words in [
+        ({"output": str(taken)}, "holds 'thesis.txt'.*overwrite"),
+        ({"checkpoint": str(tmp_path / "none.safetensors")}, "no checkpoint file"),
+        ({"checkpoint": str(longer)}, "checkpoint.*does not fit.*layer1.3"),
+        ({"data": "nothing"}, "unknown data 'nothing'"),
+        ({"model": "cifar_resnet21"}, "unknown model 'cifar_resnet21'.*did you mean 'cifar_resnet"),
+        ({"batch_size": 9, "accumulation": 2}, "batch_size=9.*multiple of 2"),
+        ({"max_steps": 1}, "ramp=0.65 leaves no step"),
+        ({"checkpoint": str(twenty), "data": sample, "dense_epochs": 0}, "1000 classes.*10: set dense_epochs"),
+        ({"resume": str(tmp_path / "gone")}, "no checkpoint at resume="),
+        ({"tracker": "paper"}, "unknown tracker 'paper'"),
+        ({"keep_params": 0.001}, "keep_params"),
+        ({"exclude": ("layer9",)}, "layer9"),
+    ]:
+        settings = config(tmp_path, **changes)
+        with pytest.raises(ArpHubError, match=words):
+            run(settings)
+        assert not (settings.run_folder / "checkpoints").exists(), changes
+    assert (taken / "thesis.txt").read_text() == "mine"
+
+
+def test_a_diverging_run_says_where(tmp_path):
+    with pytest.raises(ArpHubError, match="(?s)(loss is|NaN or infinite).*step"):
+        run(config(tmp_path, lr=1e20, dense_lr=1e20))
+
+
+def test_a_run_under_way_is_not_overwritten(tmp_path):
+    with pytest.raises(ArpHubError):
+        run(config(tmp_path, lr=1e20))  # stops in the ramp
+    assert list_checkpoints(config(tmp_path).run_folder / "checkpoints")
+    with pytest.raises(ArpHubError, match="--resume auto.*--overwrite"):
+        run(config(tmp_path))
+    with pytest.raises(ArpHubError, match=r"other settings \(batch_size: 16 in the checkpoint, 8 now; lr: 1e\+20"):
+        run(config(tmp_path, resume="auto", batch_size=8))
+    assert run(config(tmp_path, overwrite=True))["scores"]["decomposed"]["images"] == 128
+
+
+def launch(recipe, output, *options, processes=1, wait=True, **settings):
+    """Start a recipe as a user would."""
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+    words = [f"--{name.replace('_', '-')}" for name in settings]
+    values = [str(value) for value in settings.values()]
+    pairs = [word for pair in zip(words, values, strict=True) for word in pair]
+    command = [sys.executable, *start, str(RECIPES / recipe), "--output", str(output), *options, *pairs]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RECIPES.parent)}
+    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    if not wait:
+        return child
+    _, said = child.communicate(timeout=240)
+    assert child.returncode == 0, said
+    return said
+
+
+PLAIN = ["--no-pretrained", "--cpu", "--tracker", "none", "--schemes", "channel"]
+
+
+def test_two_processes_and_one_end_in_the_same_weights(tmp_path):
+    settings = {"model": "test_vit", "max_steps": 20, "batch_size": 16, "calibration_images": 8}
+    for processes in (1, 2):
+        launch("any_backbone.py", tmp_path / f"of{processes}", *PLAIN, processes=processes, **settings)
+        metrics = json.loads((tmp_path / f"of{processes}" / "metrics.json").read_text())
+        assert metrics["processes"] == processes
+        assert metrics["scores"]["decomposed"]["images"] == 360
+    assert largest_difference(tmp_path / "of1", tmp_path / "of2") < 1e-4
+
+
+def test_several_processes_need_cpu_said(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("with GPUs the processes do find each other")
+    with pytest.raises(AssertionError, match="2 processes were launched.*--cpu"):
+        launch("quickstart.py", tmp_path / "out", "--tracker", "none", processes=2)
+
+
+LONG = {"model": "cifar_resnet20", "dense_epochs": 1, "epochs": 1, "finetune_epochs": 1, "max_steps": 16,
+        "batch_size": 8, "calibration_images": 8, "checkpoint_every": 2, "ema_decay": 0.9}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A run in several phases that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "out"
+    launch("any_backbone.py", folder, *PLAIN, **LONG)
+    return folder
+
+
+@pytest.mark.parametrize("phase", ["dense", "compress", "finetune"])
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path, uninterrupted, phase):
+    killed = launch("any_backbone.py", tmp_path / "out", *PLAIN, wait=False, **LONG)
+    checkpoints = tmp_path / "out-run" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(checkpoints.glob(f"{phase}-0000000[4-9]")):
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path / "out").exists()
+    said = launch("any_backbone.py", tmp_path / "out", *PLAIN, "--resume", **LONG)
+    assert int(re.search(rf"resumed from .*{phase}-(\d+)", said)[1]) >= 4
+    assert largest_difference(uninterrupted, tmp_path / "out") == 0
+    logs = [read_log(folder.with_name("out-run") / "log.jsonl") for folder in (uninterrupted, tmp_path / "out")]
+    assert [(entry["phase"], entry["step"]) for entry in logs[0]] == [(e["phase"], e["step"]) for e in logs[1]]
+
+
+TREES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.integers(), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@given(tree=TREES)
+def test_checkpoints_give_back_what_they_were_given(tmp_path_factory, tree):
+    tensors = {"whole": torch.arange(6).view(2, 3), "turned": torch.rand(3, 2).t(), "scalar": torch.tensor(2.5)}
+    tensors["shared"] = tensors["whole"][0]
+    state = {"tree": tree, "tensors": tensors, "list": [tensors["scalar"], {3: torch.zeros(0)}]}
+    folder = tmp_path_factory.mktemp("checkpoints")
+    path = save_checkpoint(folder, Checkpoint("dense", 3, {"lr": 1}, {}, None, state), keep=1)
+    read = load_checkpoint(path)
+    assert read.state["tree"] == tree
+    for name, tensor in tensors.items():
+        assert torch.equal(read.state["tensors"][name], tensor)
+    assert torch.equal(read.state["list"][1][3], torch.zeros(0))
+    assert (read.phase, read.step, read.settings) == ("dense", 3, {"lr": 1})
+
+
+def test_old_checkpoints_go_and_half_written_ones_do_not_count(tmp_path):
+    for step in range(5):
+        if step == 3:
+            (tmp_path / ".dense-00000003.1.tmp").mkdir()  # as a killed run leaves it
+            assert find_checkpoint("auto", tmp_path).name == "dense-00000002"
+        save_checkpoint(tmp_path, Checkpoint("dense", step, {}, {}, None, {"x": torch.zeros(2)}), keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense-00000003", "dense-00000004"]
+    assert find_checkpoint("auto", tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("damage", ["cut tensors", "no tensors", "cut json", "newer"])
+def test_damaged_checkpoints_are_refused(tmp_path, damage):
+    path = save_checkpoint(tmp_path, Checkpoint("dense", 1, {}, {}, None, {"x": torch.zeros(200)}), keep=1)
+    tensors, text = path / "state.safetensors", path / "state.json"
+    if damage == "cut tensors":
+        tensors.write_bytes(tensors.read_bytes()[:-9])
+    elif damage == "no tensors":
+        tensors.unlink()
+    elif damage == "cut json":
+        text.write_text(text.read_text()[:-9])
+    else:
+        text.write_text(text.read_text().replace('"format_version": 1', '"format_version": 99'))
+    with pytest.raises(ArpHubError, match="upgrade" if damage == "newer" else "not a whole checkpoint"):
+        load_checkpoint(path)
