@@ -11,7 +11,7 @@ from typing import Any
 import timm
 import torch
 from timm.models._hub import save_config_for_hf
-from torch import Tensor, nn
+from torch import nn
 
 from . import __version__
 from .errors import ArpHubError
@@ -75,11 +75,12 @@ def write_config(
     return config
 
 
-def check_rebuilds(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Build the model that ``config`` describes, without memory, and compare it with the weights to be saved.
+def check_rebuilds(config: Mapping[str, Any], model: nn.Module) -> None:
+    """Build the model that ``config`` describes, without memory, and compare it with the one to be saved.
 
     Raises:
-        ArpHubError: If it cannot be built, or has other weights: then the folder could not be loaded.
+        ArpHubError: If it cannot be built, or has other weights or convolutions: then what is loaded would be another
+            model.
     """
     what = f"{config['architecture']} with {_short(config['model_args'])}"
     way_out = "pass backbone= and model_args= as the model was made"
@@ -91,13 +92,21 @@ def check_rebuilds(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     except (ArpHubError, AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ArpHubError(f"timm cannot build {what}: {error}: {way_out}") from error
     expected = {key: tuple(value.shape) for key, value in rebuilt.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in tensors.items()}
+    found = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     if differing := [key for key in {**expected, **found} if expected.get(key) != found.get(key)]:
         key = differing[0]
         raise ArpHubError(
             f"the model is not what {what} builds: '{key}' is {found.get(key, 'absent')} here and "
             f"{expected.get(key, 'absent')} there ({len(differing)} such in all): {way_out}"
         )
+    modules = dict(model.named_modules())
+    for name, module in rebuilt.named_modules():
+        here, there = type(modules.get(name)).__name__, type(module).__name__
+        if isinstance(module, nn.Conv2d) and here != there:
+            raise ArpHubError(
+                f"layer '{name}' is a {here}, but {what} builds a {there}, which computes something else from the same "
+                "weight: save the decomposed model, before to_dense"
+            )
 
 
 def _backbone(model: nn.Module, backbone: str | None) -> str:

@@ -69,7 +69,7 @@ def save_pretrained(
             config = write_config(
                 model, new / CONFIG, backbone=backbone, model_args=model_args, label_names=label_names
             )
-            check_rebuilds(config, tensors)
+            check_rebuilds(config, model)
             numbers = _numbers(model, config, given)
             _write_json(new / METRICS, numbers)
             (new / CARD).write_text(model_card(config, numbers, f"local-dir:{folder.name}"), encoding="utf-8")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArpHubError
-from ..layers import LowRankLayer, layer_shape, low_rank_layers
+from ..layers import LowRankLayer, layer_shape
 from ..plan import RankPlan
 from ..schemes import make_scheme
 
@@ -40,6 +40,7 @@ class CheckpointAdapter:
         kept: The part of it that the model was built with; the caller's arguments make the other layers dense.
         first_convs: Names of the layers that meet the input image.
         channels: Channels of the input image in the saved weights, and in the model.
+        may_lack: Layers that the saved weights may lack. None: any, because the caller asks for other layers.
         entrypoint: The backbone's entrypoint.
         source: Where the weights come from, for messages.
     """
@@ -48,6 +49,7 @@ class CheckpointAdapter:
     kept: RankPlan
     first_convs: frozenset[str]
     channels: tuple[int, int]
+    may_lack: frozenset[str] | None
     entrypoint: Callable[..., nn.Module]
     source: str
 
@@ -55,7 +57,7 @@ class CheckpointAdapter:
         """The saved weights under the names and in the shapes that ``model`` takes.
 
         Raises:
-            ArpHubError: If the factors are not those of the plan.
+            ArpHubError: If the factors are not those of the plan, or weights are missing.
         """
         factors = {
             name: {key: value for key, value in state.items() if key.startswith(f"{name}.factors.")}
@@ -63,10 +65,19 @@ class CheckpointAdapter:
         }
         self._check(state, factors, model)
         taken = {key for found in factors.values() for key in found}
-        rest = self._filtered({key: value for key, value in state.items() if key not in taken}, model)
-        for name in self.first_convs & (self.saved.layers.keys() - self.kept.layers.keys()):
-            rest |= self._merged(name, factors[name], model.get_submodule(name))
-        return rest | {key: value for name in self.kept.layers for key, value in factors[name].items()}
+        dense = {key: value for key, value in state.items() if key not in taken}
+        modules = dict(model.named_modules(remove_duplicate=False))
+        merged = self.first_convs & (self.saved.layers.keys() - self.kept.layers.keys())
+        for name in merged:
+            dense |= self._merged(name, factors[name], modules[name])
+        stand_ins: StateDict = {}
+        for name in self.saved.layers.keys() - merged:
+            stand_ins |= _stand_ins(name, factors[name], modules.get(name))
+        dense = self._filtered({**dense, **stand_ins}, model)
+        dense = {key: value for key, value in dense.items() if key not in stand_ins}
+        adapted = dense | {key: value for name in self.kept.layers for key, value in factors[name].items()}
+        self._check_complete(adapted, model)
+        return adapted
 
     def _check(self, state: StateDict, factors: Mapping[str, StateDict], model: nn.Module) -> None:
         own = model.state_dict()
@@ -83,25 +94,27 @@ class CheckpointAdapter:
                     "leaves dense: they belong to another plan"
                 )
 
-    def _filtered(self, state: StateDict, model: nn.Module) -> StateDict:
-        """Run the backbone's own filter, which resamples position embeddings and the like.
+    def _check_complete(self, state: StateDict, model: nn.Module) -> None:
+        """Name missing weights: timm leaves all that are missing random as soon as the number of classes changes."""
+        if self.may_lack is None:
+            return
+        optional = tuple(f"{name}." for name in self.may_lack)
+        missing = [key for key in model.state_dict() if key not in state and not key.startswith(optional)]
+        if missing:
+            raise ArpHubError(
+                f"the weights in '{self.source}' do not fit the backbone: they lack '{missing[0]}' ({len(missing)} such "
+                "in all)"
+            )
 
-        Filters tell a checkpoint's origin by its keys and read shapes of weights that are factors here: so they are
-        shown stand-ins of the dense shapes, without memory of their own.
-        """
+    def _filtered(self, state: StateDict, model: nn.Module) -> StateDict:
+        """Run the backbone's own filter, which resamples position embeddings and the like, if it has one."""
         own_filter = getattr(sys.modules[self.entrypoint.__module__], "checkpoint_filter_fn", None)
         if own_filter is None:
             return state
-        stand_ins: StateDict = {}
-        for name, layer in low_rank_layers(model).items():
-            stand_ins[f"{name}.weight"] = torch.zeros(()).expand(_dense_shape(layer))
-            if layer.bias is not None:
-                stand_ins[f"{name}.bias"] = torch.zeros(()).expand(layer.bias.shape)
         try:
-            state = own_filter({**state, **stand_ins}, model)
+            return own_filter(state, model)
         except TypeError:  # as timm does, for filters that take the state alone
-            state = own_filter({**state, **stand_ins})
-        return {key: value for key, value in state.items() if key not in stand_ins}
+            return own_filter(state)
 
     def _merged(self, name: str, found: StateDict, module: nn.Module) -> StateDict:
         """The dense weight of a first convolution, with the channels that were saved: timm adapts it to the model's."""
@@ -128,7 +141,18 @@ class CheckpointAdapter:
         )
 
 
-def _dense_shape(layer: LowRankLayer) -> tuple[int, ...]:
-    shape = layer.scheme.shape
-    matrix = (shape.out_channels, shape.group_in)
-    return matrix if shape.kind == "linear" else (*matrix, *shape.kernel_size)
+def _stand_ins(name: str, factors: StateDict, module: nn.Module | None) -> StateDict:
+    """What the backbone's filter sees in place of factors: dense shapes, without memory of their own.
+
+    Filters tell a checkpoint's origin by its keys, and read shapes of weights that are factors here.
+    """
+    weights = [factors[key] for key in sorted(factors) if key.endswith(".weight")]
+    if isinstance(module, LowRankLayer):
+        shape = module.scheme.shape
+        sizes = (shape.out_channels, shape.group_in, *(shape.kernel_size if shape.kind == "conv" else ()))
+    else:  # a classifier that is built dense, or not at all, and takes nothing from the file
+        sizes = (len(weights[-1]), *weights[0].shape[1:]) if weights else (0, 0)
+    found = {f"{name}.weight": torch.zeros(()).expand(sizes)}
+    if any(key.endswith(".bias") for key in factors):
+        found[f"{name}.bias"] = torch.zeros(()).expand(sizes[:1])
+    return found

@@ -34,7 +34,11 @@ NAME = "arp_lowrank"
 _BACKBONE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")
 _UNTRUSTED = frozenset({"url", "state_dict", "hf_hub_filename", "custom_load"})
 """Keys of a pretrained_cfg by which a config could point somewhere else than to its own safetensors file."""
-
+_SAME_LAYERS = frozenset(
+    {"num_classes", "in_chans", "img_size", "features_only", "out_indices", "feature_cls", "cache_dir"}
+    | {"drop_rate", "drop_path_rate", "drop_block_rate", "pretrained_model_args"}
+)
+"""Arguments that add no layer to a model, apart from the classifier."""
 OF_THE_WEIGHTS = frozenset(
     {"architecture", "tag", "custom_load", "label_offset", "origin_url", "notes", "description", *_UNTRUSTED}
 )
@@ -66,19 +70,27 @@ def arp_lowrank(
     if pretrained:
         cfg |= _weights_file(cfg)
     features_only = kwargs.get("features_only", False)
-    first_convs, saved_channels = names_of(cfg["first_conv"]), cfg["input_size"][0]
-    channels = (saved_channels, kwargs.get("in_chans", saved_channels))
-    replaced: frozenset[str] = frozenset()
+    classifiers, first_convs = names_of(cfg["classifier"]), names_of(cfg["first_conv"])
+    channels = (cfg["input_size"][0], kwargs.get("in_chans", cfg["input_size"][0]))
+    dense: frozenset[str] = frozenset()
     if features_only or kwargs.get("num_classes", cfg["num_classes"]) != cfg["num_classes"]:
-        replaced |= names_of(cfg["classifier"])
+        dense |= classifiers
     if channels[0] != channels[1]:
-        replaced |= first_convs
-    kept = RankPlan({name: layer for name, layer in rank_plan.layers.items() if name not in replaced})
+        dense |= first_convs
+    kept = RankPlan({name: layer for name, layer in rank_plan.layers.items() if name not in dense})
 
     def build(**model_kwargs: Any) -> nn.Module:
         return apply_plan(entrypoint(pretrained=False, pretrained_cfg=dict(cfg), **model_kwargs), kept)
 
-    adapter = CheckpointAdapter(rank_plan, kept, first_convs, channels, entrypoint, weights_source(cfg))
+    adapter = CheckpointAdapter(
+        rank_plan,
+        kept,
+        first_convs,
+        channels,
+        may_lack=classifiers if cfg["num_classes"] and _has_saved_layers(kwargs) else None,
+        entrypoint=entrypoint,
+        source=weights_source(cfg),
+    )
     try:
         return build_model_with_cfg(
             build,
@@ -144,6 +156,12 @@ def _weights_file(cfg: Mapping[str, Any]) -> dict[str, Any]:
     raise ArpHubError(
         f"{NAME} has no weights of its own: create local-dir:FOLDER or hf-hub:USER/NAME, or pass pretrained=False"
     )
+
+
+def _has_saved_layers(kwargs: Mapping[str, Any]) -> bool:
+    """Whether the caller's arguments leave all layers but the classifier as the saved arguments made them."""
+    saved = kwargs.get("pretrained_model_args") or {}
+    return all(key in _SAME_LAYERS or (key in saved and saved[key] == value) for key, value in kwargs.items())
 
 
 def _feature_cfg(
