@@ -28,12 +28,18 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def cifar_test(shared: Path) -> Callable[[int], tuple[Tensor, Tensor]]:
     """The first ``count`` CIFAR-10 test images, normalised as the shared checkpoints expect, and their labels."""
+    return lambda count: _cifar(shared, "test", count)
+
+
+@pytest.fixture(scope="session")
+def cifar_train(shared: Path) -> Callable[[int], Tensor]:
+    """The first ``count`` CIFAR-10 training images, likewise, for calibration."""
+    return lambda count: _cifar(shared, "train", count)[0]
+
+
+def _cifar(shared: Path, split: str, count: int) -> tuple[Tensor, Tensor]:
     mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
-
-    def images(count: int) -> tuple[Tensor, Tensor]:
-        files = str(shared / "data/cifar10/test-*.parquet")
-        rows = load_dataset("parquet", data_files=files, split=f"train[:{count}]")
-        pixels = torch.stack([pil_to_tensor(image.convert("RGB")) for image in rows["img"]])
-        return (pixels / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1), torch.tensor(rows["label"])
-
-    return images
+    files = str(shared / f"data/cifar10/{split}-*.parquet")
+    rows = load_dataset("parquet", data_files=files, split=f"train[:{count}]")
+    pixels = torch.stack([pil_to_tensor(image.convert("RGB")) for image in rows["img"]])
+    return (pixels / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1), torch.tensor(rows["label"])

@@ -1,0 +1,197 @@
+"""Budgets and decompositions on real models and data: promises kept, floors held, errors before any harm."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from arp_hub import ArpHubError, LayerPlan, RankPlan, decompose, make_plan, to_dense
+from arp_hub.calibration import Moments, batches, patches
+from arp_hub.layers import count_params, layer_shape, low_rank_layers, refusal, weight_layers
+from arp_hub.schemes import SCHEMES
+from arp_hub.tracing import count_macs, trace
+
+SIZE = (3, 64, 64)
+
+
+@pytest.fixture(scope="module")
+def resnet20(shared):
+    model = timm.create_model("cifar_resnet20")
+    model.load_state_dict(load_file(shared / "weights/resnet20_cifar10.safetensors"))
+    return model.eval()
+
+
+def top1(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+    with torch.inference_mode():
+        hits = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(250), labels.split(250), strict=True))
+    return 100 * hits / len(labels)
+
+
+@pytest.mark.parametrize("cost", ["params", "macs"])
+@pytest.mark.parametrize("share", [0.7, 0.4])
+@pytest.mark.parametrize("name", ["cifar_resnet20", "test_vit", "test_convnext", "test_efficientnet"])
+def test_budget_is_met_from_below_on_the_model_itself(name, share, cost):
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    size = model.pretrained_cfg["input_size"]
+    count = {"params": count_params, "macs": lambda m: count_macs(m, size)}[cost]
+    before = count(model)
+    plan = make_plan(model, **{f"keep_{cost}": share})
+    decompose(model, plan)
+    assert 0.99 * share <= count(model) / before <= share
+    assert plan.layers
+    named = {name for name, _ in weight_layers(timm.create_model(name))}
+    assert named <= set(plan.layers) | set(plan.dense)
+
+
+def test_the_trace_counts_what_hand_counting_gives():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2, groups=4), nn.Flatten(2), nn.Linear(225, 7))
+    traced = trace(model, (3, 32, 32))
+    assert traced.sizes == {"0": ((32, 32),), "1": ((32, 32),), "3": ((8, 1),)}
+    assert traced.macs == 32 * 32 * 8 * 27 + 15 * 15 * 8 * 18 + 8 * 225 * 7
+    assert traced.params == count_params(model)
+
+
+def test_rank_multiple_exclude_and_schemes():
+    model = timm.create_model("resnet18", num_classes=10)
+    plan = make_plan(
+        model, keep_params=0.5, rank_multiple=8, schemes=["tucker2", "channel"], exclude=["conv1", "layer4.1.*"]
+    )
+    assert all(layer.rank % 8 == 0 for layer in plan.layers.values())
+    assert {layer.scheme for layer in plan.layers.values()} <= {"tucker2", "channel"}
+    assert not any(name.startswith("layer4.1.") for name in plan.layers)
+    assert plan.dense["layer4.1.conv1"] == "excluded by the user"
+
+
+BAD_BUDGETS = {
+    "none": ({}, "exactly one"),
+    "both": ({"keep_params": 0.5, "keep_macs": 0.5}, "exactly one"),
+    "zero": ({"keep_params": 0}, "between 0 and 1"),
+    "above one": ({"keep_params": 1.5}, "between 0 and 1"),
+    "not a number": ({"keep_macs": float("nan")}, "between 0 and 1"),
+    "text": ({"keep_macs": "half"}, "between 0 and 1"),
+    "out of reach": ({"keep_params": 0.001}, "cannot be met.* 0\\.0[0-9]+ of the params remain.*conv1"),
+    "scheme": ({"keep_params": 0.5, "schemes": ["svd"]}, "unknown scheme 'svd'"),
+    "no scheme": ({"keep_params": 0.5, "schemes": []}, "schemes is empty"),
+    "multiple": ({"keep_params": 0.5, "rank_multiple": 0}, "rank_multiple"),
+    "exclude": ({"keep_params": 0.5, "exclude": ["layer9.*"]}, "matches no layer"),
+    "size": ({"keep_params": 0.5, "input_size": (3, 32)}, "input_size"),
+    "one-pass images": ({"keep_params": 0.5, "calibration": iter([torch.zeros(2, 3, 32, 32)])}, "one-pass"),
+    "no images": ({"keep_params": 0.5, "calibration": []}, "no calibration images"),
+    "bytes": ({"keep_params": 0.5, "calibration": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, "float tensors"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_BUDGETS.values(), ids=BAD_BUDGETS)
+def test_bad_budget(arguments, message):
+    with pytest.raises(ArpHubError, match=message):
+        make_plan(timm.create_model("cifar_resnet20"), **arguments)
+
+
+def test_planning_a_decomposed_model_is_refused():
+    model = timm.create_model("cifar_resnet20")
+    decompose(model, RankPlan({"layer1.0.conv1": LayerPlan("cp", 4)}))
+    with pytest.raises(ArpHubError, match="to_dense"):
+        make_plan(model, keep_params=0.5)
+
+
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "group_in", "group_out", "cp", "tucker2"])
+def test_full_rank_network_is_exact_with_and_without_images(scheme):
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", num_classes=5).eval()
+    groups = 2 if scheme.startswith("group") else 1
+    names = [n for n, m in weight_layers(model) if n != "conv1" and refusal(m) is None]
+    schemes = {n: (SCHEMES[scheme], layer_shape(model.get_submodule(n))) for n in names}
+    full = {n: kind(s, groups) for n, (kind, s) in schemes.items() if kind.refusal(s, groups) is None and "layer1" in n}
+    plan = RankPlan({n: LayerPlan(scheme, bound.max_rank, groups) for n, bound in full.items()})
+    images = torch.randn(8, *SIZE)
+    with torch.no_grad():
+        expected = model(images)
+        for calibration in (None, images):
+            found = decompose(copy.deepcopy(model), plan, calibration)(images)
+            assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_an_error_midway_leaves_the_model_whole():
+    model = timm.create_model("cifar_resnet20").eval()
+    plan = RankPlan({"layer1.0.conv1": LayerPlan("cp", 4), "layer3.2.conv2": LayerPlan("cp", 4)})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    class Broken(list):
+        passes = 0
+
+        def __iter__(self):
+            Broken.passes += 1
+            if Broken.passes > 4:
+                raise RuntimeError("disk gone")
+            return super().__iter__()
+
+    with pytest.raises(RuntimeError, match="disk gone"):
+        decompose(model, plan, Broken([torch.randn(4, 3, 32, 32)]))
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    with torch.no_grad():
+        model.layer3[2].conv2.weight[0] = float("nan")
+    with pytest.raises(ArpHubError, match=r"layer3\.2\.conv2.*NaN"):
+        decompose(model, plan)
+    assert not low_rank_layers(model)
+
+
+def test_moments_do_not_depend_on_batches_and_match_the_plain_sum():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, padding=1, stride=2, groups=2, bias=False).double()
+    shape, images = layer_shape(conv), torch.randn(10, 4, 9, 8, dtype=torch.float64)
+    whole, parts = (Moments(shape, torch.device("cpu")) for _ in range(2))
+    whole.update(images, conv(images))
+    for batch in images.split(3):
+        parts.update(batch, conv(batch))
+    for name in ("xx", "yx", "x", "y", "count"):
+        torch.testing.assert_close(getattr(whole, name).sum(0), getattr(parts, name).sum(0))
+    columns = patches(images, shape).permute(1, 2, 0, 3).flatten(2)
+    torch.testing.assert_close(whole.xx.sum(0), columns @ columns.mT)
+    problem = whole.regression(conv.weight.detach())
+    torch.testing.assert_close(problem.target, conv.weight.detach(), rtol=1e-6, atol=1e-8)
+
+
+def test_batches_of_a_loader():
+    loader = [(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1])), (torch.zeros(1, 3, 8, 8), torch.tensor([1]))]
+    assert [len(batch) for batch in batches(loader)] == [2, 1]
+
+
+def test_merging_gives_the_decomposed_model_back(resnet20, cifar_test):
+    images, _ = cifar_test(64)
+    model = copy.deepcopy(resnet20)
+    decompose(model, make_plan(model, keep_params=0.5))
+    with torch.no_grad():
+        expected = model(images)
+        torch.testing.assert_close(to_dense(model)(images), expected, rtol=1e-4, atol=1e-4)
+    assert count_params(model) == count_params(resnet20)
+
+
+def test_weights_alone_hold_the_floor(resnet20, cifar_test):
+    images, labels = cifar_test(1000)
+    model = copy.deepcopy(resnet20)
+    decompose(model, make_plan(model, keep_params=0.5))
+    assert top1(model, images, labels) > 88.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("keep", "floor"), [(0.5, 91.3), (0.35, 90.7), (0.25, 87.8)])
+def test_images_hold_the_floor(resnet20, cifar_test, cifar_train, keep, floor):
+    images, labels = cifar_test(2000)
+    calibration = cifar_train(512)
+    model = copy.deepcopy(resnet20)
+    decompose(model, make_plan(model, keep_params=keep, calibration=calibration), calibration)
+    assert top1(model, images, labels) >= floor
+
+
+def test_images_beat_weights_alone(resnet20, cifar_test, cifar_train):
+    images, labels = cifar_test(500)
+    plan = make_plan(resnet20, keep_params=0.3)
+    plain = top1(decompose(copy.deepcopy(resnet20), plan), images, labels)
+    aware = decompose(copy.deepcopy(resnet20), plan, cifar_train(128))
+    assert top1(aware, images, labels) > plain + 5
+    assert not aware.training

@@ -1,0 +1,212 @@
+"""The adaptive penalty: on time at its ranks, exactly, in any training loop; errors that say what is wrong."""
+
+import copy
+import itertools
+
+import pytest
+import timm
+import timm.optim
+import torch
+from torch import nn
+
+from arp_hub import AdaptiveRankPenalty, ArpHubError, LayerPlan, RankPlan, decompose, make_plan
+from arp_hub.calibration import all_moments
+from arp_hub.schemes import SCHEMES
+
+STEPS = 24
+PLAN = RankPlan(
+    {
+        "0": LayerPlan("cp", 10),
+        "2": LayerPlan("tucker2", 4),
+        "4": LayerPlan("spatial", 6),
+        "6": LayerPlan("group_in", 2, 2),
+        "8": LayerPlan("group_out", 2, 2),
+        "12": LayerPlan("channel", 3),
+    }
+)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.Conv2d(12, 12, 3, padding=1)]
+    convs += [nn.Conv2d(12, 8, 1), nn.Conv2d(8, 16, 1)]
+    layers = list(itertools.chain.from_iterable((conv, nn.ReLU()) for conv in convs))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+
+
+def train(model, penalty, steps, *, start=0, optimizer=None, accumulate=1, autocast=False):
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    history = []
+    for step in range(start, start + steps):
+        for part in range(accumulate):
+            generator = torch.Generator().manual_seed(1000 * step + part)
+            x, y = torch.randn(8, 8, 8, 8, generator=generator), torch.randint(5, (8,), generator=generator)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = nn.functional.cross_entropy(model(x), y) / accumulate
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        penalty.step()
+        history.append(penalty.violations())
+    return history
+
+
+def check_exact(model, plan, penalty):
+    x = torch.randn(4, 8, 8, 8)
+    with torch.no_grad():
+        expected = model(x)
+        decompose(model, plan, factors=penalty.factors())
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["tracking", "dual"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"accumulate": 3},
+        {"autocast": True},
+        {"optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3)},
+        {"optimizer": lambda p: timm.optim.create_optimizer_v2([*p], opt="lamb", lr=1e-3)},
+    ],
+    ids=["sgd", "accumulation", "bf16", "adamw", "lamb"],
+)
+def test_exactly_low_rank_at_the_end(method, options):
+    model = network()
+    penalty = AdaptiveRankPenalty(model, PLAN, total_steps=STEPS, ramp=0.5, method=method)
+    if "optimizer" in options:
+        options = options | {"optimizer": options["optimizer"](model.parameters())}
+    phases = [penalty.phase]
+    history = train(model, penalty, 12, **options)
+    phases.append(penalty.phase)
+    train(model, penalty, 12, start=12, **options)
+    assert [*phases, penalty.phase] == ["ramp", "hold", "done"]
+    assert all(history[-1][name] < history[0][name] for name in PLAN.layers)
+    assert set(penalty.violations().values()) == {0.0}
+    check_exact(model, PLAN, penalty)
+
+
+def test_tracking_follows_its_target():
+    model = network()
+    penalty = AdaptiveRankPenalty(model, PLAN, total_steps=60, ramp=0.8)
+    history = train(model, penalty, 47)
+    for name in PLAN.layers:
+        path = [violations[name] for violations in history]
+        assert path[-1] < 0.02 * path[0]
+        assert path[10] > path[-1]
+
+
+def test_without_a_gradient_the_end_is_the_nearest_point():
+    model, plan = network(), RankPlan({"12": LayerPlan("channel", 3)})
+    weight = model[12].weight.detach().clone()
+    penalty = AdaptiveRankPenalty(model, plan, total_steps=10, ramp=0.5)
+    for _ in range(10):
+        penalty.step()
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    torch.testing.assert_close(model[12].weight.detach(), u[:, :3] * s[:3] @ v[:3], rtol=1e-4, atol=1e-5)
+
+
+def test_data_metric_ends_nearer_in_the_outputs():
+    torch.manual_seed(0)
+    scale = torch.linspace(0.1, 3, 8)[:, None, None]
+    images = [torch.randn(16, 8, 8, 8) * scale]
+    plan = RankPlan({"0": LayerPlan("cp", 6)})
+    errors = {}
+    for aware in (False, True):
+        model = network()
+        dense = copy.deepcopy(model[0])
+        problem = all_moments(model, {"0": model[0]}, images)["0"].regression(model[0].weight.detach())
+        moments = {"0": problem.moment} if aware else None
+        penalty = AdaptiveRankPenalty(model, plan, total_steps=10, ramp=0, moments=moments)
+        for _ in range(10):
+            penalty.step()
+        with torch.no_grad():
+            errors[aware] = float((model[0](images[0]) - dense(images[0])).square().mean())
+        check_exact(model, plan, penalty)
+    assert errors[True] < errors[False]
+
+
+@pytest.mark.parametrize("cut", [5, 12, 18])
+def test_resume_is_exact(cut):
+    straight = network()
+    penalty = AdaptiveRankPenalty(straight, PLAN, total_steps=STEPS, ramp=0.5, method="dual")
+    optimizer = torch.optim.SGD(straight.parameters(), lr=0.02)
+    train(straight, penalty, STEPS, optimizer=optimizer)
+
+    first = network()
+    penalty = AdaptiveRankPenalty(first, PLAN, total_steps=STEPS, ramp=0.5, method="dual")
+    train(first, penalty, cut, optimizer=torch.optim.SGD(first.parameters(), lr=0.02))
+    state = copy.deepcopy(penalty.state_dict())
+    second = network()
+    second.load_state_dict(first.state_dict())
+    penalty = AdaptiveRankPenalty(second, PLAN, total_steps=STEPS, ramp=0.5, method="dual")
+    penalty.load_state_dict(state)
+    train(second, penalty, STEPS - cut, start=cut, optimizer=torch.optim.SGD(second.parameters(), lr=0.02))
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+def test_a_fit_is_taken_over_and_held():
+    model, plan = network(), RankPlan({"0": LayerPlan("cp", 10)})
+    fitted = decompose(copy.deepcopy(model), plan)
+    factors = {"0": fitted[0].factor_weights()}
+    model.load_state_dict(copy.deepcopy(model.state_dict()) | {"0.weight": fitted[0].weight.detach()})
+    penalty = AdaptiveRankPenalty(model, plan, total_steps=3, ramp=0, factors=factors)
+    penalty.step()
+    torch.testing.assert_close(model[0].weight.detach(), fitted[0].weight.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_errors_say_what_is_wrong():
+    model = network()
+    for arguments, message in [
+        ({"ramp": 1.0}, "below 1"),
+        ({"ramp": 0.99, "total_steps": 10}, "no step for the hold"),
+        ({"method": "newton"}, "'tracking' or 'dual'"),
+        ({"total_steps": 0}, "total_steps"),
+        ({"factors": {}}, "no factors for it"),
+        ({"factors": dict.fromkeys(PLAN.layers, (torch.zeros(1),))}, "shapes"),
+        ({"moments": {}}, "no second moment"),
+    ]:
+        with pytest.raises(ArpHubError, match=message):
+            AdaptiveRankPenalty(model, PLAN, **({"total_steps": 10} | arguments))
+    with pytest.raises(ArpHubError, match="no layer"):
+        AdaptiveRankPenalty(model, RankPlan(), total_steps=10)
+    penalty = AdaptiveRankPenalty(model, PLAN, total_steps=10)
+    for early in (penalty.violations, penalty.factors):
+        with pytest.raises(ArpHubError, match="never called"):
+            early()
+    penalty.step()
+    with pytest.raises(ArpHubError, match="not low-rank yet"):
+        penalty.factors()
+    with torch.no_grad():
+        model[4].weight[0, 0] = float("nan")
+    with pytest.raises(ArpHubError, match="layer '4'.*NaN"):
+        penalty.step()
+
+
+def test_state_of_another_schedule_or_plan_is_refused():
+    state = AdaptiveRankPenalty(network(), PLAN, total_steps=10).state_dict()
+    with pytest.raises(ArpHubError, match="total_steps=10"):
+        AdaptiveRankPenalty(network(), PLAN, total_steps=11).load_state_dict(state)
+    with pytest.raises(ArpHubError, match="another plan"):
+        AdaptiveRankPenalty(network(), RankPlan({"12": LayerPlan("channel", 3)}), total_steps=10).load_state_dict(state)
+
+
+def test_standardised_weights_are_refused_by_name():
+    model = timm.create_model("test_nfnet")
+    plan = make_plan(model, keep_params=0.6)
+    with pytest.raises(ArpHubError, match="standardised"):
+        AdaptiveRankPenalty(model, plan, total_steps=10)
+
+
+def test_given_factors_must_reproduce_the_weights():
+    model, plan = network(), RankPlan({"0": LayerPlan("cp", 10)})
+    scheme = SCHEMES["cp"]
+    factors = {"0": decompose(copy.deepcopy(model), plan)[0].factor_weights()}
+    assert scheme.name == "cp"
+    with pytest.raises(ArpHubError, match="exact only after the penalty's hold"):
+        decompose(model, plan, factors=factors)
+    with pytest.raises(ArpHubError, match="no factors for it"):
+        decompose(model, plan, factors={})
+    with pytest.raises(ArpHubError, match="not both"):
+        decompose(model, plan, torch.randn(2, 8, 8, 8), factors=factors)
