@@ -1,0 +1,77 @@
+"""The README keeps its word: its Python runs, its options and files exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from arp_hub.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"^(?:<!-- (?P<mark>[^\n]+) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
+BLOCKS = [(m["language"], m["code"], m["mark"] or "") for m in BLOCK.finditer(README)]
+
+
+def commands() -> list[list[str]]:
+    """Every line of every shell block, as words, ``&&`` taken apart."""
+    lines = [line for kind, code, _ in BLOCKS if kind == "bash" for line in code.splitlines() if line.strip()]
+    return [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
+
+
+def test_python_runs(tmp_path):
+    """All blocks one after the other, as a reader would type them in; a small network stands in for the large ones."""
+    blocks = [code for kind, code, mark in BLOCKS if kind == "python" and not mark.startswith("no-test: ")]
+    code = "\n".join(blocks)
+    small = re.sub(r'create_model\("resnet\d+", pretrained=True\)', 'create_model("test_resnet")', code)
+    assert small != code
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", small], cwd=tmp_path, env=environment, check=True, timeout=300)
+
+
+def test_commands_are_found():
+    assert [words[1] for words in commands() if words[0] == "arp-hub"].count("compress") >= 2
+
+
+@pytest.mark.parametrize("words", [words for words in commands() if words[0] == "arp-hub"], ids=" ".join)
+def test_options_of_arp_hub_exist(words):
+    result = CliRunner().invoke(app, [words[1], "--help"], terminal_width=200)
+    assert result.exit_code == 0
+    for option in (word for word in words if word.startswith("--")):
+        assert re.search(rf"{option}\b", result.output), f"{words[1]} has no {option}"
+
+
+def test_recipes_and_their_options_exist():
+    used: dict[str, set[str]] = {}
+    for words in commands():
+        for start, word in enumerate(words):
+            if word.startswith("recipes/"):
+                used.setdefault(word, set()).update(w for w in words[start:] if w.startswith("--"))
+    assert "recipes/quickstart.py" in used
+    for recipe, options in used.items():
+        command = [sys.executable, ROOT / recipe, "--help"]
+        text = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        assert sorted(option for option in options if option not in text) == []
+
+
+def test_named_modules_and_links_exist():
+    modules = re.findall(r"`([a-z_]+\.py|[a-z_]+/)`", README)
+    assert len(modules) > 10
+    assert [m for m in modules if not (ROOT / "arp_hub" / m).exists()] == []
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_command_of_arp_hub_is_in_the_readme():
+    result = CliRunner().invoke(app, ["--help"])
+    names = re.findall(r"^[│ ]+(\w+)  ", result.output, re.M)
+    assert {"plan", "compress", "evaluate", "inspect"} <= set(names)
+    assert [name for name in names if f"`arp-hub {name}`" not in README] == []
