@@ -1,0 +1,130 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import arp_hub
+from arp_hub.layers import count_params, low_rank_layers
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+NAMES = sorted(path.name for path in RECIPES.glob("*.py"))
+TRIAL = ["--cpu", "--max-steps", "2", "--ramp", "0.5", "--batch-size", "8", "--tracker", "none", "--dense-epochs", "1"]
+WEIGHTS_ONLY = ["--start", "dense", "--calibration-images", "0", "--schemes", "channel"]
+
+
+def launch(name, *options, check=True, processes=1, timeout=240):
+    """Run a recipe as a user would; its standard output."""
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RECIPES.parent)}
+    command = [sys.executable, *start, str(RECIPES / name), *map(str, options)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_all_recipes_of_the_readme_are_there():
+    assert NAMES == ["any_backbone.py", "cifar_resnet110.py", "cifar_resnet20.py", "cifar_resnet56.py",
+                     "cifar_vgg16.py", "custom_loop.py", "quickstart.py", "resnet50.py"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_says_what_the_recipe_does(name):
+    shown = launch(name, "--help").stdout
+    assert "usage:" in shown
+    for option in ("--data", "--output", "--cpu", "--keep-params"):
+        assert option in shown
+    first = (RECIPES / name).read_text().splitlines()[0].strip('"')
+    assert first in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("quickstart.py", ["--calibration-images", "8"]),
+        ("cifar_resnet20.py", ["--data", "digits", *WEIGHTS_ONLY]),
+        ("cifar_resnet110.py", ["--data", "digits", *WEIGHTS_ONLY]),
+        ("cifar_vgg16.py", ["--data", "digits", *WEIGHTS_ONLY]),
+        ("any_backbone.py", ["--data", "digits", "--model", "test_convnext", "--no-pretrained", *WEIGHTS_ONLY]),
+    ],
+)
+def test_a_trial_run_saves_a_model_that_loads(tmp_path, name, options):
+    output = tmp_path / "out"
+    said = launch(name, *TRIAL, *options, "--output", output)
+    model = timm.create_model(f"local-dir:{output}", pretrained=True)
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert low_rank_layers(model).keys() == metrics["plan"]["layers"].keys()
+    assert count_params(model) == metrics["params"] <= metrics["config"]["keep_params"] * metrics["dense"]["params"]
+    assert "recipes" not in metrics["command"] and name in metrics["command"]
+    if name == "quickstart.py":
+        assert f"-> {count_params(model):,}" in said.stdout
+
+
+def test_the_large_image_path_goes_through_every_phase(tmp_path, shared):
+    output = tmp_path / "out"
+    data = shared / "data" / "imagenet-sample"
+    options = ["--model", "test_resnet", "--data", data, "--finetune-epochs", "1", "--calibration-images", "8"]
+    said = launch("resnet50.py", *TRIAL, *options, "--schemes", "channel", "--output", output).stderr
+    assert "one usable split, 'validation'" in said
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert set(metrics["scores"]) == {"dense", "fit", "before_decomposition", "decomposed", "finetuned"}
+    assert metrics["images"] == 64
+    model = timm.create_model(f"local-dir:{output}", pretrained=True)
+    assert model(torch.zeros(1, 3, 160, 160)).shape == (1, 1000)
+    assert model.pretrained_cfg["label_names"][0] == "n01440764_tench"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_custom_loop(tmp_path, processes):
+    output = tmp_path / "out"
+    options = ["--steps", "6", "--batch-size", "8", "--cpu", "--output", output]
+    said = launch("custom_loop.py", *options, processes=processes)
+    before, after = (float(number) for number in said.stdout.split("decomposition ")[1].split(", after "))
+    assert before == after
+    assert low_rank_layers(timm.create_model(f"local-dir:{output}", pretrained=True))
+
+
+def test_custom_loop_is_short():
+    body = (RECIPES / "custom_loop.py").read_text().split("args = ")[1]
+    assert len(body.splitlines()) <= 60
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--keep-parms", "0.5"], "unknown option '--keep-parms': did you mean '--keep-params'?"),
+        (["--keep-params", "1.5"], "keep_params must be above 0 and below 1, got 1.5"),
+        (["--checkpoint", "nowhere.pth"], "no checkpoint file at 'nowhere.pth'"),
+        (["--data", "nowhere"], "unknown data 'nowhere'"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(tmp_path, options, words):
+    done = launch("quickstart.py", *options, "--output", tmp_path / "out", check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert words in done.stderr
+
+
+def test_a_saved_config_runs_again(tmp_path):
+    launch("quickstart.py", *TRIAL, *WEIGHTS_ONLY, "--output", tmp_path / "out")
+    config = tmp_path / "out-run" / "config.yaml"
+    launch("any_backbone.py", "--config", config, "--output", tmp_path / "again")
+    first, again = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("out", "again"))
+    assert first["scores"] == again["scores"]
+
+
+@pytest.mark.slow
+def test_quickstart_keeps_its_promise(tmp_path):
+    output = tmp_path / "out"
+    launch("quickstart.py", "--output", output, timeout=900)
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["params"] <= 0.35 * metrics["dense"]["params"]
+    assert metrics["dense"]["top1"] >= 97
+    assert metrics["top1"] >= metrics["dense"]["top1"] - 0.5
+    assert arp_hub.__version__ == metrics["versions"]["arp-hub"]
