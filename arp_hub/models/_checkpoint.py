@@ -102,8 +102,8 @@ class CheckpointAdapter:
         missing = [key for key in model.state_dict() if key not in state and not key.startswith(optional)]
         if missing:
             raise ArpHubError(
-                f"the weights in '{self.source}' do not fit the backbone: they lack '{missing[0]}' ({len(missing)} such "
-                "in all)"
+                f"the weights in '{self.source}' do not fit the backbone: they lack '{missing[0]}' "
+                f"({len(missing)} such in all)"
             )
 
     def _filtered(self, state: StateDict, model: nn.Module) -> StateDict:

@@ -1,0 +1,385 @@
+"""``save_pretrained``: what is in the folder, that it loads bit for bit anywhere, and that it is never half written."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import pkgutil
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from helpers import half_rank_plan, load, low_rank_model
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import arp_hub
+from arp_hub.hub import check_folder
+from arp_hub.layers import count_params
+from arp_hub.structure import plan_of
+from arp_hub.tracing import count_macs
+
+FILES = ["README.md", "config.json", "metrics.json", "model.safetensors"]
+RESNET = {"layer1.0.conv1": "cp", "layer3.1.conv2": "channel", "fc": "channel"}
+
+
+def small_model(**kwargs: object) -> nn.Module:
+    return low_rank_model("cifar_resnet20", RESNET, **kwargs)
+
+
+def read(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    return json.loads((folder / name).read_text())
+
+
+def as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- loading in another process -------------------------------------------------------------------------------------
+
+ELSEWHERE: dict[str, Callable[[], nn.Module]] = {
+    "cifar": small_model,
+    "dense": lambda: timm.create_model("cifar_vgg16", num_classes=3).eval(),
+    "vit": lambda: low_rank_model("test_vit", {"blocks.0.attn.qkv": "group_out", "head": "channel"}, img_size=96),
+    "half": lambda: small_model().half(),
+    "arguments": lambda: low_rank_model("test_resnet", {"layer1.0.conv1": "tucker2"}, act_layer="silu", in_chans=1),
+    "shared modules": lambda: low_rank_model("coat_tiny", {"parallel_blocks.0.mlp2.fc1": "channel"}),
+    "channels last": lambda: small_model().to(memory_format=torch.channels_last),
+    "standardised": lambda: low_rank_model("test_nfnet", {"stages.0.0.conv1": "channel"}),
+}
+
+LOADER = """
+import sys, timm, torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+folder = Path(sys.argv[1])
+torch.set_num_threads(1)
+try:
+    timm.create_model(f"local-dir:{folder / 'cifar'}", pretrained=True)
+    sys.exit("loaded without arp_hub")
+except RuntimeError as error:
+    assert "Unknown model (arp_lowrank)" in str(error)
+import arp_hub
+outputs = {}
+for name, x in load_file(folder / "inputs.safetensors").items():
+    source = f"hf-hub:someone/{name.removeprefix('hub ')}" if name.startswith("hub ") else f"local-dir:{folder / name}"
+    with torch.no_grad():
+        outputs[name] = timm.create_model(source, pretrained=True, dtype=x.dtype).eval()(x)
+save_file(outputs, folder / "outputs.safetensors")
+"""
+
+
+def put_in_hub_cache(folder: Path, hub: Path) -> None:
+    """Lay a saved folder out as the Hub's client caches a downloaded repository."""
+    repository = hub / f"models--someone--{folder.name}"
+    commit = "0123456789" * 4
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+
+
+def test_bit_equal_in_a_fresh_process(tmp_path: Path) -> None:
+    inputs, expected = {}, {}
+    for name, make in ELSEWHERE.items():
+        model = make()
+        size = read(arp_hub.save_pretrained(model, tmp_path / name))["pretrained_cfg"]["input_size"]
+        inputs[name] = torch.randn(2, *size).to(next(model.parameters()).dtype)
+        with torch.no_grad():
+            expected[name] = model.to(memory_format=torch.contiguous_format)(inputs[name])
+    put_in_hub_cache(tmp_path / "cifar", tmp_path / "home" / "hub")
+    inputs["hub cifar"], expected["hub cifar"] = inputs["cifar"].clone(), expected["cifar"]
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", LOADER, str(tmp_path)], check=True, env=environment)
+    found = load_file(tmp_path / "outputs.safetensors")
+    assert found.keys() == expected.keys()
+    for name, y in expected.items():
+        assert found[name].isfinite().all() and torch.equal(found[name], y), name
+
+
+# --- what is written ------------------------------------------------------------------------------------------------
+
+
+def test_files_and_config(tmp_path: Path) -> None:
+    model = small_model()
+    folder = arp_hub.save_pretrained(model, tmp_path / "new" / "out", label_names=list("abcdefghij"))
+    assert names_in(folder) == FILES
+    config = read(folder)
+    assert config["architecture"] == "arp_lowrank"
+    args = config["model_args"]
+    assert args["backbone"] == "cifar_resnet20" and args["num_classes"] == 10
+    assert arp_hub.RankPlan.from_dict(args["plan"]) == plan_of(model)
+    assert config["pretrained_cfg"]["mean"] == [0.485, 0.456, 0.406]
+    loaded = load(folder)
+    assert loaded.pretrained_cfg["label_names"] == list("abcdefghij")
+    with safe_open(folder / "model.safetensors", "pt") as tensors:
+        assert tensors.keys() == sorted(model.state_dict())
+    modes = {(folder / name).stat().st_mode & 0o777 for name in FILES}
+    assert len(modes) == 1
+
+
+def test_nothing_of_the_published_weights_is_left_in_the_config(tmp_path: Path) -> None:
+    model = timm.create_model("resnet18.tv_in1k")
+    assert {"url", "hf_hub_id", "tag", "origin_url"} <= model.pretrained_cfg.keys()
+    arp_hub.decompose(model, half_rank_plan(model, {"layer1.0.conv1": "channel"}))
+    loaded = load(arp_hub.save_pretrained(model, tmp_path / "out"))
+    assert not {"url", "hf_hub_id", "tag", "origin_url"} & loaded.pretrained_cfg.keys()
+    for key in ("mean", "crop_pct", "interpolation", "license", "first_conv", "classifier", "pool_size"):
+        assert as_json(loaded.pretrained_cfg[key]) == as_json(model.pretrained_cfg[key])
+    # resnet18's default cfg has a test size, the tag tv_in1k has none
+    assert "test_input_size" in timm.get_pretrained_cfg("resnet18").to_dict()
+    assert "test_input_size" not in loaded.pretrained_cfg
+
+
+def test_numbers_are_counted_on_the_model(tmp_path: Path) -> None:
+    model = small_model()
+    low_rank, macs = count_params(model), count_macs(model)
+    given = {"top1": 91.23, "seed": 3, "command": "me --fast", "dense": {"top1": 92.5}, "note": "a | b\nc"}
+    folder = arp_hub.save_pretrained(model, tmp_path / "out", metrics=given)
+    arp_hub.to_dense(model)
+    numbers = read(folder, "metrics.json")
+    assert (numbers["params"], numbers["macs"]) == (low_rank, macs)
+    assert numbers["dense"] == {"top1": 92.5, "params": count_params(model), "macs": count_macs(model)}
+    assert numbers["kept"]["params"] == pytest.approx(low_rank / count_params(model), abs=1e-4)
+    assert all(numbers[key] == given[key] for key in ("top1", "seed", "command", "note"))
+    assert numbers["versions"]["timm"] == timm.__version__ and numbers["hardware"]["cores"] == os.cpu_count()
+
+
+def test_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = {"top1": 91.234, "dense": {"top1": 92.5}, "seed": 3}
+    folder = arp_hub.save_pretrained(small_model(), tmp_path / "my-model", metrics=metrics)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "apache-2.0" and card.data.library_name == "timm"
+    numbers = read(folder, "metrics.json")
+    assert f"| parameters | {numbers['dense']['params']:,} | {numbers['params']:,} |" in card.text
+    assert "| top-1, % | 92.50 | 91.23 |" in card.text and "- seed: 3" in card.text
+    assert "top-5" not in card.text  # never given, so not on the card
+    assert "| `cp` | 1 |" in card.text and "| `channel` | 2 |" in card.text
+    snippet = card.text.split("```python\n")[1].split("```")[0]
+    assert "import arp_hub" in snippet
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    assert isinstance(names["model"], nn.Module) and plan_of(names["model"]).layers
+
+
+def test_a_dense_model_keeps_its_architecture(tmp_path: Path) -> None:
+    dense = timm.create_model("cifar_resnet20", num_classes=4, global_pool="max").eval()
+    folder = arp_hub.save_pretrained(dense, tmp_path / "dense")
+    assert read(folder)["architecture"] == "cifar_resnet20" and "dense" not in read(folder, "metrics.json")
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(load(folder)(x), dense(x))
+    merged = arp_hub.to_dense(load(arp_hub.save_pretrained(small_model(), tmp_path / "out")))
+    folder = arp_hub.save_pretrained(merged, tmp_path / "merged")
+    assert read(folder)["architecture"] == "cifar_resnet20" and "plan" not in read(folder)["model_args"]
+    assert torch.equal(load(folder)(x), merged(x))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_classes": 3}, {"in_chans": 1}, {"global_pool": "max"}])
+def test_a_loaded_model_saves_again(arguments: dict[str, Any], tmp_path: Path) -> None:
+    layers = {**RESNET, "conv1": "cp"}
+    folder = arp_hub.save_pretrained(low_rank_model("cifar_resnet20", layers), tmp_path / "first")
+    model = load(folder, **arguments)
+    again = load(arp_hub.save_pretrained(model, tmp_path / "second"))
+    x = torch.randn(1, arguments.get("in_chans", 3), 32, 32)
+    assert torch.equal(again(x), model(x)) and plan_of(again) == plan_of(model)
+    model.reset_classifier(5)
+    assert load(arp_hub.save_pretrained(model, tmp_path / "third"))(x).shape == (1, 5)
+
+
+def test_tied_and_sliced_weights(tmp_path: Path) -> None:
+    model = small_model()
+    model.layer3[0].bn1.weight = model.layer3[0].bn2.weight
+    model.layer3[1].bn1.bias.data = torch.arange(128.0)[::2]
+    loaded = load(arp_hub.save_pretrained(model, tmp_path / "out")).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in model.state_dict().items())
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size < 1.1 * sum(v.nbytes for v in loaded.values())
+
+
+def test_saving_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = small_model().train()
+    noted = dict(model._model_args), dict(model.pretrained_cfg)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    arp_hub.save_pretrained(model, tmp_path / "out")
+    assert (dict(model._model_args), dict(model.pretrained_cfg)) == noted and model.training
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_models_that_do_not_say_what_they_are(tmp_path: Path) -> None:
+    from timm.models.resnet import BasicBlock, ResNet
+
+    torch.manual_seed(0)
+    model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=5).eval()
+    out = tmp_path / "out"
+    with pytest.raises(arp_hub.ArpHubError, match="pass backbone="):
+        arp_hub.save_pretrained(model, out)
+    with pytest.raises(arp_hub.ArpHubError, match="is not what resnet18 .* builds.*pass backbone= and model_args="):
+        arp_hub.save_pretrained(model, out, backbone="resnet18")
+    with pytest.raises(arp_hub.ArpHubError, match="timm cannot build resnet18 .*magic"):
+        arp_hub.save_pretrained(model, out, backbone="resnet18", model_args={"magic": 1})
+    with pytest.raises(arp_hub.ArpHubError, match="'resnet999' is no registered timm model"):
+        arp_hub.save_pretrained(model, out, backbone="resnet999")
+    assert not list(tmp_path.iterdir())
+    arp_hub.save_pretrained(model, out, backbone="resnet18", model_args={"layers": [1, 1, 1, 1]})
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(load(out)(x), model(x))
+
+
+def test_arguments_that_json_cannot_hold(tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet", act_layer=nn.SiLU).eval()
+    with pytest.raises(arp_hub.ArpHubError, match="act_layer"):
+        arp_hub.save_pretrained(model, tmp_path / "out")
+    folder = arp_hub.save_pretrained(model, tmp_path / "out", model_args={"act_layer": "silu"})
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(load(folder)(x), model(x))
+
+
+def test_a_merged_standardised_model_would_load_as_another(tmp_path: Path) -> None:
+    model = arp_hub.to_dense(low_rank_model("vit_tiny_r_s16_p8_224", {"patch_embed.backbone.conv": "channel"}))
+    with pytest.raises(arp_hub.ArpHubError, match="'patch_embed.backbone.conv' is a Conv2dSame.*before to_dense"):
+        arp_hub.save_pretrained(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (lambda: nn.Linear(2, 2), {}, "Linear is not a timm classifier"),
+        (lambda: timm.create_model("cifar_resnet20", features_only=True), {}, "FeatureListNet is not a timm"),
+        (lambda: nn.DataParallel(small_model()), {}, "unwrapped"),
+        (lambda: small_model().to("meta"), {}, "meta device"),
+        (small_model, {"metrics": {"top1": float("nan")}}, "finite numbers"),
+        (small_model, {"metrics": {"model": object()}}, "what JSON holds"),
+        (small_model, {"metrics": {"dense": 3}}, "metrics\\['dense'\\]"),
+        (small_model, {"label_names": ["cat", "dog"]}, "all 10 classes"),
+        (small_model, {"model_args": {"num_classes": 3}}, "num_classes"),
+    ],
+)
+def test_bad_input(make: Any, arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(arp_hub.ArpHubError, match=message):
+        arp_hub.save_pretrained(make(), tmp_path / "out", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+# --- the folder -----------------------------------------------------------------------------------------------------
+
+
+def test_an_earlier_model_is_replaced_and_anything_else_is_not(tmp_path: Path) -> None:
+    folder = arp_hub.save_pretrained(small_model(), tmp_path / "out")
+    (folder / "spectra.png").write_bytes(b"a picture of the old model")
+    arp_hub.save_pretrained(timm.create_model("cifar_resnet20", num_classes=2), folder)
+    assert read(folder)["num_classes"] == 2 and names_in(folder) == FILES
+
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(arp_hub.ArpHubError, match="'notes.txt'.*overwrite=True"):
+        arp_hub.save_pretrained(small_model(), folder)
+    assert (folder / "notes.txt").read_text() == "mine" and read(folder)["num_classes"] == 2
+    arp_hub.save_pretrained(small_model(), folder, overwrite=True)
+    assert names_in(folder) == FILES and names_in(tmp_path) == ["out"]
+
+
+def test_folders_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    check_folder(other)
+    check_folder(tmp_path / "new")
+    (other / "config.json").write_text('{"architecture": "resnet18"}')
+    with pytest.raises(arp_hub.ArpHubError, match="another model"):
+        check_folder(other)
+    check_folder(other, overwrite=True)
+    with pytest.raises(arp_hub.ArpHubError, match="is a file"):
+        check_folder(other / "config.json", overwrite=True)
+    monkeypatch.chdir(other)
+    for here in (Path(), other, tmp_path):
+        with pytest.raises(arp_hub.ArpHubError, match="holds the current directory"):
+            check_folder(here, overwrite=True)
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(arp_hub.ArpHubError, match="cannot save in"):
+        arp_hub.save_pretrained(small_model(), tmp_path / "file" / "out")
+
+
+# What fails, at which call, and whether the system can swap two folders in one step.
+FAULTS = [
+    ("arp_hub._config.save_config_for_hf", 1, True),
+    ("arp_hub.hub.check_rebuilds", 1, True),
+    ("arp_hub.hub.model_figures", 1, True),
+    ("arp_hub.hub.model_card", 1, True),
+    ("arp_hub.hub.save_file", 1, True),
+    ("pathlib.Path.write_text", 1, True),
+    ("pathlib.Path.write_text", 2, True),
+    ("pathlib.Path.chmod", 1, True),
+    ("arp_hub._folder._exchange", 1, True),
+    ("pathlib.Path.rename", 1, False),
+    ("pathlib.Path.rename", 2, False),
+]
+
+
+@pytest.mark.parametrize(("target", "call", "swap"), FAULTS)
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
+def test_a_failure_leaves_the_old_folder_whole(
+    target: str, call: int, swap: bool, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, other = arp_hub.save_pretrained(small_model(), tmp_path / "out"), timm.create_model("cifar_resnet20")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    calls = 0
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise error
+        return original(*args, **kwargs)
+
+    if not swap:
+        monkeypatch.setattr("arp_hub._folder._exchange", lambda a, b: False)
+    original = pkgutil.resolve_name(target)
+    monkeypatch.setattr(target, fail)
+    with pytest.raises((arp_hub.ArpHubError, KeyboardInterrupt)):
+        arp_hub.save_pretrained(other, folder)
+    assert calls >= call
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert names_in(tmp_path) == ["out"]
+
+
+def save_forever(folder: Path, first: int) -> None:
+    model = timm.create_model("cifar_resnet20")
+    for number in itertools.count(first):
+        nn.init.constant_(model.fc.bias, number)
+        arp_hub.save_pretrained(model, folder)
+
+
+def test_a_killed_process_leaves_a_whole_folder(tmp_path: Path) -> None:
+    folder = arp_hub.save_pretrained(timm.create_model("cifar_resnet20"), tmp_path / "out")
+    for moment in range(1, 5):
+        process = multiprocessing.get_context("fork").Process(target=save_forever, args=(folder, 100 * moment))
+        process.start()
+        try:
+            while int(load(folder).fc.bias[0]) < 100 * moment + 1:  # also: a reader finds a whole folder at any moment
+                assert process.is_alive()
+            process.join(0.07 * moment)
+        finally:
+            process.kill()
+            process.join()
+        assert names_in(folder) == FILES
+        assert 0 < load(folder).fc.bias[0] - 100 * moment < 100
+    arp_hub.save_pretrained(small_model(), folder)
