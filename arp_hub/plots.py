@@ -23,7 +23,8 @@ def spectra_figure(
 
     Args:
         spectra: Spectra by layer, first layer first, all of one fold.
-        ranks: Ranks to mark, of a plan or of a decomposed model, in the same fold.
+        ranks: Ranks to mark, of a plan or of a decomposed model, each of its own scheme: one of ``cp`` may exceed
+            the full rank of the fold that is drawn.
         title: Title of the figure.
 
     Returns:
@@ -85,6 +86,7 @@ def _draw_decay(figure: Any, axes: Any, spectra: Mapping[str, Spectrum]) -> None
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.ticker import MaxNLocator
 
     # The palest blues would vanish on the surface, so the ramp starts part of the way in.
     ramp = LinearSegmentedColormap.from_list("depth", colormaps["Blues"]([0.35 + 0.65 * k / 255 for k in range(256)]))
@@ -96,7 +98,8 @@ def _draw_decay(figure: Any, axes: Any, spectra: Mapping[str, Spectrum]) -> None
         axes.plot(x, mean, color=ramp(norm(depth)), linewidth=1.2)
     axes.set(yscale="log", xlim=(0, 1), xlabel="index / full rank", ylabel="singular value / largest")
     axes.set_title("Decay of each layer's singular values", loc="left", fontsize=10, color=_MUTED)
-    figure.colorbar(ScalarMappable(norm, ramp), ax=axes, label="depth (first to last layer)", pad=0.01)
+    ticks = MaxNLocator(integer=True)
+    figure.colorbar(ScalarMappable(norm, ramp), ax=axes, label="depth, first layer to last", pad=0.01, ticks=ticks)
     _style(axes)
 
 
@@ -104,18 +107,17 @@ def _draw_ranks(axes: Any, spectra: Mapping[str, Spectrum], ranks: Mapping[str, 
     names = list(spectra)
     positions = range(len(names))
     heights = (
-        ("full rank", _FULL, [s.full_rank for s in spectra.values()]),
-        ("99 % of the energy", _HIGH, [s.energy_rank(0.99) for s in spectra.values()]),
-        ("90 % of the energy", _LOW, [s.energy_rank(0.90) for s in spectra.values()]),
+        ("full rank", _FULL, [1.0] * len(names)),
+        ("99 % of the energy", _HIGH, [s.energy_rank(0.99) / s.full_rank for s in spectra.values()]),
+        ("90 % of the energy", _LOW, [s.energy_rank(0.90) / s.full_rank for s in spectra.values()]),
     )
     for label, colour, values in heights:
         axes.bar(positions, values, width=0.8, color=colour, label=label)
-    marked = [(k, ranks[name]) for k, name in enumerate(names) if name in ranks]
+    marked = [(k, ranks[name] / spectra[name].full_rank) for k, name in enumerate(names) if name in ranks]
     if marked:
         x, y = zip(*marked, strict=True)
         axes.scatter(x, y, marker="_", s=max(12, 4000 / len(names)), linewidth=2, color=_PLANNED, label="rank chosen")
-    axes.set(ylabel="rank per block", xlim=(-0.6, len(names) - 0.4), yscale="log")
-    axes.set_ylim(bottom=0.8)
+    axes.set(ylabel="rank / full rank", xlim=(-0.6, len(names) - 0.4))
     size = 7 if len(names) <= 60 else 5
     axes.set_xticks(positions, names, rotation=90, fontsize=size)
     axes.set_title("Ranks of each layer", loc="left", fontsize=10, color=_MUTED)
