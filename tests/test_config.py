@@ -41,6 +41,7 @@ def test_every_setting_is_documented_under_a_heading():
         ({"schemes": 3}, ["schemes", "list of words"]),
         ({"mixed_precision": "fp8"}, ["mixed_precision", "bf16"]),
         ({"overwrite": "yes"}, ["overwrite", "true or false"]),
+        ({"optimizer": "sgdd"}, ["optimizer", "'sgdd'", "'sgd'"]),
         ({"val_fraction": 1}, ["val_fraction", "below 1"]),
         ({"calibration_images": 0}, ["calibration_images", "start='dense'"]),
     ],
