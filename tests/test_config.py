@@ -2,6 +2,7 @@ import dataclasses
 import sys
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from arp_hub.errors import ArpHubError
 from arp_hub.training import TrainConfig
@@ -36,14 +37,14 @@ def test_every_setting_is_documented_under_a_heading():
         ({"momentum": 1}, ["momentum", "below 1"]),
         ({"distill": 2}, ["distill", "at most 1"]),
         ({"batch_size": 0}, ["batch_size", "at least 1"]),
-        ({"start": "middle"}, ["start", "'middle'", "fit, dense"]),
+        ({"start_from": "middle"}, ["start_from", "'middle'", "fit, dense"]),
         ({"schemes": ["cp", "svd"]}, ["schemes", "'svd'", "tucker2"]),
         ({"schemes": 3}, ["schemes", "list of words"]),
         ({"mixed_precision": "fp8"}, ["mixed_precision", "bf16"]),
         ({"overwrite": "yes"}, ["overwrite", "true or false"]),
         ({"optimizer": "sgdd"}, ["optimizer", "'sgdd'", "'sgd'"]),
         ({"val_fraction": 1}, ["val_fraction", "below 1"]),
-        ({"calibration_images": 0}, ["calibration_images", "start='dense'"]),
+        ({"calibration_images": 0}, ["calibration_images", "start_from='dense'"]),
     ],
 )
 def test_bad_values_name_the_setting_and_the_way_out(changes, words):
@@ -57,6 +58,14 @@ def test_settings_survive_yaml(tmp_path):
     config = TrainConfig(**BASE, schemes=("cp", "channel"), lr=1e-3, exclude=("fc",), cpu=True)
     config.save(tmp_path / "config.yaml")
     assert TrainConfig.from_layers(read_config(tmp_path / "config.yaml")) == config
+
+
+def test_launchers_do_not_take_our_options_for_theirs():
+    # argparse reads what follows the script too, and stops at a prefix of two of its own options.
+    theirs = [name for action in get_args_parser()._actions for name in action.option_strings]
+    for setting in dataclasses.fields(TrainConfig):
+        ours = f"--{setting.name.replace('_', '-')}"
+        assert sum(name.startswith(ours) for name in theirs) <= 1, ours
 
 
 def test_later_layers_win_and_budgets_replace_each_other(tmp_path):

@@ -185,8 +185,16 @@ def test_splits_that_do_not_fit_together(tmp_path, model):
 def test_a_corrupt_image_is_named(tmp_path, model):
     root = class_folders(tmp_path)
     (tmp_path / "train" / "dog" / "1.png").write_bytes(b"\x89PNG not really")
-    with pytest.raises(ArpHubError, match="image 4 of column 'image'"):
+    with pytest.raises(ArpHubError, match="^image 4 of column 'image'"):
         calibration_images(load_data(root, model), 100)
+    large = load_model("test_resnet", pretrained=False)
+    for split in ("train", "test"):
+        for path in (tmp_path / split).rglob("?.png"):
+            if path.stat().st_size > 20:
+                picture(9, size=100).save(path)
+    for workers in (0, 1):
+        with pytest.raises(ArpHubError, match="^image 4 of column 'image' cannot be decoded"):
+            calibration_images(load_data(root, large), 100, workers=workers)
 
 
 @pytest.mark.parametrize("flip", [True, False])

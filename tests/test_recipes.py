@@ -15,7 +15,7 @@ from arp_hub.layers import count_params, low_rank_layers
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.name for path in RECIPES.glob("*.py"))
 TRIAL = ["--cpu", "--max-steps", "2", "--ramp", "0.5", "--batch-size", "8", "--tracker", "none", "--dense-epochs", "1"]
-WEIGHTS_ONLY = ["--start", "dense", "--calibration-images", "0", "--schemes", "channel"]
+WEIGHTS_ONLY = ["--start-from", "dense", "--calibration-images", "0", "--schemes", "channel"]
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from arp_hub.training.checkpoint import Checkpoint, find_checkpoint, list_checkp
 from arp_hub.training.runlog import read_log
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RECIPES.parent)}
 TINY = {
     "model": "cifar_resnet20",
     "data": "digits",
@@ -98,7 +99,7 @@ def test_a_run_can_be_repeated_from_its_metrics(finished, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"start": "dense", "method": "dual", "calibration_images": 0},
+        {"start_from": "dense", "method": "dual", "calibration_images": 0},
         {"mixup": 0.2, "cutmix": 1.0, "smoothing": 0.1, "optimizer": "adamw", "lr": 1e-3, "schedule": "multistep"},
         {"ema_decay": 0.5, "clip_grad": 1.0, "warmup_epochs": 0.01, "distill": 1.0},
         {"dense_epochs": 0, "ramp": 0.0, "keep_params": None, "keep_macs": 0.6, "exclude": ("conv1",)},
@@ -125,7 +126,7 @@ def test_accumulation_gives_the_same_weights(tmp_path):
             model="test_vit",
             accumulation=parts,
             dense_epochs=0,
-            start="dense",
+            start_from="dense",
             calibration_images=0,
             output=output,
         )
@@ -184,8 +185,7 @@ def launch(recipe, output, *options, processes=1, wait=True, **settings):
     values = [str(value) for value in settings.values()]
     pairs = [word for pair in zip(words, values, strict=True) for word in pair]
     command = [sys.executable, *start, str(RECIPES / recipe), "--output", str(output), *options, *pairs]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RECIPES.parent)}
-    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     if not wait:
         return child
     _, said = child.communicate(timeout=240)
@@ -240,6 +240,42 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, uninterrupted, phase
     assert largest_difference(uninterrupted, tmp_path / "out") == 0
     logs = [read_log(folder.with_name("out-run") / "log.jsonl") for folder in (uninterrupted, tmp_path / "out")]
     assert [(entry["phase"], entry["step"]) for entry in logs[0]] == [(e["phase"], e["step"]) for e in logs[1]]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_and_ends_with_a_code_of_its_own(tmp_path, processes):
+    settings = {"model": "test_vit", "max_steps": 500, "batch_size": 8, "data": "digits", "epochs": 500}
+    options = [*PLAIN, "--start-from", "dense", "--calibration-images", "0"]
+    child = launch("any_backbone.py", tmp_path / "out", *options, processes=processes, wait=False, **settings)
+    checkpoints = tmp_path / "out-run" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(checkpoints.glob("compress-*")):
+        time.sleep(0.05)
+    time.sleep(1)
+    child.send_signal(signal.SIGTERM)
+    _, said = child.communicate(timeout=120)
+    assert "stopped by SIGTERM at step" in said
+    assert "--resume auto" in said
+    if processes == 1:
+        assert child.returncode == 75
+    saved = load_checkpoint(find_checkpoint("auto", checkpoints))
+    assert f"step {saved.step} of phase 'compress'" in said
+    assert 0 < saved.step < 500
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
+    code = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000,) * 2); " \
+           "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"  # fmt: skip
+    options = {"--model": "cifar_resnet20", "--output": tmp_path / "out", "--max-steps": 4, "--batch-size": 8}
+    words = [str(word) for pair in options.items() for word in pair]
+    command = [sys.executable, "-c", code, str(RECIPES / "any_backbone.py"), *PLAIN, "--start-from", "dense",
+               "--calibration-images", "0", "--checkpoint-every", "1", *words]  # fmt: skip
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2
+    assert re.search(r"error: cannot write a checkpoint in .*compress-00000000.*--resume auto", done.stderr), (
+        done.stderr
+    )
+    assert load_checkpoint(find_checkpoint("auto", tmp_path / "out-run" / "checkpoints")).step == 0
 
 
 TREES = st.recursive(

@@ -14,6 +14,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..errors import ArpHubError
 from .config import GROUPS, TrainConfig, nearest, read_config
+from .preemption import EXIT_CODE, Preempted
 from .trainer import run
 
 _EPILOG = """
@@ -27,7 +28,7 @@ examples:
 
 Settings win in this order: command line, --config file, the defaults above. The finished model is in OUTPUT;
 checkpoints, log.jsonl and config.yaml (to be given to --config again) are in OUTPUT-run.
-Exit codes: 0 fine, 2 bad input.
+Exit codes: 0 fine, 2 bad input, 75 stopped by SIGTERM with its state saved.
 """
 
 
@@ -49,6 +50,9 @@ def main(description: str, **defaults: Any) -> dict[str, Any]:
         config = parse_command(description, defaults, sys.argv[1:])
         with logging_redirect_tqdm():
             return run(config)
+    except Preempted as stop:
+        print(f"stopped by SIGTERM at {stop}, which is saved: go on with --resume auto", file=sys.stderr)
+        sys.exit(EXIT_CODE)
     except ArpHubError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

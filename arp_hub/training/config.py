@@ -65,7 +65,7 @@ class TrainConfig:
     epochs: int = _setting("phases", 10, "epochs of penalty training, ramp and hold together", low=1)
     ramp: float = _setting("phases", 0.65, "share of these epochs that is ramp; the rest is hold", low=0, below=1)
     finetune_epochs: int = _setting("phases", 0, "epochs of training the factors after decomposition", low=0)
-    start: str = _setting(
+    start_from: str = _setting(
         "phases", "fit", "penalise from the data-aware decomposition, or from dense", choices=("fit", "dense")
     )
     method: Method = _setting(
@@ -120,8 +120,10 @@ class TrainConfig:
         if (self.keep_params is None) == (self.keep_macs is None):
             given = "none" if self.keep_params is None else "both"
             raise ArpHubError(f"set one budget, keep_params or keep_macs (got {given})")
-        if self.calibration_images == 0 and self.start == "fit":
-            raise ArpHubError("start='fit' needs calibration images: set calibration_images, or start='dense'")
+        if self.calibration_images == 0 and self.start_from == "fit":
+            raise ArpHubError(
+                "start_from='fit' needs calibration images: set calibration_images, or start_from='dense'"
+            )
         if self.optimizer.lower() not in (optimizers := [str(name) for name in timm.optim.list_optimizers()]):
             raise ArpHubError(f"optimizer: timm has no '{self.optimizer}'{nearest(self.optimizer, optimizers)}")
         if not self.output:

@@ -163,8 +163,12 @@ class StreamedImages:
             pin_memory=device.type == "cuda",
             collate_fn=torch.stack,
         )
-        for batch in loader:
-            yield batch.to(device, non_blocking=True)
+        try:
+            for batch in loader:
+                yield batch.to(device, non_blocking=True)
+        except ArpHubError as error:  # a worker wraps its message in a traceback
+            message = str(error).strip().splitlines()[-1]
+            raise ArpHubError(message.removeprefix(f"{ArpHubError.__module__}.{ArpHubError.__name__}: ")) from error
 
 
 class _Transformed(Dataset):

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -21,12 +22,16 @@ from torch import Tensor, nn
 from ..errors import ArpHubError
 from ..penalty import AdaptiveRankPenalty
 from .augment import epoch_batches, keyed_seed, seed_everything, steps_per_epoch
-from .checkpoint import Checkpoint, save_checkpoint
+from .checkpoint import Checkpoint, find_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .data import ImageData
 from .evaluate import evaluate
 from .images import TrainBatch
+from .preemption import Preempted, listening
 from .runlog import RunLog
+
+_LISTEN_EVERY = 10
+"""Steps between two exchanges of whether to stop, with several processes."""
 
 
 @dataclass
@@ -81,7 +86,8 @@ def train(run: Run, phase: Phase, start: Checkpoint | None = None) -> nn.Module 
         The moving average of the model, if the config asks for one.
 
     Raises:
-        ArpHubError: If the loss stops being a number.
+        ArpHubError: If the loss stops being a number, or a checkpoint cannot be written.
+        Preempted: If SIGTERM has come; the state is saved.
     """
     return _Loop(run, phase, start).run_to_end()
 
@@ -110,15 +116,17 @@ class _Loop:
         self.raw_optimizer = optimizer
         self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
         self.mixup = _mixup(config, run.data.num_classes)
+        self.listen_every = 1 if accelerator.num_processes == 1 else _LISTEN_EVERY
 
     def run_to_end(self) -> nn.Module | None:
         spe = self.run.steps_per_epoch
         bar = self.run.log.bar(self.phase.name, self.total, self.step)
         if self.step == 0:
             self.save()
-        while self.step < self.total:
-            epoch = self.step // spe
-            self.epoch(epoch, min((epoch + 1) * spe, self.total), bar)
+        with listening() as self.told_to_stop:
+            while self.step < self.total:
+                epoch = self.step // spe
+                self.epoch(epoch, min((epoch + 1) * spe, self.total), bar)
         bar.close()
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
@@ -137,12 +145,29 @@ class _Loop:
             bar.update()
             if self.step % self.config.log_every == 0 or self.step == end:
                 self.report(loss, lr, bar)
-            if every and self.step % every == 0 and self.step < end:
+            stop = self.step % self.listen_every == 0 and self.anyone_told_to_stop()
+            if self.step < end and (stop or (every and self.step % every == 0)):
                 self.save()
-        if self.accelerator.num_processes > 1:
-            distribute_bn(self.model, self.accelerator.num_processes, reduce=True)
+            if stop and self.step < end:
+                raise Preempted(f"step {self.step} of phase '{self.phase.name}'")
+        self.share_statistics()
         self.close_epoch(epoch, lr, time.perf_counter() - began)
         self.save()
+        if self.anyone_told_to_stop():
+            raise Preempted(f"step {self.step} of phase '{self.phase.name}'")
+
+    def anyone_told_to_stop(self) -> bool:
+        """Whether SIGTERM has come to any process, so that all stop at the same step."""
+        heard = torch.tensor(float(self.told_to_stop()), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(heard, "sum") > 0)
+
+    def share_statistics(self) -> None:
+        """Let all processes judge the same model: each has seen its own images in BatchNorm."""
+        processes = self.accelerator.num_processes
+        if processes > 1:
+            distribute_bn(self.model, processes, reduce=True)
+            if self.ema:  # of the main process, because that is the one which checkpoints keep
+                distribute_bn(self.ema.module, processes, reduce=False)
 
     def one_step(self, micro: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         """One optimiser step over this process's share of a global batch, and what follows a step."""
@@ -260,7 +285,15 @@ class _Loop:
             }
             run = self.run
             checkpoint = Checkpoint(self.phase.name, self.step, run.settings, run.scores, run.plan, state)
-            save_checkpoint(self.config.run_folder / "checkpoints", checkpoint, self.config.keep_checkpoints)
+            folder = self.config.run_folder / "checkpoints"
+            try:
+                save_checkpoint(folder, checkpoint, self.config.keep_checkpoints)
+            except (OSError, SafetensorError) as error:
+                last = find_checkpoint("auto", folder)
+                raise ArpHubError(
+                    f"cannot write a checkpoint in '{folder}': {error}. The last whole one is '{last}': make room "
+                    "there, then go on with --resume auto"
+                ) from error
         self.accelerator.wait_for_everyone()
 
 

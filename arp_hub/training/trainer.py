@@ -224,12 +224,12 @@ def _penalised_model(
         plan = RankPlan.from_dict(start.plan)
         model.load_state_dict(start.state["model"])
     else:
-        images = _calibration(run)
-        plan = _same_everywhere(run.accelerator, make_plan(model, calibration=images, **_budget(config)))
+        images, show = _calibration(run), run.log.main and sys.stderr.isatty()
+        plan = _same_everywhere(run.accelerator, make_plan(model, calibration=images, progress=show, **_budget(config)))
         run.plan = plan.to_dict()
         run.log.note("plan: %d layers are decomposed, %d stay dense", len(plan.layers), len(plan.dense))
-        if config.start == "fit":
-            decompose(model, plan, calibration=images, progress=run.log.main and sys.stderr.isatty())
+        if config.start_from == "fit":
+            decompose(model, plan, calibration=images, progress=show)
             run.scores["fit"] = _score(run, model, "data-aware fit, untrained")
             factors = _factors(run.accelerator, model)
             to_dense(model)
@@ -253,7 +253,7 @@ def _check_budget(run: Run, model: nn.Module) -> None:
     """Let an impossible budget or a layer that cannot be penalised show before the dense training, not after it."""
     config = run.config
     plan = make_plan(model, **_budget(config))
-    if config.start == "dense":
+    if config.start_from == "dense":
         AdaptiveRankPenalty(model, plan, total_steps=run.total_steps(config.epochs), ramp=config.ramp)
 
 
