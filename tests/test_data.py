@@ -51,8 +51,11 @@ def test_digits_are_split_the_same_way_always(model):
     assert torch.bincount(data.test.labels).tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
     again = load_data("digits", model, seed=5)
     assert torch.equal(again.test.labels, data.test.labels)
-    images = torch.cat(list(data.test.images.evaluation(data.test.indices, 100, CPU, 0)))
+    images, labels = data.test.tensors()
     assert images.shape == (360, 3, 32, 32)
+    means = torch.stack([images[labels == digit].mean(0) for digit in range(10)])
+    nearest = torch.cdist(images.flatten(1), means.flatten(1)).argmin(1)
+    assert (nearest == labels).float().mean() > 0.85  # images and labels belong together
     assert data.train.images.flip is False
 
 
@@ -60,6 +63,10 @@ def test_held_out_images_are_stratified_and_not_trained_on(model):
     data = load_data("digits", model, val_fraction=0.1, seed=3)
     assert not set(data.train.indices.tolist()) & set(data.val.indices.tolist())
     assert len(data.train) + len(data.val) == 1437
+    whole = load_data("digits", model).train.tensors()
+    for part in (data.train, data.val):
+        for all_of_it, of_part in zip(whole, part.tensors(), strict=True):
+            assert torch.equal(all_of_it[part.indices], of_part)
     assert torch.bincount(data.val.labels).float().std() < 1
     calibration = calibration_images(data, 20_000)
     assert len(calibration) == len(data.train)

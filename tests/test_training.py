@@ -291,13 +291,13 @@ def test_checkpoints_give_back_what_they_were_given(tmp_path_factory, tree):
     tensors["shared"] = tensors["whole"][0]
     state = {"tree": tree, "tensors": tensors, "list": [tensors["scalar"], {3: torch.zeros(0)}]}
     folder = tmp_path_factory.mktemp("checkpoints")
-    path = save_checkpoint(folder, Checkpoint("dense", 3, {"lr": 1}, {}, None, state), keep=1)
+    path = save_checkpoint(folder, Checkpoint("dense", 3, {"lr": 1}, {}, None, 1.5, state), keep=1)
     read = load_checkpoint(path)
     assert read.state["tree"] == tree
     for name, tensor in tensors.items():
         assert torch.equal(read.state["tensors"][name], tensor)
     assert torch.equal(read.state["list"][1][3], torch.zeros(0))
-    assert (read.phase, read.step, read.settings) == ("dense", 3, {"lr": 1})
+    assert (read.phase, read.step, read.settings, read.seconds) == ("dense", 3, {"lr": 1}, 1.5)
 
 
 def test_old_checkpoints_go_and_half_written_ones_do_not_count(tmp_path):
@@ -305,14 +305,14 @@ def test_old_checkpoints_go_and_half_written_ones_do_not_count(tmp_path):
         if step == 3:
             (tmp_path / ".dense-00000003.1.tmp").mkdir()  # as a killed run leaves it
             assert find_checkpoint("auto", tmp_path).name == "dense-00000002"
-        save_checkpoint(tmp_path, Checkpoint("dense", step, {}, {}, None, {"x": torch.zeros(2)}), keep=2)
+        save_checkpoint(tmp_path, Checkpoint("dense", step, {}, {}, None, 0.0, {"x": torch.zeros(2)}), keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense-00000003", "dense-00000004"]
     assert find_checkpoint("auto", tmp_path / "nowhere") is None
 
 
 @pytest.mark.parametrize("damage", ["cut tensors", "no tensors", "cut json", "newer"])
 def test_damaged_checkpoints_are_refused(tmp_path, damage):
-    path = save_checkpoint(tmp_path, Checkpoint("dense", 1, {}, {}, None, {"x": torch.zeros(200)}), keep=1)
+    path = save_checkpoint(tmp_path, Checkpoint("dense", 1, {}, {}, None, 0.0, {"x": torch.zeros(200)}), keep=1)
     tensors, text = path / "state.safetensors", path / "state.json"
     if damage == "cut tensors":
         tensors.write_bytes(tensors.read_bytes()[:-9])

@@ -36,6 +36,7 @@ class Checkpoint:
         settings: What must be the same to go on: the config, the number of processes, the steps of an epoch.
         scores: Accuracies measured so far.
         plan: The plan as JSON, once there is one.
+        seconds: Wall time so far.
         state: Nested dictionaries and lists of tensors and plain values: model, optimizer, penalty and the like.
     """
 
@@ -44,6 +45,7 @@ class Checkpoint:
     settings: Mapping[str, Any]
     scores: Mapping[str, Any]
     plan: Mapping[str, Any] | None
+    seconds: float
     state: Mapping[str, Any]
 
 
@@ -57,7 +59,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     tensors: dict[str, Tensor] = {}
     tree = _flatten(checkpoint.state, "", tensors)
     save_file(tensors, temporary / "state.safetensors")
-    meta = {name: getattr(checkpoint, name) for name in ("phase", "step", "settings", "scores", "plan")}
+    meta = {name: getattr(checkpoint, name) for name in ("phase", "step", "settings", "scores", "plan", "seconds")}
     text = json.dumps({"format_version": FORMAT_VERSION, **meta, "state": tree})
     (temporary / "state.json").write_text(text, encoding="utf-8")
     if target.exists():
@@ -89,6 +91,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             settings=meta["settings"],
             scores=meta["scores"],
             plan=meta["plan"],
+            seconds=meta.get("seconds", 0.0),
             state=_unflatten(meta["state"], tensors),
         )
     except ArpHubError:

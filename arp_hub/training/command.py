@@ -19,12 +19,16 @@ from .trainer import run
 
 _EPILOG = """
 examples:
-  python {name}                                     the defaults, on one process
-  python {name} --max-steps 3 --epochs 1            a trial run through every phase
-  python {name} --config my.yaml --lr 0.02          settings from a file, one of them overridden
-  python {name} --resume auto                       go on where a stopped run was
-  accelerate launch {name}                          on all GPUs of this machine
-  python -m torch.distributed.run --nproc_per_node 2 {name} --cpu      on two CPU processes
+  accelerate launch {name}
+      with the defaults, on the GPUs that `accelerate config` was told of, or on one CPU process
+  python -m torch.distributed.run --nproc_per_node 2 {name} --cpu
+      on two CPU processes (or, without --cpu, on two GPUs)
+  python {name} --max-steps 3
+      a trial run through every phase
+  python {name} --config my.yaml --lr 0.02
+      settings from a file, one of them overridden
+  python {name} --resume
+      go on where a stopped run of the same settings was
 
 Settings win in this order: command line, --config file, the defaults above. The finished model is in OUTPUT;
 checkpoints, log.jsonl and config.yaml (to be given to --config again) are in OUTPUT-run.

@@ -72,7 +72,10 @@ class TrainConfig:
         "phases", "tracking", "how the penalty sets its strength", choices=typing.get_args(Method)
     )
     max_steps: int = _setting(
-        "phases", 0, "cap on the steps of each phase, for trial runs that pass through all of them; 0: none", low=0
+        "phases",
+        0,
+        "trial run through every phase: cap on the steps of each; few images for fit and test; 0: no cap",
+        low=0,
     )
 
     batch_size: int = _setting("optimisation", 128, "images per optimiser step, over all processes", low=1)

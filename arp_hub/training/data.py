@@ -55,6 +55,16 @@ class Split:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """All images, normalised and not augmented, ``(N, 3, H, W)``, and their labels ``(N,)``: for small data.
+
+        Raises:
+            ArpHubError: If there are no labels.
+        """
+        if self.labels is None:
+            raise ArpHubError(f"split '{self.name}' has no labels")
+        return torch.cat(list(self.images.evaluation(self.indices, 256, torch.device("cpu"), 0))), self.labels
+
 
 @dataclass(frozen=True)
 class ImageData:

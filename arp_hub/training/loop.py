@@ -45,6 +45,12 @@ class Run:
     settings: Mapping[str, Any]
     scores: dict[str, Any] = field(default_factory=dict)
     plan: Mapping[str, Any] | None = None
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time so far, including what a resumed run took before it was stopped."""
+        return time.perf_counter() - self.began
 
     @property
     def steps_per_epoch(self) -> int:
@@ -284,7 +290,7 @@ class _Loop:
                 "scaler": scaler.state_dict() if scaler else None,
             }
             run = self.run
-            checkpoint = Checkpoint(self.phase.name, self.step, run.settings, run.scores, run.plan, state)
+            checkpoint = Checkpoint(self.phase.name, self.step, run.settings, run.scores, run.plan, run.seconds, state)
             folder = self.config.run_folder / "checkpoints"
             try:
                 save_checkpoint(folder, checkpoint, self.config.keep_checkpoints)

@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,8 @@ _logger = logging.getLogger(__name__)
 
 _FREE = {"workers", "resume", "overwrite", "log_every", "keep_checkpoints", "checkpoint_every", "tracker", "output"}
 """Settings that a resumed run may change, because no number depends on them."""
-_TRIAL_IMAGES = 32
-"""Images per step of ``max_steps`` that a trial run calibrates and evaluates on."""
+_TRIAL_TEST_IMAGES, _TRIAL_CALIBRATION_IMAGES = 32, 4
+"""Images per step of ``max_steps`` that a trial run evaluates and calibrates on, at most."""
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -59,7 +58,6 @@ def run(config: TrainConfig) -> dict[str, Any]:
     Raises:
         ArpHubError: If the settings, the data, the weights or the folders do not fit, before any training.
     """
-    began = time.perf_counter()
     accelerator = _accelerator(config)
     found = find_checkpoint(config.resume, config.run_folder / "checkpoints")
     start = load_checkpoint(found) if found else None
@@ -73,11 +71,11 @@ def run(config: TrainConfig) -> dict[str, Any]:
     log = RunLog(accelerator, config, (start.phase, start.step) if start else None)
     this = Run(config, accelerator, data, log, settings)
     if start:
-        this.scores, this.plan = dict(start.scores), start.plan
+        this.scores, this.plan, this.began = dict(start.scores), start.plan, this.began - start.seconds
         log.note("resumed from '%s'", found)
 
     result, plan = _low_rank_model(this, _dense_model(this, model, start), start)
-    metrics = _save(this, result, _metrics(this, plan, time.perf_counter() - began))
+    metrics = _save(this, result, _metrics(this, plan))
     accelerator.end_training()
     return metrics
 
@@ -272,14 +270,14 @@ def _calibration(run: Run) -> Tensor | None:
     config = run.config
     count = config.calibration_images
     if config.max_steps:
-        count = min(count, config.max_steps * _TRIAL_IMAGES)
+        count = min(count, config.max_steps * _TRIAL_CALIBRATION_IMAGES)
     return calibration_images(run.data, count, seed=config.seed, workers=config.workers) if count else None
 
 
 def _score(run: Run, model: nn.Module, title: str) -> Scores:
     """Accuracy on the test split."""
     config = run.config
-    limit = config.max_steps * _TRIAL_IMAGES if config.max_steps else None
+    limit = config.max_steps * _TRIAL_TEST_IMAGES if config.max_steps else None
     scores = evaluate(model, run.data.test, workers=config.workers, accelerator=run.accelerator, max_images=limit)
     run.log.note(
         "%s: top-1 %.2f, top-5 %.2f, loss %.4f on %d test images, %d parameters",
@@ -310,7 +308,7 @@ def _factors(accelerator: Accelerator, model: nn.Module) -> dict[str, Factors]:
     }
 
 
-def _metrics(run: Run, plan: RankPlan, seconds: float) -> dict[str, Any]:
+def _metrics(run: Run, plan: RankPlan) -> dict[str, Any]:
     """Every number of the run, with all that stands behind it: the finished model's own on top."""
     last = run.scores.get("finetuned") or run.scores["decomposed"]
     return {
@@ -322,7 +320,7 @@ def _metrics(run: Run, plan: RankPlan, seconds: float) -> dict[str, Any]:
         "split": run.data.test.name,
         "seed": run.config.seed,
         "processes": run.accelerator.num_processes,
-        "seconds": round(seconds, 1),
+        "seconds": round(run.seconds, 1),
         "plan": plan.to_dict(),
         "config": run.config.to_dict(),
     }
