@@ -81,13 +81,20 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
-    accelerator = Accelerator(
-        cpu=config.cpu,
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.accumulation,
-        log_with=tracker_name(config),
-        project_config=ProjectConfiguration(project_dir=str(config.run_folder)),
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=config.cpu,
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.accumulation,
+            log_with=tracker_name(config),
+            project_config=ProjectConfiguration(project_dir=str(config.run_folder)),
+        )
+    except ValueError as error:
+        if isinstance(error, ArpHubError):
+            raise
+        raise ArpHubError(
+            f"this machine or process cannot do mixed_precision={config.mixed_precision} with cpu={config.cpu}: {error}"
+        ) from error
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ArpHubError(
