@@ -16,8 +16,13 @@ from .curves import Candidate, Floats, OutputErrors, candidate_schemes, weight_c
 from .errors import ArpHubError
 from .layers import effective_weight, layer_shape, low_rank_layers, refusal, weight_layers
 from .plan import LayerPlan, RankPlan
-from .schemes import SCHEMES, Pair, Scheme, chain_macs
+from .schemes import SCHEMES, Scheme
+from .shapes import Pair, chain_macs
 from .tracing import InputSize, Trace, trace
+
+_WEIGHT_POWER, _OUTPUT_POWER = 2.0, 1.0
+"""A layer's loss is its relative squared error to this power. Errors in the weight metric say little of the network's
+output, and are best kept even among layers (a higher power); errors in the output metric add up."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,10 @@ def make_plan(
 ) -> RankPlan:
     """Plan the decomposition of a model: which layers, by which scheme, at which rank.
 
-    Every layer's error is measured over its rank for the schemes that apply: in the metric of its weights, or, with
-    calibration images, in that of its outputs, where it is then turned into the divergence of the network's own
-    predictions. The plan minimises the sum over layers under the budget (a Lagrangian relaxation, then greedy
-    steps), and lands within 1 % of it, from below.
+    Every layer's relative error is measured over its rank for the schemes that apply: in the metric of its weights,
+    or, with calibration images, in that of its outputs as the BatchNorm behind it scales them. The plan minimises the
+    sum over layers under the budget (a Lagrangian relaxation, then greedy steps), and lands within 1 % of it, from
+    below.
 
     Args:
         model: A dense model.
@@ -155,17 +160,26 @@ def _measure(
     images: Images | None,
     progress: bool,
 ) -> list[_Choices]:
-    by_output = None if images is None or not layers else OutputErrors(model, list(layers), images)
+    by_output = None if images is None or not layers else _output_errors(model, layers, images)
     found = []
     for name, schemes in tqdm(layers.items(), "measure layers", disable=not progress, leave=False):
         if by_output is None:
-            candidates = weight_candidates(effective_weight(model.get_submodule(name)).float(), schemes)
-            losses = [np.sqrt(candidate.errors) for candidate in candidates]
+            weight = effective_weight(model.get_submodule(name)).float()
+            candidates, power = weight_candidates(weight, schemes), _WEIGHT_POWER
         else:
-            candidates, sensitivity = by_output.measure(name, schemes)
-            losses = [np.sqrt(sensitivity(candidate.errors)) for candidate in candidates]
+            candidates, power = by_output.candidates(name, schemes), _OUTPUT_POWER
+        losses = [candidate.errors**power for candidate in candidates]
         found.append(_choices(name, candidates, losses, _cost_of(cost, traced.sizes[name]), multiple))
     return found
+
+
+def _output_errors(model: nn.Module, layers: Mapping[str, object], images: Images) -> OutputErrors:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        return OutputErrors(model.eval(), {name: model.get_submodule(name) for name in layers}, images)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _cost_of(cost: str, sizes: Sequence[Pair]) -> Callable[[Scheme, int | None], int]:

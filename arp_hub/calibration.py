@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from .errors import ArpHubError
 from .layers import layer_shape, padder
-from .schemes import LayerShape
+from .shapes import LayerShape
 
 Images = Tensor | Iterable[Any]
 """Calibration images: one normalised tensor ``(N, C, H, W)``, or batches of them that can be gone through repeatedly
@@ -165,40 +165,50 @@ class _Halt(Exception):  # noqa: N818 - not an error: it ends a forward pass ear
 
 
 @torch.no_grad()
-def layer_io(model: nn.Module, layer: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Input and output of ``layer`` in a forward pass that ends there.
+def _caught(
+    model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Input and output of the first call of each layer, in a forward pass that ends when all are seen."""
+    caught: dict[str, tuple[Tensor, Tensor]] = {}
 
-    Raises:
-        ArpHubError: If the model never calls the layer.
-    """
-    caught: list[Tensor] = []
+    def catch(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        caught.setdefault(name, (args[0].clone(), output.clone()))  # what follows may work in place
+        if len(caught) == len(layers):
+            raise _Halt
 
-    def catch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        caught.extend((args[0], output))
-        raise _Halt
-
-    hook = layer.register_forward_hook(catch)
+    hooks = [layer.register_forward_hook(partial(catch, name)) for name, layer in layers.items()]
     try:
         model(images)
     except _Halt:
         pass
     finally:
-        hook.remove()
-    if not caught:
-        raise ArpHubError("the model never calls a planned layer: take it out of the plan")
-    return caught[0], caught[1]
+        for hook in hooks:
+            hook.remove()
+    if missing := layers.keys() - caught.keys():
+        raise ArpHubError(f"the model never calls the planned layer '{min(missing)}': take it out of the plan")
+    return caught
 
 
-def layer_moments(
-    student: nn.Module, student_layer: nn.Module, teacher: nn.Module, teacher_layer: nn.Module, images: Images
-) -> Moments:
-    """Moments of the student's input to a layer against the teacher's output of it."""
-    moments = Moments(layer_shape(teacher_layer), next(teacher.parameters()).device)
-    for batch in batches(images, moments.xx.device):
-        x, _ = layer_io(student, student_layer, batch)
-        _, y = layer_io(teacher, teacher_layer, batch)
-        moments.update(x, _without_bias(teacher_layer, y), padder(teacher_layer))
-    return moments
+def paired_moments(
+    student: nn.Module,
+    student_layers: Mapping[str, nn.Module],
+    teacher: nn.Module,
+    teacher_layers: Mapping[str, nn.Module],
+    images: Images,
+) -> dict[str, Moments]:
+    """Moments of the student's inputs to some layers against the teacher's outputs of them, in one pass.
+
+    Raises:
+        ArpHubError: If a model never calls one of its layers.
+    """
+    device = next(teacher.parameters()).device
+    found = {name: Moments(layer_shape(layer), device) for name, layer in teacher_layers.items()}
+    for batch in batches(images, device):
+        inputs = _caught(student, student_layers, batch)
+        outputs = _caught(teacher, teacher_layers, batch)
+        for name, layer in teacher_layers.items():
+            found[name].update(inputs[name][0], _without_bias(layer, outputs[name][1]), padder(layer))
+    return found
 
 
 @torch.no_grad()

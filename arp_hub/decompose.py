@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -11,17 +12,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from tqdm.auto import tqdm
 
-from .calibration import Images, Regression, batches, following_norms, layer_moments
+from .calibration import Images, Moments, Regression, batches, following_norms, paired_moments
 from .errors import ArpHubError
 from .layers import LowRankLayer, effective_weight, low_rank_layer, low_rank_layers, replace_layer
-from .plan import RankPlan
+from .plan import LayerPlan, RankPlan
 from .schemes import Factors, Scheme, relative_error
 from .structure import check_plan
 from .tracing import trace
 
-_FIT_WORK = 4e11
-"""Multiply-accumulates that one layer's fit may take; a small layer gets `_FIT_ITERATIONS` for far less."""
-_FIT_ITERATIONS = 150
+_FIT_WORK, _FIT_ITERATIONS = 5e10, 150
+"""Multiply-accumulates and iterations that bound the fit of one layer; a small layer needs far less work."""
+_FORWARD_WORK = 1e13
+"""Multiply-accumulates that bound all forward passes together. Where they do not suffice for one pass for every layer,
+neighbouring layers share one, and are then fitted to the same inputs."""
 _EXACT = 1e-8
 """Largest relative squared error at which given factors count as the weight itself."""
 
@@ -120,19 +123,15 @@ def _decompose_by_data(
         student = copy.deepcopy(model)
         teachers = {name: model.get_submodule(name) for name in plan.layers}
         norms = following_norms(student, {name: student.get_submodule(name) for name in plan.layers}, images)
-        for name in tqdm(_execution_order(model, plan, images), "decompose", disable=not progress, leave=False):
-            old = student.get_submodule(name)
-            moments = layer_moments(student, old, model, teachers[name], images)
-            norm = norms.get(name)
-            can_shift = norm is not None or old.bias is not None
-            weight = effective_weight(teachers[name]).double()
-            problem = moments.regression(weight, centred=can_shift)
-            factors = fit_layer(schemes[name], plan.layers[name].rank, weight, problem, output_scale(norm, weight))
-            new = low_rank_layer(old, plan.layers[name])
-            new.load_factors(factors, old.bias)  # type: ignore[arg-type]  # a bias is a tensor or None
-            if can_shift:
-                _shift_mean(new, norm, problem.bias(schemes[name].compose(factors)))
-            replace_layer(student, old, new)
+        bar = tqdm(total=len(plan.layers), desc="decompose", disable=not progress, leave=False)
+        for names in _layers_by_pass(model, plan, images):
+            old = {name: student.get_submodule(name) for name in names}
+            found = paired_moments(student, old, model, {name: teachers[name] for name in names}, images)
+            for name, moments in found.items():
+                new = _fitted_layer(schemes[name], plan.layers[name], teachers[name], moments, norms.get(name))
+                replace_layer(student, old[name], new)
+                bar.update()
+        bar.close()
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -145,8 +144,30 @@ def _decompose_by_data(
     return model
 
 
+def _fitted_layer(
+    scheme: Scheme, plan: LayerPlan, dense: nn.Module, moments: Moments, norm: BatchNorm | None
+) -> LowRankLayer:
+    """The decomposed form of one layer; the mean of ``norm``, the BatchNorm behind it, takes up its change of mean."""
+    bias = cast("Tensor | None", dense.bias)
+    can_shift = norm is not None or bias is not None
+    weight = effective_weight(dense).double()
+    problem = moments.regression(weight, centred=can_shift)
+    factors = fit_layer(scheme, plan.rank, weight, problem, output_scale(norm, weight))
+    new = low_rank_layer(dense, plan)
+    new.load_factors(factors, bias)
+    if can_shift:
+        _shift_mean(new, norm, problem.bias(scheme.compose(factors)))
+    return new
+
+
 def fit_layer(
-    scheme: Scheme, rank: int, weight: Tensor, problem: Regression, scale: Tensor, iterations: int | None = None
+    scheme: Scheme,
+    rank: int,
+    weight: Tensor,
+    problem: Regression,
+    scale: Tensor,
+    iterations: int = _FIT_ITERATIONS,
+    work: float = _FIT_WORK,
 ) -> Factors:
     """Factors of one layer for a regression problem.
 
@@ -156,12 +177,12 @@ def fit_layer(
         weight: The dense weight, where the fit starts from.
         problem: The regression, from `Moments.regression`.
         scale: Weight of each output channel's error, ``(O,)``.
-        iterations: Iterations of the fit; by default as many as pay, fewer for a very large layer.
+        iterations: Iterations of the fit at most.
+        work: Multiply-accumulates that bound them; five iterations are made in any case.
     """
     columns = problem.moment.shape[-1]
-    if iterations is None:
-        inner = scheme.params(rank) / (columns + weight.shape[0])
-        iterations = int(min(_FIT_ITERATIONS, max(10, _FIT_WORK / (inner * columns**2))))
+    features = scheme.convs(rank)[-1].weight_shape[1] * scheme.blocks
+    iterations = int(min(iterations, max(5, work / (features * columns**2))))
     rows = scale.view(-1, 1, 1, 1)
     start = scheme.nearest(weight * rows, rank)
     factors = scheme.fit(problem.target * rows, problem.moment, start, iterations)
@@ -189,11 +210,15 @@ def _shift_mean(layer: LowRankLayer, norm: BatchNorm | None, bias: Tensor) -> No
         mean.sub_(bias.to(mean))
 
 
-def _execution_order(model: nn.Module, plan: RankPlan, images: Images) -> Sequence[str]:
-    first = next(batches(images))
-    called = trace(model, tuple(first.shape[1:])).sizes  # type: ignore[arg-type]  # images are (N, C, H, W)
-    by_module = {id(model.get_submodule(name)): order for order, name in enumerate(called)}
-    order = {name: by_module.get(id(model.get_submodule(name))) for name in plan.layers}
-    if silent := [name for name, place in order.items() if place is None]:
+def _layers_by_pass(model: nn.Module, plan: RankPlan, images: Images) -> list[list[str]]:
+    """The planned layers in the order of their use, in groups that share a pass over the images."""
+    counts = [(len(batch), tuple(batch.shape[1:])) for batch in batches(images)]
+    traced = trace(model, counts[0][1])  # type: ignore[arg-type]  # images are (N, C, H, W)
+    by_module = {id(model.get_submodule(name)): place for place, name in enumerate(traced.sizes)}
+    places = {name: by_module.get(id(model.get_submodule(name))) for name in plan.layers}
+    if silent := [name for name, place in places.items() if place is None]:
         raise ArpHubError(f"the model never calls '{silent[0]}' (it may use its weight alone): take it out of the plan")
-    return sorted(plan.layers, key=lambda name: order[name])  # type: ignore[arg-type, return-value]
+    ordered = sorted(plan.layers, key=lambda name: cast(int, places[name]))
+    passes = max(1, int(_FORWARD_WORK / (2 * traced.macs * sum(count for count, _ in counts))))
+    size = math.ceil(len(ordered) / passes)
+    return [ordered[k : k + size] for k in range(0, len(ordered), size)]

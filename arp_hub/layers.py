@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import ArpHubError
 from .plan import LayerPlan
-from .schemes import ConvSpec, Factors, LayerShape, Pair, Scheme, make_scheme
+from .schemes import Factors, Scheme, make_scheme
+from .shapes import ConvSpec, LayerShape, Pair
 
 _PLAIN_CONVS = (nn.Conv2d, timm.layers.Conv2dSame)
 _STANDARDISED_CONVS = (

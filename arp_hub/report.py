@@ -13,7 +13,7 @@ from torch import nn
 
 from .layers import layer_shape, refusal, weight_layers
 from .plan import RankPlan
-from .schemes import ConvSpec, LayerShape, Pair, chain_macs
+from .shapes import ConvSpec, LayerShape, Pair, chain_macs
 from .spectra import Spectrum
 from .structure import apply_plan, check_plan
 from .tracing import InputSize, trace

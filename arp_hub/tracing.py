@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import ArpHubError
 from .layers import LowRankLayer, count_params, weight_layers
-from .schemes import Pair
+from .shapes import Pair
 
 InputSize = tuple[int, int, int]
 

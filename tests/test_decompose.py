@@ -26,8 +26,8 @@ def resnet20(shared):
 
 def top1(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
     with torch.inference_mode():
-        hits = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(250), labels.split(250), strict=True))
-    return 100 * hits / len(labels)
+        found = torch.cat([model(batch).argmax(1) for batch in images.split(250)])
+    return 100 * float((found == labels).float().mean())
 
 
 @pytest.mark.parametrize("cost", ["params", "macs"])
@@ -48,7 +48,8 @@ def test_budget_is_met_from_below_on_the_model_itself(name, share, cost):
 
 
 def test_the_trace_counts_what_hand_counting_gives():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2, groups=4), nn.Flatten(2), nn.Linear(225, 7))
+    strided = nn.Conv2d(8, 8, 3, stride=2, groups=4)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), strided, nn.Flatten(2), nn.Linear(225, 7))
     traced = trace(model, (3, 32, 32))
     assert traced.sizes == {"0": ((32, 32),), "1": ((32, 32),), "3": ((8, 1),)}
     assert traced.macs == 32 * 32 * 8 * 27 + 15 * 15 * 8 * 18 + 8 * 225 * 7
@@ -125,7 +126,7 @@ def test_an_error_midway_leaves_the_model_whole():
 
         def __iter__(self):
             Broken.passes += 1
-            if Broken.passes > 4:
+            if Broken.passes > 3:  # the fourth is the second layer
                 raise RuntimeError("disk gone")
             return super().__iter__()
 

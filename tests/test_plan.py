@@ -55,7 +55,9 @@ def test_file_round_trip(tmp_path):
             "format_version": st.just(1),
             "layers": st.dictionaries(
                 st.text(max_size=5),
-                st.fixed_dictionaries({"scheme": json_values | st.just("cp"), "rank": json_values, "groups": json_values}),
+                st.fixed_dictionaries(
+                    {"scheme": json_values | st.just("cp"), "rank": json_values, "groups": json_values}
+                ),
                 max_size=2,
             ),
         }

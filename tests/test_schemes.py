@@ -10,7 +10,8 @@ from torch import nn
 
 from arp_hub import ArpHubError, LayerPlan
 from arp_hub.layers import count_params, effective_weight, low_rank_layer
-from arp_hub.schemes import SCHEMES, LayerShape, chain_macs, make_scheme, relative_error
+from arp_hub.schemes import SCHEMES, make_scheme, relative_error
+from arp_hub.shapes import LayerShape, chain_macs
 
 SHAPES = {
     "3x3": LayerShape(12, 8, (3, 3), padding=(1, 1)),
@@ -36,9 +37,8 @@ def dense_layer(shape: LayerShape) -> nn.Module:
     torch.manual_seed(0)
     if shape.kind == "linear":
         return nn.Linear(shape.in_channels, shape.out_channels).double()
-    return nn.Conv2d(
-        shape.in_channels, shape.out_channels, shape.kernel_size, shape.stride, shape.padding, shape.dilation, shape.groups
-    ).double()
+    geometry = (shape.kernel_size, shape.stride, shape.padding, shape.dilation, shape.groups)
+    return nn.Conv2d(shape.in_channels, shape.out_channels, *geometry).double()
 
 
 def images(shape: LayerShape) -> torch.Tensor:

@@ -1,0 +1,187 @@
+"""What all schemes share: blocks, costs, and the fit in a metric.
+
+Every scheme writes each output row as ``last @ design``: a linear map of a small number of features of the input
+patch. ``design`` holds all factors but the last one, so that in any second-moment metric the last factor has a
+closed form, and a fit only has to search over the others (variable projection, Golub and Pereyra 1973).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ArpHubError
+from ..linalg import solve_spd
+from ..shapes import ConvSpec, LayerShape, chain_params
+
+Factors = tuple[Tensor, ...]
+"""Convolution weights in the order in which the input meets them."""
+
+
+class Scheme(ABC):
+    """One way to factorise one layer: a scheme is bound to the layer's shape and to a number of groups.
+
+    Args:
+        shape: The dense layer.
+        groups: Number of blocks the scheme itself makes (1 for the schemes that make none).
+
+    Raises:
+        ArpHubError: If the scheme does not apply to the shape.
+    """
+
+    name: ClassVar[str]
+    grouped: ClassVar[bool] = False
+    """Whether ``groups`` may exceed 1."""
+
+    def __init__(self, shape: LayerShape, groups: int = 1) -> None:
+        if reason := self.refusal(shape, groups):
+            raise ArpHubError(f"scheme '{self.name}' with groups={groups} does not fit this layer: {reason}")
+        self.shape = shape
+        self.groups = groups
+
+    @classmethod
+    def refusal(cls, shape: LayerShape, groups: int = 1) -> str | None:
+        """Why the scheme cannot be used on ``shape``, or None if it can."""
+        if groups < 1:
+            return f"groups must be at least 1, got {groups}"
+        if groups > 1 and not cls.grouped:
+            return f"'{cls.name}' makes no groups, use groups=1"
+        return None
+
+    @property
+    @abstractmethod
+    def max_rank(self) -> int:
+        """The smallest rank at which every weight of this shape is represented exactly."""
+
+    @abstractmethod
+    def convs(self, rank: int) -> tuple[ConvSpec, ...]:
+        """The chain of convolutions at ``rank``, first to last."""
+
+    @abstractmethod
+    def design(self, factors: Sequence[Tensor]) -> Tensor:
+        """The features that the last factor combines, ``(blocks, features, I * kh * kw)``, differentiable.
+
+        Args:
+            factors: All factors but the last one.
+        """
+
+    @abstractmethod
+    def nearest(
+        self, weight: Tensor, rank: int, start: Sequence[Tensor] | None = None, sweeps: int | None = None
+    ) -> Factors:
+        """The factors of (approximately) the nearest point of the scheme's set, in the plain weight metric.
+
+        Args:
+            weight: Dense weight ``(G * O, I, kh, kw)``.
+            rank: Rank per block.
+            start: Factors to start from. Without it, the best cold start there is: exact for the matrix schemes.
+            sweeps: Iterations; by default one with a ``start``, and enough to settle without.
+        """
+
+    def spectrum(self, weight: Tensor) -> Tensor | None:
+        """Singular values of every block, ``(blocks, n)``, for the schemes whose nearest point is a truncated SVD."""
+        return None
+
+    @property
+    def blocks(self) -> int:
+        """Number of independent row blocks of the weight: the dense layer's own groups, or more."""
+        return self.shape.groups
+
+    def params(self, rank: int) -> int:
+        """Weights of the chain at ``rank`` (biases not counted: the chain has the dense layer's own)."""
+        return chain_params(self.convs(rank))
+
+    def compose(self, factors: Sequence[Tensor]) -> Tensor:
+        """The dense weight ``(G * O, I, kh, kw)`` that the factors stand for."""
+        shape = self.shape
+        design = self.design(factors[:-1])
+        last = factors[-1].reshape(self.blocks, -1, design.shape[1])
+        return (last @ design).reshape(shape.out_channels, shape.group_in, *shape.kernel_size)
+
+    def fit(
+        self, target: Tensor, moment: Tensor, start: Sequence[Tensor], iterations: int = 100
+    ) -> Factors:
+        """Minimise ``tr((target - W) moment (target - W)^T)`` over the factors of ``W``, from ``start``.
+
+        The last factor is eliminated in closed form; L-BFGS searches over the others.
+
+        Args:
+            target: Dense weight to come near to, ``(G * O, I, kh, kw)``.
+            moment: Second moment of the input patches, ``(G, I * kh * kw, I * kh * kw)``, positive definite.
+            start: Factors to start from, as `nearest` gives them.
+            iterations: L-BFGS iterations at most.
+        """
+        problem = _Projected(self, target, moment)
+        rest = [f.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for f in start[:-1]]
+        optimizer = torch.optim.LBFGS(
+            rest,
+            max_iter=iterations,
+            max_eval=2 * iterations,
+            history_size=20,
+            tolerance_grad=1e-9,
+            tolerance_change=1e-9,
+            line_search_fn="strong_wolfe",
+        )
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            return problem.backward(self.design(rest), rest)
+
+        optimizer.step(closure)
+        rest_found = [factor.detach() for factor in rest]
+        last = problem.last(self.design(rest_found)).reshape(start[-1].shape)
+        return self.balance((*rest_found, last))
+
+    def balance(self, factors: Factors) -> Factors:
+        """The same weight with the factors' norms evened out, so that no half-precision cast overflows."""
+        norms = [factor.norm().clamp_min(torch.finfo(factor.dtype).tiny) for factor in factors]
+        even = torch.stack(norms).log().mean().exp()
+        return tuple(factor * (even / norm) for factor, norm in zip(factors, norms, strict=True))
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        """The weight's row blocks, ``(blocks, rows, I * kh * kw)``."""
+        return weight.reshape(self.blocks, -1, self.shape.group_in * self.shape.taps)
+
+
+class _Projected:
+    """The least-squares problem of `Scheme.fit` with the last factor eliminated."""
+
+    def __init__(self, scheme: Scheme, target: Tensor, moment: Tensor) -> None:
+        self.moment = moment.repeat_interleave(scheme.blocks // scheme.shape.groups, dim=0)
+        self.target_moment = scheme._rows(target) @ self.moment
+        self.energy = (self.target_moment * scheme._rows(target)).sum().clamp_min(torch.finfo(target.dtype).tiny)
+
+    def _solve(self, design: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        design_moment = design @ self.moment
+        cross = design @ self.target_moment.mT
+        last = solve_spd(design_moment @ design.mT, cross).mT
+        return last, design_moment, cross
+
+    def last(self, design: Tensor) -> Tensor:
+        """The best last factor for ``design``."""
+        return self._solve(design)[0]
+
+    @torch.no_grad()
+    def backward(self, design: Tensor, rest: Sequence[Tensor]) -> Tensor:
+        """Write the gradient of the relative error to ``rest``; return the relative error."""
+        last, design_moment, cross = self._solve(design)
+        # By the envelope theorem the gradient is the one at a fixed last factor.
+        gradient = (-2 / self.energy) * (last.mT @ (self.target_moment - last @ design_moment))
+        with torch.enable_grad():
+            design.backward(gradient)
+        return 1 - (last.mT * cross).sum() / self.energy
+
+
+def relative_error(weight: Tensor, approximation: Tensor, moment: Tensor | None = None) -> Tensor:
+    """Squared distance over squared norm, in the weight metric or in that of ``moment`` (between 0 and 1 at a fit)."""
+    difference = weight - approximation
+    if moment is None:
+        return difference.square().sum() / weight.square().sum().clamp_min(torch.finfo(weight.dtype).tiny)
+    groups, columns = moment.shape[:2]
+    rows, residual = weight.reshape(groups, -1, columns), difference.reshape(groups, -1, columns)
+    energy = ((rows @ moment) * rows).sum().clamp_min(torch.finfo(weight.dtype).tiny)
+    return ((residual @ moment) * residual).sum() / energy

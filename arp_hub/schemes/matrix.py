@@ -1,0 +1,201 @@
+"""The schemes whose blocks are matrices: their nearest point is a truncated SVD."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..shapes import ConvSpec, LayerShape
+from .base import Factors, Scheme
+
+
+class MatrixScheme(Scheme):
+    """A scheme whose blocks are plain matrices, so that the nearest point is a truncated SVD."""
+
+    @abstractmethod
+    def fold(self, weight: Tensor) -> Tensor:
+        """The matrix blocks of a weight, ``(blocks, m, n)``: features on the columns' side."""
+
+    @abstractmethod
+    def unfold(self, left: Tensor, right: Tensor) -> Factors:
+        """Factors from ``left (blocks, m, r)`` and ``right (blocks, r, n)``, whose product is the fold."""
+
+    def spectrum(self, weight: Tensor) -> Tensor:
+        return torch.linalg.svdvals(self.fold(weight))
+
+    @abstractmethod
+    def right(self, factors: Sequence[Tensor]) -> Tensor:
+        """The right factor ``(blocks, r, n)`` of given factors."""
+
+    def nearest(
+        self, weight: Tensor, rank: int, start: Sequence[Tensor] | None = None, sweeps: int | None = None
+    ) -> Factors:
+        matrix = self.fold(weight)
+        if start is None:
+            left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+            root = values[:, :rank].sqrt()
+            return self.unfold(left[..., :rank] * root[:, None, :], root[..., None] * right[:, :rank])
+        right = self.right(start)
+        for _ in range(sweeps or 1):  # orthogonal iteration: one multiplication by M M^T a sweep
+            left = torch.linalg.qr(matrix @ right.mT).Q
+            right = left.mT @ matrix
+        return self.balance(self.unfold(left, right))
+
+
+class Channel(MatrixScheme):
+    """A ``kh x kw`` convolution to r channels, then 1x1: the SVD of the ``O x (I kh kw)`` matrix."""
+
+    name = "channel"
+
+    @property
+    def max_rank(self) -> int:
+        return min(self.shape.group_out // self.groups, self.shape.group_in * self.shape.taps)
+
+    def convs(self, rank: int) -> tuple[ConvSpec, ...]:
+        s = self.shape
+        inner = s.groups * self.groups * rank
+        return (
+            ConvSpec(s.in_channels, inner, s.kernel_size, s.stride, s.padding, s.dilation, s.groups),
+            ConvSpec(inner, s.out_channels, groups=s.groups * self.groups),
+        )
+
+    @property
+    def blocks(self) -> int:
+        return self.shape.groups * self.groups
+
+    def design(self, factors: Sequence[Tensor]) -> Tensor:
+        return factors[0].reshape(self.blocks, -1, self.shape.group_in * self.shape.taps)
+
+    def fold(self, weight: Tensor) -> Tensor:
+        return self._rows(weight)
+
+    def unfold(self, left: Tensor, right: Tensor) -> Factors:
+        rank, s = left.shape[-1], self.shape
+        first = right.reshape(self.blocks * rank, s.group_in, *s.kernel_size)
+        return first, left.reshape(s.out_channels, rank, 1, 1)
+
+    def right(self, factors: Sequence[Tensor]) -> Tensor:
+        return self.design(factors[:-1])
+
+    def fit(self, target: Tensor, moment: Tensor, start: Sequence[Tensor], iterations: int = 100) -> Factors:
+        """Reduced-rank regression, in closed form: a truncated SVD in the whitened metric; ``start`` gives the rank."""
+        rank = start[-1].shape[1]
+        root = torch.linalg.cholesky(moment.repeat_interleave(self.groups, dim=0))
+        left = torch.linalg.svd(self._rows(target) @ root, full_matrices=False).U[..., :rank]
+        return self.balance(self.unfold(left, left.mT @ self._rows(target)))
+
+
+class GroupOut(Channel):
+    """Row blocks: one convolution to g r channels, then a grouped 1x1. For layers that expand."""
+
+    name = "group_out"
+    grouped = True
+
+    @classmethod
+    def refusal(cls, shape: LayerShape, groups: int = 1) -> str | None:
+        if reason := super().refusal(shape, groups):
+            return reason
+        if shape.group_out % groups:
+            return f"its {shape.group_out} output channels cannot be split into {groups} groups"
+        return None
+
+
+class GroupIn(MatrixScheme):
+    """Column blocks: a grouped convolution to g r channels, then 1x1. For layers that squeeze."""
+
+    name = "group_in"
+    grouped = True
+
+    @classmethod
+    def refusal(cls, shape: LayerShape, groups: int = 1) -> str | None:
+        if reason := super().refusal(shape, groups):
+            return reason
+        if shape.group_in % groups:
+            return f"its {shape.group_in} input channels cannot be split into {groups} groups"
+        return None
+
+    @property
+    def max_rank(self) -> int:
+        return min(self.shape.group_out, self.shape.group_in // self.groups * self.shape.taps)
+
+    def convs(self, rank: int) -> tuple[ConvSpec, ...]:
+        s = self.shape
+        inner = s.groups * self.groups * rank
+        return (
+            ConvSpec(s.in_channels, inner, s.kernel_size, s.stride, s.padding, s.dilation, s.groups * self.groups),
+            ConvSpec(inner, s.out_channels, groups=s.groups),
+        )
+
+    def design(self, factors: Sequence[Tensor]) -> Tensor:
+        # Block-diagonal: feature (j, r) sees the input channels of block j alone.
+        right = self.right(factors).unflatten(0, (self.shape.groups, self.groups))
+        return torch.stack([torch.block_diag(*group) for group in right])
+
+    def fold(self, weight: Tensor) -> Tensor:
+        s = self.shape
+        split = weight.reshape(s.groups, s.group_out, self.groups, -1).transpose(1, 2)
+        return split.reshape(s.groups * self.groups, s.group_out, -1)
+
+    def unfold(self, left: Tensor, right: Tensor) -> Factors:
+        rank, s = left.shape[-1], self.shape
+        first = right.reshape(s.groups * self.groups * rank, s.group_in // self.groups, *s.kernel_size)
+        last = left.unflatten(0, (s.groups, self.groups)).transpose(1, 2)
+        return first, last.reshape(s.out_channels, self.groups * rank, 1, 1)
+
+    def right(self, factors: Sequence[Tensor]) -> Tensor:
+        return factors[0].reshape(
+            self.shape.groups * self.groups, -1, self.shape.group_in // self.groups * self.shape.taps
+        )
+
+
+class Spatial(MatrixScheme):
+    """A ``kh x 1`` convolution to r channels, then ``1 x kw``: the SVD of the ``(I kh) x (O kw)`` matrix."""
+
+    name = "spatial"
+
+    @classmethod
+    def refusal(cls, shape: LayerShape, groups: int = 1) -> str | None:
+        if reason := super().refusal(shape, groups):
+            return reason
+        if min(shape.kernel_size) == 1:
+            return f"its {shape.kernel_size[0]}x{shape.kernel_size[1]} kernel has one side of length 1"
+        return None
+
+    @property
+    def max_rank(self) -> int:
+        s = self.shape
+        return min(s.group_in * s.kernel_size[0], s.group_out * s.kernel_size[1])
+
+    def convs(self, rank: int) -> tuple[ConvSpec, ...]:
+        s = self.shape
+        inner = s.groups * rank
+        (kh, kw), (sh, sw), (ph, pw), (dh, dw) = s.kernel_size, s.stride, s.padding, s.dilation
+        return (
+            ConvSpec(s.in_channels, inner, (kh, 1), (sh, 1), (ph, 0), (dh, 1), s.groups),
+            ConvSpec(inner, s.out_channels, (1, kw), (1, sw), (0, pw), (1, dw), s.groups),
+        )
+
+    def design(self, factors: Sequence[Tensor]) -> Tensor:
+        s = self.shape
+        first = factors[0].reshape(s.groups, -1, s.group_in, s.kernel_size[0])
+        shift = torch.eye(s.kernel_size[1], dtype=first.dtype, device=first.device)
+        spread = torch.einsum("gria,bc->grbiac", first, shift)  # feature (r, b) sees column b of the kernel
+        return spread.reshape(s.groups, -1, s.group_in * s.taps)
+
+    def fold(self, weight: Tensor) -> Tensor:
+        s = self.shape
+        split = weight.reshape(s.groups, s.group_out, s.group_in, *s.kernel_size)
+        return split.permute(0, 1, 4, 2, 3).reshape(s.groups, s.group_out * s.kernel_size[1], -1)
+
+    def unfold(self, left: Tensor, right: Tensor) -> Factors:
+        rank, s = left.shape[-1], self.shape
+        first = right.reshape(s.groups * rank, s.group_in, s.kernel_size[0], 1)
+        last = left.reshape(s.groups, s.group_out, s.kernel_size[1], rank).transpose(2, 3)
+        return first, last.reshape(s.out_channels, rank, 1, s.kernel_size[1])
+
+    def right(self, factors: Sequence[Tensor]) -> Tensor:
+        s = self.shape
+        return factors[0].reshape(s.groups, -1, s.group_in * s.kernel_size[0])

@@ -1,0 +1,146 @@
+"""The schemes of three-way tensors ``O x I x (kh kw)``: their nearest point is found by alternating least squares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..linalg import als_sweep, even_norms, leading_vectors, slice_start
+from ..shapes import ConvSpec, LayerShape, Pair
+from .base import Factors, Scheme
+
+_SWEEPS, _SWEEP_WORK = 60, 3e10
+"""Sweeps of a cold start, and the multiply-accumulates that bound them; a warm start needs one sweep."""
+
+
+class Cp(Scheme):
+    """Canonical polyadic: 1x1 to r channels, a depthwise ``kh x kw`` on them, 1x1 out (Lebedev et al. 2015).
+
+    The tensor is ``O x I x (kh kw)``; the depthwise kernel is not separated further.
+    """
+
+    name = "cp"
+
+    @classmethod
+    def refusal(cls, shape: LayerShape, groups: int = 1) -> str | None:
+        if reason := super().refusal(shape, groups):
+            return reason
+        return "its kernel is 1x1, where CP is the plain SVD: use 'channel'" if shape.taps == 1 else None
+
+    @property
+    def max_rank(self) -> int:
+        s = self.shape
+        return min(s.group_out, s.group_in) * min(s.taps, max(s.group_out, s.group_in))
+
+    def convs(self, rank: int) -> tuple[ConvSpec, ...]:
+        s = self.shape
+        inner = s.groups * rank
+        return (
+            ConvSpec(s.in_channels, inner, groups=s.groups),
+            ConvSpec(inner, inner, s.kernel_size, s.stride, s.padding, s.dilation, inner),
+            ConvSpec(inner, s.out_channels, groups=s.groups),
+        )
+
+    def design(self, factors: Sequence[Tensor]) -> Tensor:
+        inputs, taps = self._modes(factors)
+        return (inputs[..., None] * taps[..., None, :]).flatten(2)
+
+    def nearest(
+        self, weight: Tensor, rank: int, start: Sequence[Tensor] | None = None, sweeps: int | None = None
+    ) -> Factors:
+        s = self.shape
+        tensor = weight.reshape(s.groups, s.group_out, s.group_in, s.taps)
+        if start is None:
+            modes = slice_start(tensor, rank)
+            affordable = int(_SWEEP_WORK / (3 * rank * weight.numel()))
+            sweeps = min(_SWEEPS, max(5, affordable)) if sweeps is None else sweeps
+            sweeps = 0 if rank >= self.max_rank else sweeps  # the start is exact
+        else:
+            inputs, taps = self._modes(start)
+            modes = [start[-1].reshape(s.groups, s.group_out, rank).mT, inputs, taps]
+            sweeps = sweeps or 1
+        for _ in range(sweeps):
+            modes = als_sweep(tensor, modes)
+        outputs, inputs, taps = modes
+        return (
+            inputs.reshape(s.groups * rank, s.group_in, 1, 1),
+            taps.reshape(s.groups * rank, 1, *s.kernel_size),
+            outputs.mT.reshape(s.out_channels, rank, 1, 1),
+        )
+
+    def balance(self, factors: Factors) -> Factors:
+        """Even out the norms of every component's three vectors, which leaves the weight as it is."""
+        inputs, taps = self._modes(factors)
+        outputs = factors[-1].reshape(self.shape.groups, self.shape.group_out, -1).mT
+        outputs, inputs, taps = even_norms([outputs, inputs, taps])
+        return (
+            inputs.reshape(factors[0].shape),
+            taps.reshape(factors[1].shape),
+            outputs.mT.reshape(factors[2].shape),
+        )
+
+    def _modes(self, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The input and the kernel mode, each ``(G, r, n)``."""
+        s = self.shape
+        return factors[0].reshape(s.groups, -1, s.group_in), factors[1].reshape(s.groups, -1, s.taps)
+
+class Tucker2(Scheme):
+    """1x1 to r channels, a full ``kh x kw`` convolution on them, 1x1 out (Kim et al. 2016).
+
+    One rank serves both sides, ``r_out = min(r, O)`` and ``r_in = min(r, I)``: the equal-rank rule of HALOC (2023).
+    """
+
+    name = "tucker2"
+
+    @classmethod
+    def refusal(cls, shape: LayerShape, groups: int = 1) -> str | None:
+        if reason := super().refusal(shape, groups):
+            return reason
+        return "its kernel is 1x1, where Tucker-2 is the plain SVD: use 'channel'" if shape.taps == 1 else None
+
+    @property
+    def max_rank(self) -> int:
+        return max(self.shape.group_out, self.shape.group_in)
+
+    def _ranks(self, rank: int) -> Pair:
+        return min(rank, self.shape.group_out), min(rank, self.shape.group_in)
+
+    def convs(self, rank: int) -> tuple[ConvSpec, ...]:
+        s = self.shape
+        r_out, r_in = (s.groups * r for r in self._ranks(rank))
+        return (
+            ConvSpec(s.in_channels, r_in, groups=s.groups),
+            ConvSpec(r_in, r_out, s.kernel_size, s.stride, s.padding, s.dilation, s.groups),
+            ConvSpec(r_out, s.out_channels, groups=s.groups),
+        )
+
+    def design(self, factors: Sequence[Tensor]) -> Tensor:
+        s = self.shape
+        inputs = factors[0].reshape(s.groups, -1, s.group_in)
+        core = factors[1].reshape(s.groups, -1, inputs.shape[1], s.taps)
+        return torch.einsum("gors,gri->gois", core, inputs).flatten(2)
+
+    def nearest(
+        self, weight: Tensor, rank: int, start: Sequence[Tensor] | None = None, sweeps: int | None = None
+    ) -> Factors:
+        s = self.shape
+        r_out, r_in = self._ranks(rank)
+        tensor = weight.reshape(s.groups, s.group_out, s.group_in, s.taps)
+        if start is None:
+            inputs = leading_vectors(tensor.transpose(1, 2).flatten(2), r_in)
+            sweeps = 10 if sweeps is None else sweeps
+        else:
+            inputs = torch.linalg.qr(start[0].reshape(s.groups, r_in, s.group_in).mT).Q
+        for _ in range(sweeps or 1):  # higher-order orthogonal iteration (De Lathauwer et al. 2000)
+            outputs = leading_vectors(torch.einsum("gois,gir->gors", tensor, inputs).flatten(2), r_out)
+            inputs = leading_vectors(torch.einsum("gois,gor->girs", tensor, outputs).flatten(2), r_in)
+        core = torch.einsum("gois,gop,gir->gprs", tensor, outputs, inputs)
+        return self.balance(
+            (
+                inputs.mT.reshape(s.groups * r_in, s.group_in, 1, 1),
+                core.reshape(s.groups * r_out, r_in, *s.kernel_size),
+                outputs.reshape(s.out_channels, r_out, 1, 1),
+            )
+        )
