@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from .calibration import Images, all_moments
 from .errors import ArpHubError
 from .layers import LowRankLayer, effective_weight, layer_shape, refusal, weight_layers
-from .schemes import SCHEMES, Scheme, make_scheme, relative_error
+from .schemes import SCHEMES, MatrixScheme, Scheme, make_scheme, relative_error
 
-MATRIX_SCHEMES = tuple(name for name, scheme in SCHEMES.items() if hasattr(scheme, "fold"))
+MATRIX_SCHEMES = tuple(name for name, scheme in SCHEMES.items() if issubclass(scheme, MatrixScheme))
 """The schemes whose blocks are matrices, and so have singular values."""
 _MOMENT_BYTES = 2**30
 
@@ -85,9 +85,9 @@ def spectrum(module: nn.Module, scheme: Scheme | None = None) -> Spectrum:
         ArpHubError: If the layer cannot be decomposed, or the scheme has no singular values.
     """
     scheme = scheme or make_scheme("channel", layer_shape(module))
-    if scheme.name not in MATRIX_SCHEMES:
+    if not isinstance(scheme, MatrixScheme):
         raise ArpHubError(f"scheme '{scheme.name}' has no singular values: choose one of {', '.join(MATRIX_SCHEMES)}")
-    return Spectrum(torch.linalg.svdvals(scheme.fold(effective_weight(module).float())))  # type: ignore[attr-defined]
+    return Spectrum(torch.linalg.svdvals(scheme.fold(effective_weight(module).float())))
 
 
 @torch.no_grad()
