@@ -2,6 +2,7 @@
 
 quality:  ## lint and type check, changing nothing
 	ruff check .
+	ruff format --check .
 	mypy
 
 style:  ## let ruff put right what it can

@@ -165,9 +165,7 @@ class _Halt(Exception):  # noqa: N818 - not an error: it ends a forward pass ear
 
 
 @torch.no_grad()
-def _caught(
-    model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _caught(model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Input and output of the first call of each layer, in a forward pass that ends when all are seen."""
     caught: dict[str, tuple[Tensor, Tensor]] = {}
 

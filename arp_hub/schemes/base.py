@@ -102,9 +102,7 @@ class Scheme(ABC):
         last = factors[-1].reshape(self.blocks, -1, design.shape[1])
         return (last @ design).reshape(shape.out_channels, shape.group_in, *shape.kernel_size)
 
-    def fit(
-        self, target: Tensor, moment: Tensor, start: Sequence[Tensor], iterations: int = 100
-    ) -> Factors:
+    def fit(self, target: Tensor, moment: Tensor, start: Sequence[Tensor], iterations: int = 100) -> Factors:
         """Minimise ``tr((target - W) moment (target - W)^T)`` over the factors of ``W``, from ``start``.
 
         The last factor is eliminated in closed form; L-BFGS searches over the others.

@@ -86,6 +86,7 @@ class Cp(Scheme):
         s = self.shape
         return factors[0].reshape(s.groups, -1, s.group_in), factors[1].reshape(s.groups, -1, s.taps)
 
+
 class Tucker2(Scheme):
     """1x1 to r channels, a full ``kh x kw`` convolution on them, 1x1 out (Kim et al. 2016).
 
