@@ -17,6 +17,6 @@ if __name__ == "__main__":
         lr=0.01,
         batch_size=128,
         weight_decay=1e-4,
-        distill=0.5,
+        distill=0.9,
         clip_grad=5.0,
     )
