@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .calibration import Images, all_moments, following_norms
-from .decompose import fit_layer, output_scale
+from .fitting import fit_layer, output_scale
 from .layers import effective_weight
 from .schemes import Scheme, relative_error
 from .shapes import LayerShape

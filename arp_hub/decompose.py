@@ -12,16 +12,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from tqdm.auto import tqdm
 
-from .calibration import Images, Moments, Regression, batches, following_norms, paired_moments
+from .calibration import Images, Moments, batches, following_norms, paired_moments
 from .errors import ArpHubError
+from .fitting import fit_layer, output_scale
 from .layers import LowRankLayer, effective_weight, low_rank_layer, low_rank_layers, replace_layer
 from .plan import LayerPlan, RankPlan
 from .schemes import Factors, Scheme, relative_error
 from .structure import check_plan
 from .tracing import trace
 
-_FIT_WORK, _FIT_ITERATIONS = 5e10, 150
-"""Multiply-accumulates and iterations that bound the fit of one layer; a small layer needs far less work."""
 _FORWARD_WORK = 1e13
 """Multiply-accumulates that bound all forward passes together. Where they do not suffice for one pass for every layer,
 neighbouring layers share one, and are then fitted to the same inputs."""
@@ -158,46 +157,6 @@ def _fitted_layer(
     if can_shift:
         _shift_mean(new, norm, problem.bias(scheme.compose(factors)))
     return new
-
-
-def fit_layer(
-    scheme: Scheme,
-    rank: int,
-    weight: Tensor,
-    problem: Regression,
-    scale: Tensor,
-    iterations: int = _FIT_ITERATIONS,
-    work: float = _FIT_WORK,
-) -> Factors:
-    """Factors of one layer for a regression problem.
-
-    Args:
-        scheme: The scheme, bound to the layer.
-        rank: Its rank.
-        weight: The dense weight, where the fit starts from.
-        problem: The regression, from `Moments.regression`.
-        scale: Weight of each output channel's error, ``(O,)``.
-        iterations: Iterations of the fit at most.
-        work: Multiply-accumulates that bound them; five iterations are made in any case.
-    """
-    columns = problem.moment.shape[-1]
-    features = scheme.convs(rank)[-1].weight_shape[1] * scheme.blocks
-    iterations = int(min(iterations, max(5, work / (features * columns**2))))
-    rows = scale.view(-1, 1, 1, 1)
-    start = scheme.nearest(weight * rows, rank)
-    factors = scheme.fit(problem.target * rows, problem.moment, start, iterations)
-    return scheme.balance((*factors[:-1], factors[-1] / rows))
-
-
-def output_scale(norm: BatchNorm | None, weight: Tensor) -> Tensor:
-    """How much each output channel counts: as its BatchNorm scales it, or all alike without one. At most 1."""
-    if norm is None:
-        return torch.ones(weight.shape[0], dtype=weight.dtype, device=weight.device)
-    scale = (norm.weight.detach().abs() / (cast(Tensor, norm.running_var) + norm.eps).sqrt()).to(weight)
-    return (scale / scale.max().clamp_min(torch.finfo(scale.dtype).tiny)).clamp_min(_LEAST_SCALE)
-
-
-_LEAST_SCALE = 1e-3
 
 
 @torch.no_grad()

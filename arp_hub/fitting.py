@@ -1,0 +1,54 @@
+"""The fit of one layer to the regression problem that calibration images pose."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+
+from .calibration import Regression
+from .schemes import Factors, Scheme
+
+_WORK, _ITERATIONS = 5e10, 150
+"""Multiply-accumulates and iterations that bound the fit of one layer; a small layer needs far less work."""
+_LEAST_SCALE = 1e-3
+"""A channel that its BatchNorm all but switches off still counts this much."""
+
+
+def fit_layer(
+    scheme: Scheme,
+    rank: int,
+    weight: Tensor,
+    problem: Regression,
+    scale: Tensor,
+    iterations: int = _ITERATIONS,
+    work: float = _WORK,
+) -> Factors:
+    """Factors of one layer for a regression problem.
+
+    Args:
+        scheme: The scheme, bound to the layer.
+        rank: Its rank.
+        weight: The dense weight, where the fit starts from.
+        problem: The regression, from `Moments.regression`.
+        scale: Weight of each output channel's error, ``(O,)``.
+        iterations: Iterations of the fit at most.
+        work: Multiply-accumulates that bound them; five iterations are made in any case.
+    """
+    columns = problem.moment.shape[-1]
+    features = scheme.convs(rank)[-1].weight_shape[1] * scheme.blocks
+    iterations = int(min(iterations, max(5, work / (features * columns**2))))
+    rows = scale.view(-1, 1, 1, 1)
+    start = scheme.nearest(weight * rows, rank)
+    factors = scheme.fit(problem.target * rows, problem.moment, start, iterations)
+    return scheme.balance((*factors[:-1], factors[-1] / rows))
+
+
+def output_scale(norm: BatchNorm | None, weight: Tensor) -> Tensor:
+    """How much each output channel counts: as its BatchNorm scales it, or all alike without one. At most 1."""
+    if norm is None:
+        return torch.ones(weight.shape[0], dtype=weight.dtype, device=weight.device)
+    scale = (norm.weight.detach().abs() / (cast(Tensor, norm.running_var) + norm.eps).sqrt()).to(weight)
+    return (scale / scale.max().clamp_min(torch.finfo(scale.dtype).tiny)).clamp_min(_LEAST_SCALE)
