@@ -40,7 +40,11 @@ Exclude = Annotated[
     ),
 ]
 Calibration = Annotated[
-    int, typer.Option("--calibration-images", help="Training images of --data to calibrate on; no labels are used.")
+    int | None,
+    typer.Option(
+        "--calibration-images",
+        help="Training images of --data to calibrate on, without labels; by default 1,024 small or 256 large ones.",
+    ),
 ]
 Workers = Annotated[int, typer.Option(help="Processes that decode large images.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default cuda where there is one.")]
@@ -130,6 +134,6 @@ def open_data(source: str | None, model: nn.Module, image_key: str | None, label
     return load_data(source, model, image_key=image_key, label_key=label_key, require_labels=False)
 
 
-def open_images(data: ImageData | None, count: int, seed: int, workers: int) -> Tensor | None:
+def open_images(data: ImageData | None, count: int | None, seed: int, workers: int) -> Tensor | None:
     """Calibration images of the data; None without data."""
     return None if data is None else calibration_images(data, count, seed=seed, workers=workers)

@@ -183,7 +183,7 @@ def test_weights_alone_hold_the_floor(resnet20, cifar_test):
 @pytest.mark.parametrize(("keep", "floor"), [(0.5, 91.3), (0.35, 90.7), (0.25, 87.8)])
 def test_images_hold_the_floor(resnet20, cifar_test, cifar_train, keep, floor):
     images, labels = cifar_test(2000)
-    calibration = cifar_train(512)
+    calibration = cifar_train(1024)
     model = copy.deepcopy(resnet20)
     decompose(model, make_plan(model, keep_params=keep, calibration=calibration), calibration)
     assert top1(model, images, labels) >= floor

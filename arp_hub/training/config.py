@@ -59,7 +59,12 @@ class TrainConfig:
     exclude: tuple[str, ...] | None = _setting(
         "budget", None, "layers that stay dense, by name or pattern; by default the first convolution"
     )
-    calibration_images: int = _setting("budget", 512, "unlabelled training images for plan and fit; 0: weights", low=0)
+    calibration_images: int | None = _setting(
+        "budget",
+        None,
+        "unlabelled training images for plan and fit; by default 1,024 small or 256 large; 0: none",
+        low=0,
+    )
 
     dense_epochs: int = _setting("phases", 0, "epochs of training the dense model first", low=0)
     epochs: int = _setting("phases", 10, "epochs of penalty training, ramp and hold together", low=1)

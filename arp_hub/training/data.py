@@ -33,6 +33,8 @@ _SMALL_SIDE = 96
 """Images up to this many pixels a side are small ..."""
 _SMALL_BYTES = 2**30
 """... and are decoded in memory, if all of a split take no more than this at the model's input size."""
+_SMALL_CALIBRATION, _LARGE_CALIBRATION = 1024, 256
+"""Images to calibrate on: a large one has many more patches, and costs as much more."""
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
@@ -153,21 +155,23 @@ def input_format(model: nn.Module) -> InputFormat:
     )
 
 
-def calibration_images(data: ImageData, count: int = 512, *, seed: int = 0, workers: int = 0) -> Tensor:
+def calibration_images(data: ImageData, count: int | None = None, *, seed: int = 0, workers: int = 0) -> Tensor:
     """Training images without labels, normalised and not augmented: what `make_plan` and `decompose` calibrate on.
 
     Args:
         data: The data.
-        count: Number of images; at most all training images are given.
+        count: Number of images; at most all training images are given. By default 1,024 small or 256 large ones.
         seed: Seed of the choice.
         workers: DataLoader workers, for large data.
 
     Returns:
         Images ``(count, 3, H, W)`` on the CPU.
     """
+    split = data.train
+    if count is None:
+        count = _SMALL_CALIBRATION if isinstance(split.images, DecodedImages) else _LARGE_CALIBRATION
     if count < 1:
         raise ArpHubError(f"calibration needs at least one image, got {count}")
-    split = data.train
     chosen = torch.randperm(len(split), generator=keyed_generator(seed, "calibration"))[:count]
     parts = split.images.evaluation(split.indices[chosen], 128, torch.device("cpu"), workers)
     return torch.cat(list(parts))

@@ -276,9 +276,12 @@ def _budget(config: TrainConfig) -> dict[str, Any]:
 def _calibration(run: Run) -> Tensor | None:
     config = run.config
     count = config.calibration_images
+    if count == 0:
+        return None
     if config.max_steps:
-        count = min(count, config.max_steps * _TRIAL_CALIBRATION_IMAGES)
-    return calibration_images(run.data, count, seed=config.seed, workers=config.workers) if count else None
+        trial = config.max_steps * _TRIAL_CALIBRATION_IMAGES
+        count = trial if count is None else min(count, trial)
+    return calibration_images(run.data, count, seed=config.seed, workers=config.workers)
 
 
 def _score(run: Run, model: nn.Module, title: str) -> Scores:
