@@ -135,7 +135,7 @@ class OutputErrors:
         found = []
         for scheme in _shortlist(weight.float(), schemes, keep):
             ranks = sorted({rank_at(scheme, share) for share in _SHARES})
-            fits = [fit_layer(scheme, rank, weight, problem, scale, _ITERATIONS, _WORK) for rank in ranks]
+            fits = [fit_layer(scheme, rank, weight, problem, scale, _ITERATIONS, _WORK, least=0) for rank in ranks]
             errors = [
                 float(relative_error(problem.target * rows, scheme.compose(fitted) * rows, problem.moment))
                 for fitted in fits

@@ -25,6 +25,7 @@ def fit_layer(
     scale: Tensor,
     iterations: int = _ITERATIONS,
     work: float = _WORK,
+    least: int = 5,
 ) -> Factors:
     """Factors of one layer for a regression problem.
 
@@ -35,14 +36,15 @@ def fit_layer(
         problem: The regression, from `Moments.regression`.
         scale: Weight of each output channel's error, ``(O,)``.
         iterations: Iterations of the fit at most.
-        work: Multiply-accumulates that bound them; five iterations are made in any case.
+        work: Multiply-accumulates that bound them.
+        least: Iterations that are made in any case. With none the nearest point in the weight metric is returned.
     """
     columns = problem.moment.shape[-1]
     features = scheme.convs(rank)[-1].weight_shape[1] * scheme.blocks
-    iterations = int(min(iterations, max(5, work / (features * columns**2))))
+    iterations = int(min(iterations, max(least, work / (features * columns**2))))
     rows = scale.view(-1, 1, 1, 1)
     start = scheme.nearest(weight * rows, rank)
-    factors = scheme.fit(problem.target * rows, problem.moment, start, iterations)
+    factors = scheme.fit(problem.target * rows, problem.moment, start, iterations) if iterations else start
     return scheme.balance((*factors[:-1], factors[-1] / rows))
 
 
