@@ -1,6 +1,9 @@
 import itertools
 import json
+import re
+import struct
 import warnings
+import zlib
 
 import datasets
 import numpy as np
@@ -14,7 +17,7 @@ from arp_hub.errors import ArpHubError
 from arp_hub.loading import load_model
 from arp_hub.training import calibration_images, evaluate, load_data
 from arp_hub.training.augment import crop_and_flip, epoch_batches, seeded
-from arp_hub.training.images import InputFormat, StreamedImages, TrainBatch
+from arp_hub.training.images import InputFormat, StreamedImages, TrainBatch, as_rgb
 
 CPU = torch.device("cpu")
 
@@ -290,3 +293,73 @@ def test_published_accuracy_of_a_checkpoint(shared):
     scores = evaluate(model, data.test, max_images=2000)
     assert scores["images"] == 2000
     assert scores["top1"] == pytest.approx(91.65, abs=0.1)
+
+
+def test_sixteen_bit_grey_keeps_its_shades():
+    ramp = Image.fromarray(np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16))
+    assert ramp.mode == "I;16"
+    grey = np.asarray(as_rgb(ramp))[..., 0].flatten()
+    assert (grey[0], grey[-1]) == (0, 255)
+    assert np.abs(grey.astype(int) - np.arange(256)).max() <= 1
+
+
+DAMAGES = {
+    "truncated": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "no image": lambda data: b"MZ" + bytes(200),
+    "header only": lambda data: data[:30],
+    "bits flipped": lambda data: data[:40] + bytes(255 - byte for byte in data[40:]),
+    "huge": lambda data: bomb(),
+}
+
+
+def bomb():
+    """A PNG of a few bytes that says it has 40,000 x 40,000 pixels."""
+    head = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+
+
+@pytest.mark.parametrize("size", [16, 120], ids=["in memory", "streamed"])
+def test_damaged_images_are_counted_named_and_refused_beyond_a_limit(tmp_path, model, caplog, size):
+    root = class_folders(tmp_path, size=size, count=5)
+    files = sorted((tmp_path / "train").rglob("*.png"))
+    for file, damage in zip(files, DAMAGES.values(), strict=False):  # the first of all among them
+        file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ArpHubError, match=r"image \d of column 'image' cannot be decoded: .*max_bad_images=5"):
+        calibration_images(load_data(root, model, max_bad_images=5), 10)
+    for workers in (0, 1):
+        caplog.clear()
+        data = load_data(root, model, max_bad_images=6)
+        images = [calibration_images(data, 10, seed=seed, workers=workers) for seed in (1, 2)]
+        assert data.bad_images() == 6
+        if not workers:  # warnings of workers go straight to stderr
+            named = [int(re.search(r"image (\d+) of", line)[1]) for line in caplog.messages]
+            assert sorted(named) == list(range(6))
+        grey = (images[0].abs().amax((1, 2, 3)) < 0.02).sum()
+        assert grey == 6
+    assert evaluate(model, data.test)["images"] == 10
+    with pytest.raises(ArpHubError, match="max_bad_images must be at least 0, got -1"):
+        load_data(root, model, max_bad_images=-1)
+
+
+def test_fewer_images_than_a_batch_and_a_class_that_train_lacks(tmp_path, model):
+    root = class_folders(tmp_path, count=1, classes=("cat", "dog", "emu"))
+    (tmp_path / "train" / "cat" / "0.png").unlink()
+    data = load_data(root, model)
+    assert data.num_classes == 3
+    assert data.train.labels.tolist() == [1, 2]
+    assert epoch_batches(len(data.train), 64, seed=0, epoch=0).shape == (1, 64)
+    small = load_model("cifar_resnet20", pretrained=False, num_classes=3)
+    assert evaluate(small, data.test, batch_size=2)["images"] == 3
+
+
+@pytest.mark.parametrize(("labels", "words"), [([0, None], "1 of 2 images of split 'train' have no label"),
+                                               ([None, None], "no split has labels")])  # fmt: skip
+def test_images_without_a_label_are_counted(tmp_path, model, labels, words):
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    path = parquet(tmp_path / "data", features, image=[picture(1), picture(2)], label=labels)
+    with pytest.raises(ArpHubError, match=words):
+        load_data(path, model)

@@ -168,9 +168,22 @@ def test_bad_input_stops_a_run_before_any_training(tmp_path, shared):
     assert (taken / "thesis.txt").read_text() == "mine"
 
 
-def test_a_diverging_run_says_where(tmp_path):
-    with pytest.raises(ArpHubError, match="(?s)(loss is|NaN or infinite).*step"):
-        run(config(tmp_path, lr=1e20, dense_lr=1e20))
+@pytest.mark.parametrize(
+    ("rate", "words"),
+    [
+        (1e20, r"the loss is (nan|inf) at step [234] of phase 'dense': layer '\S+' is the first whose output is not"),
+        (3e38, r"(the loss is nan|weights are NaN or infinite) at step \d of phase 'dense': layer '\S+' is the first "
+               "with such values in its (weight|bias)"),
+    ],
+)  # fmt: skip
+def test_a_diverging_run_names_step_layer_and_last_good_checkpoint(tmp_path, rate, words):
+    settings = config(tmp_path, dense_lr=rate, checkpoint_every=1, keep_checkpoints=9)
+    with pytest.raises(ArpHubError, match=words + r".*The last good checkpoint is '.*/checkpoints/dense-0000000\d'"):
+        run(settings)
+    checkpoints = list_checkpoints(settings.run_folder / "checkpoints")
+    assert checkpoints
+    for checkpoint in checkpoints:
+        assert all(tensor.isfinite().all() for tensor in load_checkpoint(checkpoint).state["model"].values())
 
 
 def test_a_run_under_way_is_not_overwritten(tmp_path):

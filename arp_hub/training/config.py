@@ -50,6 +50,9 @@ class TrainConfig:
     val_fraction: float = _setting(
         "model and data", 0.0, "share of the training images held out for choices", low=0, below=1
     )
+    max_bad_images: int = _setting(
+        "model and data", 0, "images of a split that may fail to decode; each is named, mean colour stands in", low=0
+    )
     workers: int = _setting("model and data", 4, "DataLoader workers of each process, for large images", low=0)
 
     keep_params: float | None = _setting("budget", None, "share of the parameters to keep", above=0, below=1)

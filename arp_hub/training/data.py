@@ -18,13 +18,14 @@ import numpy as np
 import timm.data
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from ..errors import ArpHubError
 from .augment import keyed_generator
-from .images import DecodedImages, Images, InputFormat, StreamedImages, decode_all
+from .images import BadImages, DecodedImages, Images, InputFormat, StreamedImages, decode_all
 
 _logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ _SMALL_SIDE = 96
 """Images up to this many pixels a side are small ..."""
 _SMALL_BYTES = 2**30
 """... and are decoded in memory, if all of a split take no more than this at the model's input size."""
+_LOOKED_AT = 16
 _SMALL_CALIBRATION, _LARGE_CALIBRATION = 1024, 256
 """Images to calibrate on: a large one has many more patches, and costs as much more."""
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
@@ -90,6 +92,14 @@ class ImageData:
     test: Split
     others: Mapping[str, Split] = field(default_factory=dict)
 
+    def bad_images(self, accelerator: Accelerator | None = None) -> int:
+        """How many images could not be decoded so far, by any process, each counted once."""
+        splits = (self.train, self.test, *self.others.values())
+        seen = torch.cat([images.bad.seen for images in {id(split.images): split.images for split in splits}.values()])
+        if accelerator is not None:
+            seen = accelerator.reduce(seen.to(accelerator.device, torch.float32), "sum")
+        return int((seen > 0).sum())
+
     def split(self, name: str) -> Split:
         """One split by name: ``train``, ``val``, ``test`` or a name of the data's own.
 
@@ -114,6 +124,7 @@ def load_data(
     seed: int = 0,
     require_labels: bool = True,
     auto_augment: str = "",
+    max_bad_images: int = 0,
 ) -> ImageData:
     """Find a data set and make it fit a model's input. Pixels are decoded when they are first used.
 
@@ -126,17 +137,21 @@ def load_data(
         seed: Seed of the held-out split.
         require_labels: Whether data without labels is an error.
         auto_augment: timm's augmentation string, for images too large to be decoded in memory.
+        max_bad_images: So many images of a split may fail to decode; an image of the mean colour stands in for each.
 
     Raises:
         ArpHubError: If the data or one of its columns cannot be found, or the labels make no sense.
     """
     if not 0 <= val_fraction < 1:
         raise ArpHubError(f"val_fraction must be at least 0 and below 1, got {val_fraction}")
+    if max_bad_images < 0:
+        raise ArpHubError(f"max_bad_images must be at least 0, got {max_bad_images}")
     form = input_format(model)
     if source == "digits":
         tables = _digits(form)
     else:
-        tables = _Tables(source, _open(source), image_key, label_key, require_labels).splits(form, auto_augment)
+        found = _Tables(source, _open(source), image_key, label_key, require_labels)
+        tables = found.splits(form, auto_augment, max_bad_images)
     return _arrange(source, tables, val_fraction, seed, require_labels)
 
 
@@ -191,6 +206,10 @@ def _arrange(source: str, tables: dict[str, _Table], val_fraction: float, seed: 
     usable = {name: table for name, table in tables.items() if not require_labels or _has_labels(table)}
     if not usable:
         raise ArpHubError(f"data '{source}': no split has labels (splits: {', '.join(tables) or 'none'})")
+    if "train" in tables and "train" not in usable:
+        raise ArpHubError(
+            f"data '{source}': the images of split 'train' have no labels; those of {', '.join(usable)} do"
+        )
     test_name = next((name for name in _TEST_NAMES if name in usable), None)
     if len(usable) == 1:
         train_name = test_name = next(iter(usable))
@@ -357,7 +376,7 @@ class _Tables:
     def _columns(self) -> str:
         return ", ".join(f"{name} ({type(kind).__name__})" for name, kind in self.features.items())
 
-    def splits(self, form: InputFormat, auto_augment: str) -> dict[str, _Table]:
+    def splits(self, form: InputFormat, auto_augment: str, max_bad_images: int) -> dict[str, _Table]:
         """Labels read, images bound to the model's input."""
         kind = self.features.get(self.label_key)
         names = tuple(getattr(kind, "names", None) or ())
@@ -367,17 +386,36 @@ class _Tables:
                 continue
             labels = None
             if self.label_key:
-                labels = torch.from_numpy(np.array(table.with_format("numpy")[self.label_key][:])).long()
-            tables[str(name)] = _Table(self._images(table, form, auto_augment), labels, names)
+                labels = self._labels(name, np.array(table.with_format("numpy")[self.label_key][:]))
+            tables[str(name)] = _Table(self._images(table, form, auto_augment, max_bad_images), labels, names)
         if not tables:
             raise ArpHubError(f"data '{self.source}' has no images: every split is empty")
         return tables
 
-    def _images(self, table: Any, form: InputFormat, auto_augment: str) -> Images:
+    def _labels(self, split: str, values: np.ndarray) -> Tensor:
+        """Class numbers; -1 throughout where there are none, as the Hub has it."""
+        absent = np.isnan(values.astype(float))
+        if absent.any() and not absent.all():
+            raise ArpHubError(
+                f"data '{self.source}': {absent.sum()} of {len(values)} images of split '{split}' have no label: "
+                "label or remove them"
+            )
+        return torch.full((len(values),), -1) if absent.all() else torch.from_numpy(values).long()
+
+    def _images(self, table: Any, form: InputFormat, auto_augment: str, max_bad_images: int) -> Images:
         rows = table.select_columns([self.image_key])
+        bad = BadImages(len(rows), max_bad_images)
         bytes_needed = len(rows) * 3 * form.size[0] * form.size[1]
-        first = rows[0][self.image_key]
-        small = first is not None and max(first.size) <= _SMALL_SIDE and bytes_needed <= _SMALL_BYTES
-        if small:
-            return DecodedImages(len(rows), partial(decode_all, rows, self.image_key, form), form)
-        return StreamedImages(rows, self.image_key, form, auto_augment)
+        if bytes_needed <= _SMALL_BYTES and self._are_small(rows):
+            return DecodedImages(len(rows), partial(decode_all, rows, self.image_key, form, bad), form, bad=bad)
+        return StreamedImages(rows, self.image_key, form, auto_augment, bad)
+
+    def _are_small(self, rows: Any) -> bool:
+        """Whether the first image that can be decoded is small; which cannot be is found out and named later."""
+        for row in range(min(len(rows), _LOOKED_AT)):
+            try:
+                first = rows[row][self.image_key]
+            except Exception:  # decoders raise a dozen kinds
+                continue
+            return first is not None and max(first.size) <= _SMALL_SIDE
+        return False

@@ -5,6 +5,7 @@ Both give normalised batches ``(N, 3, H, W)`` on a device, for training (augment
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from tqdm import tqdm
 
 from ..errors import ArpHubError
 from .augment import crop_and_flip, seeded
+
+_logger = logging.getLogger(__name__)
 
 _PIL_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
@@ -55,10 +58,44 @@ class TrainBatch:
         return np.random.SeedSequence(self.seed).generate_state(len(self.indices), np.uint32)[self.share]
 
 
+class BadImages:
+    """The rows of a table whose image cannot be decoded. Shared with loader workers, so that each row counts once.
+
+    Args:
+        count: Rows of the table.
+        limit: So many may be bad; each is named in a warning, and an image of the mean colour stands in for it.
+    """
+
+    def __init__(self, count: int, limit: int = 0) -> None:
+        self.limit = limit
+        self.seen = torch.zeros(count, dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return int(self.seen.sum(dtype=torch.int64))
+
+    def add(self, row: int, reason: str) -> None:
+        """Take note of a bad row.
+
+        Raises:
+            ArpHubError: If it is one too many.
+        """
+        if self.seen[row]:
+            return
+        self.seen[row] = 1
+        if len(self) <= self.limit:
+            _logger.warning("%s (%d of at most %d)", reason, len(self), self.limit)
+            return
+        raise ArpHubError(
+            f"{reason}: {len(self)} such where max_bad_images={self.limit} allows no more. "
+            "Repair or remove the image, or raise max_bad_images"
+        )
+
+
 class Images(Protocol):
     """The images of one split, in the form that a model wants to see."""
 
     form: InputFormat
+    bad: BadImages
 
     def __len__(self) -> int: ...
 
@@ -77,10 +114,19 @@ class DecodedImages:
         decode: Gives all pixels as bytes ``(count, 3, H, W)``; called on first use.
         form: What the model wants to see.
         flip: Whether training images may be mirrored.
+        bad: Where ``decode`` notes what it could not decode.
     """
 
-    def __init__(self, count: int, decode: Callable[[], Tensor], form: InputFormat, flip: bool = True) -> None:
+    def __init__(
+        self,
+        count: int,
+        decode: Callable[[], Tensor],
+        form: InputFormat,
+        flip: bool = True,
+        bad: BadImages | None = None,
+    ) -> None:
         self.count, self.form, self.flip = count, form, flip
+        self.bad = BadImages(count) if bad is None else bad
         self._decode = decode
         self._pixels: Tensor | None = None
 
@@ -119,10 +165,14 @@ class StreamedImages:
         key: Name of the image column.
         form: What the model wants to see.
         auto_augment: timm's augmentation string (``rand-m9-mstd0.5``), or empty for crops and flips alone.
+        bad: Where images that cannot be decoded are noted; by default the first one is an error.
     """
 
-    def __init__(self, rows: Any, key: str, form: InputFormat, auto_augment: str = "") -> None:
+    def __init__(
+        self, rows: Any, key: str, form: InputFormat, auto_augment: str = "", bad: BadImages | None = None
+    ) -> None:
         self.rows, self.key, self.form = rows, key, form
+        self.bad = BadImages(len(rows)) if bad is None else bad
         common = partial(
             create_transform,
             input_size=(3, *form.size),
@@ -183,31 +233,43 @@ class _Transformed(Dataset):
     def __getitem__(self, index: tuple[int, int]) -> Tensor:
         row, seed = index
         with seeded(seed):
-            return self.transform(row_image(self.images.rows, row, self.images.key))
+            return self.transform(row_image(self.images.rows, row, self.images.key, self.images.form, self.images.bad))
 
 
-def row_image(rows: Any, row: int, key: str) -> Image.Image:
-    """One image of a table, as RGB.
+def row_image(rows: Any, row: int, key: str, form: InputFormat, bad: BadImages) -> Image.Image:
+    """One image of a table, as RGB; one of the mean colour if it cannot be decoded and ``bad`` allows that.
 
     Raises:
-        ArpHubError: If there is none in this row, or it cannot be decoded.
+        ArpHubError: If there is none in this row, or one too many that cannot be decoded.
     """
     try:
         image = rows[int(row)][key]
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ArpHubError(f"image {row} of column '{key}' cannot be decoded: {error}") from error
-    if not isinstance(image, Image.Image):
-        raise ArpHubError(f"row {row} of column '{key}' holds no image, but {type(image).__name__}")
+        if isinstance(image, Image.Image):
+            return as_rgb(image)
+    except Exception as error:  # PIL's decoders raise a dozen kinds, its guard against huge images one more
+        reason = " ".join(str(error).split()) or type(error).__name__
+        bad.add(row, f"image {row} of column '{key}' cannot be decoded: {reason}")
+        height, width = form.size
+        return Image.new("RGB", (width, height), tuple(round(255 * value) for value in form.mean))
+    raise ArpHubError(f"row {row} of column '{key}' holds no image, but {type(image).__name__}")
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB: palettes looked up, alpha dropped, 16-bit grey brought down to 8."""
+    if image.mode.startswith("I;16"):  # PIL itself would clip at 255: all white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
     return image.convert("RGB")
 
 
-def decode_all(rows: Any, key: str, form: InputFormat) -> Tensor:
+def decode_all(rows: Any, key: str, form: InputFormat, bad: BadImages) -> Tensor:
     """All images of a table as bytes ``(N, 3, H, W)``, resized where they differ from the model's size."""
     height, width = form.size
     pixels = torch.empty(len(rows), 3, height, width, dtype=torch.uint8)
     resample = _PIL_FILTERS.get(form.interpolation, _PIL_FILTERS["bicubic"])
     for row in progress(range(len(rows)), "decoding images"):
-        image = row_image(rows, row, key)
+        image = row_image(rows, row, key, form, bad)
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling(resample))
         pixels[row] = torch.from_numpy(np.array(image)).permute(2, 0, 1)

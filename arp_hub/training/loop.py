@@ -26,6 +26,7 @@ from .checkpoint import Checkpoint, find_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .data import ImageData
 from .evaluate import evaluate
+from .finite import first_not_finite, weights_not_finite
 from .images import TrainBatch
 from .preemption import Preempted, listening
 from .runlog import RunLog
@@ -92,7 +93,8 @@ def train(run: Run, phase: Phase, start: Checkpoint | None = None) -> nn.Module 
         The moving average of the model, if the config asks for one.
 
     Raises:
-        ArpHubError: If the loss stops being a number, or a checkpoint cannot be written.
+        ArpHubError: If the loss or a weight is no finite number any more, naming step, layer and last checkpoint, or if
+            a checkpoint cannot be written.
         Preempted: If SIGTERM has come; the state is saved.
     """
     return _Loop(run, phase, start).run_to_end()
@@ -122,6 +124,7 @@ class _Loop:
         self.raw_optimizer = optimizer
         self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
         self.mixup = _mixup(config, run.data.num_classes)
+        self.checkpoints = config.run_folder / "checkpoints"
         self.listen_every = 1 if accelerator.num_processes == 1 else _LISTEN_EVERY
 
     def run_to_end(self) -> nn.Module | None:
@@ -184,6 +187,10 @@ class _Loop:
             seed_everything(config.seed, self.phase.name, self.step, part, accelerator.process_index)
             with accelerator.accumulate(self.wrapped):
                 loss = self.loss(images, labels)
+                if not math.isfinite(loss.item()):  # before the step, so that the weights stay what they are
+                    with accelerator.autocast():
+                        where = first_not_finite(self.model, images)
+                    raise self.diverged(f"the loss is {loss.item()}", self.step + 1, where)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and config.clip_grad:
                     accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad)
@@ -239,20 +246,27 @@ class _Loop:
         return zip(images, labels, strict=True)
 
     def report(self, loss: Tensor, lr: float, bar: Any) -> None:
-        """Numbers of this step, for the bar and the tracker; stops if the loss is no number any more."""
-        value = loss.item()
-        if not math.isfinite(value):
-            raise ArpHubError(
-                f"the loss is {value} at step {self.step} of phase '{self.phase.name}': start anew with a lower lr "
-                f"(now {lr:.4g}), clip_grad=5 or mixed_precision=no; the last checkpoints are in "
-                f"'{self.config.run_folder / 'checkpoints'}'"
-            )
+        """Numbers of this step, for the bar and the tracker."""
+        self.check_weights()
         top1 = (100 * self.totals[1] / self.totals[2]).item()
-        values = {"loss": value, "top1": top1, "lr": lr}
+        values = {"loss": loss.item(), "top1": top1, "lr": lr}
         if self.phase.penalty:
             values["violation"] = _mean(self.phase.penalty.violations())
         bar.set_postfix({name: f"{number:.3g}" for name, number in values.items()})
         self.run.log.track(self.phase.name, self.step, values)
+
+    def check_weights(self) -> None:
+        """Stop if a step has made a weight NaN or infinite."""
+        if where := weights_not_finite(self.model):
+            raise self.diverged("weights are NaN or infinite", self.step, where)
+
+    def diverged(self, what: str, step: int, where: str) -> ArpHubError:
+        """The error that ends a run whose numbers are none any more."""
+        return ArpHubError(
+            f"{what} at step {step} of phase '{self.phase.name}': {where}. The last good checkpoint is "
+            f"'{find_checkpoint('auto', self.checkpoints)}'. Start anew with a lower lr "
+            f"(now {self.raw_optimizer.param_groups[0]['lr']:.4g}), clip_grad=5 or mixed_precision=no"
+        )
 
     def close_epoch(self, epoch: int, lr: float, seconds: float) -> None:
         """Collect an epoch's numbers from all processes and log them."""
@@ -279,7 +293,8 @@ class _Loop:
         self.run.log.epoch(entry)
 
     def save(self) -> None:
-        """Write a checkpoint on the main process; the others wait for it."""
+        """Write a checkpoint on the main process; the others wait for it. One with NaN or inf is never written."""
+        self.check_weights()
         if self.accelerator.is_main_process:
             penalty, scaler = self.phase.penalty, self.accelerator.scaler
             state = {
@@ -291,7 +306,7 @@ class _Loop:
             }
             run = self.run
             checkpoint = Checkpoint(self.phase.name, self.step, run.settings, run.scores, run.plan, run.seconds, state)
-            folder = self.config.run_folder / "checkpoints"
+            folder = self.checkpoints
             try:
                 save_checkpoint(folder, checkpoint, self.config.keep_checkpoints)
             except (OSError, SafetensorError) as error:

@@ -41,6 +41,7 @@ from .runlog import RunLog, tracker_name
 _logger = logging.getLogger(__name__)
 
 _FREE = {"workers", "resume", "overwrite", "log_every", "keep_checkpoints", "checkpoint_every", "tracker", "output"}
+_FREE |= {"max_bad_images"}
 """Settings that a resumed run may change, because no number depends on them."""
 _TRIAL_TEST_IMAGES, _TRIAL_CALIBRATION_IMAGES = 32, 4
 """Images per step of ``max_steps`` that a trial run evaluates and calibrates on, at most."""
@@ -150,6 +151,7 @@ def _data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
         val_fraction=config.val_fraction,
         seed=config.seed,
         auto_augment=config.auto_augment,
+        max_bad_images=config.max_bad_images,
     )
     if data.num_classes != model.num_classes:
         if checkpoint or (pretrained and not config.dense_epochs):
@@ -328,6 +330,7 @@ def _metrics(run: Run, plan: RankPlan) -> dict[str, Any]:
         "scores": run.scores,
         "data": run.config.data,
         "split": run.data.test.name,
+        **({"bad_images": bad} if (bad := run.data.bad_images(run.accelerator)) else {}),
         "seed": run.config.seed,
         "processes": run.accelerator.num_processes,
         "seconds": round(run.seconds, 1),
