@@ -82,8 +82,17 @@ class Scheme(ABC):
             sweeps: Iterations; by default one with a ``start``, and enough to settle without.
         """
 
-    def spectrum(self, weight: Tensor) -> Tensor | None:
-        """Singular values of every block, ``(blocks, n)``, for the schemes whose nearest point is a truncated SVD."""
+    def spectrum(self, weight: Tensor, moment: Tensor | None = None) -> Tensor | None:
+        """Singular values of every block, ``(blocks, n)``, where the nearest point is a truncated SVD, else None.
+
+        Args:
+            weight: Dense weight ``(G * O, I, kh, kw)``.
+            moment: Second moment of the input patches: the values are then those in its metric.
+        """
+        return None
+
+    def bound(self, weight: Tensor) -> Tensor | None:
+        """A relative squared error at rank 1, 2, .. that `nearest` betters, where one is had cheaply, else None."""
         return None
 
     @property

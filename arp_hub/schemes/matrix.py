@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..linalg import singular_values, truncated
 from ..shapes import ConvSpec, LayerShape
 from .base import Factors, Scheme
 
@@ -23,8 +24,8 @@ class MatrixScheme(Scheme):
     def unfold(self, left: Tensor, right: Tensor) -> Factors:
         """Factors from ``left (blocks, m, r)`` and ``right (blocks, r, n)``, whose product is the fold."""
 
-    def spectrum(self, weight: Tensor) -> Tensor:
-        return torch.linalg.svdvals(self.fold(weight))
+    def spectrum(self, weight: Tensor, moment: Tensor | None = None) -> Tensor | None:
+        return singular_values(self.fold(weight)) if moment is None else None
 
     @abstractmethod
     def right(self, factors: Sequence[Tensor]) -> Tensor:
@@ -35,9 +36,10 @@ class MatrixScheme(Scheme):
     ) -> Factors:
         matrix = self.fold(weight)
         if start is None:
-            left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-            root = values[:, :rank].sqrt()
-            return self.unfold(left[..., :rank] * root[:, None, :], root[..., None] * right[:, :rank])
+            left, right = truncated(matrix, rank)
+            tiny = torch.finfo(matrix.dtype).tiny ** 0.25
+            even = (right.norm(dim=-1).clamp_min(tiny) / left.norm(dim=-2).clamp_min(tiny)).sqrt()
+            return self.unfold(left * even[:, None, :], right / even[..., None])
         right = self.right(start)
         for _ in range(sweeps or 1):  # orthogonal iteration: one multiplication by M M^T a sweep
             left = torch.linalg.qr(matrix @ right.mT).Q
@@ -80,12 +82,21 @@ class Channel(MatrixScheme):
     def right(self, factors: Sequence[Tensor]) -> Tensor:
         return self.design(factors[:-1])
 
+    def spectrum(self, weight: Tensor, moment: Tensor | None = None) -> Tensor | None:
+        if moment is None:
+            return super().spectrum(weight)
+        return torch.linalg.eigvalsh(self._output_gram(weight, moment)).clamp_min(0).sqrt().flip(-1)
+
     def fit(self, target: Tensor, moment: Tensor, start: Sequence[Tensor], iterations: int = 100) -> Factors:
         """Reduced-rank regression, in closed form: a truncated SVD in the whitened metric; ``start`` gives the rank."""
         rank = start[-1].shape[1]
-        root = torch.linalg.cholesky(moment.repeat_interleave(self.groups, dim=0))
-        left = torch.linalg.svd(self._rows(target) @ root, full_matrices=False).U[..., :rank]
+        left = torch.linalg.eigh(self._output_gram(target, moment)).eigenvectors[..., -rank:]
         return self.balance(self.unfold(left, left.mT @ self._rows(target)))
+
+    def _output_gram(self, weight: Tensor, moment: Tensor) -> Tensor:
+        """Second moment of the layer's outputs, block by block, ``(blocks, rows, rows)``."""
+        rows = self._rows(weight)
+        return rows @ moment.repeat_interleave(self.groups, dim=0) @ rows.mT
 
 
 class GroupOut(Channel):

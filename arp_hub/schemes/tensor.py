@@ -7,12 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..linalg import als_sweep, even_norms, leading_vectors, slice_start
+from ..linalg import als_sweep, even_norms, leading_vectors, slice_start, slice_tails
 from ..shapes import ConvSpec, LayerShape, Pair
 from .base import Factors, Scheme
 
 _SWEEPS, _SWEEP_WORK = 60, 3e10
 """Sweeps of a cold start, and the multiply-accumulates that bound them; a warm start needs one sweep."""
+_LEAST_SWEEPS = 5
+_SINGLE_WORK = 2e8
+"""A sweep that takes more multiply-accumulates than this is made in single precision, except the last."""
 
 
 class Cp(Scheme):
@@ -52,23 +55,33 @@ class Cp(Scheme):
     ) -> Factors:
         s = self.shape
         tensor = weight.reshape(s.groups, s.group_out, s.group_in, s.taps)
+        work = 2 * rank * weight.numel()
         if start is None:
             modes = slice_start(tensor, rank)
-            affordable = int(_SWEEP_WORK / (3 * rank * weight.numel()))
-            sweeps = min(_SWEEPS, max(5, affordable)) if sweeps is None else sweeps
+            sweeps = min(_SWEEPS, max(_LEAST_SWEEPS, int(_SWEEP_WORK / work))) if sweeps is None else sweeps
             sweeps = 0 if rank >= self.max_rank else sweeps  # the start is exact
         else:
             inputs, taps = self._modes(start)
             modes = [start[-1].reshape(s.groups, s.group_out, rank).mT, inputs, taps]
             sweeps = sweeps or 1
-        for _ in range(sweeps):
-            modes = als_sweep(tensor, modes)
+        dtype = torch.float32 if work > _SINGLE_WORK else weight.dtype
+        modes = [mode.to(dtype) for mode in modes]
+        for k in range(sweeps):
+            if k == sweeps - 1:
+                dtype = weight.dtype
+            modes = als_sweep(tensor.to(dtype), [mode.to(dtype) for mode in modes])
+        modes = [mode.to(weight.dtype) for mode in modes]
         outputs, inputs, taps = modes
         return (
             inputs.reshape(s.groups * rank, s.group_in, 1, 1),
             taps.reshape(s.groups * rank, 1, *s.kernel_size),
             outputs.mT.reshape(s.out_channels, rank, 1, 1),
         )
+
+    def bound(self, weight: Tensor) -> Tensor | None:
+        s = self.shape
+        tails = slice_tails(weight.reshape(s.groups, s.group_out, s.group_in, s.taps))
+        return tails / weight.square().sum().clamp_min(torch.finfo(weight.dtype).tiny)
 
     def balance(self, factors: Factors) -> Factors:
         """Even out the norms of every component's three vectors, which leaves the weight as it is."""
