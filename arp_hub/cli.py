@@ -1,4 +1,4 @@
-"""The command ``arp-hub``: plan, compress, evaluate, inspect."""
+"""The command ``arp-hub``: plan, compress, evaluate, inspect, doctor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from torch import nn
 
-from . import report, spectra
+from . import doctor, report, spectra
 from ._options import (
     AsJson,
     Calibration,
@@ -52,7 +52,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Shrink vision models by low-rank decomposition. "
-    "Exit codes: 0 fine; 2 bad input, with one line on stderr that says what to do; 130 interrupted.",
+    "Exit codes: 0 fine; 1 doctor found a problem; 2 bad input, with one line on stderr that says what to do; 130 interrupted.",
 )
 
 
@@ -245,6 +245,26 @@ def inspect(
         print_json({"model": model, "metric": metric, "layers": listed, "plot": plot and str(plot)})
     else:
         print_tables(report.spectrum_table(rows, f"{model}, {metric}"))
+
+
+@app.command("doctor")
+def doctor_command(as_json: AsJson = False) -> None:
+    """Print versions, devices, and whether the Hub can be reached and who is logged in; then what is wrong.
+
+    Exit code 1 if anything is.
+
+    Example: arp-hub doctor
+    """
+    found = doctor.examine()
+    if as_json:
+        print_json(found)
+    else:
+        print_tables(doctor.table(found))
+    for problem in found["problems"]:
+        note(f"problem: {problem}")
+    if found["problems"]:
+        raise typer.Exit(1)
+    note("no problem found")
 
 
 def _figures(model: nn.Module, test: Split | None, max_images: int | None, workers: int) -> dict[str, Any]:

@@ -1,0 +1,99 @@
+"""`arp-hub doctor`: what it sees, against a Hub on this machine that answers as the real one does."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import huggingface_hub
+import pytest
+import torch
+
+from arp_hub.cli import app
+from arp_hub.doctor import examine
+
+TOKEN = "hf_aVerySecretToken"
+
+
+class Hub(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        wanted = "/whoami" in self.path
+        answer = {"error": "Invalid credentials"} if wanted and not known else {"type": "user", "name": "alice"}
+        body = json.dumps(answer).encode()
+        self.send_response(401 if wanted and not known else 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    def call(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            app(["doctor", *words])
+        return (stop.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("token", "user", "refused"),
+    [(None, None, False), (TOKEN, "alice", False), ("hf_anOldToken", None, True)],
+)
+def test_login_state(hub, monkeypatch, token, user, refused):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+    found = examine(hub)
+    assert found["hub"] == {"endpoint": hub, "reachable": True, "user": user, "token": token is not None}
+    about_the_hub = [problem for problem in found["problems"] if "Hub" in problem]
+    assert len(about_the_hub) == refused
+    if refused:
+        assert "refuses the stored token (401): log in again with `hf auth login`" in about_the_hub[0]
+    assert token is None or token not in json.dumps(found)
+
+
+def test_a_healthy_machine(hub, run, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
+    monkeypatch.setattr("arp_hub.doctor._LOW_DISK", 0)
+    code, out, err = run()
+    assert (code, err) == (0, "no problem found\n")
+    assert torch.__version__.partition("+")[0] in out
+    assert "logged in as alice" in " ".join(out.split())
+    assert TOKEN not in out
+    code, out, err = run("--json")
+    assert code == 0
+    assert json.loads(out)["problems"] == []
+
+
+def test_what_is_wrong_is_named_with_the_way_out(run, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("arp_hub.doctor.requires", lambda name: ["torch>=99", "no-such-package", 'x; extra == "toys"'])
+    monkeypatch.setattr("arp_hub.doctor._LOW_DISK", 2**60)
+    code, out, err = run()
+    assert code == 1
+    for words in (
+        'pip install --upgrade "torch>=99"',
+        "no-such-package is missing",
+        "http://127.0.0.1:9 cannot be reached",
+        "GiB left: make room",
+    ):
+        assert words in err
+    assert "toys no" in out
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "switched off by HF_HUB_OFFLINE=1" in run()[2]
