@@ -9,6 +9,7 @@ from .errors import ArpHubError
 from .hub import save_pretrained
 from .penalty import AdaptiveRankPenalty
 from .plan import LayerPlan, RankPlan
+from .publish import download, push_to_hub
 
 __all__ = [
     "AdaptiveRankPenalty",
@@ -16,8 +17,10 @@ __all__ = [
     "LayerPlan",
     "RankPlan",
     "decompose",
+    "download",
     "make_plan",
     "models",
+    "push_to_hub",
     "save_pretrained",
     "to_dense",
 ]

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ._secrets import redact
+
 _PACKAGES = ("arp-hub", "torch", "timm", "accelerate", "safetensors")
 
 
@@ -32,11 +34,11 @@ def environment() -> dict[str, Any]:
 
 
 def _command() -> str | None:
-    """The command line, without the folder of its program."""
+    """The command line, without the folder of its program, and without tokens."""
     program = Path(sys.argv[0]).name if sys.argv else ""
     if program in ("", "-c", "-m") or hasattr(sys, "ps1") or "ipykernel" in program:
         return None
-    return shlex.join([program, *sys.argv[1:]])
+    return redact(shlex.join([program, *sys.argv[1:]]))
 
 
 def _hardware() -> dict[str, Any]:

@@ -1,102 +1,180 @@
-"""The model card: what the model is, how to load it, and the numbers of ``metrics.json``."""
+"""The model card: how to load the model, what it is, and the numbers of ``metrics.json``; nothing that is not there."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from . import _card_text as text
+from .plots import can_draw, decays_figure, ranks_figure, save_figure, violation_figure
 
 TEMPLATE = Path(__file__).with_name("templates") / "card.md"
-
-_ROWS = {
-    "params": ("parameters", "{:,d}"),
-    "macs": ("multiply-accumulates", "{:,d}"),
-    "top1": ("top-1, %", "{:.2f}"),
-    "top5": ("top-5, %", "{:.2f}"),
-    "loss": ("cross-entropy, nats", "{:.4f}"),
+PICTURES = {
+    "ranks.png": "Rank and parameters of each decomposed layer",
+    "spectra.png": "Singular values of the layers, before and after decomposition",
+    "violation.png": "Distance of the layers from their ranks during training",
 }
-_FACTS = ("data", "split", "images", "trained", "calibration_images", "seed", "seconds", "processes")
+"""Files that `draw_pictures` may write, with what they show."""
+_OWNER = re.compile(r"(<!-- owner: [^>]*-->\n)(.*?)(\n?<!-- /owner -->)", re.S)
+_GENERATED = frozenset(ModelCardData(model_name="").__dict__) - {"language", "license_name", "license_link"}
+"""Keys of the card's head that are written anew on every push; what else an owner adds is kept."""
 
 
-def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], name: str) -> str:
+def model_card(
+    config: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    name: str,
+    *,
+    pictures: Sequence[str] = (),
+    dense: str | None = None,
+    tag: str | None = None,
+) -> str:
     """Render the card.
 
     Args:
         config: The model's ``config.json``.
         metrics: Its ``metrics.json``. A number that is not there has no line on the card.
         name: What to load the model by: ``local-dir:FOLDER`` or ``hf-hub:USER/NAME``.
+        pictures: Names of pictures that lie beside the card, of `PICTURES`.
+        dense: Revision with the merged model, if there is one.
+        tag: Tag of this version, if there is one.
 
     Returns:
         Markdown with a YAML head, as the Hub takes it.
     """
     args = config.get("model_args", {})
-    decomposed = "plan" in args
+    plan = args.get("plan")
+    backbone = args.get("backbone", config["architecture"])
     card = ModelCard.from_template(
-        ModelCardData(
-            library_name="timm",
-            license=config["pretrained_cfg"].get("license"),
-            pipeline_tag="image-classification" if config["num_classes"] else "image-feature-extraction",
-            tags=["arp-hub", "timm", *(["low-rank"] if decomposed else [])],
-        ),
+        card_data(config, metrics, name),
         template_path=str(TEMPLATE),
-        title=name.partition(":")[2].rpartition("/")[2],
+        title=_title(name),
         name=name,
-        backbone=args.get("backbone", config["architecture"]),
-        decomposed=decomposed,
-        numbers=_numbers(metrics, decomposed),
-        input_size=" x ".join(str(side) for side in metrics["input_size"]),
-        layers=len(args["plan"]["layers"]) if decomposed else 0,
-        schemes=_schemes(args["plan"]) if decomposed else "",
-        facts=list(_facts(metrics)),
+        backbone=backbone,
+        stock=not backbone.startswith("cifar_"),
+        decomposed=plan is not None,
+        merged_from=metrics.get("merged_from"),
+        summary=text.summary(metrics),
+        classes=config["num_classes"],
+        dense=dense,
+        tag=tag,
+        numbers=text.numbers(metrics, plan is not None),
+        notes=text.notes(metrics),
+        stages=text.stages(metrics),
+        layers=len(plan["layers"]) if plan else 0,
+        schemes=text.schemes(plan) if plan else "",
+        decomposed_layers=text.decomposed_layers(metrics),
+        dense_layers=text.dense_layers(metrics),
+        pictures=[(file, PICTURES[file]) for file in PICTURES if file in pictures],
+        facts=list(text.facts(metrics)),
+        recipe=text.recipe(metrics),
         command=metrics.get("command"),
+        limits=text.limits(metrics, plan is not None),
     )
     return str(card.content).rstrip() + "\n"
 
 
-def _numbers(metrics: Mapping[str, Any], decomposed: bool) -> str:
-    dense, kept = metrics.get("dense", {}), metrics.get("kept", {})
-    rows = []
-    for key, (label, form) in _ROWS.items():
-        if key in metrics:
-            before = form.format(dense[key]) if key in dense else ""
-            share = f"{100 * kept[key]:.1f} %" if key in kept else ""
-            rows.append((label, before, form.format(metrics[key]), share))
-    if not decomposed:
-        return _table(("", "this model"), [(label, value) for label, _, value, _ in rows])
-    return _table(("", "dense", "this model", "kept"), rows)
+def card_data(config: Mapping[str, Any], metrics: Mapping[str, Any], name: str) -> ModelCardData:
+    """The card's head. Results are listed only where accuracy was measured and the data is known."""
+    decomposed = "plan" in config.get("model_args", {})
+    base, dataset = metrics.get("base_model"), metrics.get("dataset")
+    results = _results(metrics)
+    return ModelCardData(
+        model_name=_title(name) if results else None,
+        eval_results=results or None,
+        library_name="timm",
+        license=metrics.get("license") or config["pretrained_cfg"].get("license"),
+        pipeline_tag="image-classification" if config["num_classes"] else "image-feature-extraction",
+        base_model=base,
+        base_model_relation="finetune" if base else None,
+        datasets=[dataset] if dataset else None,
+        metrics=["accuracy"] if results else None,
+        tags=["arp-hub", "timm", *(["low-rank", "model-compression"] if decomposed else [])],
+    )
 
 
-def _schemes(plan: Mapping[str, Any]) -> str:
-    """For every scheme: the number of its layers, and their ranks."""
-    ranks: dict[str, list[int]] = defaultdict(list)
-    for layer in plan["layers"].values():
-        ranks[layer["scheme"]].append(layer["rank"])
-    rows = []
-    for scheme, found in ranks.items():
-        low, high = min(found), max(found)
-        rows.append((f"`{scheme}`", str(len(found)), str(low) if low == high else f"{low} to {high}"))
-    return _table(("scheme", "layers", "ranks"), rows)
+def draw_pictures(folder: Path, metrics: Mapping[str, Any]) -> list[str]:
+    """Draw what the metrics have numbers for; nothing where matplotlib is missing.
+
+    Returns:
+        The names of the pictures.
+    """
+    if not can_draw():
+        return []
+    figures = {}
+    if rows := [row for row in metrics.get("layers", ()) if row["scheme"]]:
+        figures["ranks.png"] = ranks_figure(rows)
+    if (before := metrics.get("dense", {}).get("spectra")) and (after := metrics.get("spectra")):
+        figures["spectra.png"] = decays_figure(before, after)
+    if history := metrics.get("history"):
+        figures["violation.png"] = violation_figure(history)
+    for file, figure in figures.items():
+        save_figure(figure, folder / file)
+    return list(figures)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are numbers and stand to the right."""
-    ruler = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ruler, *rows))
+def keep_by_hand(card: str, earlier: str) -> str:
+    """The new card with what the owner wrote by hand into an earlier one.
+
+    Kept are the text between the two owner's marks, and keys of the head that arp_hub does not write.
+    """
+    found = _OWNER.search(earlier)
+    if found and found[2].strip():
+        card = _OWNER.sub(lambda new: new[1] + found[2] + new[3], card)
+    before, head = _head(earlier), _head(card)
+    kept = {key: value for key, value in before.items() if key not in head and key not in _GENERATED}
+    extra = [tag for tag in _tags(before) if tag not in _tags(head)]
+    if not kept and not extra:
+        return card
+    head = {**head, **kept, "tags": [*_tags(head), *extra]}
+    new = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
+    return f"---\n{new}---\n{card.split('---', 2)[2].lstrip()}"
 
 
-def _facts(metrics: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    for key in _FACTS:
-        if metrics.get(key) is not None:
-            yield key.replace("_", " "), _inline(metrics[key])
-    for key in ("hardware", "versions"):
-        if found := metrics.get(key):
-            text = ", ".join(f"{k} {v}" for k, v in found.items()) if isinstance(found, Mapping) else found
-            yield key, _inline(text)
+def by_hand(card: str) -> str:
+    """What the owner wrote between the marks of a card."""
+    found = _OWNER.search(card)
+    return found[2].strip() if found else ""
 
 
-def _inline(value: Any) -> str:
-    """A value inside one line of Markdown."""
-    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+def _title(name: str) -> str:
+    return name.partition(":")[2].rpartition("/")[2]
+
+
+def _results(metrics: Mapping[str, Any]) -> list[EvalResult]:
+    data = metrics.get("dataset") or metrics.get("data")
+    if not data:
+        return []
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=str(data) if metrics.get("dataset") else "imagefolder",
+            dataset_name=str(data).rstrip("/").rpartition("/")[2],
+            dataset_split=metrics.get("split"),
+            metric_type="accuracy",
+            metric_name=label,
+            metric_value=round(metrics[key], 4),
+        )
+        for key, label in (("top1", "top-1 accuracy, %"), ("top5", "top-5 accuracy, %"))
+        if key in metrics
+    ]
+
+
+def _head(card: str) -> dict[str, Any]:
+    """The YAML head of a card, empty if it cannot be read."""
+    parts = card.split("---\n", 2)
+    try:
+        head = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
+    except yaml.YAMLError:
+        head = {}
+    return head if isinstance(head, dict) else {}
+
+
+def _tags(head: Mapping[str, Any]) -> list[str]:
+    tags = head.get("tags")
+    return [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []

@@ -1,12 +1,14 @@
-"""The command ``arp-hub``: plan, compress, evaluate, inspect, doctor."""
+"""The command ``arp-hub``: plan, compress, evaluate, inspect, push, doctor."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from huggingface_hub.utils import disable_progress_bars
 from torch import nn
 
 from . import doctor, report, spectra
@@ -41,8 +43,10 @@ from .decompose import decompose
 from .errors import ArpHubError
 from .hub import check_folder, save_pretrained
 from .layers import count_params
+from .loading import hub_dataset, published_name
 from .plan import RankPlan
 from .plots import check_picture_path, save_figure, spectra_figure
+from .publish import push_to_hub
 from .structure import check_plan, plan_of
 from .tracing import count_macs
 from .training import ImageData, Split, evaluate, load_data
@@ -52,7 +56,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Shrink vision models by low-rank decomposition. "
-    "Exit codes: 0 fine; 1 doctor found a problem; 2 bad input, with one line on stderr that says what to do; 130 interrupted.",
+    "Exit codes: 0 fine; 1 doctor found a problem; 2 bad input, with one line on stderr that says what to do; "
+    "130 interrupted.",
 )
 
 
@@ -136,7 +141,7 @@ def compress(
     found = open_data(data, network, image_key, label_key)
     images = open_images(found, calibration, seed, workers)
     test = _test_split(network, found)
-    before = _figures(network, test, max_images, workers)
+    before, falls = _figures(network, test, max_images, workers), spectra.decays(network)
     start = time.perf_counter()
     made = given or make_plan(network, **options, calibration=images, progress=interactive())
     decompose(network, made, images, progress=interactive())
@@ -154,7 +159,16 @@ def compress(
         **after,
     }
     names = found.class_names if found and test else ()
-    save_pretrained(network, output, metrics=result, label_names=names or None, overwrite=overwrite)
+    metrics = {
+        **result,
+        "base_model": None if checkpoint else published_name(model, network),
+        "dataset": hub_dataset(data),
+        "shared_images": bool(test and found and found.train.name == found.test.name),
+        "plan": made.to_dict(),
+        "dense": {**before, "spectra": falls},
+        "spectra": spectra.decays(network),
+    }
+    save_pretrained(network, output, metrics=metrics, label_names=names or None, overwrite=overwrite)
     if as_json:
         print_json({**result, "output": str(output)})
     else:
@@ -245,6 +259,52 @@ def inspect(
         print_json({"model": model, "metric": metric, "layers": listed, "plot": plot and str(plot)})
     else:
         print_tables(report.spectrum_table(rows, f"{model}, {metric}"))
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder with a saved model.", show_default=False)],
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="Where to; it is made if there is none.")],
+    token: Annotated[str | None, typer.Option(help="By default HF_TOKEN or the one of `hf auth login`.")] = None,
+    private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to write to; by default main.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Tag for this version, such as v1.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    dense_revision: Annotated[str, typer.Option(help="Branch for the merged model, plain timm.")] = "dense",
+    no_dense: Annotated[bool, typer.Option("--no-dense", help="No such branch.")] = False,
+    base_model: Annotated[str | None, typer.Option(help="For the card: the dense model on the Hub.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="For the card: the data set on the Hub.")] = None,
+    license: Annotated[str | None, typer.Option(help="For the card; by default the backbone's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Publish a saved model with its card: whole or not at all.
+
+    One commit on each branch. What you write between the owner's marks of the card is kept by the next push.
+
+    Example: arp-hub push out me/resnet50-arp --tag v1
+    """
+    if not interactive():
+        disable_progress_bars()
+    about = {"base_model": base_model, "dataset": dataset, "license": license}
+    done = push_to_hub(
+        folder,
+        repo_id,
+        token=token,
+        private=private,
+        revision=revision,
+        tag=tag,
+        create_pr=create_pr,
+        commit_message=message,
+        metrics={key: value for key, value in about.items() if value},
+        dense_revision=None if no_dense else dense_revision,
+    )
+    if as_json:
+        print_json(asdict(done))
+    else:
+        at = "" if done.revision == "main" and not tag else f"@{tag or done.revision}"
+        note(f"published: {done.url}")
+        note(f'load it with timm.create_model("hf-hub:{done.repo_id}{at}", pretrained=True) after `import arp_hub`')
 
 
 @app.command("doctor")

@@ -1,4 +1,4 @@
-"""Saving: a folder that timm loads, with the numbers and the card of the model. The only module that talks to a Hub."""
+"""Saving: a folder that timm loads, with the numbers, the card and the pictures of the model."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ._config import check_rebuilds, write_config
 from ._env import environment
 from ._folder import replacing
-from .card import model_card
+from ._secrets import redact
+from .card import draw_pictures, model_card
 from .errors import ArpHubError
-from .figures import model_figures
+from .figures import layer_figures, model_figures
 
 CONFIG, WEIGHTS, CARD, METRICS = "config.json", "model.safetensors", "README.md", "metrics.json"
 _FILES = frozenset({CONFIG, WEIGHTS, CARD, METRICS})
@@ -36,14 +38,17 @@ def save_pretrained(
     """Save a model so that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it.
 
     The folder is replaced whole: at any moment it is what it was, or finished. It holds ``config.json``,
-    ``model.safetensors``, ``metrics.json`` and the model card, ``README.md``.
+    ``model.safetensors``, ``metrics.json``, and the model card ``README.md`` with its pictures (where matplotlib is
+    installed).
 
     Args:
         model: A timm model, decomposed or dense, bare (``accelerator.unwrap_model(model)``).
         folder: Where to save. An earlier saved model is replaced.
         metrics: Numbers for ``metrics.json`` and the card: those of this model on top (``top1`` and ``top5`` in per
             cent, ``loss`` in nats), those of the dense model under ``dense``, and what stands behind them (``data``,
-            ``split``, ``images``, ``seed``, ``command``). Parameters and MACs are counted here.
+            ``split``, ``images``, ``seed``, ``command``). ``base_model`` and ``dataset``, both ids on the Hub,
+            ``license``, ``latency``, ``spectra`` and ``history`` have their places on the card, too
+            (docs/publishing.md). Sizes and MACs are counted here.
         label_names: Names of the classes, in order.
         backbone: timm name of the dense model; needed only if timm did not create the model.
         model_args: Arguments that the model was made with, to add to those that timm noted or to replace them.
@@ -62,7 +67,7 @@ def save_pretrained(
     """
     folder = Path(folder)
     check_folder(folder, overwrite=overwrite)
-    given = _plain(metrics or {})
+    given = plain_metrics(metrics or {})
     tensors = _tensors(model)
     try:
         with replacing(folder) as new:
@@ -71,12 +76,14 @@ def save_pretrained(
             )
             check_rebuilds(config, model)
             numbers = _numbers(model, config, given)
-            _write_json(new / METRICS, numbers)
-            (new / CARD).write_text(model_card(config, numbers, f"local-dir:{folder.name}"), encoding="utf-8")
+            write_json(new / METRICS, numbers)
+            pictures = draw_pictures(new, numbers)
+            card = model_card(config, numbers, f"local-dir:{folder.name}", pictures=pictures)
+            (new / CARD).write_text(card, encoding="utf-8")
             save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
             (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode)  # safetensors lets nobody else read it
-    except OSError as error:
-        raise ArpHubError(f"cannot save in '{folder}': {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise ArpHubError(f"cannot save in '{folder}': {error} (what was there is untouched)") from error
     return folder
 
 
@@ -95,7 +102,7 @@ def check_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> 
         raise ArpHubError(f"'{folder}' holds the current directory and cannot be replaced: choose a folder of its own")
     names = [entry.name for entry in folder.iterdir()]
     strange = sorted(name for name in names if name not in _FILES and Path(name).suffix not in _PICTURES)
-    if names and not overwrite and (strange or not _is_saved_model(folder)):
+    if names and not overwrite and (strange or not is_saved_folder(folder)):
         shown = f"'{strange[0]}'" if strange else "another model"
         raise ArpHubError(
             f"'{folder}' holds {shown}, not saved by arp_hub: choose another folder, or replace all of it with "
@@ -103,7 +110,8 @@ def check_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> 
         )
 
 
-def _is_saved_model(folder: Path) -> bool:
+def is_saved_folder(folder: Path) -> bool:
+    """Whether `save_pretrained` wrote a folder."""
     try:
         return "arp_hub" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
@@ -127,15 +135,23 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _numbers(model: nn.Module, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that ``metrics.json`` holds: the facts of this process under the given metrics, the counts on top."""
-    figures = model_figures(model, tuple(config["pretrained_cfg"]["input_size"]))
+    size = tuple(config["pretrained_cfg"]["input_size"])
+    figures = model_figures(model, size)
     dense = {**given.get("dense", {}), **figures.pop("dense", {})}
     numbers = {**environment(), **given, **figures}
+    if "plan" in config["model_args"]:
+        numbers["layers"] = layer_figures(model, size, (given.get("plan") or {}).get("dense", {}))
     return {**numbers, "dense": dense} if dense else numbers
 
 
-def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics as JSON gives them back, without tokens.
+
+    Raises:
+        ArpHubError: If JSON cannot hold them.
+    """
     try:
-        plain = json.loads(json.dumps(dict(metrics), allow_nan=False))
+        plain = json.loads(redact(json.dumps(dict(metrics), allow_nan=False)))
     except (TypeError, ValueError) as error:
         raise ArpHubError(f"metrics must be what JSON holds (finite numbers, texts, objects): {error}") from error
     if not isinstance(plain.get("dense", {}), dict):
@@ -143,5 +159,6 @@ def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON that people can read."""
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,25 @@ def load_model(
 def is_saved_model(name: str) -> bool:
     """Whether a name stands for a saved folder or a model on the Hub, whose weights belong to it."""
     return name.startswith(_PREFIXES)
+
+
+def published_name(name: str, model: nn.Module) -> str | None:
+    """The repository on the Hub that the weights of ``load_model(name)`` come from, or None if there is none.
+
+    Example:
+        >>> published_name("hf-hub:user/name@v1", model)  # doctest: +SKIP
+        'user/name'
+    """
+    kind, _, rest = name.partition(":")
+    if kind in ("hf-hub", "hf_hub"):
+        return rest.partition("@")[0]
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    return cfg.get("hf_hub_id") if timm.is_model(name) and timm.models.is_model_pretrained(name) else None
+
+
+def hub_dataset(source: str | None) -> str | None:
+    """The id of a data set on the Hub, None if ``source`` names anything else, such as a folder here."""
+    return source if source and re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists() else None
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -1,9 +1,10 @@
-"""Pictures of a model's spectra and ranks. Needs the extra ``plots``."""
+"""Pictures of a model: spectra, ranks, violations. Needs the extra ``plots``."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from .spectra import Spectrum
 
 _SURFACE, _INK, _MUTED, _GRID = "#fcfcfb", "#0b0b0b", "#52514e", "#e1e0d9"
 _FULL, _HIGH, _LOW, _PLANNED = "#e1e0d9", "#86b6ef", "#2a78d6", "#0b0b0b"
+_SCHEMES = ("#2a78d6", "#e08a1e", "#3f9c6b", "#a05cc0", "#c94f4f", "#7a7a72")
+"""Colours of the schemes, in the order in which they appear."""
 _FLOOR = 1e-7
 """Relative singular values below this are rounding error in float32 and are not drawn."""
 
@@ -41,6 +44,92 @@ def spectra_figure(
     _draw_decay(figure, decay, spectra)
     _draw_ranks(bars, spectra, ranks or {})
     return figure
+
+
+def ranks_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Draw the rank and the parameters, before and after, of every decomposed layer.
+
+    Args:
+        rows: The decomposed ones of a model's layers, as ``metrics.json`` lists them under ``layers``.
+
+    Returns:
+        A ``matplotlib.figure.Figure``.
+    """
+    figure = _figure(width=10, height=6)
+    ranks, sizes = figure.subplots(2, 1, sharex=True)
+    names, positions = [row["name"] for row in rows], range(len(rows))
+    schemes = list(dict.fromkeys(row["scheme"] for row in rows))
+    for scheme, colour in zip(schemes, _SCHEMES, strict=False):
+        mine = [(k, row["rank"] * row["groups"]) for k, row in enumerate(rows) if row["scheme"] == scheme]
+        x, y = zip(*mine, strict=True)
+        ranks.bar(x, y, width=0.8, color=colour, label=scheme)
+    ranks.set(ylabel="rank, all groups")
+    ranks.set_title("Rank of each decomposed layer", loc="left", fontsize=10, color=_MUTED)
+    before, after = ([row[key] for row in rows] for key in ("params", "params_after"))
+    sizes.bar(positions, before, width=0.8, color=_FULL, label="dense")
+    sizes.bar(positions, after, width=0.8, color=_LOW, label="decomposed")
+    sizes.set(ylabel="parameters", xlim=(-0.6, len(rows) - 0.4))
+    sizes.set_xticks(positions, names, rotation=90, fontsize=7 if len(names) <= 60 else 5)
+    sizes.set_title("Its parameters", loc="left", fontsize=10, color=_MUTED)
+    for axes in (ranks, sizes):
+        axes.legend(fontsize=8, frameon=False, ncols=6, loc="lower right", bbox_to_anchor=(1, 1))
+        _style(axes)
+    return figure
+
+
+def decays_figure(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]) -> Any:
+    """Draw the decay of every layer's singular values in the dense model and in the decomposed one, side by side.
+
+    Args:
+        before: As `arp_hub.spectra.decays` gives them of the dense model.
+        after: The same of the decomposed one.
+
+    Returns:
+        A ``matplotlib.figure.Figure``.
+    """
+    figure = _figure(width=10, height=4)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, title, falls in zip(panels, ("dense", "decomposed"), (before, after), strict=True):
+        ramp, norm = _depths(len(falls))
+        for depth, values in enumerate(falls.values(), start=1):
+            _draw_fall(axes, values, ramp(norm(depth)))
+        axes.set(yscale="log", xlim=(0, 1), xlabel="index / full rank")
+        axes.set_title(f"Singular values, {title}", loc="left", fontsize=10, color=_MUTED)
+        _style(axes)
+    panels[0].set_ylabel("singular value / largest")
+    _depth_bar(figure, panels[1], *_depths(len(before)))
+    return figure
+
+
+def violation_figure(history: Sequence[Mapping[str, Any]]) -> Any:
+    """Draw the violation of the rank constraints over training: every layer faintly, their mean boldly.
+
+    Args:
+        history: Epochs with ``step``, ``stage``, ``violation`` and ``violations``, as ``metrics.json`` lists them.
+
+    Returns:
+        A ``matplotlib.figure.Figure``.
+    """
+    figure = _figure(width=10, height=4)
+    axes = figure.subplots()
+    steps = [entry["step"] for entry in history]
+    for name in history[0].get("violations", {}):
+        values = [max(entry["violations"][name], _FLOOR) for entry in history]
+        axes.plot(steps, values, color=_HIGH, linewidth=0.7, alpha=0.7)
+    means = [max(entry["violation"], _FLOOR) for entry in history]
+    axes.plot(steps, means, color=_LOW, linewidth=2, marker="o", markersize=4, label="mean over layers")
+    if hold := next((entry["step"] for entry in history if entry.get("stage") == "hold"), None):
+        axes.axvline(hold, color=_MUTED, linewidth=1, linestyle=":", label="hold: exactly low rank")
+    axes.set(yscale="log", xlabel="optimiser step", ylabel="relative violation")
+    axes.set_title("Distance of the layers from their ranks during training", loc="left", fontsize=10, color=_MUTED)
+    axes.legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    _style(axes)
+    return figure
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
@@ -74,33 +163,47 @@ def check_picture_path(path: str | os.PathLike[str]) -> None:
     _figure(width=1)
 
 
-def _figure(width: float) -> Any:
+def _figure(width: float, height: float = 8) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ArpHubError("pictures need matplotlib: pip install 'arp-hub[plots]'") from error
-    return Figure(figsize=(width, 8), layout="constrained", facecolor=_SURFACE)
+    return Figure(figsize=(width, height), layout="constrained", facecolor=_SURFACE)
 
 
 def _draw_decay(figure: Any, axes: Any, spectra: Mapping[str, Spectrum]) -> None:
+    ramp, norm = _depths(len(spectra))
+    for depth, spectrum in enumerate(spectra.values(), start=1):
+        values = spectrum.values.double()
+        _draw_fall(axes, (values / values[:, :1].clamp_min(1e-30)).mean(0).tolist(), ramp(norm(depth)))
+    axes.set(yscale="log", xlim=(0, 1), xlabel="index / full rank", ylabel="singular value / largest")
+    axes.set_title("Decay of each layer's singular values", loc="left", fontsize=10, color=_MUTED)
+    _depth_bar(figure, axes, ramp, norm)
+    _style(axes)
+
+
+def _draw_fall(axes: Any, values: Sequence[float], colour: Any) -> None:
+    """One layer's singular values over the largest, against their place between the first and the last."""
+    x = [k / max(1, len(values) - 1) for k in range(len(values))]
+    axes.plot(x, [max(value, _FLOOR) for value in values], color=colour, linewidth=1.2)
+
+
+def _depths(count: int) -> tuple[Any, Any]:
+    """Colours for so many layers by depth."""
     from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
-    from matplotlib.ticker import MaxNLocator
 
     # The palest blues would vanish on the surface, so the ramp starts part of the way in.
     ramp = LinearSegmentedColormap.from_list("depth", colormaps["Blues"]([0.35 + 0.65 * k / 255 for k in range(256)]))
-    norm = Normalize(1, max(2, len(spectra)))
-    for depth, spectrum in enumerate(spectra.values(), start=1):
-        values = spectrum.values.double()
-        mean = (values / values[:, :1].clamp_min(1e-30)).mean(0).clamp_min(_FLOOR).tolist()
-        x = [k / max(1, len(mean) - 1) for k in range(len(mean))]
-        axes.plot(x, mean, color=ramp(norm(depth)), linewidth=1.2)
-    axes.set(yscale="log", xlim=(0, 1), xlabel="index / full rank", ylabel="singular value / largest")
-    axes.set_title("Decay of each layer's singular values", loc="left", fontsize=10, color=_MUTED)
+    return ramp, Normalize(1, max(2, count))
+
+
+def _depth_bar(figure: Any, axes: Any, ramp: Any, norm: Any) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.ticker import MaxNLocator
+
     ticks = MaxNLocator(integer=True)
     figure.colorbar(ScalarMappable(norm, ramp), ax=axes, label="depth, first layer to last", pad=0.01, ticks=ticks)
-    _style(axes)
 
 
 def _draw_ranks(axes: Any, spectra: Mapping[str, Spectrum], ranks: Mapping[str, int]) -> None:

@@ -90,6 +90,28 @@ def spectrum(module: nn.Module, scheme: Scheme | None = None) -> Spectrum:
     return Spectrum(torch.linalg.svdvals(scheme.fold(effective_weight(module).float())))
 
 
+def decays(model: nn.Module, points: int = 33) -> dict[str, list[float]]:
+    """How fast the singular values of every layer fall, in few numbers, as ``metrics.json`` keeps them for the card.
+
+    Args:
+        model: A model, dense or decomposed (then the merged weights count).
+        points: Numbers a layer, at even steps from the largest singular value to the smallest.
+
+    Returns:
+        Singular values of the ``channel`` fold over the largest, by layer.
+
+    Example:
+        >>> dense = {"spectra": decays(model)}  # doctest: +SKIP
+    """
+    return {name: _decay(spectrum(layer).values, points) for name, layer in decomposable_layers(model).items()}
+
+
+def _decay(values: Tensor, points: int) -> list[float]:
+    mean = (values / values[:, :1].clamp_min(torch.finfo(values.dtype).tiny)).mean(0)
+    places = torch.linspace(0, len(mean) - 1, min(points, len(mean))).round().long()
+    return [float(f"{value:.3g}") for value in mean[places].tolist()]
+
+
 @torch.no_grad()
 def output_spectra(model: nn.Module, layers: Mapping[str, nn.Module], images: Images) -> dict[str, Spectrum]:
     """Singular values of layers' ``channel`` folds in the metric of their inputs: they weigh the layers' *outputs*.

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import arp_hub
 from arp_hub.loading import load_model
+from arp_hub.publish import check_push
 from arp_hub.training import evaluate, load_data
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -29,12 +30,15 @@ parser.add_argument("--max-steps", type=int, help="stop after so many steps, for
 parser.add_argument("--batch-size", type=int, default=64, help="images a step on each process (%(default)s)")
 parser.add_argument("--lr", type=float, default=0.05, help="learning rate (%(default)s)")
 parser.add_argument("--output", default="runs/custom_loop", help="folder for the finished model (%(default)s)")
+parser.add_argument("--push-to-hub", metavar="USER/NAME", help="publish the finished model on the Hub")
 parser.add_argument("--seed", type=int, default=0, help="seed of everything (%(default)s)")
 parser.add_argument("--cpu", action="store_true", help="needed for several CPU processes")
 args = parser.parse_args()
 
 set_seed(args.seed)
 accelerator = Accelerator(cpu=args.cpu)
+if args.push_to_hub and accelerator.is_main_process:
+    check_push(args.push_to_hub)  # refuse a bad name or token now, not after the training
 model = load_model(args.model, args.checkpoint, pretrained=False)
 data = load_data(args.data, model)
 loader = DataLoader(TensorDataset(*data.train.tensors()), args.batch_size, shuffle=True, drop_last=True)
@@ -63,4 +67,6 @@ after = evaluate(plain, data.test, accelerator=accelerator)
 accelerator.print(f"top-1 before decomposition {before['top1']:.2f}, after {after['top1']:.2f}")
 if accelerator.is_main_process:
     arp_hub.save_pretrained(plain, args.output, metrics={**after, "data": args.data, "seed": args.seed})
+    if args.push_to_hub:
+        arp_hub.push_to_hub(args.output, args.push_to_hub)
 accelerator.end_training()

@@ -30,6 +30,7 @@ from arp_hub.structure import plan_of
 from arp_hub.tracing import count_macs
 
 FILES = ["README.md", "config.json", "metrics.json", "model.safetensors"]
+PICTURED = [*FILES, "ranks.png"]
 RESNET = {"layer1.0.conv1": "cp", "layer3.1.conv2": "channel", "fc": "channel"}
 
 
@@ -117,7 +118,7 @@ def test_bit_equal_in_a_fresh_process(tmp_path: Path) -> None:
 def test_files_and_config(tmp_path: Path) -> None:
     model = small_model()
     folder = arp_hub.save_pretrained(model, tmp_path / "new" / "out", label_names=list("abcdefghij"))
-    assert names_in(folder) == FILES
+    assert names_in(folder) == PICTURED
     config = read(folder)
     assert config["architecture"] == "arp_lowrank"
     args = config["model_args"]
@@ -153,7 +154,9 @@ def test_numbers_are_counted_on_the_model(tmp_path: Path) -> None:
     arp_hub.to_dense(model)
     numbers = read(folder, "metrics.json")
     assert (numbers["params"], numbers["macs"]) == (low_rank, macs)
-    assert numbers["dense"] == {"top1": 92.5, "params": count_params(model), "macs": count_macs(model)}
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    expected = {"top1": 92.5, "params": count_params(model), "macs": count_macs(model), "bytes": size}
+    assert numbers["dense"] == expected
     assert numbers["kept"]["params"] == pytest.approx(low_rank / count_params(model), abs=1e-4)
     assert all(numbers[key] == given[key] for key in ("top1", "seed", "command", "note"))
     assert numbers["versions"]["timm"] == timm.__version__ and numbers["hardware"]["cores"] == os.cpu_count()
@@ -291,7 +294,7 @@ def test_an_earlier_model_is_replaced_and_anything_else_is_not(tmp_path: Path) -
         arp_hub.save_pretrained(small_model(), folder)
     assert (folder / "notes.txt").read_text() == "mine" and read(folder)["num_classes"] == 2
     arp_hub.save_pretrained(small_model(), folder, overwrite=True)
-    assert names_in(folder) == FILES and names_in(tmp_path) == ["out"]
+    assert names_in(folder) == PICTURED and names_in(tmp_path) == ["out"]
 
 
 def test_folders_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,27 +21,30 @@ from accelerate.utils import ProjectConfiguration, broadcast
 from torch import Tensor, nn
 
 from .._env import environment
+from .._folder import remove_unfinished
 from ..budget import make_plan
 from ..decompose import decompose, to_dense
 from ..errors import ArpHubError
 from ..hub import METRICS, check_folder, save_pretrained
 from ..layers import count_params, low_rank_layers
-from ..loading import is_saved_model, load_model, read_weights
+from ..loading import hub_dataset, is_saved_model, load_model, published_name, read_weights
 from ..penalty import AdaptiveRankPenalty
 from ..plan import RankPlan
+from ..publish import check_push, push_to_hub
 from ..schemes import Factors
+from ..spectra import decays
 from ..structure import apply_plan
 from .checkpoint import Checkpoint, check_same, find_checkpoint, load_checkpoint, save_tensors, write_atomically
 from .config import TrainConfig
 from .data import ImageData, calibration_images, load_data
 from .evaluate import Scores, evaluate
 from .loop import Phase, Run, phase_steps, train
-from .runlog import RunLog, tracker_name
+from .runlog import RunLog, read_log, tracker_name
 
 _logger = logging.getLogger(__name__)
 
 _FREE = {"workers", "resume", "overwrite", "log_every", "keep_checkpoints", "checkpoint_every", "tracker", "output"}
-_FREE |= {"max_bad_images"}
+_FREE |= {"max_bad_images", "push_to_hub", "hub_private"}
 """Settings that a resumed run may change, because no number depends on them."""
 _TRIAL_TEST_IMAGES, _TRIAL_CALIBRATION_IMAGES = 32, 4
 """Images per step of ``max_steps`` that a trial run evaluates and calibrates on, at most."""
@@ -75,9 +78,11 @@ def run(config: TrainConfig) -> dict[str, Any]:
         this.scores, this.plan, this.began = dict(start.scores), start.plan, this.began - start.seconds
         log.note("resumed from '%s'", found)
 
-    result, plan = _low_rank_model(this, _dense_model(this, model, start), start)
-    metrics = _save(this, result, _metrics(this, plan))
+    dense = _dense_model(this, model, start)
+    result, plan = _low_rank_model(this, dense, start)
+    metrics = _save(this, dense, result, _metrics(this, plan))
     accelerator.end_training()
+    _publish(this)
     return metrics
 
 
@@ -115,6 +120,8 @@ def _check_folders(config: TrainConfig, accelerator: Accelerator, start: Checkpo
     """Refuse to write over anything, before any work."""
     output, folder = Path(config.output), config.run_folder
     check_folder(output, overwrite=config.overwrite)
+    if config.push_to_hub and accelerator.is_main_process:
+        check_push(config.push_to_hub)
     if not config.overwrite and start is None:
         if output.exists() and any(output.iterdir()):
             raise ArpHubError(
@@ -130,6 +137,7 @@ def _check_folders(config: TrainConfig, accelerator: Accelerator, start: Checkpo
 def _open_folder(config: TrainConfig, accelerator: Accelerator, start: Checkpoint | None) -> None:
     folder = config.run_folder
     if accelerator.is_main_process:
+        remove_unfinished(Path(config.output))
         if start is None and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -339,10 +347,20 @@ def _metrics(run: Run, plan: RankPlan) -> dict[str, Any]:
     }
 
 
-def _save(run: Run, model: nn.Module, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Save on the main process; it gets the metrics with counts of parameters and MACs added."""
-    output, names = run.config.output, run.data.class_names
+def _save(run: Run, dense: nn.Module, model: nn.Module, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Save on the main process; it gets the metrics with counts, spectra and the course of training added."""
+    config, output, names = run.config, run.config.output, run.data.class_names
     if run.accelerator.is_main_process:
+        published = config.pretrained or is_saved_model(config.model)
+        metrics = {
+            **metrics,
+            "base_model": published_name(config.model, dense) if published and not config.checkpoint else None,
+            "dataset": hub_dataset(config.data),
+            "shared_images": run.data.train.name == run.data.test.name,
+            "dense": {**metrics["dense"], "spectra": decays(dense)},
+            "spectra": decays(model),
+            "history": [entry for entry in read_log(run.log.path) if "violation" in entry],
+        }
         label_names = names if len(names) == model.num_classes else None
         save_pretrained(model, output, metrics=metrics, label_names=label_names, overwrite=True)
         text = (Path(output) / METRICS).read_text(encoding="utf-8")
@@ -351,3 +369,10 @@ def _save(run: Run, model: nn.Module, metrics: dict[str, Any]) -> dict[str, Any]
     run.accelerator.wait_for_everyone()
     run.log.note("saved in '%s': timm.create_model('local-dir:%s', pretrained=True) loads it", output, output)
     return metrics
+
+
+def _publish(run: Run) -> None:
+    """Push from the main process, when no other waits for it any more."""
+    if run.config.push_to_hub and run.accelerator.is_main_process:
+        done = push_to_hub(run.config.output, run.config.push_to_hub, private=run.config.hub_private or None)
+        run.log.note("published: %s", done.url)

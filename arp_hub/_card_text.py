@@ -1,0 +1,220 @@
+"""The tables and sentences of the model card, from ``metrics.json`` and the plan. What is not there is left out."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+_ROWS = {
+    "params": ("parameters", lambda n: f"{n:,d}"),
+    "macs": ("multiply-accumulates", lambda n: f"{n:,d}"),
+    "bytes": ("weights file", lambda n: f"{n / 1e6:,.2f} MB"),
+    "top1": ("top-1, %", lambda n: f"{n:.2f}"),
+    "top5": ("top-5, %", lambda n: f"{n:.2f}"),
+    "loss": ("cross-entropy, nats", lambda n: f"{n:.4f}"),
+}
+_STAGES = {
+    "dense": "dense",
+    "fit": "decomposed with no training",
+    "before_decomposition": "after penalty training, before decomposition",
+    "decomposed": "decomposed",
+    "finetuned": "after fine-tuning the factors",
+}
+_FACTS = {
+    "data": "data",
+    "split": "accuracy measured on split",
+    "images": "images measured on",
+    "calibration_images": "unlabelled calibration images",
+    "seed": "seed",
+    "seconds": "seconds",
+    "processes": "processes",
+}
+_RECIPE = tuple(
+    "epochs ramp method start_from finetune_epochs dense_epochs optimizer lr batch_size weight_decay schedule distill "
+    "mixed_precision".split()
+)
+_FASTER = 0.97
+"""Share of the dense model's time above which a model is not called faster: timings are that uncertain."""
+
+
+def summary(metrics: Mapping[str, Any]) -> str:
+    """One line: what was saved, and what it cost."""
+    dense, parts = metrics.get("dense", {}), []
+    if "params" in dense:
+        share = 100 * metrics["params"] / dense["params"]
+        parts.append(f"{metrics['params']:,d} parameters instead of {dense['params']:,d} ({share:.1f} %)")
+    if "macs" in dense and "macs" in metrics:
+        parts.append(f"{100 * metrics['macs'] / dense['macs']:.1f} % of the multiply-accumulates")
+    if "top1" in metrics:
+        before = f" instead of {dense['top1']:.2f} %" if "top1" in dense else ""
+        parts.append(f"top-1 {metrics['top1']:.2f} %{before}")
+    return ", ".join(parts)
+
+
+def numbers(metrics: Mapping[str, Any], decomposed: bool) -> str:
+    """Dense against decomposed, in one table."""
+    dense, rows = metrics.get("dense", {}), []
+    for key, (label, form) in _ROWS.items():
+        if key in metrics:
+            before = dense.get(key)
+            share = f"{100 * metrics[key] / before:.1f} %" if before and key in ("params", "macs", "bytes") else ""
+            rows.append((label, "" if before is None else form(before), form(metrics[key]), share))
+    for timing in metrics.get("latency", ()):
+        share = f"{100 * timing['ms'] / timing['dense_ms']:.0f} %"
+        label = f"latency, batch {timing['batch']}, ms"
+        rows.append((label, f"{timing['dense_ms']:.2f}", f"{timing['ms']:.2f}", share))
+    if not decomposed:
+        return _table(("", "this model"), [(label, value) for label, _, value, _ in rows])
+    return _table(("", "dense", "this model", "of dense"), rows)
+
+
+def notes(metrics: Mapping[str, Any]) -> str:
+    """How the numbers of the table were measured."""
+    size = " x ".join(str(side) for side in metrics["input_size"])
+    parts = [f"Multiply-accumulates are counted for one image of {size}."]
+    if "top1" in metrics and metrics.get("images"):
+        where = f" of `{metrics['data']}`" if metrics.get("data") else ""
+        parts.append(f"Accuracy is measured on {metrics['images']:,d} images{where}.")
+    if timings := metrics.get("latency", ()):
+        places = dict.fromkeys(f"{timing['device']}, {timing['dtype']}" for timing in timings)
+        parts.append(f"Latency is the median of paired runs, dense and decomposed in turn, on {'; '.join(places)}.")
+    return " ".join(parts)
+
+
+def stages(metrics: Mapping[str, Any]) -> str:
+    """Accuracy from stage to stage of a run, if it had more than two."""
+    scores = metrics.get("scores", {})
+    rows = [
+        (label, f"{scores[stage]['top1']:.2f}", f"{scores[stage]['top5']:.2f}", f"{scores[stage]['loss']:.4f}")
+        for stage, label in _STAGES.items()
+        if stage in scores
+    ]
+    return _table(("", "top-1, %", "top-5, %", "cross-entropy, nats"), rows) if rows else ""
+
+
+def schemes(plan: Mapping[str, Any]) -> str:
+    """For every scheme: the number of its layers, and their ranks."""
+    ranks: dict[str, list[int]] = defaultdict(list)
+    for layer in plan["layers"].values():
+        ranks[layer["scheme"]].append(layer["rank"])
+    rows = []
+    for scheme, found in ranks.items():
+        low, high = min(found), max(found)
+        rows.append((f"`{scheme}`", str(len(found)), str(low) if low == high else f"{low} to {high}"))
+    return _table(("scheme", "layers", "ranks"), rows)
+
+
+def decomposed_layers(metrics: Mapping[str, Any]) -> str:
+    """Every decomposed layer with its scheme, rank and sizes."""
+    rows = []
+    for layer in metrics.get("layers", ()):
+        if layer["scheme"]:
+            groups = f" in {layer['groups']} groups" if layer["groups"] > 1 else ""
+            share = f"{100 * layer['params_after'] / layer['params']:.0f} %"
+            sizes = (f"{layer['params']:,d}", f"{layer['params_after']:,d}", share)
+            rows.append(
+                (f"`{layer['name']}`", f"{layer['shape']}, {layer['scheme']}{groups}", str(layer["rank"]), *sizes)
+            )
+    return _table(("layer", "shape and scheme", "rank", "parameters", "after", "kept"), rows) if rows else ""
+
+
+def dense_layers(metrics: Mapping[str, Any]) -> str:
+    """The layers that stay dense, by reason."""
+    found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for layer in metrics.get("layers", ()):
+        if not layer["scheme"]:
+            found[layer["reason"]].append(layer)
+    rows = [
+        (_inline(reason), _some([f"`{layer['name']}`" for layer in layers]), str(len(layers)), f"{_sum(layers):,d}")
+        for reason, layers in found.items()
+    ]
+    return _table(("why", "which", "layers", "parameters"), rows) if rows else ""
+
+
+def facts(metrics: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """What stands behind the numbers, as pairs."""
+    for key, label in _FACTS.items():
+        if metrics.get(key) is not None:
+            yield label, _inline(metrics[key])
+    for key in ("hardware", "versions"):
+        if found := metrics.get(key):
+            words = ", ".join(f"{k} {v}" for k, v in found.items()) if isinstance(found, Mapping) else found
+            yield key, _inline(words)
+
+
+def recipe(metrics: Mapping[str, Any]) -> str:
+    """How the weights came about, in one or two sentences."""
+    config = metrics.get("config")
+    if metrics.get("trained") is False:
+        count = metrics.get("calibration_images")
+        how = f"fitted to each layer's output on {count:,d} unlabelled images" if count else "computed from the weights"
+        return f"No training: the factors were {how}."
+    if not isinstance(config, Mapping):
+        return ""
+    settings = ", ".join(f"{key} {config[key]}" for key in _RECIPE if config.get(key) not in (None, "", 0))
+    return f"Trained with the adaptive rank penalty: {settings}. All settings are in `metrics.json`."
+
+
+def limits(metrics: Mapping[str, Any], decomposed: bool) -> list[str]:
+    """What the model is not, in plain words."""
+    dense, found = metrics.get("dense", {}), []
+    if metrics.get("merged_from"):
+        pass  # its card has the accuracy
+    elif "top1" not in metrics:
+        found.append("No accuracy was measured: evaluate the model on your data before you rely on it.")
+    elif "top1" in dense and round(dense["top1"] - metrics["top1"], 2) > 0:
+        lost = dense["top1"] - metrics["top1"]
+        found.append(f"It is {lost:.2f} points of top-1 less accurate than its dense form on the images measured.")
+    if metrics.get("shared_images"):
+        found.append(
+            "The data had one split only: calibration took some of the images that accuracy was measured on, without "
+            "their labels, so both accuracies flatter. Compare them with each other, not with other models'."
+        )
+    if decomposed:
+        found += _speed(metrics)
+    found.append("It knows the classes of its training data only, and has its dense form's weaknesses and biases.")
+    return found
+
+
+def _speed(metrics: Mapping[str, Any]) -> list[str]:
+    timings = metrics.get("latency", ())
+    if not timings:
+        return [
+            "Its latency was not measured. Fewer parameters are not always less time: a chain of small layers can be "
+            "slower than one large one, most of all at large batches on a GPU. Measure before you promise."
+        ]
+    slow = [timing for timing in timings if timing["ms"] > _FASTER * timing["dense_ms"]]
+    found = [
+        f"Smaller but not faster on {timing['device']} at batch {timing['batch']}: it takes "
+        f"{100 * timing['ms'] / timing['dense_ms']:.0f} % of the dense model's time."
+        for timing in slow
+    ]
+    return [*found, "On other devices, batch sizes and precisions the latency differs: measure there."]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; columns of numbers stand to the right."""
+    rows = list(rows)
+    numeric = [index > 0 and all(_is_number(row[index]) for row in rows) for index in range(len(head))]
+    ruler = ["---:" if right else "---" for right in numeric]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ruler, *rows))
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"[\d.,]*( to \d+)?( %| MB)?", text) is not None
+
+
+def _inline(value: Any) -> str:
+    """A value inside one line of Markdown."""
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def _sum(layers: Iterable[Mapping[str, Any]]) -> int:
+    return sum(layer["params"] for layer in layers)

@@ -1,0 +1,80 @@
+"""The official client and timm against the loopback Hub, in processes of their own with their own ``HF_HOME``."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+QUICK = """
+import time
+time.sleep = lambda seconds: None
+"""
+"""Code before a job's own: nobody waits between attempts. Their number stays what it is."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a job printed, and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last_line(self) -> str:
+        return self.err.strip().splitlines()[-1]
+
+
+def environment(home: Path, endpoint: str, token: str | None) -> dict[str, str]:
+    """The environment of a fresh client: its own home, the loopback Hub, no settings of the machine."""
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    ours = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    return {**plain, **ours, "PYTHONPATH": str(ROOT), **({"HF_TOKEN": token} if token else {})}
+
+
+class Client:
+    """Runs code in a forked process that has everything imported already."""
+
+    def __init__(self, home: Path, endpoint: str) -> None:
+        self.files = (home / "out", home / "err")
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("hub_zygote.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment(home, endpoint, None),
+            text=True,
+        )
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait(60)
+
+    def run(self, code: str, *, token: str | None, interrupt: Callable[[], None] | None = None, **names: Any) -> Done:
+        """Run code with the given names; ``interrupt`` is waited for and then answered by a Ctrl-C."""
+        assert self.process.stdin and self.process.stdout
+        out, err = self.files
+        plain = {key: str(value) if isinstance(value, Path) else value for key, value in names.items()}
+        job = {"code": code, "names": plain, "env": {"HF_TOKEN": token or ""}, "out": str(out), "err": str(err)}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        pid = int(self.process.stdout.readline())
+        if interrupt:
+            interrupt()
+            os.kill(pid, signal.SIGINT)
+        ended = int(self.process.stdout.readline())
+        return Done(ended, out.read_text(), err.read_text())
+
+    def arp_hub(self, *words: object, token: str | None, before: str = QUICK, **options: Any) -> Done:
+        """Run the command ``arp-hub``."""
+        code = f"{before}\nimport sys\nfrom arp_hub.cli import app\nsys.argv = ['arp-hub', *words]\napp()"
+        return self.run(code, token=token, words=[str(word) for word in words], **options)
