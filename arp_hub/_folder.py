@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import glob
 import os
 import shutil
 import uuid
@@ -29,6 +30,13 @@ def replacing(folder: Path) -> Iterator[Path]:
         _put(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Clear away what killed processes left beside ``folder``; for the one process that writes it."""
+    folder = folder.resolve()
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.????????.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _put(new: Path, folder: Path) -> None:

@@ -65,9 +65,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     if target.exists():
         target.replace(folder / f".{target.name}.old.tmp")
     temporary.replace(target)
-    _remove_unfinished(folder)
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        old.replace(folder / f".{old.name}.old.tmp")  # so that a kill leaves no half of it under its name
+    _remove_unfinished(folder)
     return target
 
 

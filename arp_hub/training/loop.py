@@ -125,6 +125,9 @@ class _Loop:
         self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
         self.mixup = _mixup(config, run.data.num_classes)
         self.checkpoints = config.run_folder / "checkpoints"
+        self.totals = torch.zeros(3, device=accelerator.device)  # of the epoch: summed loss, hits, images
+        if start and accelerator.is_main_process and "totals" in start.state:
+            self.totals += start.state["totals"].to(accelerator.device)
         self.listen_every = 1 if accelerator.num_processes == 1 else _LISTEN_EVERY
 
     def run_to_end(self) -> nn.Module | None:
@@ -144,8 +147,7 @@ class _Loop:
     def epoch(self, epoch: int, end: int, bar: Any) -> None:
         """Steps up to ``end``, then the numbers of the epoch and a checkpoint."""
         began = time.perf_counter()
-        device, every = self.accelerator.device, self.config.checkpoint_every
-        self.totals = torch.zeros(3, device=device)
+        every = self.config.checkpoint_every
         micro = self.micro_batches(epoch, end)
         while self.step < end:
             lr = self.raw_optimizer.param_groups[0]["lr"]
@@ -161,6 +163,7 @@ class _Loop:
                 raise Preempted(f"step {self.step} of phase '{self.phase.name}'")
         self.share_statistics()
         self.close_epoch(epoch, lr, time.perf_counter() - began)
+        self.totals.zero_()
         self.save()
         if self.anyone_told_to_stop():
             raise Preempted(f"step {self.step} of phase '{self.phase.name}'")
@@ -295,6 +298,7 @@ class _Loop:
     def save(self) -> None:
         """Write a checkpoint on the main process; the others wait for it. One with NaN or inf is never written."""
         self.check_weights()
+        totals = self.accelerator.reduce(self.totals, "sum")
         if self.accelerator.is_main_process:
             penalty, scaler = self.phase.penalty, self.accelerator.scaler
             state = {
@@ -303,6 +307,7 @@ class _Loop:
                 "penalty": penalty.state_dict() if penalty else None,
                 "ema": self.ema.module.state_dict() if self.ema else None,
                 "scaler": scaler.state_dict() if scaler else None,
+                "totals": totals,
             }
             run = self.run
             checkpoint = Checkpoint(self.phase.name, self.step, run.settings, run.scores, run.plan, run.seconds, state)

@@ -1,0 +1,155 @@
+"""Runs that are killed with SIGKILL at chosen events in their folder. A program, so that its children can be forked.
+
+An event is anything that Python does to a file under the run's parent folder: opening, renaming, making, removing.
+A run has a hundred or so; a kill before the n-th of them shows what a crash leaves behind at that moment.
+
+    python killing.py FOLDER count            how many events an undisturbed run has; it ends in FOLDER/whole
+    python killing.py FOLDER kill 3 17 90     for each: a run killed there, then resumed to its end in FOLDER/N
+    python killing.py FOLDER random 20 0      20 kills at random moments of longer runs, by seed 0
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arp_hub.training import TrainConfig, run
+from arp_hub.training.runlog import read_log
+
+EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
+SETTINGS = {
+    "model": "test_vit",
+    "data": "digits",
+    "keep_params": 0.5,
+    "schemes": ("channel",),
+    "start_from": "dense",
+    "calibration_images": 0,
+    "dense_epochs": 1,
+    "epochs": 1,
+    "finetune_epochs": 1,
+    "max_steps": 3,
+    "batch_size": 8,
+    "checkpoint_every": 1,
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "cpu": True,
+    "tracker": "none",
+}
+
+
+def forked(work: Callable[[], None]) -> int:
+    """Do something in a child; how it ended, as `os.waitstatus_to_exitcode` tells."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException as error:
+            logging.exception("child failed: %s", error)
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def watch(folder: Path, at: int | None, told: Path | None = None) -> None:
+    """Count this process's events in a folder; be killed before the one that is number ``at``."""
+    seen = [0]
+    mark = str(folder)
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        if event in EVENTS and any(mark in str(argument) for argument in arguments[:2]):
+            seen[0] += 1
+            if seen[0] == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if told is not None:
+                os.write(counter, b".")
+
+    counter = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if told is not None else -1
+    sys.addaudithook(hook)
+
+
+def go(output: Path, at: int | None = None, told: Path | None = None) -> None:
+    """One run, counted or killed."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    watch(output.parent, at, told)
+    finish(output)
+
+
+def finish(output: Path, **changes: Any) -> None:
+    """A run to its end, from wherever it is."""
+    run(TrainConfig(**{**SETTINGS, **changes}, output=str(output), resume="auto"))
+
+
+def look(output: Path, whole: Path) -> dict[str, Any]:
+    """What a finished run that was killed on its way has in its folders, next to one that was not."""
+    folder, checkpoints = output.parent, output.with_name("out-run") / "checkpoints"
+    logs = [read_log(place.with_name("out-run") / "log.jsonl") for place in (output, whole)]
+    return {
+        "checkpoints": len(list(checkpoints.glob("[!.]*"))),
+        "unfinished": [path.name for path in (*folder.iterdir(), *checkpoints.iterdir()) if path.suffix == ".tmp"],
+        "same_weights": (output / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes(),
+        "same_log": len({json.dumps([[entry["phase"], entry["step"], entry["loss"]] for entry in log]) for log in logs})
+        == 1,
+    }
+
+
+def killed_at(folder: Path, event: int) -> dict[str, Any]:
+    """Kill a run at an event, then resume it to its end."""
+    output = folder / str(event) / "out"
+    code = forked(lambda: go(output, event))
+    left = sorted(path.name for path in output.iterdir()) if output.exists() else []
+    resumed = forked(lambda: finish(output))
+    whole = folder / "whole" / "out"
+    return {"event": event, "killed": code == -signal.SIGKILL, "left": left, "resumed": resumed, **look(output, whole)}
+
+
+def killed_at_random(folder: Path, kills: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Kill runs at random moments, again and again, until so many kills have hit; each run goes on where it was."""
+    changes = {"max_steps": 12, "ema_decay": 0.9, "checkpoint_every": 2}
+    dice, done = random.Random(seed), 0
+    whole = folder / "undisturbed" / "out"
+    began = time.monotonic()
+    forked(lambda: finish(whole, **changes))
+    longest = time.monotonic() - began
+    for number in itertools.count():
+        output, hits = folder / f"run{number}" / "out", 0
+        while done < kills:
+            child = os.fork()
+            if child == 0:
+                finish(output, **changes)
+                os._exit(0)
+            time.sleep(dice.uniform(0, longest))
+            os.kill(child, signal.SIGKILL)
+            if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+                break
+            done, hits = done + 1, hits + 1
+        resumed = forked(lambda: finish(output, **changes))  # noqa: B023 - it is called at once
+        yield {"run": number, "kills": hits, "resumed": resumed, **look(output, whole)}
+        if done == kills:
+            return
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    place, mode, *numbers = sys.argv[1:]
+    home = Path(place)
+    if mode == "count":
+        if ended := forked(lambda: go(home / "whole" / "out", told=home / "events")):
+            sys.exit(ended)
+        print((home / "events").stat().st_size)
+    elif mode == "kill":
+        for number in numbers:
+            print(json.dumps(killed_at(home, int(number))), flush=True)
+    else:
+        for found in killed_at_random(home, *map(int, numbers)):
+            print(json.dumps(found), flush=True)
