@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import SafetensorError
 
 from ._secrets import holds_secret, redact
 from .errors import ArpHubError
@@ -38,7 +39,7 @@ PATIENCE = 30.0
 _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 _HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]
 """What the client's HTTP library raises. The client has changed libraries before, and lets their errors through."""
-FAILURES = (OSError, RuntimeError, ValueError, _HTTP_ERROR)
+FAILURES = (OSError, RuntimeError, ValueError, SafetensorError, _HTTP_ERROR)
 """What a call to the client may raise where a Hub, the network or a disk is at fault."""
 
 
@@ -74,7 +75,8 @@ def call(what: str, function: Callable[..., Result], *args: Any, again: bool = T
             return function(*args, **kwargs)
         except ArpHubError:
             raise
-        except FAILURES as error:
+        except FAILURES as failed:
+            error = _root(failed)
             last = attempt == ATTEMPTS or time.monotonic() - began > PATIENCE
             if not again or last or not is_transient(error):
                 tries = f" ({attempt} attempts)" if attempt > 1 else ""
@@ -88,6 +90,7 @@ def call(what: str, function: Callable[..., Result], *args: Any, again: bool = T
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same call may work a moment later."""
+    error = _root(error)
     if (status := _status(error)) is not None:
         return status in _TRANSIENT
     if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
@@ -97,7 +100,7 @@ def is_transient(error: BaseException) -> bool:
 
 def explain(error: BaseException) -> str:
     """A failure in words: the reason, then the way out. Never with a token."""
-    return redact(" ".join(_explain(error).split()))
+    return redact(" ".join(_explain(_root(error)).split()))
 
 
 def uses_xet() -> bool:
@@ -114,6 +117,19 @@ def plain_uploads() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_DISABLE_XET = before
+
+
+def _root(error: BaseException) -> BaseException:
+    """What is behind the client's own "error while uploading"."""
+    cause = error.__cause__
+    return _root(cause) if isinstance(error, RuntimeError) and isinstance(cause, FAILURES) else error
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    codes = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    if isinstance(error, SafetensorError):  # it has the system's code in its text only
+        return any(f"(os error {code})" in str(error) for code in codes)
+    return isinstance(error, OSError) and error.errno in codes
 
 
 def _status(error: BaseException) -> int | None:
@@ -139,11 +155,11 @@ def _explain(error: BaseException) -> str:
         )
     if isinstance(error, HFValidationError):
         return f"{error}: names look like user/name"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+    if _is_disk_full(error):
         return f"{error}: make room on that disk"
     if is_transient(error):
         return f"no answer from {constants.ENDPOINT} ({type(error).__name__}: {error}): check the network"
-    return str(error) or type(error).__name__
+    return f"{type(error).__name__}: {error}"
 
 
 _ANSWERS = {

@@ -15,7 +15,7 @@ from ._secrets import holds_secret
 from .card import PICTURES, by_hand, draw_pictures, keep_by_hand, model_card
 from .decompose import to_dense
 from .errors import ArpHubError
-from .hub import CARD, CONFIG, METRICS, WEIGHTS, plain_metrics, save_pretrained, write_json
+from .hub import CARD, CONFIG, FAILED_WRITES, METRICS, WEIGHTS, plain_metrics, save_pretrained, write_json
 from .layers import low_rank_layers
 from .loading import load_model
 
@@ -111,8 +111,10 @@ def _merged(
     """The model with its factors merged, in the plain architecture; None where that would be another model."""
     about = {key: numbers[key] for key in _ABOUT if numbers.get(key)}
     try:
-        save_pretrained(to_dense(model), folder, metrics={**about, "merged_from": repo_id})
+        save_pretrained(to_dense(model), folder, metrics={**about, "merged_from": repo_id, "command": None})
     except ArpHubError as error:
+        if isinstance(error.__cause__, FAILED_WRITES):
+            raise error.__cause__ from None
         _logger.warning("the merged model is left out: %s", error)
         return None
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

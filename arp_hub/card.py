@@ -111,7 +111,7 @@ def draw_pictures(folder: Path, metrics: Mapping[str, Any]) -> list[str]:
         figures["ranks.png"] = ranks_figure(rows)
     if (before := metrics.get("dense", {}).get("spectra")) and (after := metrics.get("spectra")):
         figures["spectra.png"] = decays_figure(before, after)
-    if history := metrics.get("history"):
+    if len(history := metrics.get("history", ())) > 1:
         figures["violation.png"] = violation_figure(history)
     for file, figure in figures.items():
         save_figure(figure, folder / file)

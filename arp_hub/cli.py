@@ -150,7 +150,7 @@ def compress(
     result: dict[str, Any] = {
         "model": model,
         "data": data,
-        **({"split": "test"} if test else {}),
+        **({"split": test.name} if test else {}),
         "calibration_images": 0 if images is None else len(images),
         "trained": False,
         "seconds": round(seconds, 2),

@@ -23,6 +23,8 @@ from .figures import layer_figures, model_figures
 CONFIG, WEIGHTS, CARD, METRICS = "config.json", "model.safetensors", "README.md", "metrics.json"
 _FILES = frozenset({CONFIG, WEIGHTS, CARD, METRICS})
 _PICTURES = frozenset({".png", ".svg"})
+FAILED_WRITES = (OSError, SafetensorError)
+"""What a full disk or a folder that may not be written raises."""
 
 
 def save_pretrained(
@@ -82,7 +84,7 @@ def save_pretrained(
             (new / CARD).write_text(card, encoding="utf-8")
             save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
             (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode)  # safetensors lets nobody else read it
-    except (OSError, SafetensorError) as error:
+    except FAILED_WRITES as error:
         raise ArpHubError(f"cannot save in '{folder}': {error} (what was there is untouched)") from error
     return folder
 

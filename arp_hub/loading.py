@@ -12,12 +12,12 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import models  # noqa: F401  (registers our models with timm)
+from ._remote import FAILURES, explain
 from .errors import ArpHubError
 
 _PREFIXES = ("local-dir:", "hf-hub:", "hf_hub:")
@@ -59,8 +59,8 @@ def load_model(
         model = timm.create_model(name, pretrained=pretrained and checkpoint is None, **kwargs)
     except ArpHubError:
         raise
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise ArpHubError(f"cannot load the model '{name}': {type(error).__name__}: {error}") from error
+    except (*FAILURES, KeyError, TypeError) as error:
+        raise ArpHubError(f"cannot load the model '{name}': {explain(error)}") from error
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     return model.eval()

@@ -74,7 +74,9 @@ def push_to_hub(
         options = _options(private, revision, tag, create_pr, dense_revision)
         with _folder_of(model_or_folder, target.repo_id, metrics) as folder:
             with _next_step(folder, target, options, kept=isinstance(model_or_folder, nn.Module)):
-                uploads = stage(
+                uploads = call(
+                    "prepare the upload",
+                    stage,
                     folder,
                     target.scratch,
                     target.repo_id,
@@ -193,12 +195,12 @@ def _next_step(folder: Path, target: Repository, options: list[str], kept: bool)
 
     try:
         yield
-    except HubFailure as error:
-        raise HubFailure(f"{error}. {state()}", error.status, error.transient) from error.__cause__
     except KeyboardInterrupt:
         _logger.warning("interrupted. %s", state())
         raise
-    except ArpHubError:
-        if kept:
+    except ArpHubError as error:
+        if isinstance(error, HubFailure):
+            raise HubFailure(f"{error}. {state()}", error.status, error.transient) from error.__cause__
+        if kept:  # it was never a matter of the Hub, and the caller still has the model
             shutil.rmtree(folder.parent, ignore_errors=True)
         raise

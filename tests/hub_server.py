@@ -18,12 +18,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-ALICE, READER, BOB = (
-    "hf_aliceMayWrite000000000000000000",
-    "hf_aliceMayRead0000000000000000000",
-    "hf_bobMayWrite00000000000000000000",
-)
-USERS = {ALICE: ("alice", "write"), READER: ("alice", "read"), BOB: ("bob", "write")}
+ALICE, READER = "hf_aliceMayWrite000000000", "hf_aliceMayOnlyRead000000"
+BOB, ME = "hf_bobMayWrite00000000000", "hf_meMyselfAndI000000000"
+USERS = {ALICE: ("alice", "write"), READER: ("alice", "read"), BOB: ("bob", "write"), ME: ("me", "write")}
 MEMBERS = {"acme": {"alice": "write", "bob": "read"}}
 _LFS = re.compile(r"\.(safetensors|png|bin)$")
 

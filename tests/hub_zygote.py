@@ -1,7 +1,7 @@
 """A process that has imported everything and forks for each job: a fresh client in milliseconds.
 
-Reads jobs as JSON lines from stdin: ``code``, ``names`` it sees, ``env``, and files for ``out`` and ``err``. Answers with
-the child's process id at once, and with its exit code when it has ended.
+Reads jobs as JSON lines from stdin: ``code``, ``names`` it sees, ``env``, and files for ``out`` and ``err``. Answers
+with the child's process id at once, and with its exit code when it has ended.
 """
 
 import json

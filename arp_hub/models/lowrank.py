@@ -21,12 +21,14 @@ from typing import Any
 import timm
 import torch
 from timm.models import FeatureListNet, PretrainedCfg, build_model_with_cfg, model_entrypoint, register_model
+from timm.models._hub import download_from_hf
 from torch import nn
 
 from ..errors import ArpHubError
 from ..plan import RankPlan
 from ..structure import apply_plan
 from ._checkpoint import CheckpointAdapter, names_of, weights_source
+from ._untrusted import check_args, check_build, check_cfg, read_header
 
 __all__: list[str] = []
 
@@ -68,7 +70,8 @@ def arp_lowrank(
     rank_plan = plan if isinstance(plan, RankPlan) else RankPlan.from_dict(plan)
     cfg = _merged_cfg(backbone, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None))
     if pretrained:
-        cfg |= _weights_file(cfg)
+        cfg |= _weights_file(cfg, kwargs.get("cache_dir"))
+    _check_saved(entrypoint, cfg, kwargs.get("pretrained_model_args"))
     features_only = kwargs.get("features_only", False)
     classifiers, first_convs = names_of(cfg["classifier"]), names_of(cfg["first_conv"])
     channels = (cfg["input_size"][0], kwargs.get("in_chans", cfg["input_size"][0]))
@@ -118,8 +121,11 @@ def _entrypoint(backbone: str) -> Callable[..., nn.Module]:
         raise ArpHubError(f"the backbone of {NAME} cannot be {NAME} itself: name the dense model")
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f"did you mean '{near[0]}'?" if near else "import the package that registers it, or upgrade timm"
-        raise ArpHubError(f"unknown backbone '{name}' (timm {timm.__version__}): {hint}")
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        raise ArpHubError(
+            f"unknown backbone '{name}'{hint}: timm {timm.__version__} has no such model: import the package that "
+            "registers it, or upgrade timm"
+        )
     return model_entrypoint(name)
 
 
@@ -142,7 +148,19 @@ def backbone_cfg(backbone: str) -> dict[str, Any]:
     return {key: value for key, value in own.to_dict(remove_source=True).items() if key not in OF_THE_WEIGHTS}
 
 
-def _weights_file(cfg: Mapping[str, Any]) -> dict[str, Any]:
+def _check_saved(entrypoint: Callable[..., nn.Module], cfg: Mapping[str, Any], saved: Any) -> None:
+    """Check what comes from a folder or the Hub, before it costs time or memory."""
+    if saved is None:
+        return
+    source = weights_source(cfg)
+    args = {key: value for key, value in check_args(saved, source).items() if key not in ("backbone", "plan")}
+    check_cfg(cfg, source)
+    if (file := Path(cfg.get("file") or "")).is_file():
+        header = read_header(file)
+        check_build(lambda: entrypoint(pretrained=False, pretrained_cfg=dict(cfg), **args), header, source)
+
+
+def _weights_file(cfg: Mapping[str, Any], cache_dir: Any) -> dict[str, Any]:
     """What to change in the cfg so that timm loads ``model.safetensors`` and never falls back to a pickle."""
     if cfg.get("source") == "local-dir":
         file = Path(cfg["file"]) / "model.safetensors"
@@ -150,7 +168,8 @@ def _weights_file(cfg: Mapping[str, Any]) -> dict[str, Any]:
             raise ArpHubError(f"no weights in '{cfg['file']}': it holds no model.safetensors")
         return {"source": None, "file": str(file)}
     if cfg.get("source") == "hf-hub":
-        return {"hf_hub_filename": "model.safetensors"}
+        file = download_from_hf(cfg["hf_hub_id"], "model.safetensors", cache_dir=cache_dir)
+        return {"source": "file", "file": str(file)}
     if any(cfg.get(key) for key in ("file", "url", "state_dict", "hf_hub_id")):  # the caller's own overlay
         return {}
     raise ArpHubError(
