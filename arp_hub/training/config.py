@@ -99,6 +99,7 @@ class TrainConfig:
     )
     warmup_epochs: float = _setting("optimisation", 0.0, "epochs of rising learning rate", low=0)
     clip_grad: float = _setting("optimisation", 0.0, "largest gradient norm; 0: off", low=0)
+    channels_last: bool = _setting("optimisation", True, "memory layout in which convolutions run faster")
     mixed_precision: str = _setting("optimisation", "no", "numbers of the forward pass", choices=("no", "bf16", "fp16"))
 
     distill: float = _setting(

@@ -108,7 +108,11 @@ class _Loop:
         self.run, self.phase, self.config, self.accelerator = run, phase, config, accelerator
         self.total = run.total_steps(phase.epochs)
         self.step = start.step if start else 0
-        self.model = phase.model.to(accelerator.device).train()
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.model = phase.model.to(accelerator.device, memory_format=layout).train()  # type: ignore[call-overload]
+        if phase.teacher:
+            phase.teacher.to(memory_format=layout)  # type: ignore[call-overload]
+        self.layout = layout
         optimizer = create_optimizer_v2(
             self.model, opt=config.optimizer, lr=phase.lr, weight_decay=config.weight_decay, momentum=config.momentum
         )
@@ -187,6 +191,7 @@ class _Loop:
         losses = []
         for part in range(config.accumulation):
             images, labels = next(micro)
+            images = images.contiguous(memory_format=self.layout)
             seed_everything(config.seed, self.phase.name, self.step, part, accelerator.process_index)
             with accelerator.accumulate(self.wrapped):
                 loss = self.loss(images, labels)
