@@ -1,4 +1,4 @@
-"""The decomposed layers, and what of a model can become one.
+"""The decomposed layers, and the layers of a model: found, measured, replaced.
 
 A decomposed layer is a chain of plain ``nn.Conv2d`` or ``nn.Linear`` modules that sits at the dense layer's dotted name
 and answers to the dense layer's attributes, because timm models read them (``conv_head.in_channels``,
@@ -7,42 +7,27 @@ and answers to the dense layer's attributes, because timm models read them (``co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, cast
 
 import timm.layers
 import torch
 import torch.nn.functional as F
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from .dense import dense_shape, dense_weight, is_same_padded, numeric_padding, pad_mode
+from .dense import padder as padder
+from .dense import refusal as refusal
 from .errors import ArpHubError
 from .plan import LayerPlan
 from .schemes import Factors, Scheme, make_scheme
-from .shapes import ConvSpec, LayerShape, Pair
+from .shapes import ConvSpec, LayerShape
 
-_PLAIN_CONVS = (nn.Conv2d, timm.layers.Conv2dSame)
-_STANDARDISED_CONVS = (
-    timm.layers.StdConv2d,
-    timm.layers.StdConv2dSame,
-    timm.layers.ScaledStdConv2d,
-    timm.layers.ScaledStdConv2dSame,
-)
-_LINEARS = (nn.Linear, timm.layers.Linear)
-
-
-def refusal(module: nn.Module) -> str | None:
-    """Why ``module`` must stay dense, or None if it can be decomposed."""
-    kind = type(module)
-    if kind in _LINEARS:
-        return None
-    if kind not in _PLAIN_CONVS + _STANDARDISED_CONVS:
-        return f"layers of type {kind.__name__} are not decomposed"
-    conv = cast(nn.Conv2d, module)
-    if conv.groups == conv.in_channels and conv.groups > 1:
-        return "depthwise: each channel's kernel is already a single small filter"
-    return None
+_SEPARATE = "qkv_bias_separate"
+_MERGING = ("fuse", "reparameterize", "switch_to_deploy")
+"""Methods by which ``timm.utils.reparameterize_model`` lets a module merge its layers."""
 
 
 def weight_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -64,6 +49,32 @@ def weight_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from visit("", model)
 
 
+def other_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """All parameters of two or more dimensions that are no layer's weight, such as position embeddings, each once."""
+    layers = {id(p) for _, module in weight_layers(model) for p in module._parameters.values()}
+    layers |= {id(p) for layer in low_rank_layers(model).values() for p in layer.parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in layers and sum(side > 1 for side in parameter.shape) >= 2:
+            yield name, parameter
+
+
+@contextmanager
+def layers_called(model: nn.Module) -> Iterator[None]:
+    """Let a model call all of its layers, with the same outputs, for as long as this lasts.
+
+    Attention with separate biases of its own (BEiT, EVA, Swin V2) takes the weight of ``qkv`` and passes the layer by,
+    unless it is told to add the biases afterwards.
+    """
+    attentions = [module for module in model.modules() if getattr(module, _SEPARATE, None) is False]
+    for module in attentions:
+        setattr(module, _SEPARATE, True)
+    try:
+        yield
+    finally:
+        for module in attentions:
+            setattr(module, _SEPARATE, isinstance(getattr(module, "qkv", None), LowRankLayer))
+
+
 def layer_shape(module: nn.Module) -> LayerShape:
     """The shape of a dense or decomposed layer, with padding as numbers.
 
@@ -72,81 +83,17 @@ def layer_shape(module: nn.Module) -> LayerShape:
     """
     if isinstance(module, LowRankLayer):
         return module.scheme.shape
-    if reason := refusal(module):
-        raise ArpHubError(reason)
-    if isinstance(module, nn.Linear):
-        return LayerShape(module.out_features, module.in_features, kind="linear")
-    conv = cast(nn.Conv2d, module)
-    return LayerShape(
-        conv.out_channels,
-        conv.in_channels,
-        cast(Pair, conv.kernel_size),
-        cast(Pair, conv.stride),
-        _numeric_padding(conv) or (0, 0),
-        cast(Pair, conv.dilation),
-        conv.groups,
-    )
+    return dense_shape(module)
 
 
 def effective_weight(module: nn.Module) -> Tensor:
     """The weight that really multiplies the input, ``(O, I, kh, kw)``.
 
-    For a weight-standardised convolution that is the standardised weight; it is caught on its way into ``conv2d``.
+    For a weight-standardised convolution that is the standardised weight.
     """
     if isinstance(module, LowRankLayer):
         return module.scheme.compose(module.factor_weights())
-    if isinstance(module, nn.Linear):
-        return module.weight.detach()[..., None, None]
-    conv = cast(nn.Conv2d, module)
-    if type(conv) in _PLAIN_CONVS:
-        return conv.weight.detach()
-    size = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-    with torch.no_grad(), _WeightCapture() as capture:
-        conv(conv.weight.new_zeros(1, conv.in_channels, *size))
-    return capture.weight
-
-
-class _WeightCapture(TorchFunctionMode):
-    """Remembers the weight of the last ``conv2d`` call."""
-
-    weight: Tensor
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.conv2d:
-            self.weight = (args[1] if len(args) > 1 else kwargs["weight"]).detach().clone()
-        return func(*args, **kwargs)
-
-
-def _is_same_padded(module: nn.Module) -> bool:
-    """Whether the layer pads its input itself, by an amount that depends on the input's size."""
-    same = (timm.layers.Conv2dSame, timm.layers.StdConv2dSame)
-    return isinstance(module, same) or bool(getattr(module, "same_pad", False))
-
-
-def _numeric_padding(conv: nn.Conv2d) -> Pair | None:
-    """Symmetric zero padding as numbers, or None if the layer must pad its input beforehand."""
-    if _is_same_padded(conv) or conv.padding_mode != "zeros":
-        return None
-    if conv.padding == "valid":
-        return (0, 0)
-    if conv.padding == "same":
-        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        return None if total[0] % 2 or total[1] % 2 else (total[0] // 2, total[1] // 2)
-    return cast(Pair, tuple(conv.padding))
-
-
-def padder(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """What a layer does to its input before it convolves it, or None if it only pads with zeros, symmetrically."""
-    if not isinstance(module, nn.Conv2d):
-        return None
-    size, stride, dilation = list(module.kernel_size), list(module.stride), list(module.dilation)
-    if _is_same_padded(module):
-        return lambda x: pad_same(x, size, stride, dilation)
-    if _numeric_padding(module) is None:
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        return lambda x: F.pad(x, list(module._reversed_padding_repeated_twice), mode=mode)
-    return None
+    return dense_weight(module)
 
 
 class GroupedLinear(nn.Module):
@@ -178,12 +125,13 @@ class LowRankLayer(nn.Module):
     ``factors`` is the chain; its last module carries the dense layer's bias.
     """
 
-    factors: nn.Sequential
+    __jit_unused_properties__ = ("layer_plan", "bias", "weight")
 
-    def __init__(self, scheme: Scheme, rank: int) -> None:
+    def __init__(self, scheme: Scheme, rank: int, factors: Sequence[nn.Module]) -> None:
         super().__init__()
         self.scheme = scheme
         self.rank = rank
+        self.factors = nn.Sequential(*factors)
 
     @property
     def layer_plan(self) -> LayerPlan:
@@ -234,20 +182,18 @@ class LowRankConv2d(LowRankLayer):
     """
 
     def __init__(self, dense: nn.Conv2d, scheme: Scheme, rank: int) -> None:
-        super().__init__(scheme, rank)
-        self.in_channels, self.out_channels = dense.in_channels, dense.out_channels
-        self.kernel_size, self.stride, self.dilation = dense.kernel_size, dense.stride, dense.dilation
-        self.padding, self.groups, self.padding_mode = dense.padding, dense.groups, dense.padding_mode
-        self.same_pad = _is_same_padded(dense)
-        self.pad_before: list[int] = []
-        if not self.same_pad and _numeric_padding(dense) is None:
-            self.pad_before = list(dense._reversed_padding_repeated_twice)
         convs = scheme.convs(rank)
         like = {"device": dense.weight.device, "dtype": dense.weight.dtype}
         last = len(convs) - 1
-        self.factors = nn.Sequential(
-            *(_conv2d(spec, bias=k == last and dense.bias is not None, **like) for k, spec in enumerate(convs))
-        )
+        factors = [_conv2d(spec, bias=k == last and dense.bias is not None, **like) for k, spec in enumerate(convs)]
+        super().__init__(scheme, rank, factors)
+        self.in_channels, self.out_channels = dense.in_channels, dense.out_channels
+        self.kernel_size, self.stride, self.dilation = dense.kernel_size, dense.stride, dense.dilation
+        self.padding, self.groups, self.padding_mode = dense.padding, dense.groups, dense.padding_mode
+        self.same_pad = is_same_padded(dense)
+        self.pads = not self.same_pad and numeric_padding(dense) is None
+        self.pad_before = list(dense._reversed_padding_repeated_twice)
+        self.pad_mode = pad_mode(dense)
         self.train(dense.training)
 
     @property
@@ -257,11 +203,10 @@ class LowRankConv2d(LowRankLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pad as the dense layer would, then apply the chain."""
-        if self.same_pad:
-            x = pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation))
-        elif self.pad_before:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = F.pad(x, self.pad_before, mode=mode)
+        if self.same_pad:  # tuples go in as they are: TorchScript has no list(tuple)
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
+        elif self.pads:
+            x = F.pad(x, self.pad_before, mode=self.pad_mode)
         return self.factors(x)
 
     def dense_layer(self) -> nn.Conv2d:
@@ -274,14 +219,12 @@ class LowRankLinear(LowRankLayer):
     """A linear layer as a chain of smaller ones; arguments as for `LowRankConv2d`."""
 
     def __init__(self, dense: nn.Linear, scheme: Scheme, rank: int) -> None:
-        super().__init__(scheme, rank)
-        self.in_features, self.out_features = dense.in_features, dense.out_features
         convs = scheme.convs(rank)
         like = {"device": dense.weight.device, "dtype": dense.weight.dtype}
         last = len(convs) - 1
-        self.factors = nn.Sequential(
-            *(_linear(spec, bias=k == last and dense.bias is not None, **like) for k, spec in enumerate(convs))
-        )
+        factors = [_linear(spec, bias=k == last and dense.bias is not None, **like) for k, spec in enumerate(convs)]
+        super().__init__(scheme, rank, factors)
+        self.in_features, self.out_features = dense.in_features, dense.out_features
         self.train(dense.training)
 
     @property
@@ -316,11 +259,30 @@ def low_rank_layer(dense: nn.Module, plan: LayerPlan) -> LowRankConv2d | LowRank
 
 
 def replace_layer(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` at every path of ``model`` where ``old`` sits, so that shared layers stay shared."""
+    """Put ``new`` at every path of ``model`` where ``old`` sits, so that shared layers stay shared.
+
+    What of the model deals with the layer's weight behind its back is told to call the layer instead, or not to.
+    """
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is old:
                 parent._modules[name] = new
+                if name == "qkv" and hasattr(parent, _SEPARATE):
+                    setattr(parent, _SEPARATE, True)
+    for module in model.modules():
+        for method in _MERGING:
+            if callable(getattr(type(module), method, None)):
+                module.__dict__.pop(method, None)
+                if any(isinstance(child, LowRankLayer) for child in module.modules()):
+                    module.__dict__[method] = _refuse_to_merge
+
+
+def _refuse_to_merge() -> NoReturn:
+    """Stands in for ``fuse`` and the like, which would quietly merge factors back into a dense layer."""
+    raise ArpHubError(
+        "this module's layers are decomposed, and to reparameterize it would make them dense: call "
+        "reparameterize_model on the dense model, then plan and decompose (to_dense(model) leads back)"
+    )
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLayer]:
@@ -374,7 +336,7 @@ def _dense_conv(like: nn.Conv2d | LowRankConv2d, sample: Tensor, weight: Tensor,
         "dtype": sample.dtype,
     }
     dense: nn.Conv2d
-    if _is_same_padded(like):
+    if is_same_padded(like):
         dense = timm.layers.Conv2dSame(like.in_channels, like.out_channels, **options)
     else:
         padding: Any = like.padding

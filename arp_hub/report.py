@@ -11,7 +11,8 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
-from .layers import layer_shape, refusal, weight_layers
+from .dense import refusal
+from .layers import layer_shape, weight_layers
 from .plan import RankPlan
 from .shapes import ConvSpec, LayerShape, Pair, chain_macs
 from .spectra import Spectrum

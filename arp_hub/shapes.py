@@ -87,6 +87,17 @@ def chain_params(convs: Sequence[ConvSpec]) -> int:
     return sum(conv.params for conv in convs)
 
 
+def degrees_of_freedom(convs: Sequence[ConvSpec]) -> int:
+    """Dimension of the set of weights that a chain can stand for: its weights, less those that only change the basis.
+
+    Between two convolutions every group of r channels can be transformed by any invertible r x r matrix.
+    """
+    freedom = chain_params(convs)
+    for first, second in zip(convs[:-1], convs[1:], strict=True):
+        freedom -= first.out_channels * (first.out_channels // max(first.groups, second.groups))
+    return freedom
+
+
 def chain_macs(convs: Sequence[ConvSpec], size: Pair) -> int:
     """Multiply-accumulates of a chain for one input map of ``size``."""
     macs = 0

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .calibration import Images, all_moments
+from .dense import refusal
 from .errors import ArpHubError
-from .layers import LowRankLayer, effective_weight, layer_shape, refusal, weight_layers
+from .layers import LowRankLayer, effective_weight, layer_shape, weight_layers
 from .schemes import SCHEMES, MatrixScheme, Scheme, make_scheme, relative_error
 
 MATRIX_SCHEMES = tuple(name for name, scheme in SCHEMES.items() if issubclass(scheme, MatrixScheme))

@@ -6,8 +6,9 @@ import difflib
 
 from torch import nn
 
+from .dense import refusal
 from .errors import ArpHubError
-from .layers import LowRankLayer, layer_shape, low_rank_layer, low_rank_layers, refusal, replace_layer
+from .layers import LowRankLayer, layer_shape, low_rank_layer, low_rank_layers, replace_layer
 from .plan import LayerPlan, RankPlan
 from .schemes import Scheme, make_scheme
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import ArpHubError
-from .layers import LowRankLayer, count_params, weight_layers
+from .layers import LowRankLayer, count_params, layers_called, weight_layers
 from .shapes import Pair
 
 InputSize = tuple[int, int, int]
@@ -78,7 +78,8 @@ def trace(model: nn.Module, input_size: InputSize | None = None) -> Trace:
         if id(module) in names:
             module.register_forward_pre_hook(record)
     try:
-        macs = _macs(twin, size)
+        with layers_called(twin):
+            macs = _macs(twin, size)
     except Exception as error:
         raise ArpHubError(f"the model cannot run on an input of size {size}: {error}") from error
     return Trace({name: tuple(calls) for name, calls in sizes.items()}, macs, count_params(model))

@@ -7,7 +7,8 @@ from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
 from torch import nn
 
 from arp_hub import ArpHubError, LayerPlan, RankPlan, decompose, to_dense
-from arp_hub.layers import effective_weight, layer_shape, low_rank_layer, plain_layer, refusal, weight_layers
+from arp_hub.dense import refusal
+from arp_hub.layers import effective_weight, layer_shape, low_rank_layer, plain_layer, weight_layers
 from arp_hub.schemes import make_scheme
 
 LAYERS = {
