@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from . import models  # noqa: F401  (registers our models with timm)
 from ._remote import FAILURES, explain
 from .errors import ArpHubError
+from .models._untrusted import BAD_CONFIG, check_args, check_build, check_cfg, read_config, read_header
 
 _PREFIXES = ("local-dir:", "hf-hub:", "hf_hub:")
 
@@ -59,7 +59,7 @@ def load_model(
         model = timm.create_model(name, pretrained=pretrained and checkpoint is None, **kwargs)
     except ArpHubError:
         raise
-    except (*FAILURES, KeyError, TypeError) as error:
+    except (*FAILURES, *BAD_CONFIG) as error:
         raise ArpHubError(f"cannot load the model '{name}': {explain(error)}") from error
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
@@ -161,12 +161,7 @@ def _check_name(name: str) -> None:
         config = Path(name.removeprefix("local-dir:")) / "config.json"
         if not config.is_file():
             raise ArpHubError(f"no model at '{name}': the folder has no config.json (save_pretrained writes one)")
-        try:
-            found = json.loads(config.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ArpHubError(f"cannot read '{config}': {error}") from error
-        if not isinstance(found, Mapping) or not isinstance(found.get("architecture"), str):
-            raise ArpHubError(f"'{config}' is not a timm model config: it names no architecture")
+        _check_dense(read_config(config), config.parent)
     elif not is_saved_model(name) and not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
         hint = f" (did you mean '{near[0]}'?)" if near else ""
@@ -174,6 +169,19 @@ def _check_name(name: str) -> None:
             f"unknown model '{name}'{hint}: give a timm name (timm.list_models() lists them), local-dir:FOLDER or "
             "hf-hub:USER/NAME"
         )
+
+
+def _check_dense(config: Mapping[str, Any], folder: Path) -> None:
+    """Check a saved dense model before timm builds it; for decomposed ones the entrypoint does that itself."""
+    name, weights = config["architecture"].partition(".")[0], folder / "model.safetensors"
+    if name == "arp_lowrank" or not timm.is_model(name):
+        return
+    args, cfg = check_args(config.get("model_args", {}), str(folder)), dict(config.get("pretrained_cfg", {}))
+    cfg.update({key: config[key] for key in ("num_classes",) if key in config})
+    check_cfg(cfg, str(folder))
+    if weights.is_file():
+        args.setdefault("num_classes", cfg.get("num_classes"))
+        check_build(lambda: timm.create_model(name, **args), read_header(weights), str(folder))
 
 
 def _some(names: list[str], limit: int = 3) -> str:

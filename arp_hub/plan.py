@@ -28,6 +28,7 @@ FORMAT_VERSION = 1
 """The newest plan format that this version reads, and the one that it writes."""
 
 _UPGRADE = "upgrade with `pip install --upgrade arp-hub`"
+_MOST_LAYERS = 20_000
 _PLAN_KEYS = frozenset({"format_version", "layers", "dense", "requires"})
 _LAYER_KEYS = frozenset({"scheme", "rank", "groups"})
 
@@ -128,7 +129,7 @@ class RankPlan:
         """Parse a plan from JSON text; raises as `from_dict` does."""
         try:
             data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also for numbers of thousands of digits
             raise ArpHubError(f"the plan is not valid JSON: {error}") from error
         return cls.from_dict(data)
 
@@ -156,6 +157,8 @@ class RankPlan:
             raise ArpHubError(f"the plan's 'layers' must be an object of layer plans, got {_short(layers)}")
         if not isinstance(dense, Mapping) or not all(isinstance(reason, str) for reason in dense.values()):
             raise ArpHubError(f"the plan's 'dense' must be an object of reasons, got {_short(dense)}")
+        if len(layers) + len(dense) > _MOST_LAYERS:
+            raise ArpHubError(f"the plan names {len(layers) + len(dense)} layers, more than the {_MOST_LAYERS} allowed")
         _check_keys(data, _PLAN_KEYS, requires, "the plan")
         return cls({name: _layer_from_dict(name, value, requires) for name, value in layers.items()}, dense)
 
@@ -185,5 +188,7 @@ def _check_keys(data: Mapping[str, Any], known: frozenset[str], requires: list[s
 
 def _short(value: Any, limit: int = 80) -> str:
     """A value for an error message, cut to a readable length."""
+    if isinstance(value, int) and value.bit_length() > 200:  # to write it out would take Python very long
+        return f"a number of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"

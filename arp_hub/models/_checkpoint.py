@@ -15,6 +15,7 @@ from ..errors import ArpHubError
 from ..layers import LowRankLayer, layer_shape
 from ..plan import RankPlan
 from ..schemes import make_scheme
+from ._untrusted import check_tensors
 
 StateDict = dict[str, Tensor]
 
@@ -59,10 +60,11 @@ class CheckpointAdapter:
         Raises:
             ArpHubError: If the factors are not those of the plan, or weights are missing.
         """
-        factors = {
-            name: {key: value for key, value in state.items() if key.startswith(f"{name}.factors.")}
-            for name in self.saved.layers
-        }
+        check_tensors(state, model, self.source)
+        factors: dict[str, StateDict] = {name: {} for name in self.saved.layers}
+        for key, value in state.items():
+            if (match := _FACTOR.fullmatch(key)) and match["layer"] in factors:
+                factors[match["layer"]][key] = value
         self._check(state, factors, model)
         taken = {key for found in factors.values() for key in found}
         dense = {key: value for key, value in state.items() if key not in taken}

@@ -1,0 +1,253 @@
+"""What a model folder from a stranger may make this process do: nothing before its claims are checked.
+
+The file of weights declares its tensors in its header. That bounds all else: the model that the config describes is
+first built without memory, and given up as soon as it has more tensors, or far more numbers, than the file could fill.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+
+from ..errors import ArpHubError
+
+_CONFIG_BYTES = 2**22
+_MOST_TENSORS = 20_000
+_MOST_CLASSES = 2**20
+_LARGEST_NUMBER = 2**16
+_MOST_ITEMS, _LONGEST_TEXT, _DEEPEST = 10_000, 1_000, 6
+_COMPRESSION = 100
+"""A decomposed file may stand for a dense model so many times its size ..."""
+_SLACK = 2**22
+"""... plus these numbers, and for buffers that no file keeps."""
+_SLACK_TENSORS = 64
+_RESERVED = frozenset(
+    {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "device", "dtype"}
+    | {"scriptable", "exportable", "features_only", "feature_cls", "pretrained_filter_fn", "pretrained_custom_load"}
+)
+"""Arguments that say how to load a model, not what it is."""
+BAD_CONFIG = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NameError, NotImplementedError, OSError,
+    RecursionError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+"""What timm and torch raise when they build a model from arguments that make no sense."""
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a ``config.json`` as far as timm relies on it.
+
+    Raises:
+        ArpHubError: If it cannot be read, is too large, or is no model config.
+    """
+    try:
+        if (size := path.stat().st_size) > _CONFIG_BYTES:
+            raise ArpHubError(f"'{path}' has {size:,} bytes, a model config has {_CONFIG_BYTES:,} at most")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ArpHubError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArpHubError(f"cannot read '{path}': {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("architecture"), str):
+        raise ArpHubError(f"'{path}' is not a timm model config: it names no architecture")
+    for key in ("model_args", "pretrained_cfg"):
+        if not isinstance(found.get(key, {}), dict):
+            raise ArpHubError(f"'{path}' is not a timm model config: {key} must be an object, got {_short(found[key])}")
+    return found
+
+
+def check_args(args: Any, source: str) -> dict[str, Any]:
+    """Check that a config's ``model_args`` are plain, small, and about the model only.
+
+    Raises:
+        ArpHubError: Naming the argument.
+    """
+    if not isinstance(args, Mapping):
+        raise ArpHubError(f"the config of '{source}': model_args must be an object, got {_short(args)}")
+    if reserved := sorted(_RESERVED & args.keys()):
+        raise ArpHubError(f"the config of '{source}': model_args must not hold {reserved[0]!r}, the caller's to say")
+    for name, value in args.items():
+        if name != "plan":  # that has its own checks
+            largest = _MOST_CLASSES if name == "num_classes" else _LARGEST_NUMBER
+            _check_value(value, f"the config of '{source}': model_args[{_short(name)}]", largest)
+    return dict(args)
+
+
+def check_cfg(cfg: Mapping[str, Any], source: str) -> None:
+    """Check the entries of a pretrained_cfg that a model or its data are built by.
+
+    Raises:
+        ArpHubError: Naming the entry.
+    """
+    kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "num_classes": (_is_count, f"a whole number up to {_MOST_CLASSES}"),
+        "input_size": (_is_size, "three whole numbers of at least 1"),
+        "test_input_size": (_is_size, "three whole numbers of at least 1"),
+        "min_input_size": (_is_size, "three whole numbers of at least 1"),
+        "mean": (_are_numbers, "up to 64 finite numbers"),
+        "std": (_are_numbers, "up to 64 finite numbers"),
+        "crop_pct": (_is_number, "a finite number"),
+        "label_names": (_is_list_of_text, "a list of names"),
+        "classifier": (_is_name, "a name or a few"),
+        "first_conv": (_is_name, "a name or a few"),
+    }
+    for key, (holds, wanted) in kinds.items():
+        if cfg.get(key) is not None and not holds(cfg[key]):
+            raise ArpHubError(f"the config of '{source}': {key} must be {wanted}, got {_short(cfg[key])}")
+
+
+def read_header(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors in a safetensors file; nothing else is read.
+
+    Raises:
+        ArpHubError: If it is no whole safetensors file, or declares more tensors than any model has.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            if len(names) > _MOST_TENSORS:
+                raise ArpHubError(f"'{path}' declares {len(names)} tensors, more than the {_MOST_TENSORS} allowed")
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise ArpHubError(f"'{path}' is not a whole safetensors file: {error}: get the model again") from error
+
+
+def check_build(build: Callable[[], nn.Module], header: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Build a model without memory, and stop as soon as it outgrows what its weights declare.
+
+    Args:
+        build: Builds the dense model, as the saved config describes it.
+        header: Shapes of the saved tensors, by name.
+        source: Where the model comes from, for messages.
+
+    Raises:
+        ArpHubError: If the model would be larger than the weights allow, or cannot be built.
+    """
+    declared = sum(math.prod(shape) for shape in header.values())
+    try:
+        with _bounded(len(header) + _SLACK_TENSORS, declared, source), torch.device("meta"):
+            build()
+    except ArpHubError:
+        raise
+    except BAD_CONFIG as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ArpHubError(
+            f"the config of '{source}' describes no model that can be built: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def check_tensors(tensors: Mapping[str, Tensor], model: nn.Module, source: str) -> None:
+    """Check that saved weights are numbers.
+
+    Raises:
+        ArpHubError: If one is NaN or infinite, or of integers where the model has floating-point numbers.
+    """
+    own = model.state_dict()
+    for name, tensor in tensors.items():
+        expected = own.get(name)
+        if expected is not None and expected.is_floating_point() != tensor.is_floating_point():
+            raise ArpHubError(f"the weights in '{source}': '{name}' holds {tensor.dtype}, the model {expected.dtype}")
+        if tensor.is_floating_point():
+            exact = tensor.float() if tensor.element_size() == 1 else tensor
+            if not bool(exact.isfinite().all()):
+                raise ArpHubError(f"the weights in '{source}': '{name}' holds NaN or infinite values")
+
+
+@contextmanager
+def _bounded(tensors: int, declared: int, source: str) -> Iterator[None]:
+    """While the block runs, modules of this thread may register only so many parameters and numbers."""
+    thread = threading.get_ident()
+    parameters, numbers, buffered = 0, 0, 0
+
+    def refuse(what: str) -> ArpHubError:
+        return ArpHubError(
+            f"the config of '{source}' describes a model with {what} than its weights could fill "
+            f"({declared:,} numbers): it is damaged, or not to be trusted"
+        )
+
+    def parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
+        nonlocal parameters, numbers
+        if value is None or threading.get_ident() != thread:
+            return
+        parameters, numbers = parameters + 1, numbers + value.numel()
+        if parameters > tensors:
+            raise refuse("more tensors")
+        if numbers > _COMPRESSION * declared + _SLACK:
+            raise refuse("far more parameters")
+
+    def buffer(module: nn.Module, name: str, value: Tensor | None) -> None:
+        nonlocal buffered
+        if value is None or threading.get_ident() != thread:
+            return
+        buffered += value.numel()
+        if buffered > declared + _SLACK:
+            raise refuse("larger buffers")
+
+    handles = [
+        hooks.register_module_parameter_registration_hook(parameter),
+        hooks.register_module_buffer_registration_hook(buffer),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_value(value: Any, what: str, largest: int) -> None:
+    for count, (item, depth) in enumerate(_parts(value)):
+        if depth > _DEEPEST or count > _MOST_ITEMS:
+            raise ArpHubError(f"{what} is nested too deeply or too long")
+        if isinstance(item, str) and len(item) > _LONGEST_TEXT:
+            raise ArpHubError(f"{what} holds a text of {len(item)} characters")
+        if isinstance(item, (int, float)) and not isinstance(item, bool) and not abs(item) <= largest:
+            raise ArpHubError(f"{what} holds the number {_short(item)}, which is beyond {largest}")
+
+
+def _parts(value: Any, depth: int = 0) -> Iterator[tuple[Any, int]]:
+    """A value and all that it is made of, with the depth of each; no deeper than is allowed."""
+    yield value, depth
+    if depth <= _DEEPEST:
+        inner = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+        for item in inner if isinstance(inner, (list, tuple)) else ():
+            yield from _parts(item, depth + 1)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_CLASSES
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 3 and all(_is_count(n) and n > 0 for n in value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) <= 64 and all(map(_is_number, value))
+
+
+def _is_list_of_text(value: Any) -> bool:
+    return isinstance(value, (list, tuple, dict)) and all(isinstance(name, str) for name in value)
+
+
+def _is_name(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return len(value) <= 16 and all(isinstance(name, str) for name in value)
+    return isinstance(value, str)
+
+
+def _short(value: Any) -> str:
+    text = f"a number of {value.bit_length()} bits" if isinstance(value, int) and abs(value) > 2**64 else repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
