@@ -1,0 +1,290 @@
+"""Every row of the accuracy tables, by name: with no training, and with the penalty.
+
+    python benchmarks/accuracy.py list
+    python benchmarks/accuracy.py run fit/resnet20/0.5 --shared ../shared
+    python benchmarks/accuracy.py run 'fit/*' 'weights/*' --shared ../shared
+    python benchmarks/accuracy.py table
+
+`--shared` is a folder with `weights/` (trained checkpoints) and `data/` (CIFAR-10 and a sample of ImageNet, as
+parquet). `run` writes results/accuracy.json, one entry a row; rows that are there already are left out unless `--again`
+is given. A row of training keeps its finished model in models/. `table` writes the tables of docs/results.md and the
+figure beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import fnmatch
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import arp_hub
+from arp_hub._env import environment
+from arp_hub.layers import count_params, layer_shape
+from arp_hub.loading import load_model
+from arp_hub.plan import LayerPlan, RankPlan
+from arp_hub.schemes import make_scheme
+from arp_hub.tracing import count_macs
+from arp_hub.training import Split, TrainConfig, calibration_images, evaluate, load_data
+from arp_hub.training import run as train
+
+HERE = Path(__file__).parent
+RESULTS, MODELS = HERE / "results" / "accuracy.json", HERE / "models"
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network and the images it is judged on.
+
+    Attributes:
+        model: timm name.
+        checkpoint: File under ``weights/``.
+        data: Folder under ``data/``.
+        images: Unlabelled images to calibrate on.
+        one_split: Whether the data has a single split, from which the calibration images are taken out of the test.
+    """
+
+    model: str
+    checkpoint: str
+    data: str
+    images: int
+    one_split: bool = False
+
+
+NETWORKS = {
+    "resnet20": Network("cifar_resnet20", "resnet20_cifar10.safetensors", "cifar10", 1024),
+    "resnet56": Network("cifar_resnet56", "resnet56_cifar10.safetensors", "cifar10", 1024),
+    "lite0": Network(
+        "tf_efficientnet_lite0", "tf_efficientnet_lite0_imagenet.safetensors", "imagenet-sample", 256, one_split=True
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Attributes:
+        network: A key of `NETWORKS`.
+        keep: Share of the parameters to keep.
+        images: Calibration images; None: as many as the network has, 0: weights alone.
+        schemes: Schemes to choose from; empty: all.
+        uniform: One scheme for all k x k layers, at one share, instead of a plan by error.
+        train: Settings of the recipe, if the row trains.
+    """
+
+    network: str
+    keep: float
+    images: int | None = None
+    schemes: tuple[str, ...] = ()
+    uniform: str = ""
+    train: Mapping[str, Any] = field(default_factory=dict)
+
+
+BUDGETS = {"resnet20": (0.5, 0.35, 0.25, 0.2), "resnet56": (0.5, 0.35, 0.25), "lite0": (0.84, 0.7)}
+SCHEME_SETS = {
+    "channel": ("channel",),
+    "+spatial": ("channel", "spatial"),
+    "+groups": ("channel", "spatial", "group_in", "group_out"),
+    "+tucker2": ("channel", "spatial", "group_in", "group_out", "tucker2"),
+    "cp": ("cp",),
+}
+
+
+def _rows() -> dict[str, Row]:
+    rows = {}
+    for network, budgets in BUDGETS.items():
+        for keep in budgets:
+            rows[f"fit/{network}/{keep}"] = Row(network, keep)
+            rows[f"weights/{network}/{keep}"] = Row(network, keep, images=0)
+            rows[f"svd/{network}/{keep}"] = Row(network, keep, images=0, schemes=("channel",))
+    for keep in BUDGETS["resnet20"]:
+        rows[f"uniform-cp/resnet20/{keep}"] = Row("resnet20", keep, uniform="cp")
+    for name, schemes in SCHEME_SETS.items():
+        rows[f"schemes/{name}/resnet20/0.35"] = Row("resnet20", 0.35, schemes=schemes)
+    for keep in (0.35, 0.2):
+        rows[f"train/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | {"epochs": 6})
+        for name, change in ABLATIONS.items():
+            rows[f"ablation/{name}/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | {"epochs": 1} | change)
+        rows[f"train/resnet56/{keep}"] = Row("resnet56", keep, train=TRAIN | {"epochs": 2})
+    return rows
+
+
+TRAIN: dict[str, Any] = {"ramp": 0.0, "lr": 0.01, "distill": 0.5, "clip_grad": 5.0}
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "no-distillation": {"distill": 0.0},
+    "from-dense": {"start_from": "dense", "ramp": 0.65},
+    "dual": {"start_from": "dense", "ramp": 0.65, "method": "dual"},
+    "short-hold": {"start_from": "dense", "ramp": 0.9},
+}
+ROWS = _rows()
+
+
+def main() -> None:
+    """Parse the command line and do what it asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="names of all rows, those with a result marked")
+    runner = commands.add_parser("run", help="measure rows")
+    runner.add_argument("rows", nargs="+", help="names or patterns")
+    runner.add_argument("--shared", type=Path, required=True, help="folder with weights/ and data/")
+    runner.add_argument("--again", action="store_true", help="measure rows that have a result already")
+    commands.add_parser("table", help="write docs/results.md and its figure")
+    args = parser.parse_args()
+    if args.command == "list":
+        found = load_results()
+        for name in ROWS:
+            print(f"{name:45} {found[name]['top1']:.2f}" if name in found else name)
+    elif args.command == "run":
+        measure(_chosen(args.rows), args.shared, args.again)
+    else:
+        from accuracy_report import write_report
+
+        write_report(load_results())
+
+
+def _chosen(patterns: list[str]) -> list[str]:
+    names = [name for name in ROWS if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    if not names:
+        raise SystemExit(f"no row matches {' '.join(patterns)}: see 'list'")
+    return names
+
+
+def measure(names: list[str], shared: Path, again: bool = False) -> None:
+    """Measure rows one after the other; each is written as soon as it is known."""
+    for name in names:
+        if name in load_results() and not again:
+            continue
+        row = ROWS[name]
+        began = time.perf_counter()
+        found = measure_trained(name, row, shared) if row.train else measure_fit(row, shared)
+        seconds = round(time.perf_counter() - began, 1)
+        result = {"network": row.network, "keep": row.keep, "row": _plain(row), "seed": SEED, "seconds": seconds}
+        write_result(name, {**environment(), **result, **found})
+        print(f"{name}: top-1 {found['top1']:.2f} (dense {found['dense']['top1']:.2f}), {seconds:.0f} s", flush=True)
+
+
+def measure_fit(row: Row, shared: Path) -> dict[str, Any]:
+    """Plan and decompose with no training, and judge on the test images."""
+    network = NETWORKS[row.network]
+    torch.manual_seed(SEED)
+    model = load_model(network.model, str(shared / "weights" / network.checkpoint)).eval()
+    images, test = images_and_test(network, model, shared)
+    images = None if row.images == 0 else images if row.images is None else images[: row.images]
+    dense = {**evaluate(model, test), **_counts(model)}
+    began = time.perf_counter()
+    if row.uniform:
+        plan = uniform_plan(model, row.keep, row.uniform)
+    else:
+        plan = arp_hub.make_plan(model, keep_params=row.keep, schemes=row.schemes or None, calibration=images)
+    planned = time.perf_counter()
+    small = arp_hub.decompose(copy.deepcopy(model), plan, images)
+    return {
+        **evaluate(small, test),
+        **_counts(small),
+        "calibration_images": 0 if images is None else len(images),
+        "seconds_plan": round(planned - began, 1),
+        "seconds_decompose": round(time.perf_counter() - planned, 1),
+        "dense": dense,
+        "plan": plan.to_dict(),
+    }
+
+
+def images_and_test(network: Network, model: nn.Module, shared: Path) -> tuple[Tensor, Split]:
+    """Calibration images, and the images for the last number: never the same ones."""
+    data = load_data(str(shared / "data" / network.data), model, seed=SEED)
+    if not network.one_split:
+        return calibration_images(data, network.images, seed=SEED), data.test
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(SEED))
+    seen, rest = order[: network.images].sort().values, order[network.images :].sort().values
+    split = data.train
+    images = torch.cat(list(split.images.evaluation(split.indices[seen], 64, torch.device("cpu"), 0)))
+    labels = None if split.labels is None else split.labels[rest]
+    return images, Split("the other images", split.images, labels, split.indices[rest])
+
+
+def uniform_plan(model: nn.Module, keep: float, scheme: str) -> RankPlan:
+    """The same share of parameters in every k x k convolution but the first, so that ``keep`` remain in all."""
+    convs = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1) and module.in_channels > 3
+    }
+    inside, total = sum(conv.weight.numel() for conv in convs.values()), count_params(model)
+    share = (keep * total - (total - inside)) / inside
+    plans = {}
+    for name, conv in convs.items():
+        bound = make_scheme(scheme, layer_shape(conv))
+        plans[name] = LayerPlan(scheme, max(1, int(share * conv.weight.numel() / bound.params(1))), 1)
+    return RankPlan(plans, {})
+
+
+def measure_trained(name: str, row: Row, shared: Path) -> dict[str, Any]:
+    """Run the recipe's trainer; the finished model stays in ``models/``, and a run that was stopped goes on."""
+    network = NETWORKS[row.network]
+    output = Path("runs") / "accuracy" / name.replace("/", "-")
+    config = TrainConfig(
+        model=network.model,
+        checkpoint=str(shared / "weights" / network.checkpoint),
+        data=str(shared / "data" / network.data),
+        keep_params=row.keep,
+        output=str(output),
+        resume="auto",
+        checkpoint_every=100,
+        seed=SEED,
+        overwrite=True,
+        **row.train,
+    )
+    metrics = train(config)
+    if name.startswith("train/"):
+        kept = MODELS / f"{network.model}-keep{round(100 * row.keep)}"
+        _copy_model(output, kept)
+        metrics["model_folder"] = f"benchmarks/models/{kept.name}"
+    return {key: metrics[key] for key in metrics if key not in ("command", "data", "layers", "history")}
+
+
+def _copy_model(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.is_file():
+            (target / path.name).write_bytes(path.read_bytes())
+
+
+def _counts(model: nn.Module) -> dict[str, int]:
+    return {"params": count_params(model), "macs": count_macs(model)}
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    """The row's own settings, without what it leaves at its default."""
+    defaults = {item.name for item in dataclasses.fields(row) if getattr(row, item.name) in (None, "", (), {})}
+    values = {item.name: getattr(row, item.name) for item in dataclasses.fields(row) if item.name not in defaults}
+    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+
+
+def load_results() -> dict[str, dict[str, Any]]:
+    """Results by row name."""
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+
+
+def write_result(name: str, result: dict[str, Any]) -> None:
+    """Put one result in, the others stay."""
+    results = load_results() | {name: result}
+    RESULTS.parent.mkdir(exist_ok=True)
+    temporary = RESULTS.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(RESULTS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The tables and the figure that `accuracy.py table` writes from results/accuracy.json and published.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs"
+PAGE, FIGURE = DOCS / "results.md", DOCS / "images" / "accuracy.png"
+NETWORKS = {
+    "resnet20": "ResNet-20, CIFAR-10",
+    "resnet56": "ResNet-56, CIFAR-10",
+    "lite0": "tf_efficientnet_lite0, sample of ImageNet",
+}
+METHODS = {
+    "fit": "data-aware fit, no training",
+    "uniform-cp": "CP at one share everywhere, data-aware, no training",
+    "weights": "weights alone, no images",
+    "svd": "plain SVD, weights alone",
+    "train": "penalty training",
+}
+COLOURS = {"fit": "#2a78d6", "weights": "#86b6ef", "svd": "#7a7a72", "uniform-cp": "#3f9c6b", "train": "#e08a1e"}
+
+Results = Mapping[str, Mapping[str, Any]]
+
+HEAD = """# Results
+
+Written by `python benchmarks/accuracy.py table` from
+[benchmarks/results/accuracy.json](https://github.com/arp-hub/arp-hub/blob/main/benchmarks/results/accuracy.json), which
+holds seed, hardware, versions, time and the whole plan of every row. One row is measured again by
+
+```bash
+python benchmarks/accuracy.py run ROW --again --shared ../shared
+```
+
+CIFAR-10: calibration on 1,024 training images without their labels, top-1 on all 10,000 test images. The sample of
+ImageNet has 1,000 images, very likely of the training set: 256 of them calibrate, the other 744 are judged, and the
+numbers compare a network with its own dense form, no more. One seed, the last epoch, and no choice made on these test
+images.
+
+![Top-1 over the share of parameters kept](images/accuracy.png)
+"""
+
+
+def write_report(results: Results) -> None:
+    """Write docs/results.md and its figure."""
+    if not results:
+        raise SystemExit("there are no results yet: run some rows first")
+    parts = [HEAD]
+    for network, title in NETWORKS.items():
+        own = {name: result for name, result in results.items() if result["network"] == network}
+        if own:
+            parts.append(_network(network, title, own))
+    PAGE.write_text("\n".join(parts), encoding="utf-8")
+    FIGURE.parent.mkdir(exist_ok=True)
+    _figure(results).savefig(FIGURE, dpi=150)
+    print(f"wrote {PAGE.name} and {FIGURE.name}")
+
+
+def _network(network: str, title: str, results: Results) -> str:
+    dense = next(iter(results.values()))["dense"]
+    lines = [f"## {title}\n", f"Dense: top-1 {dense['top1']:.2f}, {_size(dense)}.\n"]
+    main = [name for name in results if name.split("/")[0] in METHODS]
+    order = list(METHODS)
+    main.sort(key=lambda name: (-results[name]["keep"], order.index(name.split("/")[0])))
+    lines.append(
+        _table(
+            ["parameters kept", "how", "top-1", "against dense", "parameters", "MACs", "row"],
+            (_row(name, METHODS[name.split("/")[0]], results[name]) for name in main),
+        )
+    )
+    others = [name for name in results if name not in main]
+    if others:
+        lines += ["### What each part is worth\n"]
+        others.sort()
+        lines.append(
+            _table(
+                ["parameters kept", "what", "top-1", "against dense", "parameters", "MACs", "row"],
+                (_row(name, name.split("/")[1], results[name]) for name in others),
+            )
+        )
+    peers = [row for row in json.loads((HERE / "published.json").read_text())["rows"] if row["network"] == network]
+    if peers:
+        lines += ["### Published numbers of others\n"]
+        lines.append(
+            _table(
+                ["parameters removed", "method", "dense", "top-1", "difference", "trained or fine-tuned", "source"],
+                (_peer(row) for row in sorted(peers, key=lambda row: row["removed"])),
+            )
+        )
+    return "\n".join(lines)
+
+
+def _row(name: str, method: str, result: Mapping[str, Any]) -> list[str]:
+    dense = result["dense"]
+    share = 100 * result["params"] / dense["params"] if "params" in dense else 100 * result["keep"]
+    return [
+        f"{share:.1f} %",
+        method,
+        f"{result['top1']:.2f}",
+        f"{result['top1'] - dense['top1']:+.2f}",
+        f"{result['params']:,}",
+        f"{result['macs'] / 1e6:.1f} M",
+        f"`{name}`",
+    ]
+
+
+def _peer(row: Mapping[str, Any]) -> list[str]:
+    drop = row.get("drop", None if row["top1"] is None else row["top1"] - row["dense"])
+    number = ["?" if row[key] is None else f"{row[key]:.2f}" for key in ("dense", "top1")]
+    return [f"{row['removed']:g} %", row["method"], *number, f"{drop:+.2f}", row["fine_tuned"], row["source"]]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def _size(counts: Mapping[str, Any]) -> str:
+    return f"{counts['params']:,} parameters, {counts['macs'] / 1e6:.1f} M multiply-accumulates"
+
+
+def _figure(results: Results) -> Figure:
+    networks = [network for network in NETWORKS if any(row["network"] == network for row in results.values())]
+    figure = Figure(figsize=(5.2 * len(networks), 4.2), layout="constrained")
+    for axes, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
+        own = [(name.split("/")[0], row) for name, row in results.items() if row["network"] == network]
+        axes.axhline(own[0][1]["dense"]["top1"], color="#0b0b0b", linewidth=1, linestyle=":", label="dense")
+        for method, colour in COLOURS.items():
+            points = sorted(
+                (100 * row["params"] / row["dense"]["params"], row["top1"]) for m, row in own if m == method
+            )
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=METHODS[method])
+        axes.set(title=NETWORKS[network], xlabel="parameters kept, %", ylabel="top-1, %")
+        axes.grid(color="#e1e0d9", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+if __name__ == "__main__":
+    raise SystemExit("run: python benchmarks/accuracy.py table")
