@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import timm
 import torch
 from timm.models._hub import save_config_for_hf
+from timm.utils import reparameterize_model
 from torch import nn
 
 from . import __version__
 from .errors import ArpHubError
-from .models.lowrank import NAME, OF_THE_WEIGHTS, backbone_cfg
+from .models._untrusted import BAD_CONFIG
+from .models.lowrank import NAME, OF_THE_WEIGHTS, OURS, backbone_cfg
 from .structure import plan_of
 
 
@@ -52,6 +55,8 @@ def write_config(
     base, plan = backbone_cfg(name), plan_of(model)
     args: dict[str, Any] = {"backbone": name, "plan": plan.to_dict()} if plan.layers else {}
     args |= {key: value for key, value in _noted_args(model).items() if key not in ("backbone", "plan")}
+    if plan.layers and _is_reparameterized(model, name, args, dict(model_args or {})):
+        args["reparameterized"] = True
     # timm writes what a model has noted about itself; this view shares the weights and has notes of its own.
     view: Any = copy.copy(model)
     noted = getattr(model, "pretrained_cfg", None) or base
@@ -70,7 +75,9 @@ def write_config(
         ) from error
     config = json.loads(path.read_text(encoding="utf-8"))
     # Loading lays this cfg over the backbone's default one: null keeps out what the default has and this model has not.
-    config["pretrained_cfg"] = {**dict.fromkeys(base), **config["pretrained_cfg"]}
+    config["pretrained_cfg"] = {**dict.fromkeys(base), **config["pretrained_cfg"], "num_classes": config["num_classes"]}
+    # timm takes the number of classes from there, and transformers passes it along itself: twice is an error there.
+    config["model_args"].pop("num_classes", None)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return config
 
@@ -107,6 +114,24 @@ def check_rebuilds(config: Mapping[str, Any], model: nn.Module) -> None:
                 f"layer '{name}' is a {here}, but {what} builds a {there}, which computes something else from the same "
                 "weight: save the decomposed model, before to_dense"
             )
+
+
+def _is_reparameterized(model: nn.Module, backbone: str, *args: Mapping[str, Any]) -> bool:
+    """Whether a decomposed model is the backbone after ``reparameterize_model``, and not the backbone as it is."""
+    options = {key: value for given in args for key, value in given.items() if key not in OURS}
+    options.setdefault("num_classes", getattr(model, "num_classes", None))
+    try:
+        with torch.device("meta"):
+            dense = timm.create_model(backbone, **options)
+            found = _dense_keys(model)
+            return found != _dense_keys(dense) and found == _dense_keys(reparameterize_model(dense))
+    except BAD_CONFIG:  # then it is not: check_rebuilds says what is wrong
+        return False
+
+
+def _dense_keys(model: nn.Module) -> set[str]:
+    """The names of a model's weights, those of factors under the name of the layer that they make up."""
+    return {re.sub(r"\.factors\.\d+\.", ".", key) for key in model.state_dict()}
 
 
 def _backbone(model: nn.Module, backbone: str | None) -> str:

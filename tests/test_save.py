@@ -122,7 +122,7 @@ def test_files_and_config(tmp_path: Path) -> None:
     config = read(folder)
     assert config["architecture"] == "arp_lowrank"
     args = config["model_args"]
-    assert args["backbone"] == "cifar_resnet20" and args["num_classes"] == 10
+    assert args["backbone"] == "cifar_resnet20" and config["num_classes"] == 10 and "num_classes" not in args
     assert arp_hub.RankPlan.from_dict(args["plan"]) == plan_of(model)
     assert config["pretrained_cfg"]["mean"] == [0.485, 0.456, 0.406]
     loaded = load(folder)
