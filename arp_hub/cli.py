@@ -47,6 +47,7 @@ from .loading import hub_dataset, published_name
 from .plan import RankPlan
 from .plots import check_picture_path, save_figure, spectra_figure
 from .publish import push_to_hub
+from .run_report import write_report
 from .structure import check_plan, plan_of
 from .tracing import count_macs
 from .training import ImageData, Split, evaluate, load_data
@@ -305,6 +306,24 @@ def push(
         at = "" if done.revision == "main" and not tag else f"@{tag or done.revision}"
         note(f"published: {done.url}")
         note(f'load it with timm.create_model("hf-hub:{done.repo_id}{at}", pretrained=True) after `import arp_hub`')
+
+
+@app.command("report")
+def report_command(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, finished or under way: OUTPUT-run.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write report.html into a run's folder: curves, violations, ranks, spectra, accuracy and size.
+
+    A finished run has one already; this is for looking at one under way.
+
+    Example: arp-hub report runs/quickstart-run
+    """
+    path = write_report(folder)
+    if as_json:
+        print_json({"report": str(path)})
+    else:
+        note(f"report written to {path}")
 
 
 @app.command("doctor")

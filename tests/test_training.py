@@ -77,6 +77,14 @@ def test_a_run_passes_through_every_phase(finished):
     assert list((settings.run_folder / "tracker").glob("events*"))
 
 
+def test_a_run_leaves_a_report(finished):
+    settings, metrics = finished
+    page = (settings.run_folder / "report.html").read_text(encoding="utf-8")
+    shown = (f"{metrics['params']:,d}", f"{metrics['top1']:.2f}", "before decomposition", *metrics["plan"]["layers"])
+    assert [words for words in shown if words not in page] == []
+    assert page.count("<svg") == 7
+
+
 def test_decomposition_changes_nothing_after_the_hold(finished):
     scores = finished[1]["scores"]
     assert scores["decomposed"]["loss"] == pytest.approx(scores["before_decomposition"]["loss"], rel=1e-4)

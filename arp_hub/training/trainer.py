@@ -30,6 +30,7 @@ from ..layers import count_params, low_rank_layers
 from ..loading import hub_dataset, is_saved_model, load_model, published_name, read_weights
 from ..penalty import AdaptiveRankPenalty
 from ..plan import RankPlan
+from ..run_report import write_report
 from ..publish import check_push, push_to_hub
 from ..schemes import Factors
 from ..spectra import decays
@@ -365,6 +366,7 @@ def _save(run: Run, dense: nn.Module, model: nn.Module, metrics: dict[str, Any])
         save_pretrained(model, output, metrics=metrics, label_names=label_names, overwrite=True)
         text = (Path(output) / METRICS).read_text(encoding="utf-8")
         write_atomically(run.config.run_folder / METRICS, text)
+        write_report(run.config.run_folder)
         metrics = json.loads(text)
     run.accelerator.wait_for_everyone()
     run.log.note("saved in '%s': timm.create_model('local-dir:%s', pretrained=True) loads it", output, output)
