@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 
 Point = tuple[float, float]
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 240, 56, 12, 10, 34
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 220, 54, 14, 10, 34
 _ROW = 16
 COLOURS = ("#2a78d6", "#d4622a", "#2f9e6e", "#8a5cd1", "#c9a227", "#c2407a")
 
@@ -28,7 +28,7 @@ def line_chart(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str
     if not drawn:
         return Markup("<p class='none'>No values yet.</p>")
     every = [point for points in drawn.values() for point in points]
-    x_low, x_high = _range([x for x, _ in every])
+    x_low, x_high = _range([x for x, _ in every], margin=0)
     y_low, y_high = _range([y for _, y in every])
 
     def place(point: Point) -> str:
@@ -61,7 +61,7 @@ def heatmap(rows: Mapping[str, Sequence[float | None]], columns: Sequence[str], 
     """
     if not rows or not columns:
         return Markup("<p class='none'>No values yet.</p>")
-    left = 190
+    left = 160
     cell = min(40.0, (_WIDTH - left - _RIGHT) / len(columns))
     parts = []
     for row, (name, values) in enumerate(rows.items()):
@@ -91,7 +91,7 @@ def bars(values: Mapping[str, tuple[float, str]], label: str) -> Markup:
     """
     if not values:
         return Markup("<p class='none'>No values yet.</p>")
-    left, room = 190, _WIDTH - 190 - 130
+    left, room = 160, _WIDTH - 160 - 110
     parts = []
     for row, (name, (share, text)) in enumerate(values.items()):
         y = _TOP + row * _ROW
@@ -110,9 +110,9 @@ def _finite(points: Sequence[Point], log: bool) -> list[Point]:
     return [(x, math.log10(y)) for x, y in kept] if log else kept
 
 
-def _range(values: Sequence[float]) -> Point:
+def _range(values: Sequence[float], margin: float = 0.04) -> Point:
     low, high = min(values), max(values)
-    pad = 0.5 if low == high else 0.04 * (high - low)
+    pad = 0.5 if low == high else margin * (high - low)
     return low - pad, high + pad
 
 
@@ -122,7 +122,7 @@ def _axes(x_range: Point, y_range: Point, x_label: str, y_label: str, log: bool)
     for k in range(5):
         y = bottom - k / 4 * (bottom - _TOP)
         value = y_range[0] + k / 4 * (y_range[1] - y_range[0])
-        text = f"{10**value:.1e}" if log else f"{value:.4g}"
+        text = f"{10**value:.0e}" if log else f"{value:.3g}"
         parts.append(f"<line x1='{_LEFT}' x2='{right}' y1='{y:.1f}' y2='{y:.1f}' class='grid'/>")
         parts.append(f"<text x='{_LEFT - 6}' y='{y + 4:.1f}' text-anchor='end'>{text}</text>")
     for k in range(5):
@@ -150,5 +150,5 @@ def _title(text: str) -> str:
     return f"<title>{escape(text)}</title>"
 
 
-def _short(name: str, limit: int = 28) -> str:
+def _short(name: str, limit: int = 26) -> str:
     return name if len(name) <= limit else "…" + name[1 - limit :]
