@@ -36,7 +36,7 @@ _RECIPE = tuple(
     "mixed_precision".split()
 )
 _FASTER = 0.97
-"""Share of the dense model's time above which a model is not called faster: timings are that uncertain."""
+"""Share of the dense model's time up to which a model is called faster: timings are that uncertain."""
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
@@ -61,10 +61,10 @@ def numbers(metrics: Mapping[str, Any], decomposed: bool) -> str:
             before = dense.get(key)
             share = f"{100 * metrics[key] / before:.1f} %" if before and key in ("params", "macs", "bytes") else ""
             rows.append((label, "" if before is None else form(before), form(metrics[key]), share))
-    for timing in metrics.get("latency", ()):
-        share = f"{100 * timing['ms'] / timing['dense_ms']:.0f} %"
-        label = f"latency, batch {timing['batch']}, ms"
-        rows.append((label, f"{timing['dense_ms']:.2f}", f"{timing['ms']:.2f}", share))
+    for timing in _timings(metrics):
+        before, after = timing["dense_latency_ms"]["median"], timing["latency_ms"]["median"]
+        label = f"latency, batch {timing['batch_size']}, ms"
+        rows.append((label, f"{before:.2f}", f"{after:.2f}", f"{100 * timing['ratio']['median']:.0f} %"))
     if not decomposed:
         return _table(("", "this model"), [(label, value) for label, _, value, _ in rows])
     return _table(("", "dense", "this model", "of dense"), rows)
@@ -77,9 +77,9 @@ def notes(metrics: Mapping[str, Any]) -> str:
     if "top1" in metrics and metrics.get("images"):
         where = f" of `{metrics['data']}`" if metrics.get("data") else ""
         parts.append(f"Accuracy is measured on {metrics['images']:,d} images{where}.")
-    if timings := metrics.get("latency", ()):
-        places = dict.fromkeys(f"{timing['device']}, {timing['dtype']}" for timing in timings)
-        parts.append(f"Latency is the median of paired runs, dense and decomposed in turn, on {'; '.join(places)}.")
+    if timings := _timings(metrics):
+        places = dict.fromkeys(_place(timing) for timing in timings)
+        parts.append(f"Latency is the median of runs of both in turns, on {'; '.join(places)}.")
     return " ".join(parts)
 
 
@@ -179,19 +179,33 @@ def limits(metrics: Mapping[str, Any], decomposed: bool) -> list[str]:
 
 
 def _speed(metrics: Mapping[str, Any]) -> list[str]:
-    timings = metrics.get("latency", ())
+    timings = _timings(metrics)
     if not timings:
         return [
             "Its latency was not measured. Fewer parameters are not always less time: a chain of small layers can be "
             "slower than one large one, most of all at large batches on a GPU. Measure before you promise."
         ]
-    slow = [timing for timing in timings if timing["ms"] > _FASTER * timing["dense_ms"]]
     found = [
-        f"Smaller but not faster on {timing['device']} at batch {timing['batch']}: it takes "
-        f"{100 * timing['ms'] / timing['dense_ms']:.0f} % of the dense model's time."
-        for timing in slow
+        f"Smaller but not faster on {_place(timing)} at batch {timing['batch_size']}: it takes "
+        f"{100 * timing['ratio']['median']:.0f} % of the dense model's time."
+        for timing in timings
+        if timing["ratio"]["median"] > _FASTER
     ]
     return [*found, "On other devices, batch sizes and precisions the latency differs: measure there."]
+
+
+def _timings(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The measurements against the dense form, as `arp_hub.bench.Benchmark.to_dict` gives them."""
+    return [timing for timing in metrics.get("latency", ()) if "ratio" in timing]
+
+
+def _place(timing: Mapping[str, Any]) -> str:
+    """What was measured on, and how."""
+    threads = f"{timing['threads']} thread{'s' if timing['threads'] > 1 else ''}" if timing["device"] == "cpu" else ""
+    layout = "channels last" if timing.get("channels_last") else ""
+    compiled = "compiled" if timing.get("compiled") else ""
+    where = timing.get("hardware") or timing["device"]
+    return ", ".join(filter(None, (where, threads, timing["dtype"], layout, compiled)))
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

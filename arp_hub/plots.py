@@ -15,6 +15,8 @@ _SURFACE, _INK, _MUTED, _GRID = "#fcfcfb", "#0b0b0b", "#52514e", "#e1e0d9"
 _FULL, _HIGH, _LOW, _PLANNED = "#e1e0d9", "#86b6ef", "#2a78d6", "#0b0b0b"
 _SCHEMES = ("#2a78d6", "#e08a1e", "#3f9c6b", "#a05cc0", "#c94f4f", "#7a7a72")
 """Colours of the schemes, in the order in which they appear."""
+_FEW = 12
+"""Layers below which bars are not made wider to fill the picture."""
 _FLOOR = 1e-7
 """Relative singular values below this are rounding error in float32 and are not drawn."""
 
@@ -68,7 +70,8 @@ def ranks_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
     before, after = ([row[key] for row in rows] for key in ("params", "params_after"))
     sizes.bar(positions, before, width=0.8, color=_FULL, label="dense")
     sizes.bar(positions, after, width=0.8, color=_LOW, label="decomposed")
-    sizes.set(ylabel="parameters", xlim=(-0.6, len(rows) - 0.4))
+    sizes.set(ylabel="parameters", xlim=(-0.6, max(len(rows), _FEW) - 0.4))
+    sizes.yaxis.set_major_formatter("{x:,.0f}")
     sizes.set_xticks(positions, names, rotation=90, fontsize=7 if len(names) <= 60 else 5)
     sizes.set_title("Its parameters", loc="left", fontsize=10, color=_MUTED)
     for axes in (ranks, sizes):

@@ -268,12 +268,13 @@ def test_a_missing_number_is_a_missing_line(folder: Path) -> None:
 
 
 def test_the_card_says_where_the_model_is_not_faster(folder: Path) -> None:
-    timing = {"device": "a CPU, 1 thread", "dtype": "float32", "dense_ms": 4.0}
-    fast, slow = {**timing, "batch": 1, "ms": 2.0}, {**timing, "batch": 32, "ms": 4.4}
+    timing = {"device": "cpu", "threads": 2, "dtype": "float32", "dense_latency_ms": {"median": 4.0}}
+    fast = {**timing, "batch_size": 1, "latency_ms": {"median": 2.0}, "ratio": {"median": 0.5}}
+    slow = {**timing, "batch_size": 32, "latency_ms": {"median": 4.4}, "ratio": {"median": 1.1}}
     card = card_of(folder, latency=[fast, slow]).text
     assert "| latency, batch 1, ms | 4.00 | 2.00 | 50 % |" in card
-    assert "Smaller but not faster on a CPU, 1 thread at batch 32: it takes 110 % of the dense model's time." in card
-    assert "at batch 1:" not in card and "was not measured" not in card
+    assert "on cpu, 2 threads, float32 at batch 32: it takes 110 % of the dense model's time." in card
+    assert "float32 at batch 1:" not in card and "was not measured" not in card
     assert "latency was not measured" in card_of(folder).text
 
 
