@@ -65,7 +65,7 @@ def trace(model: nn.Module, input_size: InputSize | None = None) -> Trace:
         ArpHubError: If the model cannot run on an input of this size.
     """
     size = input_size_of(model, input_size)
-    twin = meta_copy(model).eval()
+    twin = meta_copy(model).eval().requires_grad_(False)  # the counter stumbles over gradients of views
     names = {id(module): name for name, module in weight_layers(twin)}
     names.update({id(m): name for name, m in twin.named_modules() if isinstance(m, LowRankLayer)})
     sizes: dict[str, list[Pair]] = {}

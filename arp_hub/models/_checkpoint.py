@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -34,7 +33,7 @@ def weights_source(cfg: Mapping[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointAdapter:
-    """The ``pretrained_filter_fn`` of a decomposed model: checks the factors, runs the backbone's filter on the rest.
+    """The ``pretrained_filter_fn`` of a decomposed model: checks the factors, lets the backbone adapt the rest.
 
     Attributes:
         saved: The plan of the saved weights.
@@ -42,7 +41,8 @@ class CheckpointAdapter:
         first_convs: Names of the layers that meet the input image.
         channels: Channels of the input image in the saved weights, and in the model.
         may_lack: Layers that the saved weights may lack. None: any, because the caller asks for other layers.
-        entrypoint: The backbone's entrypoint.
+        load: What the backbone makes of dense weights for the caller's arguments (it resamples position embeddings and
+            the like). None: nothing, because those arguments leave all shapes as they were saved.
         source: Where the weights come from, for messages.
     """
 
@@ -51,7 +51,7 @@ class CheckpointAdapter:
     first_convs: frozenset[str]
     channels: tuple[int, int]
     may_lack: frozenset[str] | None
-    entrypoint: Callable[..., nn.Module]
+    load: Callable[[StateDict], StateDict] | None
     source: str
 
     def __call__(self, state: StateDict, model: nn.Module) -> StateDict:
@@ -72,11 +72,12 @@ class CheckpointAdapter:
         merged = self.first_convs & (self.saved.layers.keys() - self.kept.layers.keys())
         for name in merged:
             dense |= self._merged(name, factors[name], modules[name])
-        stand_ins: StateDict = {}
-        for name in self.saved.layers.keys() - merged:
-            stand_ins |= _stand_ins(name, factors[name], modules.get(name))
-        dense = self._filtered({**dense, **stand_ins}, model)
-        dense = {key: value for key, value in dense.items() if key not in stand_ins}
+        if self.load is not None:
+            stand_ins: StateDict = {}
+            for name in self.saved.layers.keys() - merged:
+                stand_ins |= _stand_ins(name, factors[name], modules.get(name))
+            loaded = self.load({**dense, **stand_ins})
+            dense = {key: value for key, value in loaded.items() if key not in stand_ins}
         adapted = dense | {key: value for name in self.kept.layers for key, value in factors[name].items()}
         self._check_complete(adapted, model)
         return adapted
@@ -108,16 +109,6 @@ class CheckpointAdapter:
                 f"({len(missing)} such in all)"
             )
 
-    def _filtered(self, state: StateDict, model: nn.Module) -> StateDict:
-        """Run the backbone's own filter, which resamples position embeddings and the like, if it has one."""
-        own_filter = getattr(sys.modules[self.entrypoint.__module__], "checkpoint_filter_fn", None)
-        if own_filter is None:
-            return state
-        try:
-            return own_filter(state, model)
-        except TypeError:  # as timm does, for filters that take the state alone
-            return own_filter(state)
-
     def _merged(self, name: str, found: StateDict, module: nn.Module) -> StateDict:
         """The dense weight of a first convolution, with the channels that were saved: timm adapts it to the model's."""
         layer = self.saved.layers[name]
@@ -144,10 +135,7 @@ class CheckpointAdapter:
 
 
 def _stand_ins(name: str, factors: StateDict, module: nn.Module | None) -> StateDict:
-    """What the backbone's filter sees in place of factors: dense shapes, without memory of their own.
-
-    Filters tell a checkpoint's origin by its keys, and read shapes of weights that are factors here.
-    """
+    """What the backbone loads in place of factors: weights of the dense shapes, without memory of their own."""
     weights = [factors[key] for key in sorted(factors) if key.endswith(".weight")]
     if isinstance(module, LowRankLayer):
         shape = module.scheme.shape

@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ import timm
 import torch
 from timm.models import FeatureListNet, PretrainedCfg, build_model_with_cfg, model_entrypoint, register_model
 from timm.models._hub import download_from_hf
-from torch import nn
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
 
 from ..errors import ArpHubError
 from ..plan import RankPlan
@@ -41,6 +43,13 @@ _SAME_LAYERS = frozenset(
     | {"drop_rate", "drop_path_rate", "drop_block_rate", "pretrained_model_args"}
 )
 """Arguments that add no layer to a model, apart from the classifier."""
+_SAME_SHAPES = _SAME_LAYERS - {"img_size"}
+"""Those of them that leave all shapes as they are, apart from those of the classifier and the first convolution."""
+_NOT_THE_MODEL = frozenset({"features_only", "out_indices", "feature_cls", "cache_dir", "pretrained_model_args"})
+_MOST_BRANCHES = 16
+"""Tensors of a backbone before its branches are merged for each one after."""
+OURS = frozenset({"backbone", "plan", "reparameterized"})
+"""Arguments of `arp_lowrank` itself."""
 OF_THE_WEIGHTS = frozenset(
     {"architecture", "tag", "custom_load", "label_offset", "origin_url", "notes", "description", *_UNTRUSTED}
 )
@@ -49,7 +58,12 @@ OF_THE_WEIGHTS = frozenset(
 
 @register_model
 def arp_lowrank(
-    pretrained: bool = False, *, backbone: str = "", plan: RankPlan | Mapping[str, Any] | None = None, **kwargs: Any
+    pretrained: bool = False,
+    *,
+    backbone: str = "",
+    plan: RankPlan | Mapping[str, Any] | None = None,
+    reparameterized: bool = False,
+    **kwargs: Any,
 ) -> nn.Module:
     """Build a decomposed model.
 
@@ -57,6 +71,8 @@ def arp_lowrank(
         pretrained: Load the weights of the ``local-dir:`` or ``hf-hub:`` folder that the model is created from.
         backbone: Any registered timm name, with or without a tag.
         plan: The rank plan or its JSON form.
+        reparameterized: Whether the backbone's branches were merged (``timm.utils.reparameterize_model``) before it
+            was decomposed.
         **kwargs: Whatever the backbone takes.
 
     Raises:
@@ -80,18 +96,22 @@ def arp_lowrank(
         dense |= classifiers
     if channels[0] != channels[1]:
         dense |= first_convs
+    same_shapes = _same_as_saved(kwargs, _SAME_SHAPES) or reparameterized
+    if not same_shapes:
+        dense |= _removed(rank_plan, entrypoint, cfg, kwargs)
     kept = RankPlan({name: layer for name, layer in rank_plan.layers.items() if name not in dense})
 
     def build(**model_kwargs: Any) -> nn.Module:
-        return apply_plan(entrypoint(pretrained=False, pretrained_cfg=dict(cfg), **model_kwargs), kept)
+        model = entrypoint(pretrained=False, pretrained_cfg=dict(cfg), **model_kwargs)
+        return apply_plan(reparameterize_model(model, inplace=True) if reparameterized else model, kept)
 
     adapter = CheckpointAdapter(
         rank_plan,
         kept,
         first_convs,
         channels,
-        may_lack=classifiers if cfg["num_classes"] and _has_saved_layers(kwargs) else None,
-        entrypoint=entrypoint,
+        may_lack=classifiers if cfg["num_classes"] and _same_as_saved(kwargs, _SAME_LAYERS) else None,
+        load=None if same_shapes else partial(_load_dense, entrypoint, cfg, kwargs),
         source=weights_source(cfg),
     )
     try:
@@ -153,11 +173,12 @@ def _check_saved(entrypoint: Callable[..., nn.Module], cfg: Mapping[str, Any], s
     if saved is None:
         return
     source = weights_source(cfg)
-    args = {key: value for key, value in check_args(saved, source).items() if key not in ("backbone", "plan")}
+    args = {key: value for key, value in check_args(saved, source).items() if key not in OURS}
     check_cfg(cfg, source)
     if (file := Path(cfg.get("file") or "")).is_file():
         header = read_header(file)
-        check_build(lambda: entrypoint(pretrained=False, pretrained_cfg=dict(cfg), **args), header, source)
+        branches = _MOST_BRANCHES if saved.get("reparameterized") else 1
+        check_build(lambda: entrypoint(pretrained=False, pretrained_cfg=dict(cfg), **args), header, source, branches)
 
 
 def _weights_file(cfg: Mapping[str, Any], cache_dir: Any) -> dict[str, Any]:
@@ -177,10 +198,39 @@ def _weights_file(cfg: Mapping[str, Any], cache_dir: Any) -> dict[str, Any]:
     )
 
 
-def _has_saved_layers(kwargs: Mapping[str, Any]) -> bool:
-    """Whether the caller's arguments leave all layers but the classifier as the saved arguments made them."""
+def _same_as_saved(kwargs: Mapping[str, Any], harmless: frozenset[str]) -> bool:
+    """Whether the caller's arguments are the saved ones, apart from ``harmless`` ones."""
     saved = kwargs.get("pretrained_model_args") or {}
-    return all(key in _SAME_LAYERS or (key in saved and saved[key] == value) for key, value in kwargs.items())
+    return all(key in harmless or (key in saved and saved[key] == value) for key, value in kwargs.items())
+
+
+def _removed(
+    plan: RankPlan, entrypoint: Callable[..., nn.Module], cfg: Mapping[str, Any], kwargs: Mapping[str, Any]
+) -> frozenset[str]:
+    """The planned layers that the backbone has by the saved arguments, and has no more by the caller's."""
+    saved = {key: value for key, value in (kwargs.get("pretrained_model_args") or {}).items() if key not in OURS}
+
+    def names(arguments: Mapping[str, Any]) -> set[str]:
+        with torch.device("meta"):
+            model = entrypoint(pretrained=False, pretrained_cfg=dict(cfg), **arguments)
+        return {name for name, _ in model.named_modules(remove_duplicate=False)}
+
+    missing = plan.layers.keys() - names(_model_args(kwargs))
+    return frozenset(missing & names(saved)) if missing else frozenset()
+
+
+def _load_dense(
+    entrypoint: Callable[..., nn.Module], cfg: Mapping[str, Any], kwargs: Mapping[str, Any], state: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Dense weights as the backbone's own loading, with all that is special about it, adapts them to arguments."""
+    given = {**cfg, "source": None, "file": None, "hf_hub_id": None, "state_dict": state}
+    model = entrypoint(pretrained=True, pretrained_cfg=given, **_model_args(kwargs))
+    return dict(model.state_dict())
+
+
+def _model_args(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that say what the model is, not how it is loaded or wrapped."""
+    return {key: value for key, value in kwargs.items() if key not in _NOT_THE_MODEL}
 
 
 def _feature_cfg(
