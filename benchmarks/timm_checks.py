@@ -1,0 +1,542 @@
+"""What must hold for a decomposed timm model: each entry point against the dense model's, as one table of checks.
+
+Weights are random; what is compared is structure. At full rank a decomposed model computes what the dense one computes,
+so that every difference is a fault. Parameters that start at zero are perturbed and BatchNorm statistics are measured on
+the images of the check, because logits of an untrained model hide errors.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import group_parameters
+from timm.optim import param_groups_layer_decay
+from timm.utils import ModelEmaV3, reparameterize_model
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+
+import arp_hub
+from arp_hub.dense import refusal
+from arp_hub.layers import count_params, layer_shape, low_rank_layers, weight_layers
+from arp_hub.schemes import SCHEMES, make_scheme
+from arp_hub.tracing import trace
+
+TOLERANCE = 1e-3
+"""Largest relative error of a feature map at full rank."""
+ONNX_TOLERANCE = 1e-4
+_SIDES = (64, 128, 160, 192, 224, 256)
+
+
+class Failed(Exception):
+    """A check that does not hold, with the reason."""
+
+
+class NotApplicable(Exception):
+    """The dense backbone does not have or cannot do what is checked, with the reason."""
+
+
+@dataclass
+class Case:
+    """One backbone: dense, decomposed at full rank, and decomposed to half of its parameters."""
+
+    name: str
+    size: tuple[int, int, int]
+    dense: nn.Module
+    exact: nn.Module
+    half: nn.Module
+    folder: Path
+
+    @property
+    def images(self) -> Tensor:
+        """Two images."""
+        return torch.randn(2, *self.size, generator=torch.Generator().manual_seed(1))
+
+    def load(self, kind: str, **arguments: Any) -> nn.Module:
+        """The saved ``dense`` or ``exact`` model, made anew by timm."""
+        torch.manual_seed(2)  # what the arguments leave random is random alike
+        return timm.create_model(f"local-dir:{self.folder / kind}", pretrained=True, **arguments).eval()
+
+
+def smallest_size(name: str) -> tuple[int, int, int]:
+    """The smallest square image that a backbone takes as it is, at most its default."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    channels, *default = model.pretrained_cfg["input_size"]
+    for side in (side for side in _SIDES if side < min(default)):
+        try:
+            with torch.no_grad():
+                maps = model.eval()(torch.zeros(2, channels, side, side, device="meta"))
+            if isinstance(maps, Tensor):
+                return channels, side, side
+        except Exception:  # noqa: S112, BLE001 - whatever it says, this size is none of its
+            continue
+    return channels, *default
+
+
+def random_model(name: str, size: tuple[int, int, int], **arguments: Any) -> nn.Module:
+    """A backbone with random weights, none of them zero, and with BatchNorm statistics of random images."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **arguments).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.abs().max() < 1e-2:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model(torch.randn(4, *size))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()
+
+
+def full_rank_plan(model: nn.Module, size: tuple[int, int, int]) -> arp_hub.RankPlan:
+    """Every layer that can be decomposed, stem and classifier too, at full rank, the schemes taking turns."""
+    turns = itertools.count()
+    called = trace(model, size).sizes
+    plans = {}
+    for name, module in weight_layers(model):
+        if refusal(module) is not None or name not in called:
+            continue
+        shape = layer_shape(module)
+        fitting = [
+            (scheme, groups)
+            for scheme, kind in SCHEMES.items()
+            for groups in ((2,) if kind.grouped else (1,))
+            if kind.refusal(shape, groups) is None
+        ]
+        scheme, groups = fitting[next(turns) % len(fitting)]
+        plans[name] = arp_hub.LayerPlan(scheme, make_scheme(scheme, shape, groups).max_rank, groups)
+    return arp_hub.RankPlan(plans)
+
+
+def flat(value: Any) -> list[Any]:
+    """The leaves of nested lists, tuples and dictionaries."""
+    if isinstance(value, Mapping):
+        return [leaf for one in value.values() for leaf in flat(one)]
+    if isinstance(value, (list, tuple)):
+        return [leaf for one in value for leaf in flat(one)]
+    return [value]
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    if found.shape != expected.shape:
+        raise Failed(f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
+    difference = (found.double() - expected.double()).norm()
+    error = float(difference / expected.double().norm().clamp_min(1e-6))
+    return error if error == error else float("inf")
+
+
+def same(found: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
+    """Compare what two calls gave; tensors up to ``tolerance``, all else exactly."""
+    pairs = list(zip(flat(found), flat(expected), strict=True))
+    for one, other in pairs:
+        if isinstance(other, Tensor):
+            if (error := relative_error(one, other)) > tolerance:
+                raise Failed(f"differs by {error:.1e}")
+        elif one != other:
+            raise Failed(f"{str(one)[:60]} instead of {str(other)[:60]}")
+
+
+def alike(case: Case, call: Callable[[nn.Module], Any], tolerance: float = TOLERANCE) -> None:
+    """Call something on a copy of the dense model and on one of the decomposed, and compare."""
+    compare(lambda: call(copy.deepcopy(case.exact)), lambda: call(copy.deepcopy(case.dense)), tolerance)
+
+
+def compare(ours: Callable[[], Any], theirs: Callable[[], Any], tolerance: float = TOLERANCE) -> None:
+    """Compare two results, or that both calls raise."""
+    try:
+        with torch.no_grad():
+            torch.manual_seed(3)
+            expected = theirs()
+    except Exception as error:  # noqa: BLE001 - the dense model says what is right
+        try:
+            with torch.no_grad():
+                ours()
+        except Exception as found:  # noqa: BLE001
+            if not isinstance(found, (type(error), arp_hub.ArpHubError)):
+                raise Failed(f"{type(found).__name__}: {found}, where the dense one raises {error!r}") from None
+            raise NotApplicable(f"raises {type(error).__name__}, as the dense one does") from None
+        raise NotApplicable(f"works, where the dense one raises {type(error).__name__}") from None
+    with torch.no_grad():
+        torch.manual_seed(3)
+        same(ours(), expected, tolerance)
+
+
+def needs(model: nn.Module, name: str) -> None:
+    """End the check unless the dense model has a method of this name."""
+    if not hasattr(model, name):
+        raise NotApplicable(f"it has no {name}")
+
+
+def feature_maps(case: Case) -> None:
+    """Every module's output, layer by layer."""
+    for dtype in (torch.float32, torch.float64):
+        try:
+            name, error = _largest_map_error(case, dtype)
+        except RuntimeError:
+            if dtype == torch.float32:
+                raise
+            break
+        if error < TOLERANCE:
+            return
+    raise Failed(f"'{name}' differs by {error:.1e}")
+
+
+def _largest_map_error(case: Case, dtype: torch.dtype) -> tuple[str, float]:
+    """In double precision rounding does not count: then the fault is one of structure."""
+    dense, exact = case.dense, case.exact
+    if dtype != torch.float32:
+        dense = copy.deepcopy(dense).to(dtype)
+        plan = full_rank_plan(dense, case.size)
+        exact = arp_hub.decompose(copy.deepcopy(dense), plan)
+    with _outputs(dense) as expected, torch.no_grad():
+        dense(case.images.to(dtype))
+    with _outputs(exact) as found, torch.no_grad():
+        exact(case.images.to(dtype))
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise Failed(f"'{missing[0]}' is never called")
+    errors = {name: relative_error(found[name], value) for name, value in expected.items()}
+    name = max(errors, key=errors.__getitem__)
+    return name, errors[name]
+
+
+@contextmanager
+def _outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The output of every module's last call, factors not looked into."""
+    found: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.is_floating_point():
+                found[name] = output.detach()
+
+        return keep
+
+    handles = [m.register_forward_hook(hook(n)) for n, m in model.named_modules() if ".factors" not in n]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def half_finite(case: Case) -> None:
+    with torch.no_grad():
+        outputs = flat(case.half(case.images))
+    if not all(bool(torch.isfinite(y).all()) for y in outputs):
+        raise Failed("outputs are not finite")
+
+
+def forward_parts(case: Case) -> None:
+    alike(case, lambda m: m.forward_head(m.forward_features(case.images)))
+    alike(case, lambda m: m.forward_head(m.forward_features(case.images), pre_logits=True))
+
+
+def forward_intermediates(case: Case) -> None:
+    needs(case.dense, "forward_intermediates")
+    alike(case, lambda m: m.forward_intermediates(case.images))
+
+
+def prune_intermediate_layers(case: Case) -> None:
+    needs(case.dense, "prune_intermediate_layers")
+
+    def call(model: Any) -> Any:
+        indices = model.prune_intermediate_layers([0], prune_head=True)
+        return indices, model.forward_intermediates(case.images, indices=[0], intermediates_only=True)
+
+    alike(case, call)
+
+
+def feature_info(case: Case) -> None:
+    needs(case.dense, "feature_info")
+    if [dict(i) for i in case.exact.feature_info] != [dict(i) for i in case.dense.feature_info]:
+        raise Failed("differs")
+
+
+def layer_decay(case: Case) -> None:
+    needs(case.dense, "group_matcher")
+
+    def owner(name: str) -> str:
+        layer, _, end = name.rpartition(".")
+        return f"{layer.split('.factors.')[0]}.{end}"
+
+    def by_layer(model: Any) -> dict[Any, list[str]]:
+        found = group_parameters(model, model.group_matcher(coarse=False))
+        return {key: sorted({owner(name) for name in names}) for key, names in found.items()}
+
+    if by_layer(case.exact) != by_layer(case.dense):
+        raise Failed("parameters are in other groups")
+    count = sum(len(group["params"]) for group in param_groups_layer_decay(case.exact, layer_decay=0.9))
+    if count != sum(p.requires_grad for p in case.exact.parameters()):
+        raise Failed(f"{count} parameters have a rate")
+
+
+def no_weight_decay(case: Case) -> None:
+    needs(case.dense, "no_weight_decay")
+    alike(case, lambda m: sorted(m.no_weight_decay()))
+
+
+def classifier(case: Case) -> None:
+    def call(model: Any) -> Any:
+        model.get_classifier()
+        model.reset_classifier(0)
+        features = model(case.images)
+        model.reset_classifier(7)
+        return [*flat(features), [tuple(y.shape) for y in flat(model(case.images))]]
+
+    alike(case, call)
+
+
+def training(case: Case) -> None:
+    """Gradient checkpointing, a backward pass, an optimiser's step."""
+    model = copy.deepcopy(case.half)
+    if hasattr(model, "set_grad_checkpointing"):
+        try:
+            model.set_grad_checkpointing(True)
+        except AssertionError:  # not every backbone can
+            pass
+    model.train()
+    for norm in (m for m in model.modules() if isinstance(m, BatchNorm)):
+        norm.eval()  # a map of one pixel has no statistics
+    sum(y.float().mean() for y in flat(model(case.images))).backward()  # type: ignore[union-attr]
+    bad = [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    if bad:
+        raise Failed(f"the gradient of '{bad[0]}' is not finite")
+    silent = [n for n, p in model.named_parameters() if ".factors." in n and p.grad is None]
+    if silent:
+        raise Failed(f"'{silent[0]}' has no gradient")
+    torch.optim.SGD(model.parameters(), lr=1e-4).step()
+
+
+def set_input_size(case: Case) -> None:
+    needs(case.dense, "set_input_size")
+    side = max(case.size[1] // 64 * 32, 32)
+    images = torch.randn(1, case.size[0], side, side)
+
+    def call(model: Any) -> Any:
+        model.set_input_size(img_size=side)
+        return model(images)
+
+    alike(case, call)
+
+
+def init_weights(case: Case) -> None:
+    needs(case.dense, "init_weights")
+    model: Any = copy.deepcopy(case.half)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if ".factors." in name}
+    model.init_weights()
+    changed = [name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])]
+    with torch.no_grad():
+        if not all(bool(torch.isfinite(y).all()) for y in flat(model(case.images))):
+            raise Failed("outputs are not finite")
+    if not changed:
+        raise NotApplicable("leaves the factors as they are")
+
+
+def reparameterize(case: Case) -> None:
+    """Reparameterised first and decomposed then; the other order is refused, or leaves the factors alone."""
+    merged = reparameterize_model(case.dense)
+    changes = merged.state_dict().keys() != case.dense.state_dict().keys()
+    try:
+        ours = reparameterize_model(case.exact)
+        if low_rank_layers(ours).keys() != low_rank_layers(case.exact).keys():
+            raise Failed("dense layers come back")
+    except arp_hub.ArpHubError:
+        if not changes:
+            raise Failed("refused, where the dense one has nothing to merge") from None
+    if not changes:
+        raise NotApplicable("nothing to merge")
+    exact = arp_hub.decompose(copy.deepcopy(merged), full_rank_plan(merged, case.size))
+    with torch.no_grad():
+        same(exact(case.images), merged(case.images))
+    arp_hub.save_pretrained(exact, case.folder / "merged")
+    loaded = case.load("merged")
+    with torch.no_grad():
+        if not torch.equal(loaded(case.images), exact(case.images)):
+            raise Failed("another output once saved and loaded")
+
+
+def ema(case: Case) -> None:
+    average = ModelEmaV3(case.exact, decay=0.5)
+    average.update(case.exact)
+    with torch.no_grad():
+        same(average.module.eval()(case.images), case.exact(case.images))
+
+
+def copies(case: Case) -> None:
+    for other in (copy.deepcopy(case.exact), pickle.loads(pickle.dumps(case.exact))):
+        with torch.no_grad():
+            if not torch.equal(other(case.images), case.exact(case.images)):
+                raise Failed("a copy computes something else")
+
+
+def channels_last(case: Case) -> None:
+    layout: Any = torch.channels_last
+    alike(case, lambda m: m.to(memory_format=layout)(case.images.contiguous(memory_format=layout)))
+
+
+def half_precision(case: Case, dtype: torch.dtype) -> None:
+    def error(model: nn.Module) -> float:
+        with torch.no_grad():
+            exact = flat(model(case.images))[0]
+            return relative_error(flat(copy.deepcopy(model).to(dtype)(case.images.to(dtype)))[0].float(), exact)
+
+    try:
+        dense = error(case.dense)
+    except RuntimeError as reason:
+        raise NotApplicable(f"the dense one fails: {reason}") from None
+    if (ours := error(case.exact)) > max(10 * dense, 0.1):
+        raise Failed(f"differs by {ours:.1e} from single precision, the dense one by {dense:.1e}")
+
+
+def compiled(case: Case) -> None:
+    with torch.no_grad():
+        same(torch.compile(case.half, backend="eager")(case.images), case.half(case.images))
+    torch.compiler.reset()
+
+
+def exported(case: Case) -> None:
+    """torch.export: the same outputs, and the small layers in the graph."""
+    try:
+        torch.export.export(case.dense, (case.images,), strict=False)
+    except Exception as error:  # noqa: BLE001
+        raise NotApplicable(f"the dense one fails: {type(error).__name__}") from None
+    program = torch.export.export(case.half, (case.images,), strict=False)
+    with torch.no_grad():
+        same(program.module()(case.images), case.half(case.images))
+    count = sum(p.numel() for p in program.parameters())
+    if count != count_params(case.half):
+        raise Failed(f"the graph holds {count} parameters, the model {count_params(case.half)}")
+
+
+def onnx(case: Case) -> None:
+    """ONNX: parity with onnxruntime, and the small layers in the file."""
+    onnxruntime = __import__("onnxruntime")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        try:
+            program = torch.onnx.export(case.half, (case.images,), path, dynamo=True, verbose=False)
+        except Exception as error:  # noqa: BLE001
+            try:
+                torch.onnx.export(case.dense, (case.images,), Path(folder) / "dense.onnx", dynamo=True, verbose=False)
+            except Exception:  # noqa: BLE001
+                raise NotApplicable(f"the dense one fails: {type(error).__name__}") from None
+            raise Failed(str(error)) from None
+        del program
+        found = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        outputs = found.run(None, {found.get_inputs()[0].name: case.images.numpy()})
+        size = sum(file.stat().st_size for file in Path(folder).iterdir())
+    with torch.no_grad():
+        for y, expected in zip(outputs, flat(case.half(case.images)), strict=True):
+            same(torch.from_numpy(y), expected, ONNX_TOLERANCE)
+    weights = 4 * sum(tensor.numel() for tensor in case.half.state_dict().values())
+    if size > 1.1 * weights + 2e6:
+        raise Failed(f"the file has {size} bytes, the weights {weights}")
+
+
+def torchscript(case: Case) -> None:
+    try:
+        torch.jit.script(timm.create_model(case.name, scriptable=True))
+    except Exception as error:  # noqa: BLE001
+        raise NotApplicable(f"the dense one fails: {type(error).__name__}") from None
+    model = case.load("half", scriptable=True)
+    script = torch.jit.script(model)
+    with torch.no_grad():
+        same(script(case.images), model(case.images))
+
+
+def create_with(**arguments: Any) -> Callable[[Case], None]:
+    """Load a saved model with arguments of ``timm.create_model``."""
+
+    def check(case: Case) -> None:
+        given = dict(arguments)
+        if given.get("img_size") == "other":
+            given["img_size"] = max(case.size[1] // 64 * 32, 32)
+        size = (given.get("in_chans", case.size[0]), *[given.get("img_size", side) for side in case.size[1:]])
+        images = torch.randn(1, *size, generator=torch.Generator().manual_seed(4))
+
+        def call(kind: str) -> Any:
+            model: Any = case.load(kind, **given)
+            found = flat(model(images))
+            if given.get("features_only"):
+                info = model.feature_info
+                return [*found, info.channels(), info.reduction(), info.module_name()]
+            if given.get("num_classes"):  # a new classifier is random: compare what it sees
+                shapes = [tuple(y.shape) for y in found]
+                model.reset_classifier(0)
+                return [*flat(model(images)), shapes]
+            return found
+
+        compare(lambda: call("exact"), lambda: call("dense"))
+
+    return check
+
+
+CHECKS: dict[str, Callable[[Case], None]] = {
+    "feature maps": feature_maps,
+    "half finite": half_finite,
+    "forward parts": forward_parts,
+    "forward_intermediates": forward_intermediates,
+    "prune_intermediate_layers": prune_intermediate_layers,
+    "feature_info": feature_info,
+    "layer decay": layer_decay,
+    "no_weight_decay": no_weight_decay,
+    "reset_classifier": classifier,
+    "training": training,
+    "set_input_size": set_input_size,
+    "init_weights": init_weights,
+    "reparameterize": reparameterize,
+    "EMA": ema,
+    "copies": copies,
+    "channels_last": channels_last,
+    "bfloat16": lambda case: half_precision(case, torch.bfloat16),
+    "float16": lambda case: half_precision(case, torch.float16),
+    "load": create_with(),
+    "num_classes=0": create_with(num_classes=0),
+    "in_chans=1": create_with(in_chans=1),
+    "num_classes=7, in_chans=4": create_with(num_classes=7, in_chans=4),
+    "global_pool=max": create_with(global_pool="max"),
+    "global_pool=''": create_with(global_pool="", num_classes=0),
+    "drop_rate, exportable": create_with(drop_rate=0.1, exportable=True),
+    "drop_path_rate": create_with(drop_path_rate=0.1),
+    "img_size": create_with(img_size="other"),
+    "features_only": create_with(features_only=True),
+    "scriptable": create_with(scriptable=True),
+}
+"""The entry points by name; a check returns where it holds, and raises `Failed` or `NotApplicable` where not."""
+
+EXPORTS: dict[str, Callable[[Case], None]] = {
+    "torch.compile": compiled,
+    "torch.export": exported,
+    "ONNX": onnx,
+    "TorchScript": torchscript,
+}
+"""The ways out of Python, each of which takes longer than all of the other checks together."""
+
+
+def run_check(case: Case, name: str) -> str:
+    """The outcome of one check in words: ``ok``, ``n/a: why`` or ``fails: why``."""
+    try:
+        (CHECKS | EXPORTS)[name](case)
+    except NotApplicable as reason:
+        return f"n/a: {reason}"
+    except Exception as error:  # noqa: BLE001 - whatever goes wrong in a backbone is a finding
+        kind = "" if isinstance(error, Failed) else f"{type(error).__name__}: "
+        return f"fails: {kind}{str(error)[:300]}"
+    return "ok"

@@ -1,0 +1,278 @@
+"""Decompose the smallest model of every timm family and check all that timm does with it.
+
+    python benchmarks/timm_sweep.py            # one model for each family: the checks of timm_checks.py
+    python benchmarks/timm_sweep.py --exports  # the same models: torch.compile, torch.export, ONNX, TorchScript
+    python benchmarks/timm_sweep.py --all      # every architecture: planned on the meta device
+    python benchmarks/timm_sweep.py --docs     # write docs/supported-models.md from the results
+
+Each family runs in a process of its own under a time limit, so that one crash does not end the sweep. Results are
+written after each; what is there already is not run again, unless it is named with ``--family``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import multiprocessing
+import re
+import resource
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot  # noqa: F401 - here and below, so that no process has to import it again
+import timm
+import torch
+import torch._dynamo  # noqa: F401
+from timm.models import save_for_hf
+from timm_checks import CHECKS, EXPORTS, Case, flat, full_rank_plan, random_model, run_check, smallest_size
+from torch import nn
+
+import arp_hub
+import arp_hub.plots
+import arp_hub.report  # noqa: F401
+from arp_hub._env import environment
+from arp_hub.layers import count_params
+
+RESULTS = Path(__file__).parent / "results" / "timm_sweep.json"
+DOCS = Path(__file__).parents[1] / "docs" / "supported-models.md"
+LARGEST = 60_000_000
+KEEP = 0.5
+
+
+def main() -> None:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", nargs="+", default=[], help="run these families, again if need be")
+    parser.add_argument("--model", help="run this model in place of the family's smallest; with one --family")
+    parser.add_argument("--exports", action="store_true", help="export the models of the families")
+    parser.add_argument("--all", action="store_true", help="plan every architecture on the meta device")
+    parser.add_argument("--docs", action="store_true", help="write docs/supported-models.md")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for a family")
+    args = parser.parse_args()
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    if args.docs:
+        write_docs(results)
+        return
+    results |= environment()
+    families = families_of_timm()
+    part = results.setdefault("architectures" if args.all else "exports" if args.exports else "families", {})
+    for family in args.family or sorted(families, key=list({**results.get("smallest", {}), **families}).index):
+        if family in part and family not in args.family:
+            continue
+        began = time.perf_counter()
+        if args.all:
+            row = in_process(lambda names=families[family]: plan_all(names), args.limit)
+        else:
+            least = results.setdefault("smallest", {})
+            if not args.model and family not in least:
+                least[family] = smallest(families[family])
+            row = check_family(args.model or least[family], args.exports, args.limit)
+        row["seconds"] = round(time.perf_counter() - began, 1)
+        part[family] = row
+        save(results)
+        print(summary(family, row), flush=True)
+
+
+def families_of_timm() -> dict[str, list[str]]:
+    """The architectures of every model file of timm, without those that other packages register."""
+    families: dict[str, list[str]] = {}
+    for name in timm.list_models():
+        package, _, family = timm.models.model_entrypoint(name).__module__.rpartition(".")
+        if package == "timm.models":
+            families.setdefault(family, []).append(name)
+    return families
+
+
+def smallest(names: list[str]) -> str:
+    """The architecture with the fewest parameters."""
+    return str(in_process(lambda: {"name": min(names, key=meta_params)}, 600)["name"])
+
+
+def meta_params(name: str) -> int:
+    """Parameters of an architecture, counted without memory."""
+    with torch.device("meta"):
+        return count_params(timm.create_model(name))
+
+
+def in_process(call: Callable[[], dict[str, Any]], limit: float) -> dict[str, Any]:
+    """Run a call in a process of its own; what goes wrong there is its result."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "row.json"
+
+        def target() -> None:
+            try:
+                row = call()
+            except Exception as error:  # noqa: BLE001 - one family must not end the sweep
+                row = {"error": f"{type(error).__name__}: {error}"[:500], "trace": traceback.format_exc()[-1500:]}
+            path.write_text(json.dumps(row), encoding="utf-8")
+
+        process = multiprocessing.get_context("fork").Process(target=target)
+        process.start()
+        process.join(limit)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            return {"error": f"not done within {limit:.0f} s"}
+        if not path.exists():
+            return {"error": f"the process ended with code {process.exitcode}"}
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def check_family(name: str, exports: bool, limit: float) -> dict[str, Any]:
+    """All checks of one model; one above the largest size is planned only."""
+    if in_process(lambda: {"params": meta_params(name)}, limit)["params"] > LARGEST:
+        return {"model": name, **({} if exports else in_process(lambda: plan_one(name), limit))}
+    with tempfile.TemporaryDirectory() as folder:
+        if exports:
+            return {"model": name, **in_process(lambda: export_model(name, Path(folder)), limit)}
+        row = {"model": name, **in_process(lambda: check_model(name, Path(folder)), limit)}
+        if "checks" in row:
+            row["checks"]["fresh process"] = in_process(lambda: reload(Path(folder)), limit).get("error", "ok")
+    return row
+
+
+def check_model(name: str, folder: Path) -> dict[str, Any]:
+    """Decompose one model at full rank and to half of its parameters, save both, and run every check."""
+    size = smallest_size(name)
+    dense = random_model(name, size)
+    exact = arp_hub.decompose(copy.deepcopy(dense), full_rank_plan(dense, size))
+    began = time.perf_counter()
+    keep, plan = feasible_plan(dense)
+    seconds = time.perf_counter() - began
+    half = arp_hub.decompose(copy.deepcopy(dense), plan)
+    row: dict[str, Any] = {"input_size": size, "keep": keep, "planning_seconds": round(seconds, 2)}
+    row |= shares(dense, plan)
+    row["params_after"] = count_params(half)
+    checks: dict[str, str] = {}
+    save_for_hf(dense, folder / "dense", safe_serialization=True)
+    arp_hub.save_pretrained(exact, folder / "exact")
+    arp_hub.save_pretrained(half, folder / "half")
+    try:
+        arp_hub.save_pretrained(arp_hub.to_dense(copy.deepcopy(half)), folder / "to_dense")
+        checks["save after to_dense"] = "ok"
+    except arp_hub.ArpHubError as error:
+        checks["save after to_dense"] = f"n/a: refused: {error}"
+    case = Case(name, size, dense.eval(), exact.eval(), half.eval(), folder)
+    with torch.no_grad():
+        torch.save({"images": case.images, "outputs": flat(half(case.images))}, folder / "expected.pt")
+    checks |= {check: run_check(case, check) for check in CHECKS}
+    return {**row, "checks": checks, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+
+
+def export_model(name: str, folder: Path) -> dict[str, Any]:
+    """Decompose one model to half of its parameters and export it in every way."""
+    size = smallest_size(name)
+    dense = random_model(name, size)
+    half = arp_hub.decompose(copy.deepcopy(dense), feasible_plan(dense)[1])
+    arp_hub.save_pretrained(half, folder / "half")
+    case = Case(name, size, dense.eval(), half, half.eval(), folder)
+    return {"checks": {check: run_check(case, check) for check in EXPORTS}}
+
+
+def feasible_plan(model: nn.Module) -> tuple[float, arp_hub.RankPlan]:
+    """A plan for half of the parameters, or for as many as can be."""
+    try:
+        return KEEP, arp_hub.make_plan(model, keep_params=KEEP)
+    except arp_hub.ArpHubError as error:
+        found = re.search(r"lowest rank (0\.\d+)", str(error))
+        if not found:
+            raise
+        keep = round(float(found[1]) + 0.02, 2)
+        return keep, arp_hub.make_plan(model, keep_params=keep)
+
+
+def shares(model: nn.Module, plan: arp_hub.RankPlan) -> dict[str, Any]:
+    """Parameters, the share of them in layers that can be decomposed, and what stays dense for which reason."""
+    total, modules = count_params(model), dict(model.named_modules(remove_duplicate=False))
+    parameters = dict(model.named_parameters())
+    reasons: dict[str, list[int]] = {}
+    budget = 0
+    for name, reason in plan.dense.items():
+        if name in modules:
+            own = modules[name].named_parameters(recurse=False)
+            count = sum(p.numel() for n, p in own if n.startswith("weight"))
+        else:
+            count = parameters[name].numel()
+        if reason.startswith("the budget"):
+            budget += count
+        else:
+            layers = reasons.setdefault(reason, [0, 0])
+            layers[0] += 1
+            layers[1] += count
+    planned = sum(modules[name].weight.numel() for name in plan.layers)
+    return {
+        "params": total,
+        "eligible": round((planned + budget) / total, 4),
+        "dense": {reason: {"layers": n, "share": round(count / total, 4)} for reason, (n, count) in reasons.items()},
+    }
+
+
+def reload(folder: Path) -> dict[str, Any]:
+    """Load what was saved where nothing of it is known, and compare bit by bit."""
+    expected = torch.load(folder / "expected.pt", weights_only=True)
+    model = timm.create_model(f"local-dir:{folder / 'half'}", pretrained=True).eval()
+    with torch.no_grad():
+        outputs = flat(model(expected["images"]))
+    if not all(torch.equal(y, z) for y, z in zip(outputs, expected["outputs"], strict=True)):
+        return {"error": "fails: another output"}
+    return {}
+
+
+def plan_one(name: str) -> dict[str, Any]:
+    """Plan one architecture on the meta device."""
+    began = time.perf_counter()
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    keep, plan = feasible_plan(model)
+    seconds = time.perf_counter() - began
+    return {"keep": keep, "planning_seconds": round(seconds, 2), **shares(model, plan), "planned": len(plan.layers)}
+
+
+def plan_all(names: list[str]) -> dict[str, Any]:
+    """Plan architectures on the meta device, one after the other."""
+    rows = {}
+    for name in names:
+        try:
+            rows[name] = plan_one(name)
+        except Exception as error:  # noqa: BLE001
+            rows[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+    return {"models": rows, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+
+
+def summary(family: str, row: dict[str, Any]) -> str:
+    """One line for the terminal."""
+    if "error" in row:
+        return f"{family}: {row.get('model', '')} {row['error']}"
+    if "models" in row:
+        bad = [f"{name}: {one['error']}" for name, one in row["models"].items() if "error" in one]
+        return f"{family}: {len(row['models'])} planned in {row['seconds']:.0f} s, {row['peak_mb']} MB {bad}"
+    bad = [f"{check}: {result}" for check, result in row.get("checks", {}).items() if result.startswith("fails")]
+    counts = Counter(result.partition(":")[0] for result in row.get("checks", {}).values())
+    return f"{family}: {row['model']} {dict(counts)} in {row['seconds']:.0f} s {bad}"
+
+
+def save(results: dict[str, Any]) -> None:
+    """Write the results, atomically."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    temporary = RESULTS.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(RESULTS)
+
+
+def write_docs(results: dict[str, Any]) -> None:
+    """Write the table of families."""
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    main()
