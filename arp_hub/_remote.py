@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import get_session
 from safetensors import SafetensorError
 
 from ._secrets import holds_secret, redact
@@ -35,6 +36,9 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 8.0
 """Seconds before the second attempt, doubled for each further one, and their limit."""
 PATIENCE = 30.0
 """Seconds after which no new attempt is made: some calls are retried by the client itself, so one can take as long."""
+
+SILENCE = 60.0
+"""Seconds without a byte after which an answer counts as lost; the client itself would wait for ever."""
 
 _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 _HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]
@@ -72,7 +76,8 @@ def call(what: str, function: Callable[..., Result], *args: Any, again: bool = T
     began, wait = time.monotonic(), FIRST_WAIT
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return function(*args, **kwargs)
+            with _no_endless_silence():
+                return function(*args, **kwargs)
         except ArpHubError:
             raise
         except FAILURES as failed:
@@ -101,6 +106,18 @@ def is_transient(error: BaseException) -> bool:
 def explain(error: BaseException) -> str:
     """A failure in words: the reason, then the way out. Never with a token."""
     return redact(" ".join(_explain(_root(error)).split()))
+
+
+@contextmanager
+def _no_endless_silence() -> Iterator[None]:
+    """While the block runs, the client gives up on a connection where nothing moves."""
+    session: Any = get_session()
+    before = getattr(session, "timeout", None)
+    session.timeout = SILENCE
+    try:
+        yield
+    finally:
+        session.timeout = before
 
 
 def uses_xet() -> bool:

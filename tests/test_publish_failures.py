@@ -132,6 +132,10 @@ ROWS = {
                             (("validate-yaml", "base_model is unheard of"),)),
     # no network, or a Hub in trouble
     "no network": Row(("cannot log in", "no answer from", "check the network"), "nothing", before=NO_SERVER),
+    "Hub says nothing": Row(
+        ("cannot commit", "no answer", "Timeout", *UNTOUCHED), "as before", ((COMMIT, "hang"),), there=True,
+        before="import arp_hub._remote\narp_hub._remote.SILENCE = 0.3\n",
+    ),
     "5xx at login, once": Row(("load it with",), "complete", (("whoami", 503, 1),), code=0),
     "5xx on create, once": Row(("load it with",), "complete", ((CREATE, 502, 1),), code=0),
     "5xx on create, for ever": Row(
