@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 
 import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 
 from .calibration import Images
-from .curves import Candidate, Floats, OutputErrors, candidate_schemes, weight_candidates
+from .curves import Candidate, Floats, OutputErrors, candidate_schemes, shape_candidates, weight_candidates
+from .dense import refusal
 from .errors import ArpHubError
-from .layers import effective_weight, layer_shape, low_rank_layers, refusal, weight_layers
+from .latency import RANK_MULTIPLE, LatencyTable, Stopwatch, meet
+from .layers import effective_weight, layer_shape, layers_called, low_rank_layers, other_parameters, weight_layers
 from .plan import LayerPlan, RankPlan
 from .schemes import SCHEMES, Scheme
 from .shapes import Pair, chain_macs
-from .tracing import InputSize, Trace, trace
+from .timing import Workload
+from .tracing import InputSize, Trace, input_size_of, trace
 
 _WEIGHT_POWER, _OUTPUT_POWER = 2.0, 1.0
 """A layer's loss is its relative squared error to this power. Errors in the weight metric say little of the network's
@@ -40,6 +45,8 @@ def make_plan(
     *,
     keep_params: float | None = None,
     keep_macs: float | None = None,
+    keep_latency: float | None = None,
+    workload: Workload | None = None,
     schemes: Sequence[str] | None = None,
     rank_multiple: int = 1,
     exclude: Sequence[str] | None = None,
@@ -52,14 +59,21 @@ def make_plan(
     Every layer's relative error is measured over its rank for the schemes that apply: in the metric of its weights,
     or, with calibration images, in that of its outputs as the BatchNorm behind it scales them. The plan minimises the
     sum over layers under the budget (a Lagrangian relaxation, then greedy steps), and lands within 1 % of it, from
-    below.
+    below. A latency is measured, layer by layer and then end to end, on the model's device as it is now, and kept
+    within 5 %: a layer stays dense unless its factors are faster.
+
+    A model on the meta device is planned by the shapes of its layers alone, with a warning: in seconds and with little
+    memory, whatever its size.
 
     Args:
         model: A dense model.
         keep_params: Share of the model's parameters to keep, between 0 and 1, or
-        keep_macs: share of its multiply-accumulates to keep. Give exactly one of the two.
+        keep_macs: share of its multiply-accumulates to keep, or
+        keep_latency: share of the time of its forward pass to keep. Give exactly one of the three.
+        workload: Batch size, numbers and memory layout that ``keep_latency`` is for; by default one image, float32.
         schemes: Names of the schemes to choose from; by default all.
-        rank_multiple: Hold every rank to multiples of this, for the hardware's sake.
+        rank_multiple: Hold every rank to multiples of this, for the hardware's sake; under ``keep_latency`` to
+            multiples of 8 unless told more.
         exclude: Names or glob patterns of layers to leave dense; by default the first convolution, which is small,
             sensitive, and rebuilt by timm when ``in_chans`` changes. ``()`` excludes nothing.
         calibration: Unlabelled images, normalised as for the model: a tensor ``(N, C, H, W)`` or batches.
@@ -75,33 +89,59 @@ def make_plan(
     Example:
         >>> make_plan(timm.create_model("resnet18"), keep_params=0.5, schemes=["channel", "group_out"])
     """
-    cost, share = _budget(keep_params, keep_macs)
+    cost, share = _budget(keep_params, keep_macs, keep_latency)
+    if workload is not None and cost != "latency":
+        raise ArpHubError("a workload is for keep_latency alone: leave it out, or give keep_latency")
     names = _scheme_names(schemes)
     if isinstance(rank_multiple, bool) or not isinstance(rank_multiple, int) or rank_multiple < 1:
         raise ArpHubError(f"rank_multiple must be a whole number of at least 1, got {rank_multiple!r}")
     if low_rank_layers(model):
         raise ArpHubError("the model is decomposed already: call to_dense(model) first, then plan it anew")
+    if without_weights := any(parameter.is_meta for parameter in model.parameters()):
+        if calibration is not None or cost == "latency":
+            what = "keep_latency" if calibration is None else "calibration"
+            raise ArpHubError(f"{what} needs a model with weights, and this one is on the meta device: load them first")
+        warnings.warn("the model has no weights (meta device): its ranks are chosen by shape alone", stacklevel=2)
     traced = trace(model, input_size)
     layers, dense = _eligible(model, traced, names, exclude)
     total = float(traced.params if cost == "params" else traced.macs)
-    choices = _measure(model, layers, traced, cost, names, rank_multiple, calibration, progress)
+    if without_weights:
+        return _plan(_measure_shapes(layers, rank_multiple, traced, cost), share, total, cost, dense)
+    measuring = partial(_measure, model, images=calibration, progress=progress)
+    if cost == "latency":
+        workload = workload or Workload()
+        watch = Stopwatch(model, workload, input_size_of(model, input_size))
+        table = LatencyTable(workload, next(model.parameters()).device)
+        layers, shares = _faster_layers(layers, dense, traced, table, progress), watch.shares(layers)
+        multiple = rank_multiple if rank_multiple > 1 else RANK_MULTIPLE
+        costs = {name: table.cost_of(shares[name], traced.sizes[name]) for name in layers}
+        choices = measuring(layers, multiple=multiple, cost_of=costs.__getitem__)
+        lowest = 1 - sum(layer.costs[0] - layer.costs.min() for layer in choices) + 1e-9
+        return meet(share, lambda aim: _plan(choices, max(aim, lowest), 1.0, cost, dense), watch.ratio)
+    choices = measuring(layers, multiple=rank_multiple, cost_of=lambda name: _cost_of(cost, traced.sizes[name]))
+    return _plan(choices, share, total, cost, dense)
+
+
+def _plan(choices: Sequence[_Choices], share: float, total: float, cost: str, dense: Mapping[str, str]) -> RankPlan:
+    """The plan that spends ``share`` of the ``total``, of which the choices are only a part."""
     fixed = total - sum(layer.costs[0] for layer in choices)
     picked = _allocate(choices, share * total - fixed, total, share, cost, dense)
     plans: dict[str, LayerPlan] = {}
+    reasons = dict(dense)
     for layer, option in zip(choices, picked, strict=True):
         plan = layer.plans[option]
         if plan is None:
-            dense[layer.name] = "the budget is better spent with this layer dense"
+            reasons[layer.name] = "the budget is better spent with this layer dense"
         else:
             plans[layer.name] = plan
-    return RankPlan(plans, dense)
+    return RankPlan(plans, reasons)
 
 
-def _budget(keep_params: float | None, keep_macs: float | None) -> tuple[str, float]:
-    given = {"params": keep_params, "macs": keep_macs}
+def _budget(keep_params: float | None, keep_macs: float | None, keep_latency: float | None) -> tuple[str, float]:
+    given = {"params": keep_params, "macs": keep_macs, "latency": keep_latency}
     chosen = {cost: share for cost, share in given.items() if share is not None}
     if len(chosen) != 1:
-        raise ArpHubError(f"give exactly one of keep_params and keep_macs, got {len(chosen)} of them")
+        raise ArpHubError(f"give exactly one of keep_params, keep_macs and keep_latency, got {len(chosen)} of them")
     cost, share = next(iter(chosen.items()))
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
         raise ArpHubError(f"keep_{cost} must lie between 0 and 1 (the share to keep, 0.5 for half), got {share!r}")
@@ -140,6 +180,7 @@ def _eligible(
             layers[name] = found
         else:
             dense[name] = "too thin: no scheme makes it smaller"
+    dense |= {name: "a parameter of the model itself, no layer's weight" for name, _ in other_parameters(model)}
     return layers, dense
 
 
@@ -150,13 +191,28 @@ def _first_convs(model: nn.Module) -> list[str]:
     return [name for name in ([first] if isinstance(first, str) else first or []) if name in known]
 
 
+def _faster_layers(
+    layers: Mapping[str, list[Scheme]], dense: dict[str, str], traced: Trace, table: LatencyTable, progress: bool
+) -> dict[str, list[Scheme]]:
+    """The layers with the schemes that are measured to be faster on them; the others are noted as dense."""
+    found = {}
+    try:
+        for name, schemes in tqdm(layers.items(), "time layers", disable=not progress, leave=False):
+            if faster := table.faster(schemes, traced.sizes[name]):
+                found[name] = faster
+            else:
+                dense[name] = "no scheme is faster than the dense layer, as measured"
+    finally:
+        table.save()
+    return found
+
+
 def _measure(
     model: nn.Module,
     layers: Mapping[str, list[Scheme]],
-    traced: Trace,
-    cost: str,
-    names: Sequence[str],
+    *,
     multiple: int,
+    cost_of: Callable[[str], Callable[[Scheme, int | None], float]],
     images: Images | None,
     progress: bool,
 ) -> list[_Choices]:
@@ -169,14 +225,30 @@ def _measure(
         else:
             candidates, power = by_output.candidates(name, schemes), _OUTPUT_POWER
         losses = [candidate.errors**power for candidate in candidates]
-        found.append(_choices(name, candidates, losses, _cost_of(cost, traced.sizes[name]), multiple))
+        found.append(_choices(name, candidates, losses, cost_of(name), multiple))
+    return found
+
+
+def _measure_shapes(layers: Mapping[str, list[Scheme]], multiple: int, traced: Trace, cost: str) -> list[_Choices]:
+    """The choices where weights are absent; layers of one shape share them, of which large models have many."""
+    known: dict[object, _Choices] = {}
+    found = []
+    for name, schemes in layers.items():
+        sizes = traced.sizes[name]
+        key = (schemes[0].shape, sizes)
+        if key not in known:
+            candidates = shape_candidates(schemes)
+            losses = [candidate.errors**_WEIGHT_POWER for candidate in candidates]
+            known[key] = _choices(name, candidates, losses, _cost_of(cost, sizes), multiple)
+        found.append(replace(known[key], name=name))
     return found
 
 
 def _output_errors(model: nn.Module, layers: Mapping[str, object], images: Images) -> OutputErrors:
     modes = {module: module.training for module in model.modules()}
     try:
-        return OutputErrors(model.eval(), {name: model.get_submodule(name) for name in layers}, images)
+        with layers_called(model):
+            return OutputErrors(model.eval(), {name: model.get_submodule(name) for name in layers}, images)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -199,7 +271,7 @@ def _choices(
     name: str,
     candidates: Sequence[Candidate],
     losses: Sequence[Floats],
-    cost: Callable[[Scheme, int | None], int],
+    cost: Callable[[Scheme, int | None], float],
     multiple: int,
 ) -> _Choices:
     plans: list[LayerPlan | None] = [None]
@@ -229,7 +301,7 @@ def _allocate(
     def spent(options: Sequence[int]) -> float:
         return float(sum(layer.costs[option] for layer, option in zip(choices, options, strict=True)))
 
-    low, high = 1e-18, 1e6  # a high price spends little
+    low, high = 1e-18, 1e12  # a high price spends little
     for _ in range(100):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if spent(pick(middle)) > budget else (low, middle)
@@ -248,7 +320,7 @@ def _spend_rest(choices: Sequence[_Choices], options: list[int], rest: float) ->
             gain = layer.losses[options[k]] - layer.losses
             fits = (extra > 0) & (extra <= rest) & (gain > 0)
             if fits.any():
-                rates = np.where(fits, gain / np.maximum(extra, 1), 0.0)
+                rates = np.where(fits, gain / np.where(fits, extra, 1), 0.0)
                 option = int(np.argmax(rates))
                 if rates[option] > best_rate:
                     best, best_rate = (k, option), float(rates[option])

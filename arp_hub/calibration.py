@@ -1,6 +1,6 @@
 """What calibration images tell of a layer: second moments of its input patches, streamed batch by batch.
 
-Memory is a few ``(I kh kw)^2`` matrices for the layers under way, however many images there are.
+Memory is one ``(I kh kw)^2`` matrix for each layer under way, however many images there are.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
+from .dense import padder
 from .errors import ArpHubError
-from .layers import layer_shape, padder
+from .layers import layer_shape
 from .shapes import LayerShape
 
 Images = Tensor | Iterable[Any]
@@ -26,10 +27,22 @@ Images = Tensor | Iterable[Any]
 BATCH_SIZE = 128
 _PATCH_BYTES = 64 * 2**20
 """Unfolded patches are made in chunks of at most this size."""
+_IMAGE_WORK, _LEAST_POSITIONS = 2.5e8, 32
+"""Multiply-accumulates that bound one image's share of a second moment. Where they do not suffice for all positions of
+a large map, a random choice of at least so many stands for them: neighbouring patches tell much the same."""
+_LARGE = 1024
+"""Moments with more columns than this are held in single precision."""
 
 
-def batches(images: Images, device: torch.device | None = None) -> Iterator[Tensor]:
+def batches(
+    images: Images, device: torch.device | None = None, layout: torch.memory_format = torch.contiguous_format
+) -> Iterator[Tensor]:
     """Go through calibration images in batches.
+
+    Args:
+        images: The images.
+        device: Where to put them; by default they stay where they are.
+        layout: Memory layout to put them in, as `fast_layout` finds it.
 
     Raises:
         ArpHubError: If they are not images, or there are none.
@@ -46,41 +59,85 @@ def batches(images: Images, device: torch.device | None = None) -> Iterator[Tens
             found = f"{tuple(batch.shape)} {batch.dtype}" if isinstance(batch, Tensor) else type(batch).__name__
             raise ArpHubError(f"calibration images must be normalised float tensors (N, C, H, W), got {found}")
         count += len(batch)
-        yield batch if device is None else batch.to(device)
+        yield batch if device is None else batch.to(device, memory_format=layout)
     if not count:
         raise ArpHubError("there are no calibration images: pass at least one batch")
 
 
-def patches(x: Tensor, shape: LayerShape, pad: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """The input patches that a layer multiplies, ``(N, G, I * kh * kw, positions)``."""
+@torch.no_grad()
+def fast_layout(model: nn.Module, images: Images) -> torch.memory_format:
+    """Channels last, which convolutions on a CPU are about twice as fast with, unless the model cannot take it."""
+    device = next(model.parameters()).device
+    if device.type == "cpu":
+        try:
+            model(next(batches(images, device, torch.channels_last))[:1])
+            return torch.channels_last
+        except RuntimeError:  # such as a .view() of a map
+            pass
+    return torch.contiguous_format
+
+
+def patches(
+    x: Tensor, shape: LayerShape, pad: Callable[[Tensor], Tensor] | None = None, positions: Tensor | None = None
+) -> Tensor:
+    """The input patches that a layer multiplies, ``(N, G, I * kh * kw, positions)``.
+
+    Args:
+        x: The layer's input.
+        shape: The layer.
+        pad: What it does to its input first.
+        positions: Indices of output positions, row by row; by default all.
+    """
     if shape.kind == "linear":
-        return x.reshape(x.shape[0], 1, -1, x.shape[-1]).mT
+        columns = x.reshape(x.shape[0], 1, -1, x.shape[-1]).mT
+        return columns if positions is None else columns[..., positions]
     if pad is not None:
         x = pad(x)
     if shape.taps == 1 and shape.stride == (1, 1) and shape.padding == (0, 0):
-        columns = x.flatten(2)
-    else:
+        columns = x.flatten(2) if positions is None else x.flatten(2)[..., positions]
+    elif positions is None:
         columns = F.unfold(x, shape.kernel_size, shape.dilation, shape.padding, shape.stride)
+    else:
+        columns = _some_patches(x, shape, positions)
     return columns.unflatten(1, (shape.groups, -1))
+
+
+def _some_patches(x: Tensor, shape: LayerShape, positions: Tensor) -> Tensor:
+    """What ``unfold`` gives at some positions, ``(N, C * kh * kw, positions)``, with no unfolding of the rest."""
+    (top, left), (down, right), (dy, dx) = shape.padding, shape.stride, shape.dilation
+    width_out = shape.as_conv().output_size((x.shape[-2], x.shape[-1]))[1]
+    x = F.pad(x, (left, left, top, top))
+    rows, columns = positions // width_out * down, positions % width_out * right
+    y = rows + dy * torch.arange(shape.kernel_size[0], device=x.device)[:, None, None]
+    z = columns + dx * torch.arange(shape.kernel_size[1], device=x.device)[None, :, None]
+    places = (y * x.shape[-1] + z).flatten()
+    return x.flatten(2).index_select(2, places).view(len(x), -1, len(positions))
 
 
 class Moments:
     """Streamed second moments of one layer's patches ``x``, and with the outputs ``y`` that it should give.
 
-    Images are counted in two halves, alternately, so that the sampling error of the moments can be told from the
-    difference of the halves. Per group of the dense layer, with ``D = I * kh * kw``.
+    Images are counted in small parts, so that the sampling error of the moments can be told from the differences of the
+    parts. Per group of the dense layer, with ``D = I * kh * kw``.
+
+    Args:
+        shape: The layer.
+        device: Where the moments are held.
+        paired: Count outputs too. Without them the outputs are those of the layer itself.
     """
 
-    def __init__(self, shape: LayerShape, device: torch.device) -> None:
+    def __init__(self, shape: LayerShape, device: torch.device, paired: bool = True) -> None:
         columns = shape.group_in * shape.taps
-        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        zeros = partial(torch.zeros, dtype=torch.float32 if columns > _LARGE else torch.float64, device=device)
         self.shape = shape
-        self.xx = zeros(2, shape.groups, columns, columns)
-        self.yx = zeros(2, shape.groups, shape.group_out, columns)
-        self.x = zeros(2, shape.groups, columns)
-        self.y = zeros(2, shape.groups, shape.group_out)
-        self.count = zeros(2)
-        self._images = 0
+        self.xx = zeros(shape.groups, columns, columns)
+        """Second moment of the patches; only the upper triangle is counted."""
+        self.yx = zeros(shape.groups, shape.group_out, columns) if paired else None
+        self.x = zeros(shape.groups, columns).double()
+        self.y = zeros(shape.groups, shape.group_out).double()
+        self.count = self.count_squares = 0
+        self.squares = self.x.new_zeros(shape.groups)
+        self._generator = torch.Generator().manual_seed(0)
 
     @torch.no_grad()
     def update(self, x: Tensor, y: Tensor, pad: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -88,59 +145,83 @@ class Moments:
         shape = self.shape
         y = y.reshape(y.shape[0], 1, -1, y.shape[-1]).mT if shape.kind == "linear" else y.flatten(2)
         y = y.reshape(y.shape[0], shape.groups, shape.group_out, -1)
-        per_image = y.shape[-1] * shape.in_channels * shape.taps * x.element_size()
-        step = max(2, _PATCH_BYTES // per_image // 2 * 2)
+        length, columns = y.shape[-1], shape.group_in * shape.taps
+        most = max(_LEAST_POSITIONS, int(_IMAGE_WORK / (shape.groups * columns**2)))
+        per_image = min(length, most) * shape.in_channels * shape.taps * x.element_size()
+        step = max(1, min(_PATCH_BYTES // per_image, len(x) // _PARTS))
         for x_part, y_part in zip(x.split(step), y.split(step), strict=True):
-            columns = patches(x_part, shape, pad)
-            for half in (0, 1):
-                self._add(half, columns[(half + self._images) % 2 :: 2], y_part[(half + self._images) % 2 :: 2])
-            self._images += len(x_part)
+            positions = None
+            if length > most:
+                positions = torch.randperm(length, generator=self._generator)[:most].to(x.device)
+                y_part = y_part[..., positions]
+            self._add(patches(x_part, shape, pad, positions), y_part)
 
-    def _add(self, half: int, columns: Tensor, y: Tensor) -> None:
-        """Add patches ``(n, G, D, L)`` and outputs ``(n, G, O, L)`` to one half."""
-        if not len(columns):
-            return
+    def _add(self, columns: Tensor, y: Tensor) -> None:
+        """Add patches ``(n, G, D, L)`` and outputs ``(n, G, O, L)`` of one part."""
         columns = columns.permute(1, 2, 0, 3).flatten(2)
         y = y.permute(1, 2, 0, 3).flatten(2)
-        self.xx[half] += columns @ columns.mT
-        self.yx[half] += y @ columns.mT
-        self.x[half] += columns.sum(-1)
-        self.y[half] += y.sum(-1)
-        self.count[half] += columns.shape[-1]
+        for rows in torch.arange(columns.shape[1]).split(max(_LARGE, -(-columns.shape[1] // 4))):
+            here, rest = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(rows[0]), None)
+            part = columns[:, here] @ columns[:, rest].mT
+            self.xx[:, here, rest] += part
+            self.squares += 2 * part.square().sum((1, 2)) - part[..., : len(rows)].square().sum((1, 2))
+        if self.yx is not None:
+            self.yx += y @ columns.mT
+        self.x += columns.sum(-1)
+        self.y += y.sum(-1)
+        self.count += columns.shape[-1]
+        self.count_squares += columns.shape[-1] ** 2
 
     def regression(self, weight: Tensor, centred: bool = False) -> Regression:
         """The least-squares problem that these moments pose, shrunk towards ``weight`` where the images are few.
 
         Args:
-            weight: The dense weight ``(G * O, I, kh, kw)``.
+            weight: The dense weight ``(G * O, I, kh, kw)``; its precision is that of the problem.
             centred: Take the means out, as is right where the layer's bias can follow them.
         """
-        shape, count = self.shape, self.count.sum().clamp_min(1)
-        xx, yx = self.xx.sum(0) / count, self.yx.sum(0) / count
-        x, y = self.x.sum(0) / count, self.y.sum(0) / count
+        shape, count = self.shape, max(self.count, 1)
+        upper = self.xx.to(weight) / count
+        xx = upper.triu() + upper.triu(1).mT
+        x, y = (self.x / count).to(weight), (self.y / count).to(weight)
+        variance = self._variance(xx)
         if centred:
-            xx = xx - x[:, :, None] * x[:, None, :]
-            yx = yx - y[:, :, None] * x[:, None, :]
-        identity = torch.eye(xx.shape[-1], dtype=xx.dtype, device=xx.device)
+            xx -= x[:, :, None] * x[:, None, :]
         scale = xx.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-        share = self._shrinkage(xx, scale * identity)
-        moment = (1 - share) * xx + share * scale * identity
-        rows = weight.to(xx).reshape(shape.groups, shape.group_out, -1)
+        share = self._shrinkage(xx, scale, variance)
+        moment = xx.mul_(1 - share)
+        moment.diagonal(dim1=-2, dim2=-1).add_((share * scale)[..., 0])
+        if self.yx is None:  # the outputs are the layer's own, so that its weight solves the problem
+            return Regression(weight, moment, x, y)
+        yx = self.yx.to(weight) / count
+        if centred:
+            yx -= y[:, :, None] * x[:, None, :]
+        rows = weight.reshape(shape.groups, shape.group_out, -1)
         cross = (1 - share) * yx + share * scale * rows
-        target = torch.linalg.solve(moment, cross.mT).mT
+        target = torch.cholesky_solve(cross.mT, torch.linalg.cholesky(moment)).mT
         return Regression(target.reshape(weight.shape), moment, x, y)
 
-    def _shrinkage(self, xx: Tensor, goal: Tensor) -> Tensor:
-        """Weight of ``goal`` that minimises the expected squared error of the moment (Ledoit and Wolf 2004).
+    def _variance(self, xx: Tensor) -> Tensor:
+        """Expected squared error of the moment ``xx`` as an estimate, from the scatter of the parts, ``(G,)``.
 
-        The sampling variance comes from the difference of the two halves, which is right for correlated patches too.
+        It is right for correlated patches too, because the parts are of different images.
         """
-        first, second = (self.xx[h] / self.count[h].clamp_min(1) for h in (0, 1))
-        variance = (first - second).square().sum((-2, -1)) / 4
-        share = variance / (xx - goal).square().sum((-2, -1)).clamp_min(torch.finfo(xx.dtype).tiny)
-        return share.clamp(_MIN_SHRINKAGE, 1.0)[:, None, None]
+        spread = self.count**2 - self.count_squares
+        if spread <= 0:  # one part alone tells nothing
+            return torch.full_like(self.squares, torch.inf)
+        energy = xx.square().sum((-2, -1), dtype=torch.float64)
+        return (self.squares - self.count_squares * energy).clamp_min(0) / spread
+
+    @staticmethod
+    def _shrinkage(xx: Tensor, scale: Tensor, variance: Tensor) -> Tensor:
+        """Weight of the scaled identity that minimises the moment's expected squared error (Ledoit and Wolf 2004)."""
+        side = xx.shape[-1]
+        distance = xx.square().sum((-2, -1), dtype=torch.float64) - side * scale[:, 0, 0].double().square()
+        share = variance / distance.clamp_min(torch.finfo(xx.dtype).tiny)
+        return share.clamp(_MIN_SHRINKAGE, 1.0).to(xx)[:, None, None]
 
 
+_PARTS = 8
+"""Parts that a batch of images is counted in, at least, if it has as many."""
 _MIN_SHRINKAGE = 1e-4
 """Least weight of the identity, which keeps every moment well conditioned."""
 
@@ -199,11 +280,11 @@ def paired_moments(
     Raises:
         ArpHubError: If a model never calls one of its layers.
     """
-    device = next(teacher.parameters()).device
+    device, layout = next(teacher.parameters()).device, fast_layout(teacher, images)
     found = {name: Moments(layer_shape(layer), device) for name, layer in teacher_layers.items()}
-    for batch in batches(images, device):
-        inputs = _caught(student, student_layers, batch)
+    for batch in batches(images, device, layout):
         outputs = _caught(teacher, teacher_layers, batch)
+        inputs = outputs if student is teacher else _caught(student, student_layers, batch)
         for name, layer in teacher_layers.items():
             found[name].update(inputs[name][0], _without_bias(layer, outputs[name][1]), padder(layer))
     return found
@@ -212,16 +293,16 @@ def paired_moments(
 @torch.no_grad()
 def all_moments(model: nn.Module, layers: Mapping[str, nn.Module], images: Images) -> dict[str, Moments]:
     """Moments of many layers of one model in a single pass over the images, layers never called left out."""
-    device = next(model.parameters()).device
+    device, layout = next(model.parameters()).device, fast_layout(model, images)
     found: dict[str, Moments] = {}
 
     def catch(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        moments = found.setdefault(name, Moments(layer_shape(module), device))
+        moments = found.setdefault(name, Moments(layer_shape(module), device, paired=False))
         moments.update(args[0], _without_bias(module, output), padder(module))
 
     hooks = [layer.register_forward_hook(partial(catch, name)) for name, layer in layers.items()]
     try:
-        for batch in batches(images, device):
+        for batch in batches(images, device, layout):
             model(batch)
     finally:
         for hook in hooks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -11,18 +11,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .calibration import Images, all_moments, following_norms
+from .calibration import Images, Regression, all_moments, following_norms
 from .fitting import fit_layer, output_scale
 from .layers import effective_weight
-from .schemes import Scheme, relative_error
-from .shapes import LayerShape
+from .schemes import Scheme, energy, relative_error
+from .shapes import LayerShape, degrees_of_freedom
 
 Floats = NDArray[np.float64]
 
-_SHARES = (0.08, 0.18, 0.35, 0.6)
+_SHARES = (0.08, 0.22, 0.5)
 """Parameter shares at which the error of a scheme without closed-form spectrum is measured."""
+_LARGE = 1024
+"""Columns of a second moment beyond which the lowest share is left out."""
+_BOUNDED_SHARE, _LEAST_SHARE = 0.4, 0.05
+"""The one share at which it is where there is a bound, and the least share of the bound that is believed."""
 _SHORTLIST_SHARE = 0.3
-_SWEEPS, _ITERATIONS, _WORK = 12, 25, 1e10
+_SWEEPS, _LEAST_SWEEPS, _SWEEP_WORK = 12, 3, 5e9
+"""Sweeps of a nearest point, and the multiply-accumulates that bound them."""
+_ITERATIONS, _WORK = 25, 2e9
+"""Iterations of a fit, and the multiply-accumulates that bound them."""
 _GROUP_CHOICES = (2, 4, 8)
 _TINY = 1e-9
 
@@ -85,6 +92,29 @@ def interpolate(ranks: Sequence[int], values: Sequence[float], last: int) -> Flo
     return cast(Floats, np.exp(np.minimum(curve, 0)))
 
 
+def below(bound: Floats, rank: int, value: float) -> Floats:
+    """A curve below ``bound``, of which one point is measured: its share of the bound falls linearly from 1 at rank 0.
+
+    So the error of CP behaves beside that of the slices that it starts from, within a few per cent.
+    """
+    slope = (1 - min(value / max(bound[rank - 1], _TINY), 1)) / rank
+    share = np.maximum(1 - slope * np.arange(1, len(bound) + 1), _LEAST_SHARE)
+    return cast(Floats, np.minimum.accumulate(bound * share))
+
+
+def shape_candidates(schemes: Sequence[Scheme]) -> list[Candidate]:
+    """What stands for the error curves of a layer whose weight is not there: the degrees of freedom that a rank costs.
+
+    As if all weights of the layer's shape were equally likely.
+    """
+    return [Candidate(scheme, _shape_curve(scheme)) for scheme in schemes]
+
+
+def _shape_curve(scheme: Scheme) -> Floats:
+    freedom = [degrees_of_freedom(scheme.convs(rank)) for rank in range(1, useful_rank(scheme) + 1)]
+    return np.clip(1 - np.array(freedom) / scheme.shape.params, 0.0, 1.0)
+
+
 def weight_candidates(weight: Tensor, schemes: Sequence[Scheme]) -> list[Candidate]:
     """The error curves of a layer in the metric of its weights."""
     return [Candidate(scheme, _weight_curve(scheme, weight)) for scheme in schemes]
@@ -94,15 +124,33 @@ def _weight_curve(scheme: Scheme, weight: Tensor) -> Floats:
     last = useful_rank(scheme)
     spectrum = scheme.spectrum(weight)
     if spectrum is not None:
-        energy = spectrum.square().sum(0)
-        tail = energy.flip(0).cumsum(0).flip(0)[1:] / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
-        errors = np.append(tail.double().cpu().numpy(), 0.0)
-        return np.maximum(errors[:last], 0.0)
+        return _tail(spectrum)[:last]
+    bound = scheme.bound(weight)
+    if bound is not None:
+        rank = rank_at(scheme, _BOUNDED_SHARE)
+        return below(_with_zero(bound)[:last], rank, _nearest_error(scheme, weight, rank))
     ranks = sorted({rank_at(scheme, share) for share in _SHARES})
-    values = [
-        float(relative_error(weight, scheme.compose(scheme.nearest(weight, rank, sweeps=_SWEEPS)))) for rank in ranks
-    ]
-    return interpolate(ranks, values, last)
+    return interpolate(ranks, [_nearest_error(scheme, weight, rank) for rank in ranks], last)
+
+
+def _tail(spectrum: Tensor) -> Floats:
+    """Share of the energy that a truncation to rank 1, 2, .. loses."""
+    energy = spectrum.double().square().sum(0)
+    tail = energy.flip(0).cumsum(0).flip(0)[1:] / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
+    return _with_zero(tail)
+
+
+def _with_zero(tail: Tensor) -> Floats:
+    return np.append(np.maximum(tail.double().cpu().numpy(), 0.0), 0.0)
+
+
+def _nearest_error(scheme: Scheme, weight: Tensor, rank: int) -> float:
+    found = scheme.nearest(weight, rank, sweeps=_sweeps(weight, rank))
+    return float(relative_error(weight, scheme.compose(found)))
+
+
+def _sweeps(weight: Tensor, rank: int) -> int:
+    return max(_LEAST_SWEEPS, min(_SWEEPS, int(_SWEEP_WORK / (2 * rank * weight.numel()))))
 
 
 class OutputErrors:
@@ -128,27 +176,38 @@ class OutputErrors:
             keep: How many to measure; they are shortlisted by their error in the weight metric at equal cost.
         """
         layer, norm = self._layers[name], self._norms.get(name)
-        weight = effective_weight(layer).double()
-        problem = self._moments[name].regression(weight, centred=norm is not None or layer.bias is not None)
+        weight = effective_weight(layer).float()
+        problem = self._moments.pop(name).regression(weight, centred=norm is not None or layer.bias is not None)
         scale = output_scale(norm, weight)
-        rows = scale.view(-1, 1, 1, 1)
-        found = []
-        for scheme in _shortlist(weight.float(), schemes, keep):
-            ranks = sorted({rank_at(scheme, share) for share in _SHARES})
-            fits = [fit_layer(scheme, rank, weight, problem, scale, _ITERATIONS, _WORK, least=0) for rank in ranks]
-            errors = [
-                float(relative_error(problem.target * rows, scheme.compose(fitted) * rows, problem.moment))
-                for fitted in fits
-            ]
-            found.append(Candidate(scheme, interpolate(ranks, errors, useful_rank(scheme))))
-        return found
+        return [
+            Candidate(scheme, _output_curve(scheme, problem, scale)) for scheme in _shortlist(weight, schemes, keep)
+        ]
+
+
+def _output_curve(scheme: Scheme, problem: Regression, scale: Tensor) -> Floats:
+    """Errors in the metric of the layer's inputs, output channels weighted by ``scale``."""
+    last, weight = useful_rank(scheme), problem.target * scale.view(-1, 1, 1, 1)
+    spectrum = scheme.spectrum(weight, problem.moment)
+    if spectrum is not None:
+        return _tail(spectrum)[:last]
+    ones = torch.ones_like(scale)
+    weighted, total = replace(problem, target=weight), energy(weight, problem.moment)
+    shares = _SHARES if problem.moment.shape[-1] <= _LARGE else _SHARES[1:]
+    ranks, values = sorted({rank_at(scheme, share) for share in shares}), []
+    for rank in ranks:
+        fitted = fit_layer(
+            scheme, rank, weight, weighted, ones, _ITERATIONS, _WORK, least=0, sweeps=_sweeps(weight, rank)
+        )
+        values.append(float(energy(weight - scheme.compose(fitted), problem.moment) / total))
+    return interpolate(ranks, values, last)
 
 
 def _shortlist(weight: Tensor, schemes: Sequence[Scheme], keep: int) -> list[Scheme]:
     """The schemes with the least error in the weight metric, at one common cost."""
 
     def error(scheme: Scheme) -> float:
-        found = scheme.nearest(weight, rank_at(scheme, _SHORTLIST_SHARE), sweeps=_SWEEPS)
-        return float(relative_error(weight, scheme.compose(found)))
+        rank = rank_at(scheme, _SHORTLIST_SHARE)
+        spectrum = scheme.spectrum(weight)
+        return _nearest_error(scheme, weight, rank) if spectrum is None else float(_tail(spectrum)[rank - 1])
 
     return sorted(schemes, key=error)[:keep] if len(schemes) > keep else list(schemes)

@@ -15,13 +15,13 @@ from tqdm.auto import tqdm
 from .calibration import Images, Moments, batches, following_norms, paired_moments
 from .errors import ArpHubError
 from .fitting import fit_layer, output_scale
-from .layers import LowRankLayer, effective_weight, low_rank_layer, low_rank_layers, replace_layer
+from .layers import LowRankLayer, effective_weight, layers_called, low_rank_layer, low_rank_layers, replace_layer
 from .plan import LayerPlan, RankPlan
 from .schemes import Factors, Scheme, relative_error
 from .structure import check_plan
 from .tracing import trace
 
-_FORWARD_WORK = 1e13
+_FORWARD_WORK = 5e12
 """Multiply-accumulates that bound all forward passes together. Where they do not suffice for one pass for every layer,
 neighbouring layers share one, and are then fitted to the same inputs."""
 _EXACT = 1e-8
@@ -68,10 +68,13 @@ def decompose(
         raise ArpHubError("pass either calibration images or factors, not both: given factors are not fitted again")
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in plan.layers:
+        if effective_weight(modules[name]).is_meta:
+            raise ArpHubError(f"layer '{name}' has no weight (meta device): load the model's weights first")
         if not torch.isfinite(effective_weight(modules[name])).all():
             raise ArpHubError(f"layer '{name}': its weight holds NaN or infinite values")
     if calibration is not None:
-        return _decompose_by_data(model, plan, schemes, calibration, progress)
+        with layers_called(model):
+            return _decompose_by_data(model, plan, schemes, calibration, progress)
     new = {}
     for name, layer_plan in tqdm(plan.layers.items(), "decompose", disable=not progress, leave=False):
         weight = effective_weight(modules[name])
@@ -123,9 +126,10 @@ def _decompose_by_data(
         teachers = {name: model.get_submodule(name) for name in plan.layers}
         norms = following_norms(student, {name: student.get_submodule(name) for name in plan.layers}, images)
         bar = tqdm(total=len(plan.layers), desc="decompose", disable=not progress, leave=False)
-        for names in _layers_by_pass(model, plan, images):
+        for k, names in enumerate(_layers_by_pass(model, plan, images)):
             old = {name: student.get_submodule(name) for name in names}
-            found = paired_moments(student, old, model, {name: teachers[name] for name in names}, images)
+            pupils = (student, old) if k else (model, teachers)  # nothing is decomposed yet before the first pass
+            found = paired_moments(*pupils, model, {name: teachers[name] for name in names}, images)
             for name, moments in found.items():
                 new = _fitted_layer(schemes[name], plan.layers[name], teachers[name], moments, norms.get(name))
                 replace_layer(student, old[name], new)
@@ -178,6 +182,7 @@ def _layers_by_pass(model: nn.Module, plan: RankPlan, images: Images) -> list[li
     if silent := [name for name, place in places.items() if place is None]:
         raise ArpHubError(f"the model never calls '{silent[0]}' (it may use its weight alone): take it out of the plan")
     ordered = sorted(plan.layers, key=lambda name: cast(int, places[name]))
-    passes = max(1, int(_FORWARD_WORK / (2 * traced.macs * sum(count for count, _ in counts))))
+    images_work = traced.macs * sum(count for count, _ in counts)
+    passes = max(1, int(_FORWARD_WORK / images_work) - 1)  # a pass goes half-way on average, but through two models
     size = math.ceil(len(ordered) / passes)
     return [ordered[k : k + size] for k in range(0, len(ordered), size)]

@@ -11,8 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from .calibration import Regression
 from .schemes import Factors, Scheme
 
-_WORK, _ITERATIONS = 5e10, 150
-"""Multiply-accumulates and iterations that bound the fit of one layer; a small layer needs far less work."""
+_WORK, _ITERATIONS = 3e10, 150
+"""Multiply-accumulates and iterations that bound the fit of one layer; a small layer needs far less work. A fit that
+work bounds is made in single precision, since it does not come near to its end."""
 _LEAST_SCALE = 1e-3
 """A channel that its BatchNorm all but switches off still counts this much."""
 
@@ -26,6 +27,7 @@ def fit_layer(
     iterations: int = _ITERATIONS,
     work: float = _WORK,
     least: int = 5,
+    sweeps: int | None = None,
 ) -> Factors:
     """Factors of one layer for a regression problem.
 
@@ -38,13 +40,18 @@ def fit_layer(
         iterations: Iterations of the fit at most.
         work: Multiply-accumulates that bound them.
         least: Iterations that are made in any case. With none the nearest point in the weight metric is returned.
+        sweeps: Iterations of that nearest point; by default enough to settle.
     """
     columns = problem.moment.shape[-1]
     features = scheme.convs(rank)[-1].weight_shape[1] * scheme.blocks
-    iterations = int(min(iterations, max(least, work / (features * columns**2))))
+    affordable = int(min(iterations, max(least, work / (features * columns**2))))
+    dtype = torch.float32 if affordable < iterations else weight.dtype
     rows = scale.view(-1, 1, 1, 1)
-    start = scheme.nearest(weight * rows, rank)
-    factors = scheme.fit(problem.target * rows, problem.moment, start, iterations) if iterations else start
+    factors = scheme.nearest(weight * rows, rank, sweeps=sweeps)
+    if affordable:
+        start = [factor.to(dtype) for factor in factors]
+        fitted = scheme.fit((problem.target * rows).to(dtype), problem.moment.to(dtype), start, affordable)
+        factors = tuple(factor.to(weight.dtype) for factor in fitted)
     return scheme.balance((*factors[:-1], factors[-1] / rows))
 
 

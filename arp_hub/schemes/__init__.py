@@ -11,11 +11,11 @@ A new scheme is one subclass of `Scheme` and one entry of `SCHEMES`.
 
 from ..errors import ArpHubError
 from ..shapes import LayerShape
-from .base import Factors, Scheme, relative_error
+from .base import Factors, Scheme, energy, relative_error
 from .matrix import Channel, GroupIn, GroupOut, MatrixScheme, Spatial
 from .tensor import Cp, Tucker2
 
-__all__ = ["SCHEMES", "Factors", "MatrixScheme", "Scheme", "make_scheme", "relative_error"]
+__all__ = ["SCHEMES", "Factors", "MatrixScheme", "Scheme", "energy", "make_scheme", "relative_error"]
 
 SCHEMES: dict[str, type[Scheme]] = {
     scheme.name: scheme for scheme in (Channel, Spatial, GroupIn, GroupOut, Cp, Tucker2)

@@ -185,10 +185,12 @@ class _Projected:
 
 def relative_error(weight: Tensor, approximation: Tensor, moment: Tensor | None = None) -> Tensor:
     """Squared distance over squared norm, in the weight metric or in that of ``moment`` (between 0 and 1 at a fit)."""
-    difference = weight - approximation
+    return energy(weight - approximation, moment) / energy(weight, moment).clamp_min(torch.finfo(weight.dtype).tiny)
+
+
+def energy(weight: Tensor, moment: Tensor | None = None) -> Tensor:
+    """Squared norm of a weight, or mean squared norm of the outputs that it makes of inputs with this ``moment``."""
     if moment is None:
-        return difference.square().sum() / weight.square().sum().clamp_min(torch.finfo(weight.dtype).tiny)
-    groups, columns = moment.shape[:2]
-    rows, residual = weight.reshape(groups, -1, columns), difference.reshape(groups, -1, columns)
-    energy = ((rows @ moment) * rows).sum().clamp_min(torch.finfo(weight.dtype).tiny)
-    return ((residual @ moment) * residual).sum() / energy
+        return weight.square().sum()
+    rows = weight.reshape(moment.shape[0], -1, moment.shape[1])
+    return ((rows @ moment) * rows).sum()

@@ -11,11 +11,12 @@ from ..linalg import als_sweep, even_norms, leading_vectors, slice_start, slice_
 from ..shapes import ConvSpec, LayerShape, Pair
 from .base import Factors, Scheme
 
-_SWEEPS, _SWEEP_WORK = 60, 3e10
-"""Sweeps of a cold start, and the multiply-accumulates that bound them; a warm start needs one sweep."""
-_LEAST_SWEEPS = 5
+_SWEEPS, _LEAST_SWEEPS, _SWEEP_WORK = 60, 5, 1.5e10
+"""Sweeps of a cold start of CP, and the multiply-accumulates that bound them; a warm start needs one sweep."""
 _SINGLE_WORK = 2e8
 """A sweep that takes more multiply-accumulates than this is made in single precision, except the last."""
+_TUCKER_SWEEPS = 4
+"""Sweeps of a cold start of Tucker-2, which settles in a few."""
 
 
 class Cp(Scheme):
@@ -56,16 +57,15 @@ class Cp(Scheme):
         s = self.shape
         tensor = weight.reshape(s.groups, s.group_out, s.group_in, s.taps)
         work = 2 * rank * weight.numel()
+        dtype = torch.float32 if work > _SINGLE_WORK and rank < self.max_rank else weight.dtype
         if start is None:
-            modes = slice_start(tensor, rank)
+            modes = slice_start(tensor.to(dtype), rank)
             sweeps = min(_SWEEPS, max(_LEAST_SWEEPS, int(_SWEEP_WORK / work))) if sweeps is None else sweeps
             sweeps = 0 if rank >= self.max_rank else sweeps  # the start is exact
         else:
             inputs, taps = self._modes(start)
             modes = [start[-1].reshape(s.groups, s.group_out, rank).mT, inputs, taps]
             sweeps = sweeps or 1
-        dtype = torch.float32 if work > _SINGLE_WORK else weight.dtype
-        modes = [mode.to(dtype) for mode in modes]
         for k in range(sweeps):
             if k == sweeps - 1:
                 dtype = weight.dtype
@@ -144,7 +144,7 @@ class Tucker2(Scheme):
         tensor = weight.reshape(s.groups, s.group_out, s.group_in, s.taps)
         if start is None:
             inputs = leading_vectors(tensor.transpose(1, 2).flatten(2), r_in)
-            sweeps = 10 if sweeps is None else sweeps
+            sweeps = min(sweeps or _TUCKER_SWEEPS, _TUCKER_SWEEPS)
         else:
             inputs = torch.linalg.qr(start[0].reshape(s.groups, r_in, s.group_in).mT).Q
         for _ in range(sweeps or 1):  # higher-order orthogonal iteration (De Lathauwer et al. 2000)

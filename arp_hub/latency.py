@@ -1,0 +1,248 @@
+"""Measured latency as a budget: what layers take, dense and decomposed, and plans that keep their promise end to end.
+
+Every layer is timed at its true shape, on the device, beside its own decomposed forms. What was measured is kept on
+disk, by device, threads, workload and version of torch, so that a second plan takes no measuring.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ._env import environment
+from .curves import rank_at
+from .errors import ArpHubError
+from .layers import LowRankLayer, low_rank_layer, low_rank_layers
+from .plan import LayerPlan, RankPlan
+from .schemes import Scheme
+from .shapes import LayerShape, Pair
+from .structure import apply_plan
+from .timing import Workload, forward_call, layer_shares, paired_ratio, take_turns
+from .tracing import InputSize
+
+RANK_MULTIPLE = 8
+"""What ranks are held to multiples of under a latency budget, unless told: matrix kernels work in such tiles."""
+_SHARES = (0.15, 0.4, 0.75)
+"""Parameter shares at which a decomposed layer is timed; in between, latency is linear in the rank."""
+_WORTH_IT = 0.97
+"""A layer that is decomposed takes at most this share of its dense latency."""
+_LAYER_SECONDS, _MODEL_SECONDS = 0.1, 4.0
+_TOLERANCE, _ROUNDS = 0.05, 8
+_AIM = 0.98
+"""Where between the budget and its tolerance a correction aims."""
+
+
+class LatencyTable:
+    """What decomposed layers take of the time of dense ones, measured when first asked for.
+
+    Args:
+        workload: What is timed.
+        device: Where.
+        file: Where measurements are kept; by default ``latency.json`` in the user's cache folder.
+    """
+
+    def __init__(self, workload: Workload, device: torch.device, file: Path | None = None) -> None:
+        self.workload, self.device = workload, device
+        self._file = file or cache_folder() / "latency.json"
+        self._known = _read(self._file)
+        self._new: dict[str, float] = {}
+        self._place = f"{_device_name(device)}|{torch.__version__}|{workload}"
+        self._curves: dict[tuple[Any, ...], tuple[list[int], list[float]]] = {}
+
+    def cost_of(self, share: float, sizes: Sequence[Pair]) -> Callable[[Scheme, int | None], float]:
+        """What a layer costs at a rank of a scheme, or dense (rank None); infinite if it is not worth it.
+
+        Args:
+            share: The dense layer's share of the model's latency, all calls together.
+            sizes: Its input map at each call.
+        """
+
+        def cost(scheme: Scheme, rank: int | None) -> float:
+            if rank is None:
+                return share
+            ratio = sum(self._ratio(scheme, rank, size) for size in sizes) / len(sizes)
+            return share * ratio if ratio <= _WORTH_IT else float("inf")
+
+        return cost
+
+    def faster(self, schemes: Sequence[Scheme], sizes: Sequence[Pair]) -> list[Scheme]:
+        """The schemes that are worth it at some measured rank."""
+        return [scheme for scheme in schemes if min(self._measured(scheme, sizes[0])[1]) <= _WORTH_IT]
+
+    def save(self) -> None:
+        """Add what was measured to the file, atomically; a cache that cannot be written is done without."""
+        if not self._new:
+            return
+        temporary = self._file.with_name(f".{self._file.name}.{os.getpid()}.tmp")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps({**_read(self._file), **self._new}), encoding="utf-8")
+            temporary.replace(self._file)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+
+    def _ratio(self, scheme: Scheme, rank: int, size: Pair) -> float:
+        ranks, ratios = self._measured(scheme, size)
+        if len(ranks) > 1 and rank < ranks[0]:
+            slope = max((ratios[1] - ratios[0]) / (ranks[1] - ranks[0]), 0.0)
+            return max(ratios[0] + slope * (rank - ranks[0]), ratios[0] / 2)
+        if len(ranks) > 1 and rank > ranks[-1]:
+            return ratios[-1] * rank / ranks[-1]
+        return float(np.interp(rank, ranks, ratios))
+
+    def _measured(self, scheme: Scheme, size: Pair) -> tuple[list[int], list[float]]:
+        """Measured ranks, and latency over that of the dense layer at them."""
+        key = (scheme.shape, scheme.name, scheme.groups, size)
+        if key not in self._curves:
+            ranks = sorted({_rank_at(scheme, share) for share in _SHARES})
+            ratios = []
+            for rank in ranks:
+                ratios.append(self._timed_ratio(scheme, rank, size))
+                if ratios[0] > 1:  # slower than dense at its smallest: no use to look further
+                    break
+            self._curves[key] = ranks[: len(ratios)], list(np.maximum.accumulate(ratios))
+        return self._curves[key]
+
+    def _timed_ratio(self, scheme: Scheme, rank: int, size: Pair) -> float:
+        """The fastest time of a decomposed layer over that of the dense one: whatever else runs only adds to times."""
+        key = f"{self._place}|{scheme.shape}|{size}|{scheme.name}|{scheme.groups}|{rank}"
+        if key not in self._known:
+            dense = _dense_layer(scheme.shape, self.device)
+            small = low_rank_layer(dense, LayerPlan(scheme.name, rank, scheme.groups))
+            _spread_out(small)
+            x = _input(scheme.shape, size, self.workload.batch_size, self.device)
+            calls = {"dense": forward_call(dense, x, self.workload), "small": forward_call(small, x, self.workload)}
+            with torch.inference_mode():
+                samples = take_turns(calls, self.device, _LAYER_SECONDS)
+            self._known[key] = self._new[key] = min(samples["small"]) / min(samples["dense"])
+        return self._known[key]
+
+
+class Stopwatch:
+    """Times a model end to end against its own decomposed forms.
+
+    Args:
+        model: The dense model, on the device to time it on.
+        workload: What is timed.
+        input_size: ``(channels, height, width)`` of an image.
+    """
+
+    def __init__(self, model: nn.Module, workload: Workload, input_size: InputSize) -> None:
+        self._model, self._workload = model, workload
+        self._device = next(model.parameters()).device
+        self._images = torch.randn(workload.batch_size, *input_size, device=self._device)
+
+    def shares(self, names: Collection[str]) -> dict[str, float]:
+        """Shares of the dense model's latency that layers take."""
+        return layer_shares(self._model, names, self._images, self._workload, _MODEL_SECONDS)
+
+    def ratio(self, plan: RankPlan) -> float:
+        """Latency of the model decomposed by ``plan`` over that of the dense one; weights do not matter."""
+        small = apply_plan(copy.deepcopy(self._model), plan)
+        for layer in low_rank_layers(small).values():
+            _spread_out(layer)
+        models = {"dense": self._model, "small": small}
+        calls = {name: forward_call(model, self._images, self._workload) for name, model in models.items()}
+        with torch.inference_mode():
+            samples = take_turns(calls, self._device, _MODEL_SECONDS)
+        return paired_ratio(samples["small"], samples["dense"]).median
+
+
+@torch.no_grad()
+def _spread_out(layer: LowRankLayer) -> None:
+    """Random factors that keep the size of what they act on, far from the tiny numbers that slow a CPU down."""
+    for factor in layer.factors:
+        weight = cast(Tensor, factor.weight)
+        weight.normal_(0, weight[0].numel() ** -0.5)
+
+
+def meet(share: float, plan_at: Callable[[float], RankPlan], ratio_of: Callable[[RankPlan], float]) -> RankPlan:
+    """The plan whose measured latency meets a budget, though layers timed alone do not quite add up.
+
+    Args:
+        share: Share of the dense latency to keep.
+        plan_at: Makes a plan for a share, by layers timed alone, or the fastest if none is so fast.
+        ratio_of: Measures a plan end to end.
+
+    Raises:
+        ArpHubError: If no plan comes within 5 % of the budget.
+    """
+    aim, tried = share, dict[float, RankPlan]()
+    for _ in range(_ROUNDS):
+        plan = plan_at(aim)
+        if plan in tried.values():
+            break
+        ratio = ratio_of(plan)
+        tried[ratio] = plan
+        if (1 - _TOLERANCE) * share <= ratio <= share:
+            return plan
+        aim *= _AIM * share / ratio
+    within = [ratio for ratio in tried if ratio <= share * (1 + _TOLERANCE)]
+    if not within:
+        raise ArpHubError(
+            f"keep_latency={share:g} cannot be met: measured end to end, the fastest plan takes {min(tried):.3f} of "
+            "the dense latency on this device. Ask for more, allow more schemes, or time a larger batch_size"
+        )
+    return tried[max(within)]
+
+
+def cache_folder() -> Path:
+    """Where measurements are kept: ``ARP_HUB_CACHE``, or ``arp_hub`` in the user's cache folder."""
+    if own := os.environ.get("ARP_HUB_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "arp_hub"
+
+
+def _read(file: Path) -> dict[str, float]:
+    """The measurements in a file; one that is missing or damaged holds none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {key: value for key, value in found.items() if isinstance(value, float) and 0 < value < float("inf")}
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    hardware = environment()["hardware"]
+    return f"{device.type} {hardware['cpu']}, {hardware['threads']} threads"
+
+
+def _rank_at(scheme: Scheme, share: float) -> int:
+    """A rank near a share of the dense weights, held to multiples for the hardware."""
+    rank = rank_at(scheme, share)
+    return min(max(RANK_MULTIPLE, rank // RANK_MULTIPLE * RANK_MULTIPLE), scheme.max_rank)
+
+
+def _dense_layer(shape: LayerShape, device: torch.device) -> nn.Module:
+    if shape.kind == "linear":
+        return nn.Linear(shape.in_channels, shape.out_channels, device=device)
+    return nn.Conv2d(
+        shape.in_channels,
+        shape.out_channels,
+        shape.kernel_size,
+        shape.stride,
+        shape.padding,
+        shape.dilation,
+        shape.groups,
+        bias=False,
+        device=device,
+    )
+
+
+def _input(shape: LayerShape, size: Pair, batch: int, device: torch.device) -> Tensor:
+    if shape.kind == "linear":
+        tokens = (batch,) if size[0] == 1 else (batch, size[0])
+        return torch.randn(*tokens, shape.in_channels, device=device)
+    return torch.randn(batch, shape.in_channels, *size, device=device)
