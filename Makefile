@@ -1,4 +1,4 @@
-.PHONY: quality style test slow ci
+.PHONY: quality style test slow docs ci
 
 quality:  ## lint and type check, changing nothing
 	ruff check .
@@ -14,6 +14,9 @@ test:  ## the tests that CI runs
 
 slow:  ## the tests that take minutes
 	pytest -m slow
+
+docs:  ## the documentation, at http://127.0.0.1:8000
+	mkdocs serve
 
 ci:  ## everything in a fresh environment
 	.ci/run

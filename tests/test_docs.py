@@ -1,0 +1,107 @@
+"""The documentation keeps its word: its Python runs, its commands and options exist, its tables name what there is."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import arp_hub
+from arp_hub.cli import app
+from arp_hub.schemes import SCHEMES
+from arp_hub.training import TrainConfig
+from arp_hub.training.preemption import EXIT_CODE
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").rglob("*.md"))
+}
+BLOCK = re.compile(r"^```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^```$", re.M | re.S)
+NAV = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+RUN = ["docs/index.md", "docs/tutorial.md", *(name for name in PAGES if name.startswith("docs/how-to/"))]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return [match["code"] for match in BLOCK.finditer(PAGES[page]) if match["language"] == language]
+
+
+def commands() -> list[list[str]]:
+    """Every line of every shell block, as words."""
+    lines = [line for page in PAGES for code in blocks(page, "bash") for line in code.splitlines() if line.strip()]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def test_every_page_is_in_the_navigation():
+    listed = set(re.findall(r": ([\w/-]+\.md)$", NAV, re.M))
+    assert listed == {name.removeprefix("docs/") for name in PAGES if not name.startswith("docs/examples/")}
+
+
+def test_python_of_all_pages_runs(tmp_path):
+    """One process for all pages, each with names of its own, as a reader would type them in."""
+    pages = {page: "\n".join(blocks(page, "python")) for page in RUN}
+    assert all(pages[page] for page in ("docs/index.md", "docs/tutorial.md", "docs/how-to/your-loop.md"))
+    parts = [f"exec({code!r}, {{'__name__': {page!r}}})" for page, code in pages.items()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(parts)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    first, last = (float(number) for number in re.search(r"top-1 ([\d.]+) -> ([\d.]+) %", done.stdout).groups())
+    assert first > 90
+    assert last > first - 10
+
+
+def test_commands_and_their_options_exist():
+    checked: dict[str, str] = {}
+    used = [words for words in commands() if words[0] == "arp-hub"]
+    assert len(used) > 4
+    for words in used:
+        if words[1] not in checked:
+            checked[words[1]] = CliRunner().invoke(app, [words[1], "--help"], terminal_width=200).output
+        for option in (word for word in words if word.startswith("--")):
+            assert re.search(rf"{option}\b", checked[words[1]]), f"{words[1]} has no {option}"
+    settings = {f"--{name.replace('_', '-')}" for name in TrainConfig.__dataclass_fields__} | {"--config"}
+    for words in commands():
+        for start, word in enumerate(words):
+            if word.startswith("recipes/"):
+                assert (ROOT / word).is_file()
+                assert {option for option in words[start:] if option.startswith("--")} <= settings
+
+
+def test_every_command_is_on_the_page_of_the_command_line():
+    names = re.findall(r"^[│ ]+(\w+)  ", CliRunner().invoke(app, ["--help"]).output, re.M)
+    assert {"plan", "doctor", "report"} <= set(names)
+    page = PAGES["docs/command-line.md"]
+    assert [name for name in names if f"`arp-hub {name}`" not in page] == []
+    assert f"| {EXIT_CODE} | recipes |" in page
+
+
+def test_every_public_name_is_in_the_reference():
+    documented = set(re.findall(r"^::: ([\w.]+)$", PAGES["docs/api.md"], re.M))
+    assert {f"arp_hub.{name}" for name in arp_hub.__all__} - {"arp_hub.models"} <= documented
+    for path in documented:
+        module, _, name = path.rpartition(".")
+        __import__(module)
+        assert hasattr(sys.modules[module], name), path
+
+
+def test_every_scheme_is_explained():
+    assert [name for name in SCHEMES if f"`{name}`" not in PAGES["docs/concepts.md"]] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_exist(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", PAGES[page])
+    local = [link.partition("#")[0] for link in links if not link.startswith(("http", "#", "mailto:"))]
+    assert [link for link in local if link and not (ROOT / page).parent.joinpath(link).exists()] == []
