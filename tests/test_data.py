@@ -363,3 +363,21 @@ def test_images_without_a_label_are_counted(tmp_path, model, labels, words):
     path = parquet(tmp_path / "data", features, image=[picture(1), picture(2)], label=labels)
     with pytest.raises(ArpHubError, match=words):
         load_data(path, model)
+
+
+def test_auto_augment_changes_small_images_too_and_is_keyed(model):
+    plain, strong = load_data("digits", model), load_data("digits", model, auto_augment="rand-m9-mstd0.5")
+    batch = TrainBatch(torch.arange(8), seed=3, share=slice(0, 8))
+    half = TrainBatch(torch.arange(8), seed=3, share=slice(4, 8))
+
+    def first(data, job):
+        return next(iter(data.train.images.training([job], torch.device("cpu"), 0)))
+
+    assert not torch.equal(first(plain, batch), first(strong, batch))
+    assert torch.equal(first(strong, batch), first(strong, batch))
+    assert torch.equal(first(strong, batch)[4:], first(strong, half))
+
+
+def test_an_unknown_augmentation_is_refused(model):
+    with pytest.raises(ArpHubError, match="auto_augment: timm knows no augmentation 'sometimes'"):
+        load_data("digits", model, auto_augment="sometimes")

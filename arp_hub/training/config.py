@@ -79,6 +79,9 @@ class TrainConfig:
     method: Method = _setting(
         "phases", "tracking", "how the penalty sets its strength", choices=typing.get_args(Method)
     )
+    freeze_norms: bool = _setting(
+        "phases", False, "keep the statistics of BatchNorm as they are in penalty training and fine-tuning"
+    )
     max_steps: int = _setting(
         "phases",
         0,
@@ -109,7 +112,7 @@ class TrainConfig:
     smoothing: float = _setting("regularisation", 0.0, "label smoothing", low=0, below=1)
     mixup: float = _setting("regularisation", 0.0, "mixup alpha; 0: off", low=0)
     cutmix: float = _setting("regularisation", 0.0, "cutmix alpha; 0: off", low=0)
-    auto_augment: str = _setting("regularisation", "", "timm augmentation for large images, as rand-m9-mstd0.5")
+    auto_augment: str = _setting("regularisation", "", "timm augmentation beside crops and flips, as rand-m9-mstd0.5")
     ema_decay: float = _setting("regularisation", 0.0, "decay of the weights' moving average; 0: off", low=0, below=1)
 
     output: str = _setting("run", "", "folder for the finished model; by default runs/MODEL")

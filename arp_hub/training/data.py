@@ -136,7 +136,7 @@ def load_data(
         val_fraction: Share of the training images that is held out, stratified by class.
         seed: Seed of the held-out split.
         require_labels: Whether data without labels is an error.
-        auto_augment: timm's augmentation string, for images too large to be decoded in memory.
+        auto_augment: timm's augmentation string, as ``rand-m9-mstd0.5``, for training.
         max_bad_images: So many images of a split may fail to decode; an image of the mean colour stands in for each.
 
     Raises:
@@ -148,7 +148,7 @@ def load_data(
         raise ArpHubError(f"max_bad_images must be at least 0, got {max_bad_images}")
     form = input_format(model)
     if source == "digits":
-        tables = _digits(form)
+        tables = _digits(form, auto_augment)
     else:
         found = _Tables(source, _open(source), image_key, label_key, require_labels)
         tables = found.splits(form, auto_augment, max_bad_images)
@@ -276,7 +276,7 @@ def _hold_out(train: Split, fraction: float, seed: int) -> tuple[Split, Split | 
     return parts[0], parts[1]
 
 
-def _digits(form: InputFormat) -> dict[str, _Table]:
+def _digits(form: InputFormat, auto_augment: str) -> dict[str, _Table]:
     """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; one fixed, stratified fifth is for testing."""
     digits = load_digits()
     grey = torch.from_numpy(digits.images).float().mul_(255 / 16)[:, None]
@@ -290,7 +290,7 @@ def _digits(form: InputFormat) -> dict[str, _Table]:
     tables = {}
     for name, part in zip(("train", "test"), parts, strict=True):
         chosen = torch.from_numpy(np.sort(part))
-        images = DecodedImages(len(chosen), partial(enlarge, chosen), form, flip=False)
+        images = DecodedImages(len(chosen), partial(enlarge, chosen), form, flip=False, auto_augment=auto_augment)
         tables[name] = _Table(images, labels[chosen], tuple(str(digit) for digit in range(10)))
     return tables
 
@@ -407,7 +407,13 @@ class _Tables:
         bad = BadImages(len(rows), max_bad_images)
         bytes_needed = len(rows) * 3 * form.size[0] * form.size[1]
         if bytes_needed <= _SMALL_BYTES and self._are_small(rows):
-            return DecodedImages(len(rows), partial(decode_all, rows, self.image_key, form, bad), form, bad=bad)
+            return DecodedImages(
+                len(rows),
+                partial(decode_all, rows, self.image_key, form, bad),
+                form,
+                auto_augment=auto_augment,
+                bad=bad,
+            )
         return StreamedImages(rows, self.image_key, form, auto_augment, bad)
 
     def _are_small(self, rows: Any) -> bool:

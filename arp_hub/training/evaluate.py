@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
+from .._modes import evaluating
 from ..errors import ArpHubError
 from .data import Split
 from .images import progress
@@ -56,16 +57,12 @@ def evaluate(
     labels, indices = labels[rank::world], indices[rank::world]
     device = next(model.parameters()).device
     totals = torch.zeros(4, dtype=torch.float64, device=device)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         batches = split.images.evaluation(indices, batch_size, device, workers) if len(indices) else iter(())
         targets = labels.split(batch_size)
         for images, target in progress(zip(batches, targets, strict=False), f"evaluating on {split.name}"):
             logits = model(images).float()
             totals += _counts(logits, _checked(target, logits.shape[1], split.name).to(device))
-    finally:
-        model.train(training)
     if accelerator is not None:
         totals = accelerator.reduce(totals, "sum")
     top1, top5, loss, count = totals.tolist()

@@ -10,12 +10,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -114,6 +115,7 @@ class DecodedImages:
         decode: Gives all pixels as bytes ``(count, 3, H, W)``; called on first use.
         form: What the model wants to see.
         flip: Whether training images may be mirrored.
+        auto_augment: timm's augmentation string (``rand-m9-mstd0.5``), or empty for shifts and flips alone.
         bad: Where ``decode`` notes what it could not decode.
     """
 
@@ -123,9 +125,11 @@ class DecodedImages:
         decode: Callable[[], Tensor],
         form: InputFormat,
         flip: bool = True,
+        auto_augment: str = "",
         bad: BadImages | None = None,
     ) -> None:
         self.count, self.form, self.flip = count, form, flip
+        self.auto_augment = _auto_augmentation(auto_augment, form) if auto_augment else None
         self.bad = BadImages(count) if bad is None else bad
         self._decode = decode
         self._pixels: Tensor | None = None
@@ -142,10 +146,12 @@ class DecodedImages:
         return self._pixels
 
     def training(self, batches: Iterable[TrainBatch], device: torch.device, workers: int) -> Iterator[Tensor]:
-        """Shifted by up to an eighth of the size and, unless ``flip`` is off, mirrored; ``workers`` are not needed."""
+        """Shifted by up to an eighth of the size, mirrored unless ``flip`` is off, and what ``auto_augment`` adds."""
         pixels = self.pixels(device)
         for batch in batches:
             chosen = pixels[batch.indices[batch.share].to(device)]
+            if self.auto_augment:
+                chosen = self._auto_augmented(chosen, batch.image_seeds().tolist())
             padding = max(self.form.size) // 8
             moved = crop_and_flip(chosen, batch.share, len(batch.indices), batch.seed, padding=padding, flip=self.flip)
             yield self.form.normalise(moved)
@@ -155,6 +161,28 @@ class DecodedImages:
         pixels = self.pixels(device)
         for chosen in indices.split(batch_size):
             yield self.form.normalise(pixels[chosen.to(device)])
+
+    def _auto_augmented(self, pixels: Tensor, seeds: Iterable[int]) -> Tensor:
+        """Image by image on the CPU, because timm's augmentations are made for PIL images."""
+        transform = cast("Callable[[Image.Image], Image.Image]", self.auto_augment)
+        done = []
+        for image, seed in zip(pixels.permute(0, 2, 3, 1).cpu().numpy(), seeds, strict=True):
+            with seeded(seed):
+                done.append(np.array(transform(Image.fromarray(image))))
+        return torch.from_numpy(np.stack(done)).permute(0, 3, 1, 2).to(pixels.device)
+
+
+def _auto_augmentation(name: str, form: InputFormat) -> Callable[[Image.Image], Image.Image]:
+    """The augmentation that timm has under a name, without the crops, flips and normalisation around it."""
+    try:
+        _, augmentation, _ = transforms_imagenet_train(
+            form.size, auto_augment=name, interpolation=form.interpolation, mean=form.mean, std=form.std, separate=True
+        )
+    except (AssertionError, KeyError, ValueError, IndexError) as error:
+        raise ArpHubError(
+            f"auto_augment: timm knows no augmentation '{name}': give one like rand-m9-mstd0.5"
+        ) from error
+    return augmentation
 
 
 class StreamedImages:

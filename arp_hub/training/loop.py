@@ -18,6 +18,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from ..errors import ArpHubError
 from ..penalty import AdaptiveRankPenalty
@@ -79,6 +80,8 @@ class Phase:
     lr: float
     teacher: nn.Module | None = None
     penalty: AdaptiveRankPenalty | None = None
+    frozen_norms: bool = False
+    """Whether BatchNorm keeps its statistics, as in evaluation."""
 
 
 def train(run: Run, phase: Phase, start: Checkpoint | None = None) -> nn.Module | None:
@@ -111,8 +114,10 @@ class _Loop:
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = phase.model.to(accelerator.device, memory_format=layout).train()  # type: ignore[call-overload]
         if phase.teacher:
-            phase.teacher.to(memory_format=layout)  # type: ignore[call-overload]
+            phase.teacher.to(memory_format=layout)
         self.layout = layout
+        if phase.frozen_norms:
+            _freeze_statistics(self.model)
         optimizer = create_optimizer_v2(
             self.model, opt=config.optimizer, lr=phase.lr, weight_decay=config.weight_decay, momentum=config.momentum
         )
@@ -326,6 +331,12 @@ class _Loop:
                     "there, then go on with --resume auto"
                 ) from error
         self.accelerator.wait_for_everyone()
+
+
+def _freeze_statistics(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.eval()
 
 
 def _mean(violations: Mapping[str, float]) -> float:

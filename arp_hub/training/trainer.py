@@ -30,8 +30,8 @@ from ..layers import count_params, low_rank_layers
 from ..loading import hub_dataset, is_saved_model, load_model, published_name, read_weights
 from ..penalty import AdaptiveRankPenalty
 from ..plan import RankPlan
-from ..run_report import write_report
 from ..publish import check_push, push_to_hub
+from ..run_report import write_report
 from ..schemes import Factors
 from ..spectra import decays
 from ..structure import apply_plan
@@ -223,7 +223,11 @@ def _low_rank_model(run: Run, dense: nn.Module, start: Checkpoint | None) -> tup
         model.requires_grad_(True)
         begin = start if start and start.phase == "finetune" else None
         rate = config.finetune_lr or config.lr / 10
-        average = train(run, Phase("finetune", model, config.finetune_epochs, rate, teacher), begin)
+        average = train(
+            run,
+            Phase("finetune", model, config.finetune_epochs, rate, teacher, frozen_norms=config.freeze_norms),
+            begin,
+        )
         model = average or model
         run.scores["finetuned"] = _score(run, model, "fine-tuned model")
     return model.eval(), plan
@@ -254,7 +258,9 @@ def _penalised_model(
     )
     if start:
         penalty.load_state_dict(start.state["penalty"])
-    average = train(run, Phase("compress", model, config.epochs, config.lr, teacher, penalty), start)
+    average = train(
+        run, Phase("compress", model, config.epochs, config.lr, teacher, penalty, config.freeze_norms), start
+    )
     if average is not None:  # a mean of low-rank weights is not quite low-rank: bring it back
         model = average
         penalty = AdaptiveRankPenalty(model, plan, total_steps=1, ramp=0, factors=penalty.factors())
