@@ -1,8 +1,8 @@
 """What must hold for a decomposed timm model: each entry point against the dense model's, as one table of checks.
 
-Weights are random; what is compared is structure. At full rank a decomposed model computes what the dense one computes,
-so that every difference is a fault. Parameters that start at zero are perturbed and BatchNorm statistics are measured on
-the images of the check, because logits of an untrained model hide errors.
+Weights are random; what is compared is structure. At full rank a decomposed model computes what the dense one does, so
+that every difference is a fault. Parameters that start at zero are perturbed and BatchNorm statistics are measured on
+random images, because logits of an untrained model hide errors.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import group_parameters
+from timm.models import group_parameters, save_for_hf
 from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3, reparameterize_model
 from torch import Tensor, nn
@@ -55,6 +57,8 @@ class Case:
     exact: nn.Module
     half: nn.Module
     folder: Path
+    plan: arp_hub.RankPlan
+    planning_seconds: float
 
     @property
     def images(self) -> Tensor:
@@ -67,10 +71,45 @@ class Case:
         return timm.create_model(f"local-dir:{self.folder / kind}", pretrained=True, **arguments).eval()
 
 
-def smallest_size(name: str) -> tuple[int, int, int]:
+def make_case(name: str, folder: Path, keep: float = 0.5, **arguments: Any) -> Case:
+    """Decompose a backbone at full rank and to a share of its parameters, and save all three.
+
+    Args:
+        name: timm name.
+        folder: Where to save them.
+        keep: Share of the parameters to keep, or as little as can be.
+        **arguments: Arguments of ``timm.create_model``.
+    """
+    size = smallest_size(name, **arguments)
+    dense = random_model(name, size, **arguments)
+    exact = arp_hub.decompose(copy.deepcopy(dense), full_rank_plan(dense, size))
+    began = time.perf_counter()
+    plan = feasible_plan(dense, keep)
+    seconds = time.perf_counter() - began
+    half = arp_hub.decompose(copy.deepcopy(dense), plan)
+    save_for_hf(dense, folder / "dense", safe_serialization=True)
+    arp_hub.save_pretrained(exact, folder / "exact")
+    arp_hub.save_pretrained(half, folder / "half")
+    return Case(name, size, dense.eval(), exact.eval(), half.eval(), folder, plan, seconds)
+
+
+def feasible_plan(model: nn.Module, keep: float) -> arp_hub.RankPlan:
+    """A plan for a share of the parameters, or for as few as can be."""
+    try:
+        return arp_hub.make_plan(model, keep_params=keep)
+    except arp_hub.ArpHubError as error:
+        found = re.search(r"lowest rank (0\.\d+)", str(error))
+        if not found:
+            raise
+        return arp_hub.make_plan(model, keep_params=float(found[1]) + 0.02)
+
+
+def smallest_size(name: str, **arguments: Any) -> tuple[int, int, int]:
     """The smallest square image that a backbone takes as it is, at most its default."""
     with torch.device("meta"):
-        model = timm.create_model(name)
+        model = timm.create_model(name, **arguments)
+    if "img_size" in arguments:
+        return 3, arguments["img_size"], arguments["img_size"]
     channels, *default = model.pretrained_cfg["input_size"]
     for side in (side for side in _SIDES if side < min(default)):
         try:
@@ -237,6 +276,7 @@ def _outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def half_finite(case: Case) -> None:
+    """Outputs at half of the parameters."""
     with torch.no_grad():
         outputs = flat(case.half(case.images))
     if not all(bool(torch.isfinite(y).all()) for y in outputs):
@@ -244,16 +284,19 @@ def half_finite(case: Case) -> None:
 
 
 def forward_parts(case: Case) -> None:
+    """``forward_features``, then ``forward_head``, with and without the classifier."""
     alike(case, lambda m: m.forward_head(m.forward_features(case.images)))
     alike(case, lambda m: m.forward_head(m.forward_features(case.images), pre_logits=True))
 
 
 def forward_intermediates(case: Case) -> None:
+    """All intermediate maps, and the final one."""
     needs(case.dense, "forward_intermediates")
     alike(case, lambda m: m.forward_intermediates(case.images))
 
 
 def prune_intermediate_layers(case: Case) -> None:
+    """The first map of a model cut behind it."""
     needs(case.dense, "prune_intermediate_layers")
 
     def call(model: Any) -> Any:
@@ -264,17 +307,18 @@ def prune_intermediate_layers(case: Case) -> None:
 
 
 def feature_info(case: Case) -> None:
+    """What the model tells of its feature maps."""
     needs(case.dense, "feature_info")
     if [dict(i) for i in case.exact.feature_info] != [dict(i) for i in case.dense.feature_info]:
         raise Failed("differs")
 
 
 def layer_decay(case: Case) -> None:
+    """``group_matcher``: the same layers in the same groups, and a rate for every parameter."""
     needs(case.dense, "group_matcher")
 
     def owner(name: str) -> str:
-        layer, _, end = name.rpartition(".")
-        return f"{layer.split('.factors.')[0]}.{end}"
+        return name.rpartition(".")[0].split(".factors.")[0]
 
     def by_layer(model: Any) -> dict[Any, list[str]]:
         found = group_parameters(model, model.group_matcher(coarse=False))
@@ -288,11 +332,14 @@ def layer_decay(case: Case) -> None:
 
 
 def no_weight_decay(case: Case) -> None:
+    """Names of the parameters without weight decay."""
     needs(case.dense, "no_weight_decay")
     alike(case, lambda m: sorted(m.no_weight_decay()))
 
 
 def classifier(case: Case) -> None:
+    """``get_classifier`` and ``reset_classifier``."""
+
     def call(model: Any) -> Any:
         model.get_classifier()
         model.reset_classifier(0)
@@ -325,6 +372,7 @@ def training(case: Case) -> None:
 
 
 def set_input_size(case: Case) -> None:
+    """Another size of the image, after the model was made."""
     needs(case.dense, "set_input_size")
     side = max(case.size[1] // 64 * 32, 32)
     images = torch.randn(1, case.size[0], side, side)
@@ -337,6 +385,7 @@ def set_input_size(case: Case) -> None:
 
 
 def init_weights(case: Case) -> None:
+    """New random factors: ``init_weights`` reaches those that it finds as linear layers and convolutions."""
     needs(case.dense, "init_weights")
     model: Any = copy.deepcopy(case.half)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if ".factors." in name}
@@ -373,6 +422,7 @@ def reparameterize(case: Case) -> None:
 
 
 def ema(case: Case) -> None:
+    """An average of weights, with its copy of the model."""
     average = ModelEmaV3(case.exact, decay=0.5)
     average.update(case.exact)
     with torch.no_grad():
@@ -380,6 +430,7 @@ def ema(case: Case) -> None:
 
 
 def copies(case: Case) -> None:
+    """A deep copy and a pickle, as DataLoader workers and EMA make them."""
     for other in (copy.deepcopy(case.exact), pickle.loads(pickle.dumps(case.exact))):
         with torch.no_grad():
             if not torch.equal(other(case.images), case.exact(case.images)):
@@ -387,11 +438,14 @@ def copies(case: Case) -> None:
 
 
 def channels_last(case: Case) -> None:
+    """The other memory layout."""
     layout: Any = torch.channels_last
     alike(case, lambda m: m.to(memory_format=layout)(case.images.contiguous(memory_format=layout)))
 
 
 def half_precision(case: Case, dtype: torch.dtype) -> None:
+    """Weights and images cast to a half-precision type."""
+
     def error(model: nn.Module) -> float:
         with torch.no_grad():
             exact = flat(model(case.images))[0]
@@ -406,6 +460,7 @@ def half_precision(case: Case, dtype: torch.dtype) -> None:
 
 
 def compiled(case: Case) -> None:
+    """torch.compile, as far as its tracer goes; code generation meets nothing but small plain layers."""
     with torch.no_grad():
         same(torch.compile(case.half, backend="eager")(case.images), case.half(case.images))
     torch.compiler.reset()
@@ -451,6 +506,7 @@ def onnx(case: Case) -> None:
 
 
 def torchscript(case: Case) -> None:
+    """TorchScript, where the dense backbone can be scripted."""
     try:
         torch.jit.script(timm.create_model(case.name, scriptable=True))
     except Exception as error:  # noqa: BLE001

@@ -15,7 +15,6 @@ import argparse
 import copy
 import json
 import multiprocessing
-import re
 import resource
 import tempfile
 import time
@@ -30,8 +29,7 @@ import matplotlib.pyplot  # noqa: F401 - here and below, so that no process has 
 import timm
 import torch
 import torch._dynamo  # noqa: F401
-from timm.models import save_for_hf
-from timm_checks import CHECKS, EXPORTS, Case, flat, full_rank_plan, random_model, run_check, smallest_size
+from timm_checks import CHECKS, EXPORTS, Case, feasible_plan, flat, make_case, random_model, run_check, smallest_size
 from torch import nn
 
 import arp_hub
@@ -143,28 +141,17 @@ def check_family(name: str, exports: bool, limit: float) -> dict[str, Any]:
 
 def check_model(name: str, folder: Path) -> dict[str, Any]:
     """Decompose one model at full rank and to half of its parameters, save both, and run every check."""
-    size = smallest_size(name)
-    dense = random_model(name, size)
-    exact = arp_hub.decompose(copy.deepcopy(dense), full_rank_plan(dense, size))
-    began = time.perf_counter()
-    keep, plan = feasible_plan(dense)
-    seconds = time.perf_counter() - began
-    half = arp_hub.decompose(copy.deepcopy(dense), plan)
-    row: dict[str, Any] = {"input_size": size, "keep": keep, "planning_seconds": round(seconds, 2)}
-    row |= shares(dense, plan)
-    row["params_after"] = count_params(half)
+    case = make_case(name, folder)
+    row: dict[str, Any] = {"input_size": case.size, "planning_seconds": round(case.planning_seconds, 2)}
+    row |= {**shares(case.dense, case.plan), "params_after": count_params(case.half)}
     checks: dict[str, str] = {}
-    save_for_hf(dense, folder / "dense", safe_serialization=True)
-    arp_hub.save_pretrained(exact, folder / "exact")
-    arp_hub.save_pretrained(half, folder / "half")
     try:
-        arp_hub.save_pretrained(arp_hub.to_dense(copy.deepcopy(half)), folder / "to_dense")
+        arp_hub.save_pretrained(arp_hub.to_dense(copy.deepcopy(case.half)), folder / "to_dense")
         checks["save after to_dense"] = "ok"
     except arp_hub.ArpHubError as error:
         checks["save after to_dense"] = f"n/a: refused: {error}"
-    case = Case(name, size, dense.eval(), exact.eval(), half.eval(), folder)
     with torch.no_grad():
-        torch.save({"images": case.images, "outputs": flat(half(case.images))}, folder / "expected.pt")
+        torch.save({"images": case.images, "outputs": flat(case.half(case.images))}, folder / "expected.pt")
     checks |= {check: run_check(case, check) for check in CHECKS}
     return {**row, "checks": checks, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
 
@@ -173,22 +160,11 @@ def export_model(name: str, folder: Path) -> dict[str, Any]:
     """Decompose one model to half of its parameters and export it in every way."""
     size = smallest_size(name)
     dense = random_model(name, size)
-    half = arp_hub.decompose(copy.deepcopy(dense), feasible_plan(dense)[1])
+    plan = feasible_plan(dense, KEEP)
+    half = arp_hub.decompose(copy.deepcopy(dense), plan)
     arp_hub.save_pretrained(half, folder / "half")
-    case = Case(name, size, dense.eval(), half, half.eval(), folder)
+    case = Case(name, size, dense.eval(), half, half.eval(), folder, plan, 0.0)
     return {"checks": {check: run_check(case, check) for check in EXPORTS}}
-
-
-def feasible_plan(model: nn.Module) -> tuple[float, arp_hub.RankPlan]:
-    """A plan for half of the parameters, or for as many as can be."""
-    try:
-        return KEEP, arp_hub.make_plan(model, keep_params=KEEP)
-    except arp_hub.ArpHubError as error:
-        found = re.search(r"lowest rank (0\.\d+)", str(error))
-        if not found:
-            raise
-        keep = round(float(found[1]) + 0.02, 2)
-        return keep, arp_hub.make_plan(model, keep_params=keep)
 
 
 def shares(model: nn.Module, plan: arp_hub.RankPlan) -> dict[str, Any]:
@@ -233,9 +209,9 @@ def plan_one(name: str) -> dict[str, Any]:
     began = time.perf_counter()
     with torch.device("meta"):
         model = timm.create_model(name)
-    keep, plan = feasible_plan(model)
+    plan = feasible_plan(model, KEEP)
     seconds = time.perf_counter() - began
-    return {"keep": keep, "planning_seconds": round(seconds, 2), **shares(model, plan), "planned": len(plan.layers)}
+    return {"planning_seconds": round(seconds, 2), **shares(model, plan), "planned": len(plan.layers)}
 
 
 def plan_all(names: list[str]) -> dict[str, Any]:

@@ -7,11 +7,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import ArpHubError
-from ..layers import LowRankLayer, layer_shape
+from ..layers import layer_shape
 from ..plan import RankPlan
 from ..schemes import make_scheme
 from ._untrusted import check_tensors
@@ -73,11 +72,7 @@ class CheckpointAdapter:
         for name in merged:
             dense |= self._merged(name, factors[name], modules[name])
         if self.load is not None:
-            stand_ins: StateDict = {}
-            for name in self.saved.layers.keys() - merged:
-                stand_ins |= _stand_ins(name, factors[name], modules.get(name))
-            loaded = self.load({**dense, **stand_ins})
-            dense = {key: value for key, value in loaded.items() if key not in stand_ins}
+            dense = self.load(dense)
         adapted = dense | {key: value for name in self.kept.layers for key, value in factors[name].items()}
         self._check_complete(adapted, model)
         return adapted
@@ -122,8 +117,10 @@ class CheckpointAdapter:
         if [tuple(w.shape) for w in weights] != expected:
             raise self._misfit(name, expected, [tuple(w.shape) for w in weights])
         merged = scheme.compose([w.double() for w in weights]).to(weights[0].dtype)
-        bias = {f"{name}.bias": value for key, value in found.items() if key.endswith(".bias")}
-        return {f"{name}.weight": merged[..., 0, 0] if shape.kind == "linear" else merged, **bias}
+        others = {f"{name}.bias": value for key, value in found.items() if key.endswith(".bias")}
+        if isinstance(gain := getattr(module, "gain", None), Tensor):  # standardised: the scale is apart
+            others[f"{name}.gain"] = (merged.flatten(1).std(1, correction=0) / _scale(module, merged)).view_as(gain)
+        return {f"{name}.weight": merged[..., 0, 0] if shape.kind == "linear" else merged, **others}
 
     def _misfit(self, name: str, expected: Sequence[tuple[int, ...]], found: Sequence[tuple[int, ...]]) -> ArpHubError:
         layer = self.saved.layers[name]
@@ -134,15 +131,6 @@ class CheckpointAdapter:
         )
 
 
-def _stand_ins(name: str, factors: StateDict, module: nn.Module | None) -> StateDict:
-    """What the backbone loads in place of factors: weights of the dense shapes, without memory of their own."""
-    weights = [factors[key] for key in sorted(factors) if key.endswith(".weight")]
-    if isinstance(module, LowRankLayer):
-        shape = module.scheme.shape
-        sizes = (shape.out_channels, shape.group_in, *(shape.kernel_size if shape.kind == "conv" else ()))
-    else:  # a classifier that is built dense, or not at all, and takes nothing from the file
-        sizes = (len(weights[-1]), *weights[0].shape[1:]) if weights else (0, 0)
-    found = {f"{name}.weight": torch.zeros(()).expand(sizes)}
-    if any(key.endswith(".bias") for key in factors):
-        found[f"{name}.bias"] = torch.zeros(()).expand(sizes[:1])
-    return found
+def _scale(module: Any, weight: Tensor) -> float:
+    """The factor that a scaled and standardised convolution would have with a weight of other input channels."""
+    return float(module.scale * (module.weight[0].numel() / weight[0].numel()) ** 0.5)

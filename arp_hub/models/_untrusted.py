@@ -121,20 +121,23 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
         raise ArpHubError(f"'{path}' is not a whole safetensors file: {error}: get the model again") from error
 
 
-def check_build(build: Callable[[], nn.Module], header: Mapping[str, tuple[int, ...]], source: str) -> None:
+def check_build(
+    build: Callable[[], nn.Module], header: Mapping[str, tuple[int, ...]], source: str, branches: int = 1
+) -> None:
     """Build a model without memory, and stop as soon as it outgrows what its weights declare.
 
     Args:
         build: Builds the dense model, as the saved config describes it.
         header: Shapes of the saved tensors, by name.
         source: Where the model comes from, for messages.
+        branches: Tensors that may have become one since the model was built.
 
     Raises:
         ArpHubError: If the model would be larger than the weights allow, or cannot be built.
     """
     declared = sum(math.prod(shape) for shape in header.values())
     try:
-        with _bounded(len(header) + _SLACK_TENSORS, declared, source), torch.device("meta"):
+        with _bounded(branches * len(header) + _SLACK_TENSORS, declared, source), torch.device("meta"):
             build()
     except ArpHubError:
         raise

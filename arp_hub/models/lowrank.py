@@ -111,7 +111,7 @@ def arp_lowrank(
         first_convs,
         channels,
         may_lack=classifiers if cfg["num_classes"] and _same_as_saved(kwargs, _SAME_LAYERS) else None,
-        load=None if same_shapes else partial(_load_dense, entrypoint, cfg, kwargs),
+        load=None if same_shapes else partial(_load_dense, entrypoint, cfg, kwargs, rank_plan),
         source=weights_source(cfg),
     )
     try:
@@ -208,29 +208,46 @@ def _removed(
     plan: RankPlan, entrypoint: Callable[..., nn.Module], cfg: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> frozenset[str]:
     """The planned layers that the backbone has by the saved arguments, and has no more by the caller's."""
-    saved = {key: value for key, value in (kwargs.get("pretrained_model_args") or {}).items() if key not in OURS}
-
-    def names(arguments: Mapping[str, Any]) -> set[str]:
-        with torch.device("meta"):
-            model = entrypoint(pretrained=False, pretrained_cfg=dict(cfg), **arguments)
-        return {name for name, _ in model.named_modules(remove_duplicate=False)}
-
-    missing = plan.layers.keys() - names(_model_args(kwargs))
-    return frozenset(missing & names(saved)) if missing else frozenset()
+    present = dict(_without_memory(entrypoint, cfg, kwargs).named_modules(remove_duplicate=False))
+    if not (missing := plan.layers.keys() - present.keys()):
+        return frozenset()
+    saved = _without_memory(entrypoint, cfg, kwargs.get("pretrained_model_args") or {})
+    return frozenset(missing & dict(saved.named_modules(remove_duplicate=False)).keys())
 
 
 def _load_dense(
-    entrypoint: Callable[..., nn.Module], cfg: Mapping[str, Any], kwargs: Mapping[str, Any], state: dict[str, Tensor]
+    entrypoint: Callable[..., nn.Module],
+    cfg: Mapping[str, Any],
+    kwargs: Mapping[str, Any],
+    plan: RankPlan,
+    state: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Dense weights as the backbone's own loading, with all that is special about it, adapts them to arguments."""
-    given = {**cfg, "source": None, "file": None, "hf_hub_id": None, "state_dict": state}
+    """Dense weights as the backbone's own loading, with all that is special about it, adapts them to arguments.
+
+    Tensors without memory of their own stand in for the decomposed layers.
+    """
+    saved = _without_memory(entrypoint, cfg, kwargs.get("pretrained_model_args") or {}).state_dict()
+    stand_ins = {
+        key: torch.zeros((), dtype=value.dtype).expand(value.shape)
+        for key, value in saved.items()
+        if key.rpartition(".")[0] in plan.layers and key not in state
+    }
+    given = {**cfg, "source": None, "file": None, "hf_hub_id": None, "state_dict": {**state, **stand_ins}}
     model = entrypoint(pretrained=True, pretrained_cfg=given, **_model_args(kwargs))
-    return dict(model.state_dict())
+    return {key: value for key, value in model.state_dict().items() if key not in stand_ins}
+
+
+def _without_memory(
+    entrypoint: Callable[..., nn.Module], cfg: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> nn.Module:
+    """The dense backbone on the meta device."""
+    with torch.device("meta"):
+        return entrypoint(pretrained=False, pretrained_cfg=dict(cfg), **_model_args(arguments))
 
 
 def _model_args(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that say what the model is, not how it is loaded or wrapped."""
-    return {key: value for key, value in kwargs.items() if key not in _NOT_THE_MODEL}
+    return {key: value for key, value in kwargs.items() if key not in _NOT_THE_MODEL | OURS}
 
 
 def _feature_cfg(

@@ -1,0 +1,207 @@
+"""Any timm backbone: what timm does with a dense model it does with a decomposed one, oddities included."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.utils import reparameterize_model
+from timm_checks import CHECKS, EXPORTS, full_rank_plan, make_case, random_model, run_check
+from torch import nn
+from typer.testing import CliRunner
+
+import arp_hub
+from arp_hub.cli import app
+from arp_hub.layers import count_params, low_rank_layers
+from arp_hub.loading import load_model
+from arp_hub.training import evaluate, load_data
+
+# One small model for every oddity; entrypoints of timm take the arguments that make them small.
+TINY_VIT = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
+ODDITIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "strided and plain convolutions": ("test_resnet", {}),
+    "padding by the input's size": ("tf_mobilenetv3_small_minimal_100", {}),
+    "standardised convolutions": ("test_nfnet", {}),
+    "a stem of standardised convolutions": ("vit_tiny_r_s16_p8_224", {"img_size": 64, "depth": 1}),
+    "layers to fuse": ("efficientvit_m0", {"img_size": 64}),
+    "branches to merge": ("repghostnet_050", {}),
+    "a fused qkv": ("test_vit", {}),
+    "biases of qkv apart, relative positions": ("beit_base_patch16_224", TINY_VIT),
+    "biases of qkv apart, rotary positions": ("eva02_tiny_patch14_224", {**TINY_VIT, "img_size": 28}),
+    "biases of qkv apart, windows": (
+        "swinv2_tiny_window8_256",
+        {"img_size": 64, "embed_dim": 24, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4},
+    ),
+    "two classifiers": ("deit_tiny_distilled_patch16_224", TINY_VIT),
+    "maps in NHWC": ("test_convnext", {}),
+    "an LSTM": ("sequencer2d_s", {"img_size": 56, "layers": (1, 1, 1, 1), "embed_dims": (24, 24, 24, 24)}),
+    "pooling by attention": ("vit_base_patch16_siglip_224", TINY_VIT),
+}
+
+
+def outcomes(name: str, folder: Path, checks: Any, **arguments: Any) -> dict[str, str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        case = make_case(name, folder, **arguments)
+        return {check: run_check(case, check) for check in checks}
+
+
+@pytest.mark.parametrize("oddity", ODDITIES)
+def test_entry_points_are_those_of_the_dense_model(oddity: str, tmp_path: Path) -> None:
+    name, arguments = ODDITIES[oddity]
+    found = outcomes(name, tmp_path, CHECKS, **arguments)
+    assert not {check: outcome for check, outcome in found.items() if outcome.startswith("fails")}
+    assert sum(outcome == "ok" for outcome in found.values()) >= len(CHECKS) // 2
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_exports_hold_the_small_layers(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    assert outcomes(name, tmp_path, EXPORTS) == dict.fromkeys(EXPORTS, "ok")
+
+
+SURVEY = """
+resnet50 vit_base_patch16_224 convnext_tiny tf_efficientnet_b0 mobilenetv3_small_100 swin_tiny_patch4_window7_224
+beit_base_patch16_224 swinv2_tiny_window8_256 eva02_tiny_patch14_224 vit_tiny_patch16_dinov3_qkvb eca_nfnet_l0
+dm_nfnet_f0 resnetv2_50x1_bit vit_tiny_r_s16_p8_224 repvgg_a0 fastvit_t8 levit_128s efficientvit_m0 repvit_m0_9
+convit_tiny davit_tiny edgenext_xx_small mobilevitv2_050 regnety_016 densenet121 vgg11 tf_efficientnet_cc_b0_4e
+tf_mixnet_s skresnet18 resnest14d halonet26t coat_tiny sequencer2d_s inception_v3 maxvit_tiny_tf_224
+naflexvit_base_patch16_gap convmixer_768_32 efficientnet_b1_pruned deit_tiny_distilled_patch16_224
+vit_base_patch16_siglip_224
+""".split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SURVEY)
+def test_surveyed_models(name: str, tmp_path: Path) -> None:
+    found = outcomes(name, tmp_path, CHECKS)
+    assert not {check: outcome for check, outcome in found.items() if outcome.startswith("fails")}
+
+
+@pytest.mark.parametrize(
+    ("name", "reasons"),
+    [
+        ("tf_efficientnet_cc_b0_4e", {"CondConv2d", "depthwise", "first convolution"}),
+        ("sequencer2d_s", {"LSTM"}),
+        ("lambda_resnet26t", {"Conv3d"}),
+        ("ecaresnet26t", {"Conv1d"}),
+        ("vit_small_patch16_224", {"a parameter of the model itself"}),
+    ],
+)
+def test_nothing_is_passed_over_in_silence(name: str, reasons: set[str]) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, **({"img_size": 56} if "sequencer" in name else {}))
+    with pytest.warns(UserWarning, match="by shape alone"):
+        plan = arp_hub.make_plan(model, keep_params=0.95, input_size=(3, 56, 56) if "sequencer" in name else None)
+    for reason in reasons:
+        assert any(reason in given for given in plan.dense.values()), reason
+    named = plan.layers.keys() | plan.dense.keys()
+    for key, parameter in model.named_parameters():
+        if sum(side > 1 for side in parameter.shape) >= 2:
+            assert key in named or key.rpartition(".")[0] in named, key
+
+
+def test_the_largest_models_are_planned_by_shape() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("eva02_enormous_patch14_clip_224")
+    total = count_params(model)
+    with pytest.warns(UserWarning, match="by shape alone"):
+        plan = arp_hub.make_plan(model, keep_params=0.5)
+    with pytest.raises(arp_hub.ArpHubError, match="no weight .meta device"):
+        arp_hub.decompose(model, plan)
+    kept = count_params(arp_hub.structure.apply_plan(model, plan))
+    assert total > 4e9 and 0.49 * total < kept <= 0.5 * total
+    with pytest.raises(arp_hub.ArpHubError, match="calibration needs a model with weights"):
+        arp_hub.make_plan(
+            timm.create_model("test_vit").to("meta"), keep_params=0.5, calibration=torch.zeros(1, 3, 8, 8)
+        )
+
+
+def test_the_command_line_plans_without_weights(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    done = CliRunner().invoke(
+        app,
+        ["plan", "--model", "vit_large_patch16_224", "--device", "meta", "--keep-params", "0.5"]
+        + ["--output", str(path), "--json"],
+    )
+    assert done.exit_code == 0, done.output
+    layers = {layer["name"]: layer for layer in json.loads(done.stdout)["layers"]}
+    assert layers["pos_embed"]["reason"] == "a parameter of the model itself, no layer's weight"
+    assert arp_hub.RankPlan.load(path).layers
+
+
+@pytest.mark.parametrize("name", ["efficientvit_m0", "repghostnet_050"])
+def test_reparameterize_first_then_decompose(name: str) -> None:
+    dense = random_model(name, (3, 64, 64), **({"img_size": 64} if "vit" in name else {}))
+    low = arp_hub.decompose(copy.deepcopy(dense), full_rank_plan(dense, (3, 64, 64)))
+    with pytest.raises(arp_hub.ArpHubError, match="call reparameterize_model on the dense model"):
+        reparameterize_model(low)
+    merged = reparameterize_model(arp_hub.to_dense(low))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(x), dense(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_resampled_position_embedding_is_that_of_the_dense_backbone(tmp_path: Path) -> None:
+    name, small = "flexivit_small", {**TINY_VIT, "img_size": 64}  # its filter has settings of its own
+    dense = random_model(name, (3, 64, 64), **small)
+    timm.models.save_for_hf(dense, tmp_path / "dense", safe_serialization=True)
+    arp_hub.save_pretrained(arp_hub.decompose(dense, full_rank_plan(dense, (3, 64, 64))), tmp_path / "low")
+    ours, theirs = (
+        timm.create_model(f"local-dir:{tmp_path / kind}", pretrained=True, img_size=96) for kind in ("low", "dense")
+    )
+    assert torch.equal(ours.pos_embed, theirs.pos_embed)
+
+
+def test_layers_that_arguments_remove_are_left_out(tmp_path: Path) -> None:
+    dense = random_model("vit_base_patch16_siglip_224", (3, 32, 32), **TINY_VIT)
+    plan = full_rank_plan(dense, (3, 32, 32))
+    assert any(name.startswith("attn_pool.") for name in plan.layers)
+    folder = arp_hub.save_pretrained(arp_hub.decompose(dense, plan), tmp_path / "out")
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, global_pool="avg")
+    assert model.attn_pool is None and low_rank_layers(model)
+
+
+class OnnxModel(nn.Module):
+    """An ONNX file as a module, so that the same code evaluates it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        onnxruntime = pytest.importorskip("onnxruntime")
+        self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        self.device = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (entry,) = self.session.get_inputs()
+        return torch.from_numpy(self.session.run(None, {entry.name: x.numpy()})[0])
+
+
+@pytest.mark.slow
+def test_a_trained_model_is_the_same_here_in_a_fresh_process_and_in_onnx(shared: Path, tmp_path: Path) -> None:
+    count, batch = 250, 50
+    model = load_model("tf_efficientnet_lite0", shared / "weights" / "tf_efficientnet_lite0_imagenet.safetensors")
+    arp_hub.decompose(model, arp_hub.make_plan(model, keep_params=0.85))
+    folder = arp_hub.save_pretrained(model, tmp_path / "out")
+    source = str(shared / "data" / "imagenet-sample")
+    data = load_data(source, model)
+    here = evaluate(model, data.test, batch_size=batch, max_images=count)
+
+    command = ["evaluate", "--model", f"local-dir:{folder}", "--data", source, "--max-images", str(count), "--json"]
+    run = [sys.executable, "-c", "from arp_hub.cli import app; app()", *command]
+    fresh = json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+
+    torch.onnx.export(model, (torch.zeros(batch, 3, 224, 224),), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    exported = evaluate(OnnxModel(tmp_path / "model.onnx"), data.test, batch_size=batch, max_images=count)
+
+    print(here, exported)
+    assert here["images"] == count and here["top1"] > 50
+    assert here["top1"] == fresh["top1"] == exported["top1"]
+    assert (tmp_path / "model.onnx").stat().st_size < 1.1 * (folder / "model.safetensors").stat().st_size + 1e6
