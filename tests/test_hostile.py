@@ -1,0 +1,78 @@
+"""What comes from a stranger is refused with one clear error, at once, and costs next to nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hostile
+import pytest
+import torch
+
+from arp_hub import ArpHubError
+from arp_hub.loading import read_weights
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> dict[str, Any]:
+    """Every hostile folder, loaded in one process."""
+    command = [sys.executable, str(Path(hostile.__file__)), str(tmp_path_factory.mktemp("hostile"))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {found["case"]: found for found in map(json.loads, done.stdout.splitlines())}
+
+
+def test_a_good_folder_loads(outcomes):
+    assert outcomes["a good folder"]["error"] is None
+
+
+@pytest.mark.parametrize("case", [*hostile.CONFIGS, *hostile.FILES])
+def test_a_hostile_folder_is_refused_at_once(outcomes, case):
+    found = outcomes[case]
+    assert found["error"] == "ArpHubError", found
+    assert 10 < len(found["message"]) < 1500
+    assert found["seconds"] < 1, found
+    assert found["memory"] < 150, found
+    assert not found["opened"]
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".tar", ".safetensors"])
+def test_a_pickle_is_refused_as_a_checkpoint(tmp_path, suffix):
+    path, opened = tmp_path / f"weights{suffix}", tmp_path / "opened"
+    for content in ({"state_dict": {"x": Bomb(opened)}}, Bomb(opened)):
+        torch.save(content, path)
+        with pytest.raises(ArpHubError, match=r"cannot be read|not a whole"):
+            read_weights(path)
+        assert not opened.exists()
+
+
+def test_no_code_reads_a_pickle():
+    """Nothing in the library or the recipes imports a pickle reader or turns the guard off."""
+    forbidden = re.compile(
+        r"\b(import|from) +(c?pickle|dill|joblib|cloudpickle|shelve|marshal)\b|pickle\.loads?\(|weights_only *= *False"
+        r"|allow_pickle *= *True|trust_remote_code *= *True|yaml\.(unsafe_|full_)?load\(|(?<!\.)\beval\(|\bexec\("
+        r"|pd\.read_pickle|torch\.hub\.load|load_state\(|save_state\("
+    )
+    files = [path for part in ("arp_hub", "recipes") for path in (ROOT / part).rglob("*.py")]
+    assert len(files) > 40
+    lines = [(path.name, line.strip()) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [(name, line) for name, line in lines if forbidden.search(line)] == []
+    loads = [(name, line) for name, line in lines if "torch.load(" in line]
+    assert loads
+    assert [found for found in loads if "weights_only=True" not in found[1]] == []
