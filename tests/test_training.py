@@ -77,6 +77,17 @@ def test_a_run_passes_through_every_phase(finished):
     assert list((settings.run_folder / "tracker").glob("events*"))
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_statistics_of_batchnorm_stay_as_they_are_if_asked_to(tmp_path, frozen):
+    settings = config(
+        tmp_path, start_from="dense", ramp=0.5, freeze_norms=frozen, val_fraction=0.1, epochs=2, max_steps=6
+    )
+    run(settings)
+    before, after = load_file(settings.run_folder / "dense.safetensors"), weights(settings.output)
+    same = [torch.equal(before[name], after[name]) for name in before if "running" in name]
+    assert all(same) if frozen else not any(same)
+
+
 def test_a_run_leaves_a_report(finished):
     settings, metrics = finished
     page = (settings.run_folder / "report.html").read_text(encoding="utf-8")
