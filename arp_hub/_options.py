@@ -13,6 +13,7 @@ from .errors import ArpHubError
 from .loading import load_model
 from .plan import RankPlan
 from .schemes import SCHEMES
+from .timing import DTYPES, Workload
 from .training import ImageData, calibration_images, load_data
 
 Model = Annotated[str, typer.Option(help="A timm name such as resnet50, local-dir:FOLDER, or hf-hub:USER/NAME.")]
@@ -29,6 +30,10 @@ ImageKey = Annotated[str | None, typer.Option(help="Image column; by default the
 LabelKey = Annotated[str | None, typer.Option(help="Label column; by default the one of type ClassLabel.")]
 KeepParams = Annotated[float | None, typer.Option(help="Share of the parameters to keep, above 0 and below 1.")]
 KeepMacs = Annotated[float | None, typer.Option(help="Share of the multiply-accumulates to keep.")]
+KeepLatency = Annotated[float | None, typer.Option(help="Share of the measured latency on --device to keep.")]
+BatchSize = Annotated[int, typer.Option(help="Images a forward pass that is timed.")]
+Dtype = Annotated[str, typer.Option(help=f"Numbers of a forward pass that is timed: {', '.join(DTYPES)}.")]
+ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="Time with channels-last memory layout.")]
 Schemes = Annotated[
     str | None, typer.Option(help=f"Schemes to choose from, with commas: {','.join(SCHEMES)}. By default all.")
 ]
@@ -47,7 +52,10 @@ Calibration = Annotated[
     ),
 ]
 Workers = Annotated[int, typer.Option(help="Processes that decode large images.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default cuda where there is one.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, ...; by default cuda where there is one. For plans also meta: by shape alone."),
+]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write over --output, whatever it holds.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else.")]
@@ -56,16 +64,22 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to s
 def plan_options(
     keep_params: float | None,
     keep_macs: float | None,
+    keep_latency: float | None,
+    workload: Workload,
     schemes: str | None,
     rank_multiple: int,
     exclude: str | None,
     plan: Path | None = None,
 ) -> dict[str, Any]:
     """Arguments of `make_plan`, checked before any work is done."""
-    shares = {"keep_params": keep_params, "keep_macs": keep_macs}
+    shares = {"keep_params": keep_params, "keep_macs": keep_macs, "keep_latency": keep_latency}
     budget = {name: share for name, share in shares.items() if share is not None}
     if len(budget) + (plan is not None) != 1:
-        raise ArpHubError("give exactly one of --keep-params and --keep-macs (or, to compress, a --plan)")
+        raise ArpHubError(
+            "give exactly one of --keep-params, --keep-macs and --keep-latency (or, to compress, a --plan)"
+        )
+    if keep_latency is None and workload != Workload():
+        raise ArpHubError("--batch-size, --dtype and --channels-last say what --keep-latency is for: give it, too")
     if plan is not None and (schemes is not None or exclude is not None or rank_multiple != 1):
         raise ArpHubError("--schemes, --exclude and --rank-multiple are for making a plan, not for a given --plan")
     for name, share in budget.items():
@@ -77,11 +91,20 @@ def plan_options(
             raise ArpHubError(f"unknown scheme '{name}': choose from {', '.join(SCHEMES)}")
     if rank_multiple < 1:
         raise ArpHubError(f"rank_multiple must be at least 1, got {rank_multiple}")
-    return {**budget, "schemes": chosen, "rank_multiple": rank_multiple, "exclude": _list(exclude)}
+    timed = {} if keep_latency is None else {"workload": workload}
+    return {**budget, **timed, "schemes": chosen, "rank_multiple": rank_multiple, "exclude": _list(exclude)}
 
 
 def _list(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def batch_sizes(text: str) -> list[int]:
+    """Batch sizes from ``1,32``."""
+    try:
+        return [int(part) for part in _list(text) or ()] or [1]
+    except ValueError:
+        raise ArpHubError(f"--batch-size takes whole numbers with commas, such as 1,32, got '{text}'") from None
 
 
 def check_plan_file(path: Path, overwrite: bool) -> None:
@@ -112,7 +135,12 @@ def open_model(
     """
     place = _device(device)
     torch.manual_seed(seed)
+    if place.type == "meta" and checkpoint is not None:
+        raise ArpHubError(f"--device meta holds no weights: leave out --checkpoint {checkpoint}, or choose cpu")
     overlay: dict[str, Any] = {} if input_size is None else {"pretrained_cfg_overlay": {"input_size": input_size}}
+    if place.type == "meta":  # its structure alone, at once and without memory
+        with place:
+            return load_model(name, pretrained=False, num_classes=num_classes, **overlay)
     return load_model(name, checkpoint, num_classes=num_classes, **overlay).to(place)
 
 

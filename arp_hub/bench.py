@@ -109,7 +109,7 @@ def benchmark(
         calls = {name: forward_call(network, images, workload, compiled) for name, network in models.items()}
         with torch.inference_mode():
             samples = take_turns(calls, device, seconds)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, AssertionError) as error:  # models refuse sizes in many ways
         raise ArpHubError(f"the model cannot run {workload} on {device}: {str(error).splitlines()[0]}") from error
     return Benchmark(
         workload,

@@ -1,4 +1,4 @@
-"""The command ``arp-hub``: plan, compress, evaluate, inspect, push, doctor."""
+"""The command ``arp-hub``: plan, compress, evaluate, bench, inspect, push, doctor."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ from huggingface_hub.utils import disable_progress_bars
 from torch import nn
 
 from . import doctor, report, spectra
+from ._env import environment
 from ._options import (
     AsJson,
+    BatchSize,
     Calibration,
+    ChannelsLast,
     Checkpoint,
     Data,
     Device,
+    Dtype,
     Exclude,
     ImageKey,
     InputSize,
+    KeepLatency,
     KeepMacs,
     KeepParams,
     LabelKey,
@@ -31,6 +36,7 @@ from ._options import (
     Schemes,
     Seed,
     Workers,
+    batch_sizes,
     check_plan_file,
     open_data,
     open_images,
@@ -38,6 +44,7 @@ from ._options import (
     plan_options,
 )
 from ._terminal import Group, interactive, note, print_json, print_tables, progress
+from .bench import benchmark
 from .budget import make_plan
 from .decompose import decompose
 from .errors import ArpHubError
@@ -49,6 +56,7 @@ from .plots import check_picture_path, save_figure, spectra_figure
 from .publish import push_to_hub
 from .run_report import write_report
 from .structure import check_plan, plan_of
+from .timing import Workload
 from .tracing import count_macs
 from .training import ImageData, Split, evaluate, load_data
 
@@ -69,6 +77,10 @@ def plan_command(
     num_classes: NumClasses = None,
     keep_params: KeepParams = None,
     keep_macs: KeepMacs = None,
+    keep_latency: KeepLatency = None,
+    batch_size: BatchSize = 1,
+    dtype: Dtype = "float32",
+    channels_last: ChannelsLast = False,
     data: Data = None,
     image_key: ImageKey = None,
     label_key: LabelKey = None,
@@ -88,7 +100,8 @@ def plan_command(
 
     Example: arp-hub plan --model resnet50 --keep-params 0.4 --output plan.json
     """
-    options = plan_options(keep_params, keep_macs, schemes, rank_multiple, exclude)
+    workload = Workload(batch_size, dtype, channels_last)
+    options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude)
     check_plan_file(output, overwrite)
     network = open_model(model, checkpoint, num_classes, input_size, device, seed)
     images = open_images(open_data(data, network, image_key, label_key), calibration, seed, workers)
@@ -110,6 +123,10 @@ def compress(
     num_classes: NumClasses = None,
     keep_params: KeepParams = None,
     keep_macs: KeepMacs = None,
+    keep_latency: KeepLatency = None,
+    batch_size: BatchSize = 1,
+    dtype: Dtype = "float32",
+    channels_last: ChannelsLast = False,
     plan: Annotated[Path | None, typer.Option(help="A plan file, instead of a budget.")] = None,
     data: Data = None,
     image_key: ImageKey = None,
@@ -133,7 +150,8 @@ def compress(
 
     Example: arp-hub compress --model resnet50 --data path/to/images --keep-params 0.5 --output out
     """
-    options = plan_options(keep_params, keep_macs, schemes, rank_multiple, exclude, plan)
+    workload = Workload(batch_size, dtype, channels_last)
+    options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude, plan)
     check_folder(output, overwrite=overwrite)
     given = None if plan is None else RankPlan.load(plan)
     network = open_model(model, checkpoint, num_classes, input_size, device, seed)
@@ -208,6 +226,36 @@ def evaluate_command(
         print_json({"model": model, "data": data, "split": split, **result})
     else:
         print_tables(report.figures_table({model: result}, f"{data}, split {split}"))
+
+
+@app.command()
+def bench(
+    model: Model,
+    checkpoint: Checkpoint = None,
+    num_classes: NumClasses = None,
+    batch_size: Annotated[str, typer.Option(help="Images a forward pass; several with commas.")] = "1,32",
+    dtype: Dtype = "float32",
+    channels_last: ChannelsLast = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Time through torch.compile.")] = False,
+    seconds: Annotated[float, typer.Option(help="How long to measure each batch size.")] = 10.0,
+    input_size: InputSize = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time a model against its own dense form: warmed up, in turns, medians with quartiles.
+
+    A ratio below 1 is faster than dense. On one thread times are the process's own, so that other processes do not
+    count; set the number of threads with OMP_NUM_THREADS.
+
+    Example: arp-hub bench --model local-dir:out --batch-size 1,32 --json
+    """
+    workloads = [Workload(size, dtype, channels_last) for size in batch_sizes(batch_size)]
+    network = open_model(model, checkpoint, num_classes, input_size, device)
+    found = [benchmark(network, workload, compiled=compiled, seconds=seconds) for workload in workloads]
+    if as_json:
+        print_json({"model": model, **environment(), "latency": [one.to_dict() for one in found]})
+    else:
+        print_tables(report.latency_table(found, model))
 
 
 @app.command()

@@ -11,18 +11,20 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
+from .bench import Benchmark
 from .dense import refusal
-from .layers import layer_shape, weight_layers
+from .layers import layer_shape, other_parameters, weight_layers
 from .plan import RankPlan
 from .shapes import ConvSpec, LayerShape, Pair, chain_macs
 from .spectra import Spectrum
 from .structure import apply_plan, check_plan
+from .timing import Spread
 from .tracing import InputSize, trace
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What a plan does to one layer. Sizes are of the weight, without bias; MACs are for one image.
+    """What a plan does to one layer, or to a parameter of the model itself. Biases are left out; MACs are of one image.
 
     Attributes:
         name: Dotted name.
@@ -97,6 +99,10 @@ def plan_report(model: nn.Module, plan: RankPlan, input_size: InputSize | None =
         else:
             reason = plan.dense.get(name) or refusal(module) or "the plan does not name it"
             layers.append(_dense_report(name, module, reason, sizes))
+    for name, parameter in other_parameters(model):
+        reason = plan.dense.get(name, "no layer's weight")
+        size, count = "x".join(map(str, parameter.shape)), parameter.numel()
+        layers.append(LayerReport(name, size, None, None, None, count, count, None, None, reason))
     return PlanReport(tuple(layers), before.params, after.params, before.macs, after.macs)
 
 
@@ -222,6 +228,29 @@ def figures_table(rows: Mapping[str, Mapping[str, Any]], title: str | None = Non
     for key in keys:
         table.add_row(key, *(_figure(figures.get(key)) for figures in rows.values()))
     return table
+
+
+def latency_table(found: Iterable[Benchmark], title: str | None = None) -> Table:
+    """Latency beside that of the dense form, one line a batch size: medians, quartiles in brackets."""
+    columns = ("batch", "ms", "dense ms", "ratio", "images/s")
+    table = _table(title, ("device", "numbers"), columns)
+    for one in found:
+        kind = one.workload.dtype + (", channels last" if one.workload.channels_last else "")
+        threads = f", {one.threads} threads" if one.device == "cpu" else ""
+        table.add_row(
+            one.device + threads + (", compiled" if one.compiled else ""),
+            kind,
+            str(one.workload.batch_size),
+            _spread(one.latency.scaled(1e3)),
+            _spread(one.dense and one.dense.scaled(1e3)),
+            _spread(one.ratio),
+            f"{one.throughput:.1f}",
+        )
+    return table
+
+
+def _spread(spread: Spread | None) -> str:
+    return "" if spread is None else f"{spread.median:.3g} ({spread.low:.3g} - {spread.high:.3g})"
 
 
 def _dense_report(name: str, module: nn.Module, reason: str, sizes: tuple[Pair, ...] | None) -> LayerReport:

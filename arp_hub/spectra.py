@@ -12,6 +12,7 @@ from .calibration import Images, all_moments
 from .dense import refusal
 from .errors import ArpHubError
 from .layers import LowRankLayer, effective_weight, layer_shape, weight_layers
+from .linalg import singular_values
 from .schemes import SCHEMES, MatrixScheme, Scheme, make_scheme, relative_error
 
 MATRIX_SCHEMES = tuple(name for name, scheme in SCHEMES.items() if issubclass(scheme, MatrixScheme))
@@ -88,7 +89,7 @@ def spectrum(module: nn.Module, scheme: Scheme | None = None) -> Spectrum:
     scheme = scheme or make_scheme("channel", layer_shape(module))
     if not isinstance(scheme, MatrixScheme):
         raise ArpHubError(f"scheme '{scheme.name}' has no singular values: choose one of {', '.join(MATRIX_SCHEMES)}")
-    return Spectrum(torch.linalg.svdvals(scheme.fold(effective_weight(module).float())))
+    return Spectrum(singular_values(scheme.fold(effective_weight(module).double())).float())
 
 
 def decays(model: nn.Module, points: int = 33) -> dict[str, list[float]]:

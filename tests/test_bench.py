@@ -1,0 +1,162 @@
+"""Timing: what is compared, what a latency budget promises, what is remembered, what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+
+import arp_hub
+from arp_hub import ArpHubError, LayerPlan, RankPlan, Workload, benchmark, make_plan
+from arp_hub.latency import LatencyTable, meet
+from arp_hub.layers import low_rank_layers
+from arp_hub.schemes import make_scheme
+from arp_hub.shapes import LayerShape
+from arp_hub.structure import apply_plan
+from arp_hub.timing import layer_shares, paired_ratio, take_turns
+
+SIZE = (3, 64, 64)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    """A cache of measurements of this test alone."""
+    monkeypatch.setenv("ARP_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "latency.json"
+
+
+def resnet() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("resnet18", num_classes=10).eval()
+
+
+def tiny_ranks(model: torch.nn.Module) -> RankPlan:
+    convs = [name for name, module in model.named_modules() if "conv" in name and "layer" in name]
+    return RankPlan({name: LayerPlan("channel", 4) for name in convs})
+
+
+def test_work_that_takes_longer_measures_longer_in_every_pair():
+    small, large = torch.randn(256, 256), torch.randn(512, 512)
+    samples = take_turns({"small": lambda: small @ small, "large": lambda: large @ large}, CPU, seconds=0.2)
+    assert len(samples["small"]) == len(samples["large"]) >= 5
+    ratio = paired_ratio(samples["large"], samples["small"])
+    assert ratio.low <= ratio.median <= ratio.high
+    assert ratio.median > 3
+
+
+def test_shares_of_layers_count_every_call():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.Conv2d(64, 64, 3), torch.nn.ReLU())
+    model.append(model[1])
+    shares = layer_shares(model, ["0", "1"], torch.randn(2, *SIZE), Workload(), seconds=0.2)
+    assert 0.5 < shares["1"] < shares["0"] + shares["1"] < 1
+
+
+@pytest.mark.parametrize("workload", [Workload(), Workload(2, "bfloat16"), Workload(2, channels_last=True)], ids=str)
+def test_a_model_is_timed_against_its_own_dense_form_and_left_alone(workload):
+    model = resnet()
+    apply_plan(model, tiny_ranks(model))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = benchmark(model, workload, input_size=SIZE, seconds=1)
+    shown = json.loads(json.dumps(found.to_dict()))
+    assert shown["batch_size"] == workload.batch_size
+    assert shown["dtype"] == workload.dtype
+    assert shown["latency_ms"]["median"] > 0
+    assert found.dense is not None
+    if workload.dtype == "float32":  # bfloat16 is emulated on some CPUs
+        assert found.ratio.median < 0.9
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_dense_model_is_timed_alone():
+    found = benchmark(timm.create_model("test_resnet"), seconds=0.1)
+    assert found.ratio is None
+    assert "ratio" not in found.to_dict()
+    assert found.throughput == pytest.approx(1 / found.latency.median)
+
+
+@pytest.mark.slow
+def test_compiled_models_are_timed():
+    model = timm.create_model("test_resnet").eval()
+    try:
+        torch.compile(torch.nn.Linear(2, 2))(torch.zeros(1, 2))
+    except Exception as error:  # whatever the toolchain raises
+        pytest.skip(f"torch.compile does not work here: {error}")
+    assert benchmark(model, compiled=True, seconds=0.1).compiled
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_latency_on_a_gpu():
+    model = resnet().cuda()
+    plan = make_plan(
+        model, keep_latency=0.9, workload=Workload(64, "bfloat16", channels_last=True), schemes=["channel"]
+    )
+    arp_hub.decompose(model, plan)
+    assert benchmark(model, Workload(64, "bfloat16", channels_last=True)).ratio.median < 0.95
+
+
+BAD = {
+    "batch": (lambda: Workload(0), "batch_size must be"),
+    "dtype": (lambda: Workload(dtype="int8"), "unknown dtype 'int8'"),
+    "seconds": (lambda: benchmark(resnet(), seconds=0), "seconds must be"),
+    "size": (lambda: benchmark(timm.create_model("test_vit"), input_size=(3, 50, 50)), "cannot run"),
+    "workload alone": (lambda: make_plan(resnet(), keep_params=0.5, workload=Workload(2)), "keep_latency alone"),
+    "out of range": (lambda: make_plan(resnet(), keep_latency=1.5), "between 0 and 1"),
+    "two budgets": (lambda: make_plan(resnet(), keep_latency=0.5, keep_macs=0.5), "exactly one"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), BAD.values(), ids=BAD)
+def test_bad_arguments(call, message):
+    with pytest.raises(ArpHubError, match=message):
+        call()
+
+
+def test_a_latency_budget_is_kept_end_to_end(cache):
+    model = resnet()
+    options = {"keep_latency": 0.7, "input_size": SIZE, "schemes": ["channel", "spatial"]}
+    plan = make_plan(model, **options)
+    assert plan.layers
+    assert all(layer.rank % 8 == 0 for layer in plan.layers.values())
+    assert cache.is_file()
+    arp_hub.decompose(model, plan)
+    assert low_rank_layers(model).keys() == plan.layers.keys()
+    assert benchmark(model, input_size=SIZE).ratio.median < 0.7 * 1.15  # 5 % promised; room for a noisy machine
+
+
+def test_what_cannot_be_faster_is_refused_with_what_can():
+    with pytest.raises(ArpHubError, match=r"keep_latency=0.01 cannot be met: .* of the dense latency"):
+        make_plan(resnet(), keep_latency=0.01, input_size=SIZE, schemes=["channel"])
+
+
+def test_measurements_are_remembered_and_a_damaged_file_is_not_trusted(cache):
+    scheme = make_scheme("channel", LayerShape(64, 64, (3, 3), padding=(1, 1)))
+    table = LatencyTable(Workload(), CPU)
+    before = table.faster([scheme], [(16, 16)])
+    table.save()
+    known = json.loads(cache.read_text())
+    assert known
+    cache.write_text(json.dumps(dict.fromkeys(known, 7.0)))  # as if it had been slow
+    assert LatencyTable(Workload(), CPU).faster([scheme], [(16, 16)]) == []
+    assert LatencyTable(Workload(2), CPU).faster([scheme], [(16, 16)]) == before
+    cache.write_text("{not json")
+    assert LatencyTable(Workload(), CPU).faster([scheme], [(16, 16)]) == before
+
+
+def test_a_budget_is_met_though_layers_do_not_add_up():
+    ranks = sorted({*range(8, 65, 8)})
+
+    def plan_at(share: float) -> RankPlan:
+        rank = max((rank for rank in ranks if rank / 64 <= share), default=ranks[0])
+        return RankPlan({"layer1.0.conv1": LayerPlan("channel", rank)})
+
+    def slower(plan: RankPlan) -> float:  # everything takes a fifth longer than the layers say
+        return 1.2 * plan.layers["layer1.0.conv1"].rank / 64
+
+    plan = meet(0.6, plan_at, slower)
+    assert slower(plan) <= 0.6 * 1.05
+    assert plan.layers["layer1.0.conv1"].rank == 32
+    with pytest.raises(ArpHubError, match=r"the fastest plan takes 0\.150"):
+        meet(0.05, plan_at, slower)
