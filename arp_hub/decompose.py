@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .calibration import Images, Moments, batches, following_norms, paired_moments
 from .errors import ArpHubError
 from .fitting import fit_layer, output_scale
-from .layers import LowRankLayer, effective_weight, layers_called, low_rank_layer, low_rank_layers, replace_layer
+from .layers import LowRankLayer, effective_weight, layers_called, low_rank_layer, low_rank_layers, replace_layers
 from .plan import LayerPlan, RankPlan
 from .schemes import Factors, Scheme, relative_error
 from .structure import check_plan
@@ -84,8 +84,7 @@ def decompose(
             found = _given_factors(name, schemes[name], weight, factors)
         new[name] = low_rank_layer(modules[name], layer_plan)
         new[name].load_factors(found, modules[name].bias)
-    for name, layer in new.items():
-        replace_layer(model, modules[name], layer)
+    replace_layers(model, {modules[name]: layer for name, layer in new.items()})
     return model
 
 
@@ -97,8 +96,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     Returns:
         ``model`` itself.
     """
-    for layer in low_rank_layers(model).values():
-        replace_layer(model, layer, layer.dense_layer())
+    replace_layers(model, {layer: layer.dense_layer() for layer in low_rank_layers(model).values()})
     return model
 
 
@@ -132,15 +130,14 @@ def _decompose_by_data(
             found = paired_moments(*pupils, model, {name: teachers[name] for name in names}, images)
             for name, moments in found.items():
                 new = _fitted_layer(schemes[name], plan.layers[name], teachers[name], moments, norms.get(name))
-                replace_layer(student, old[name], new)
+                replace_layers(student, {old[name]: new})
                 bar.update()
         bar.close()
     finally:
         for module, mode in modes.items():
             module.training = mode
     student_modules = dict(student.named_modules())
-    for name, teacher in teachers.items():
-        replace_layer(model, teacher, student_modules[name].train(teacher.training))
+    replace_layers(model, {old: student_modules[name].train(old.training) for name, old in teachers.items()})
     for name, module in model.named_modules():
         if isinstance(module, BatchNorm) and module.running_mean is not None:
             module.running_mean.copy_(student_modules[name].running_mean)

@@ -7,7 +7,7 @@ and answers to the dense layer's attributes, because timm models read them (``co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, cast
 
@@ -258,15 +258,15 @@ def low_rank_layer(dense: nn.Module, plan: LayerPlan) -> LowRankConv2d | LowRank
     return LowRankConv2d(cast(nn.Conv2d, dense), scheme, plan.rank)
 
 
-def replace_layer(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` at every path of ``model`` where ``old`` sits, so that shared layers stay shared.
+def replace_layers(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put the ``new`` layers at every path of ``model`` where the old ones sit, so that shared layers stay shared.
 
     What of the model deals with the layer's weight behind its back is told to call the layer instead, or not to.
     """
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
+            if child is not None and child in new:
+                parent._modules[name] = new[child]
                 if name == "qkv" and hasattr(parent, _SEPARATE):
                     setattr(parent, _SEPARATE, True)
     for module in model.modules():

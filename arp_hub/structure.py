@@ -8,7 +8,7 @@ from torch import nn
 
 from .dense import refusal
 from .errors import ArpHubError
-from .layers import LowRankLayer, layer_shape, low_rank_layer, low_rank_layers, replace_layer
+from .layers import LowRankLayer, layer_shape, low_rank_layer, low_rank_layers, replace_layers
 from .plan import LayerPlan, RankPlan
 from .schemes import Scheme, make_scheme
 
@@ -68,8 +68,7 @@ def apply_plan(model: nn.Module, plan: RankPlan) -> nn.Module:
     """
     check_plan(model, plan)
     modules = dict(model.named_modules(remove_duplicate=False))
-    for name, layer in plan.layers.items():
-        replace_layer(model, modules[name], low_rank_layer(modules[name], layer))
+    replace_layers(model, {modules[name]: low_rank_layer(modules[name], layer) for name, layer in plan.layers.items()})
     return model
 
 
