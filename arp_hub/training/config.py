@@ -85,7 +85,7 @@ class TrainConfig:
     max_steps: int = _setting(
         "phases",
         0,
-        "trial run through every phase: cap on the steps of each; few images for fit and test; 0: no cap",
+        "trial run through every phase: cap on the steps of each; few images for fit, test and CPUs; 0: no cap",
         low=0,
     )
 

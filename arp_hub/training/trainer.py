@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ _FREE |= {"max_bad_images", "push_to_hub", "hub_private"}
 """Settings that a resumed run may change, because no number depends on them."""
 _TRIAL_TEST_IMAGES, _TRIAL_CALIBRATION_IMAGES = 32, 4
 """Images per step of ``max_steps`` that a trial run evaluates and calibrates on, at most."""
+_TRIAL_PIXELS = 2**20
+"""Pixels, over all images, of a step of a trial run on CPUs, at most: 20 images of 224 x 224."""
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -68,6 +71,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     start = load_checkpoint(found) if found else None
     _check_folders(config, accelerator, start)
     data, model = _data_and_model(config)
+    config = _affordable(config, accelerator, data)
     _check_schedule(config, data)
     settings = _settings(config, accelerator, data)
     if start and found:
@@ -173,6 +177,18 @@ def _data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
     if not checkpoint and not pretrained and not config.dense_epochs:
         _logger.warning("no weights to start from and dense_epochs=0: penalty training starts from random weights")
     return data, model
+
+
+def _affordable(config: TrainConfig, accelerator: Accelerator, data: ImageData) -> TrainConfig:
+    """The settings, with a smaller batch where a trial run would feed a CPU with what was meant for several GPUs."""
+    if not config.max_steps or accelerator.device.type != "cpu":
+        return config
+    parts, (height, width) = accelerator.num_processes * config.accumulation, data.train.images.form.size
+    most = max(parts, _TRIAL_PIXELS // (height * width) // parts * parts)
+    if config.batch_size <= most:
+        return config
+    _logger.warning("trial run on a CPU: %d images a step instead of batch_size=%d", most, config.batch_size)
+    return replace(config, batch_size=most)
 
 
 def _check_schedule(config: TrainConfig, data: ImageData) -> None:
