@@ -12,6 +12,7 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file
 
 from arp_hub import to_dense
@@ -248,6 +249,22 @@ def test_two_processes_and_one_end_in_the_same_weights(tmp_path):
         assert metrics["processes"] == processes
         assert metrics["scores"]["decomposed"]["images"] == 360
     assert largest_difference(tmp_path / "of1", tmp_path / "of2", read=merged) < 1e-4
+
+
+def test_a_failure_in_one_of_two_processes_ends_both_with_its_message(tmp_path):
+    """Each image is read by one process alone, and one of them cannot be decoded."""
+    for number in range(16):
+        picture = tmp_path / "data" / "train" / f"class{number % 2}" / f"{number:02}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (100, 100), (number, 0, 0)).save(picture)
+    picture.write_bytes(picture.read_bytes()[:60])
+    options = [*PLAIN, "--start-from", "dense", "--calibration-images", "0", "--dense-epochs", "1", "--workers", "0"]
+    settings = {"model": "test_resnet", "data": tmp_path / "data", "batch_size": 8, "epochs": 2}
+    child = launch("any_backbone.py", tmp_path / "out", *options, processes=2, wait=False, **settings)
+    _, said = child.communicate(timeout=240)
+    assert child.returncode not in (0, None)
+    assert len(re.findall(r"^error: image \d+ of column 'image' cannot be decoded", said, re.M)) == 1, said
+    assert not (tmp_path / "out").exists()
 
 
 def test_several_processes_need_cpu_said(tmp_path):
