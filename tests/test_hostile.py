@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,9 +14,12 @@ from typing import Any
 import hostile
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from arp_hub import ArpHubError
 from arp_hub.loading import read_weights
+from arp_hub.models._untrusted import check_args, check_cfg, read_config, read_header
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,3 +80,31 @@ def test_no_code_reads_a_pickle():
     loads = [(name, line) for name, line in lines if "torch.load(" in line]
     assert loads
     assert [found for found in loads if "weights_only=True" not in found[1]] == []
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+trees = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+)
+NAMES = ["num_classes", "input_size", "mean", "crop_pct", "classifier", "label_names", "layers", "cache_dir", "depth"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(NAMES), trees) | trees)
+def test_any_config_is_read_or_refused(tmp_path_factory, tree):
+    file = tmp_path_factory.mktemp("config") / "config.json"
+    file.write_text(json.dumps({"architecture": "arp_lowrank", "model_args": tree, "pretrained_cfg": tree}))
+    with contextlib.suppress(ArpHubError):
+        found = read_config(file)
+        check_cfg(found["pretrained_cfg"], "here")
+        args = check_args(found["model_args"], "here")
+        assert not args.keys() & {"cache_dir"}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200) | st.binary(max_size=100).map(lambda data: len(data).to_bytes(8, "little") + data))
+def test_any_file_of_weights_is_read_or_refused(tmp_path_factory, data):
+    file = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    file.write_bytes(data)
+    with contextlib.suppress(ArpHubError):
+        assert sum(map(len, read_header(file).values())) <= len(data)
