@@ -1,7 +1,7 @@
 """The adaptive rank penalty: pulls every planned layer onto its scheme's low-rank set while a task loss trains it.
 
 The relative violation of a layer is the squared distance of its weight to the set of weights that the scheme can
-represent at its rank, over the weight's squared norm. After each optimiser step every layer moves a share of the way
+represent at its rank, over the weight's squared norm. Every few optimiser steps every layer moves a share of the way
 to (an up-to-date estimate of) its nearest point in that set. The share is the layer's own and adapts to its own
 violation. After the ramp comes the hold, in which the share is 1: weights stay exactly low-rank while the task loss
 goes on, so that the decomposition that follows loses nothing.
@@ -34,7 +34,7 @@ _DUAL_RATE, _DUAL_GROWTH, _DUAL_PROGRESS = 0.02, 1.02, 0.99
 """Dual ascent: gain per step, and its growth in steps in which the violation falls by less than 1 %."""
 _METRIC_ITERATIONS = 2
 _CHECK_EVERY = 50
-"""Steps between two looks for NaN on an accelerator, where a look stops the pipeline; on a CPU every step looks."""
+"""Pulls between two looks for NaN on an accelerator, where a look stops the pipeline; on a CPU every pull looks."""
 
 
 @dataclass
@@ -83,9 +83,12 @@ class AdaptiveRankPenalty:
         moments: Second moments of the layers' inputs, ``(G, I kh kw, I kh kw)`` by name: measure distances in the
             layers' outputs instead of in the weights. By default the weight metric.
         factors: Factors to start from, as a fit of the same plan gives them; by default the nearest point.
+        every: Steps from one pull to the next. A pull then makes up for the steps left out, so that only the cost
+            changes; the hold always begins and ends with one.
 
     Raises:
-        ArpHubError: If the plan does not fit the model, or the schedule leaves no step for the hold.
+        ArpHubError: If the plan does not fit the model, the schedule leaves no step for the hold, or ``every`` is no
+            whole number of at least 1.
 
     Example:
         >>> penalty = AdaptiveRankPenalty(model, plan, total_steps=len(loader) * epochs)
@@ -107,7 +110,11 @@ class AdaptiveRankPenalty:
         method: Method = "tracking",
         moments: Mapping[str, Tensor] | None = None,
         factors: Mapping[str, Factors] | None = None,
+        every: int = 4,
     ) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ArpHubError(f"every must be a whole number of at least 1, got {every!r}")
+        self.every = every
         if method not in ("tracking", "dual"):
             raise ArpHubError(f"unknown method {method!r}: choose 'tracking' or 'dual'")
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
@@ -120,7 +127,9 @@ class AdaptiveRankPenalty:
                 f"a ramp of {ramp} over {total_steps} steps leaves no step for the hold: "
                 "lower ramp or train for more steps"
             )
-        self.step_count = 0
+        self.step_count = self._pulls = 0
+        self._off = False
+        """Whether the weights have been trained in the hold since they were last low-rank."""
         self._layers = []
         modules = dict(model.named_modules(remove_duplicate=False))
         for name, scheme in check_plan(model, plan).items():
@@ -157,10 +166,18 @@ class AdaptiveRankPenalty:
         Raises:
             ArpHubError: If a weight is NaN or infinite.
         """
-        if self._layers[0].weight.device.type == "cpu" or self.step_count % _CHECK_EVERY == 0:
-            self._check_finite()
         holding = self.step_count >= self.ramp_steps
+        due = self.step_count % self.every == 0 or self.step_count in (self.ramp_steps, self.total_steps - 1)
         self.step_count += 1
+        self._off |= holding
+        if due:
+            self._pull(holding)
+
+    def _pull(self, holding: bool) -> None:
+        """Move every layer to its target: all of the way in the hold."""
+        self._pulls += 1
+        if self._layers[0].weight.device.type == "cpu" or self._pulls % _CHECK_EVERY == 1:
+            self._check_finite()
         for layer in self._layers:
             weight = layer.dense_weight()
             nearest = layer.project(weight)
@@ -169,6 +186,7 @@ class AdaptiveRankPenalty:
             layer.violation = torch.zeros_like(violation) if holding else violation
             target = nearest if share is None else torch.lerp(weight, nearest, share)
             layer.weight.copy_(target.view(layer.weight.shape))
+        self._off = False
 
     def violations(self) -> dict[str, float]:
         """Relative violation of every planned layer, between 0 and 1, as the last step found it (0 in the hold).
@@ -180,8 +198,11 @@ class AdaptiveRankPenalty:
         self._check_finite()
         return {layer.name: float(cast(Tensor, layer.violation)) for layer in self._layers}
 
+    @torch.no_grad()
     def factors(self) -> dict[str, Factors]:
         """The factors of every planned layer, which reproduce its weight exactly. For `decompose`.
+
+        Between two pulls of the hold the weights are brought back onto the low-rank set first.
 
         Raises:
             ArpHubError: If the hold has not begun, so that there are no exact factors yet.
@@ -193,6 +214,8 @@ class AdaptiveRankPenalty:
                 "train into the hold first"
             )
         self._check_finite()
+        if self._off:
+            self._pull(holding=True)
         return {layer.name: cast(Factors, layer.factors) for layer in self._layers}
 
     def state_dict(self) -> dict[str, Any]:
@@ -226,6 +249,7 @@ class AdaptiveRankPenalty:
             odd = set(state["layers"]) ^ {layer.name for layer in self._layers}
             raise ArpHubError(f"the saved penalty is of another plan: it differs in layer '{min(odd)}'")
         self.step_count = state["step_count"]
+        self._off = self.step_count > self.ramp_steps
         for layer in self._layers:
             saved = {key: value.to(layer.weight.device) for key, value in state["layers"][layer.name].items()}
             for key in ("start", "violation", "strength", "rate"):
@@ -245,9 +269,9 @@ class AdaptiveRankPenalty:
         strength, rate = cast(Tensor, layer.strength), cast(Tensor, layer.rate)
         if layer.violation is not None:
             stuck = violation > _DUAL_PROGRESS * layer.violation
-            rate = torch.where(stuck, rate * _DUAL_GROWTH, rate)
+            rate = torch.where(stuck, rate * _DUAL_GROWTH**self.every, rate)
         layer.rate = rate
-        layer.strength = strength + rate * violation / layer.start
+        layer.strength = strength + self.every * rate * violation / layer.start
         return layer.strength / (1 + layer.strength)  # the proximal step of strength/2 times the squared distance
 
     def _require_steps(self) -> None:

@@ -159,6 +159,7 @@ def test_a_fit_is_taken_over_and_held():
 def test_errors_say_what_is_wrong():
     model = network()
     for arguments, message in [
+        ({"every": 0}, "every must be"),
         ({"ramp": 1.0}, "below 1"),
         ({"ramp": 0.99, "total_steps": 10}, "no step for the hold"),
         ({"method": "newton"}, "'tracking' or 'dual'"),
@@ -171,7 +172,7 @@ def test_errors_say_what_is_wrong():
             AdaptiveRankPenalty(model, PLAN, **({"total_steps": 10} | arguments))
     with pytest.raises(ArpHubError, match="no layer"):
         AdaptiveRankPenalty(model, RankPlan(), total_steps=10)
-    penalty = AdaptiveRankPenalty(model, PLAN, total_steps=10)
+    penalty = AdaptiveRankPenalty(model, PLAN, total_steps=10, every=1)
     for early in (penalty.violations, penalty.factors):
         with pytest.raises(ArpHubError, match="never called"):
             early()
@@ -182,6 +183,28 @@ def test_errors_say_what_is_wrong():
         model[4].weight[0, 0] = float("nan")
     with pytest.raises(ArpHubError, match="layer '4'.*NaN"):
         penalty.step()
+
+
+@pytest.mark.parametrize("every", [1, 3, 50])
+def test_rare_pulls_end_as_exactly_and_may_be_cut_short_in_the_hold(every):
+    model = network()
+    penalty = AdaptiveRankPenalty(model, PLAN, total_steps=STEPS, ramp=0.5, every=every)
+    train(model, penalty, 17)  # in the hold, between two pulls
+    factors = penalty.factors()
+    x = torch.randn(4, 8, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            decompose(copy.deepcopy(model), PLAN, factors=factors)(x), model(x), rtol=1e-4, atol=1e-5
+        )
+    train(model, penalty, STEPS - 17, start=17)
+    check_exact(model, PLAN, penalty)
+
+
+def test_rare_pulls_fall_as_far():
+    model = network()
+    penalty = AdaptiveRankPenalty(model, PLAN, total_steps=60, ramp=0.8, every=4)
+    history = train(model, penalty, 45)
+    assert all(history[-1][name] < 0.05 * history[0][name] for name in PLAN.layers)
 
 
 def test_state_of_another_schedule_or_plan_is_refused():
