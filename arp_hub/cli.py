@@ -325,6 +325,9 @@ def push(
     base_model: Annotated[str | None, typer.Option(help="For the card: the dense model on the Hub.")] = None,
     dataset: Annotated[str | None, typer.Option(help="For the card: the data set on the Hub.")] = None,
     license: Annotated[str | None, typer.Option(help="For the card; by default the backbone's.")] = None,
+    with_latency: Annotated[
+        bool, typer.Option("--bench", help="For the card: measure the latency here, at batch sizes 1 and 32.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Publish a saved model with its card: whole or not at all.
@@ -335,7 +338,8 @@ def push(
     """
     if not interactive():
         disable_progress_bars()
-    about = {"base_model": base_model, "dataset": dataset, "license": license}
+    latency = _latency(folder) if with_latency else None
+    about = {"base_model": base_model, "dataset": dataset, "license": license, "latency": latency}
     done = push_to_hub(
         folder,
         repo_id,
@@ -392,6 +396,14 @@ def doctor_command(as_json: AsJson = False) -> None:
     if found["problems"]:
         raise typer.Exit(1)
     note("no problem found")
+
+
+def _latency(folder: Path) -> list[dict[str, Any]]:
+    """Latency of a saved model against its dense form, on the device at hand."""
+    network = open_model(f"local-dir:{folder}", None, None, None, None)
+    hardware = environment()["hardware"]
+    place = {"hardware": hardware.get("gpu", hardware["cpu"])}
+    return [{**benchmark(network, Workload(size)).to_dict(), **place} for size in (1, 32)]
 
 
 def _figures(model: nn.Module, test: Split | None, max_images: int | None, workers: int) -> dict[str, Any]:

@@ -67,9 +67,9 @@ def push(client: Client, *words: object, token: str = ALICE) -> dict[str, Any]:
     return json.loads(done.out)
 
 
-def fresh_process(code: str, home: Path, hub: HubServer, token: str | None = None, **settings: str) -> Done:
+def fresh_process(code: str, home: Path, hub: HubServer, token: str | None = None) -> Done:
     """A process that starts from nothing, with its own HF_HOME."""
-    env = {**environment(home, hub.endpoint, token), **settings}
+    env = environment(home, hub.endpoint, token)
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=240)
     return Done(done.returncode, done.stdout, done.stderr)
 
@@ -88,15 +88,17 @@ found["elsewhere"] = run("hf-hub:alice/model", cache_dir=HOME + "/other")
 found["folder"] = run(f"local-dir:{arp_hub.download('alice/model@v1')}")
 save_file(found, HOME + "/found.safetensors")
 """
-OFFLINE = """
-import timm, torch, arp_hub
-from arp_hub import ArpHubError
+LOAD_ALL = """
+import timm, arp_hub
 for name in ("alice/model@v1", "alice/model"):
     timm.create_model("hf-hub:" + name, pretrained=True)
     assert arp_hub.download(name).is_dir()
+"""
+OFFLINE = f"""
+{LOAD_ALL}
 try:
     arp_hub.download("alice/never")
-except ArpHubError as error:
+except arp_hub.ArpHubError as error:
     print(error)
 """
 
@@ -105,10 +107,9 @@ def test_everybody_loads_it_in_one_line(hub: HubServer, client: Client, folder: 
     said = push(client, folder, NAME, "--tag", "v1", "--private")
     assert said["url"] == f"{hub.endpoint}/{NAME}" and said["dense_revision"] == "dense" and said["tag"] == "v1"
     assert hub.repos[NAME].private
-    code = f"HOME = {str(tmp_path)!r}\n{LOADER}"
-    refused = fresh_process(code, tmp_path, hub)
+    refused = client.run("import timm, arp_hub\ntimm.create_model('hf-hub:alice/model', pretrained=True)", token=None)
     assert refused.code == 1 and "RepositoryNotFoundError" in refused.err
-    done = fresh_process(code, tmp_path, hub, ALICE)
+    done = fresh_process(f"HOME = {str(tmp_path)!r}\n{LOADER}", tmp_path, hub, ALICE)
     assert done.code == 0, done.err
     found = load_file(tmp_path / "found.safetensors")
     model, x = load(folder), torch.ones(1, 3, 96, 96)
@@ -116,8 +117,10 @@ def test_everybody_loads_it_in_one_line(hub: HubServer, client: Client, folder: 
     assert all(torch.equal(found[name], expected) for name in ("main", "tag", "elsewhere", "folder"))
     merged = outputs(arp_hub.to_dense(model), x)[0]
     assert torch.equal(found["dense"], merged) and torch.equal(found["tagged dense"], merged)
-    offline = fresh_process(OFFLINE, tmp_path, hub, HF_HUB_OFFLINE="1")
-    assert offline.code == 0, offline.err
+    assert client.run(LOAD_ALL, token=ALICE).code == 0
+    requests = len(hub.requests)
+    offline = client.run(f"import huggingface_hub.constants as c\nc.HF_HUB_OFFLINE = True\n{OFFLINE}", token=None)
+    assert offline.code == 0 and len(hub.requests) == requests, offline.err
     assert "cannot download 'alice/never'" in offline.out and "the cache does not hold" in offline.out
 
 
@@ -186,6 +189,13 @@ def test_branches_and_pull_requests(hub: HubServer, client: Client, folder: Path
     assert repo.refs["refs/heads/main"] == main and b"license: mit" in repo.files("refs/pr/1")["README.md"]
     code = "import timm, arp_hub; timm.create_model('hf-hub:alice/model@refs/pr/1', pretrained=True)"
     assert client.run(code, token=None).code == 0
+
+
+def test_latency_is_measured_for_the_card(hub: HubServer, client: Client, folder: Path) -> None:
+    push(client, folder, NAME, "--no-dense", "--bench")
+    files = hub.repos[NAME].files()
+    assert [timing["batch_size"] for timing in json.loads(files["metrics.json"])["latency"]] == [1, 32]
+    assert re.search(r"\| latency, batch 32, ms \| [\d.,]+ \| [\d.,]+ \| \d+ % \|", files["README.md"].decode())
 
 
 def test_organisations_and_names_without_one(hub: HubServer, client: Client, folder: Path) -> None:
