@@ -19,6 +19,7 @@ from ._secrets import redact
 from .card import draw_pictures, model_card
 from .errors import ArpHubError
 from .figures import layer_figures, model_figures
+from .tracing import input_size_of
 
 CONFIG, WEIGHTS, CARD, METRICS = "config.json", "model.safetensors", "README.md", "metrics.json"
 _FILES = frozenset({CONFIG, WEIGHTS, CARD, METRICS})
@@ -137,7 +138,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _numbers(model: nn.Module, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that ``metrics.json`` holds: the facts of this process under the given metrics, the counts on top."""
-    size = tuple(config["pretrained_cfg"]["input_size"])
+    size = input_size_of(model)
     figures = model_figures(model, size)
     dense = {**given.get("dense", {}), **figures.pop("dense", {})}
     numbers = {**environment(), **given, **figures}

@@ -8,9 +8,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,16 +39,16 @@ class Trace:
 
 
 def input_size_of(model: nn.Module, input_size: InputSize | None = None) -> InputSize:
-    """``input_size`` if given, else the one in the model's pretrained_cfg.
+    """``input_size`` if given, else the one that the model was made for.
 
     Raises:
         ArpHubError: If neither is known, or the given one is not three positive numbers.
     """
     if input_size is None:
-        config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-        input_size = config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
-        if input_size is None:
+        config: Any = getattr(model, "pretrained_cfg", None) or {}
+        if not config.get("input_size"):
             raise ArpHubError("the model does not say its input size: pass input_size=(channels, height, width)")
+        input_size = cast(InputSize, get_model_input_config(model)["input_size"])  # with img_size= and in_chans= in it
     if len(input_size) != 3 or not all(isinstance(n, int) and n > 0 for n in input_size):
         raise ArpHubError(f"input_size must be (channels, height, width), got {input_size!r}")
     channels, height, width = input_size

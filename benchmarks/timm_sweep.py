@@ -245,9 +245,88 @@ def save(results: dict[str, Any]) -> None:
     temporary.replace(RESULTS)
 
 
+INTRO = """# Supported models
+
+Written by `python benchmarks/timm_sweep.py --docs` from `benchmarks/results/timm_sweep.json`; do not edit.
+timm {timm}, torch {torch}, {threads} thread of {cpu}, seed 0.
+
+Every family of timm is one of its model files. For each, the smallest architecture is decomposed with random weights,
+at the smallest image that it takes: at full rank, where every feature map and every entry point must give what the
+dense model gives (relative error below 1e-3), and to half of its parameters, where it must be finite, hold the promised
+number of parameters, and come back bit for bit in a process that has not seen it. Architectures above 60 M parameters
+are planned without weights, by shape alone.
+
+| | |
+|---|---|
+| families with a model below 60 M parameters | {small} |
+| of them checked | {checked} |
+| with nothing that fails | {passing} |
+| families whose smallest model is larger: planned by shape | {planned} |
+| families exported (torch.compile, torch.export, ONNX, TorchScript) | {exported} |
+| architectures planned by shape | {architectures} of {all_architectures} |
+| longest planning below 60 M parameters, with weights | {slowest} |
+
+The entry points: {entry_points}.
+
+*Decomposable* is the share of the parameters in layers that a plan may choose; the first convolution is left out
+unless you ask for it (`exclude=()`). What stays dense is listed from 1 % on, without biases and norms. *Not applicable*
+is what the dense model does not have or cannot do either: it lacks the method, takes no such argument, or raises the
+same error.
+
+| family | smallest model | parameters | decomposable | stays dense | not applicable | fails |
+|---|---|---|---|---|---|---|
+"""
+
+
 def write_docs(results: dict[str, Any]) -> None:
-    """Write the table of families."""
-    raise NotImplementedError
+    """Write the table of families from what was measured."""
+    families = {family: row for family, row in results.get("families", {}).items() if "params" in row}
+    checked = {family: row for family, row in families.items() if "checks" in row}
+    exports, architectures = results.get("exports", {}), results.get("architectures", {})
+    rows = [one for part in architectures.values() for one in part.get("models", {}).values()]
+    seconds, slowest = max(((row["planning_seconds"], row["model"]) for row in checked.values()), default=(0, "none"))
+    large = len(families) - len(checked)
+    text = INTRO.format(
+        timm=results["versions"]["timm"],
+        torch=results["versions"]["torch"],
+        threads=results["hardware"]["threads"],
+        cpu=results["hardware"]["cpu"],
+        small=len(results["smallest"]) - large,
+        checked=len(checked),
+        passing=sum(not problems(row) for row in checked.values()),
+        planned=large,
+        exported=sum("checks" in row and not problems(row) for row in exports.values()),
+        architectures=sum("error" not in row for row in rows),
+        all_architectures=sum(map(len, families_of_timm().values())),
+        slowest=f"{seconds:.1f} s ({slowest})",
+        entry_points=", ".join(f"`{check}`" for check in [*CHECKS, *EXPORTS]),
+    )
+    for family in sorted(results["smallest"]):
+        row = families.get(family)
+        if row is None:
+            error = results.get("families", {}).get(family, {}).get("error", "not run yet")
+            text += f"| {family} | {results['smallest'][family]} | | | | | {error} |\n"
+            continue
+        both = {"checks": {**row.get("checks", {}), **exports.get(family, {}).get("checks", {})}}
+        stays = [f"{reason} ({one['share']:.0%})" for reason, one in row["dense"].items() if one["share"] >= 0.01]
+        absent = [check for check, result in both["checks"].items() if result.startswith("n/a")]
+        text += (
+            f"| {family} | {row['model']} | {row['params'] / 1e6:.1f} M | {row['eligible']:.0%} "
+            f"| {'; '.join(stays)} | {', '.join(absent) if both['checks'] else 'by shape'} | {cell(problems(both))} |\n"
+        )
+    DOCS.write_text(text, encoding="utf-8")
+
+
+def problems(row: dict[str, Any]) -> list[str]:
+    """The checks of a row that do not hold."""
+    return [
+        f"{check}: {result}" for check, result in row.get("checks", {}).items() if not result.startswith(("ok", "n/a"))
+    ]
+
+
+def cell(lines: list[str]) -> str:
+    """Lines in a cell of a table: short, and with nothing in them that ends the cell."""
+    return "<br>".join(" ".join(line.replace("|", "/").split())[:120] for line in lines)
 
 
 if __name__ == "__main__":
