@@ -1,0 +1,126 @@
+"""What the penalty adds to a training step, beside plain training and a nuclear norm by full SVDs.
+
+    OMP_NUM_THREADS=1 python benchmarks/penalty_cost.py cifar_resnet20 --batch-size 128
+    OMP_NUM_THREADS=1 python benchmarks/penalty_cost.py resnet50 --batch-size 8
+
+All are timed in turns in one run, by the process's own CPU time on one thread; medians. Every k x k layer is CP and each
+other one `channel`, at 45 % of their weights. Rows of other models that are in results/penalty_cost.json stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+import arp_hub
+from arp_hub._env import environment
+from arp_hub.curves import rank_at
+from arp_hub.dense import refusal
+from arp_hub.layers import layer_shape, weight_layers
+from arp_hub.schemes import make_scheme
+from arp_hub.timing import Spread, take_turns
+from arp_hub.tracing import input_size_of
+
+RESULTS = Path(__file__).parent / "results" / "penalty_cost.json"
+SHARE = 0.45
+
+
+def plan_of(model: nn.Module, schemes: tuple[str, str]) -> arp_hub.RankPlan:
+    """All layers but the first and the classifier, k x k ones by the first scheme and the others by the second."""
+    plans = {}
+    for name, layer in weight_layers(model):
+        if refusal(layer) is None and name not in ("conv1", "fc"):
+            shape = layer_shape(layer)
+            scheme = make_scheme(schemes[0] if shape.taps > 1 else schemes[1], shape)
+            plans[name] = arp_hub.LayerPlan(scheme.name, rank_at(scheme, SHARE))
+    return arp_hub.RankPlan(plans)
+
+
+def main() -> None:
+    """Measure one model and write its row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="timm name")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--every", type=int, default=4, help="steps from one pull to the next")
+    parser.add_argument("--seconds", type=float, default=30.0, help="how long to measure")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    model = timm.create_model(args.model).to(device)
+    plan = plan_of(model, ("cp", "channel"))
+    images = torch.randn(args.batch_size, *input_size_of(model), device=device)
+    labels = torch.randint(model.num_classes, (args.batch_size,), device=device)
+    trained, pulled = model.train(), copy.deepcopy(model)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.01, momentum=0.9)
+    penalty = arp_hub.AdaptiveRankPenalty(pulled, plan, total_steps=10**6, ramp=0.9, every=1)
+    weights = [pulled.get_submodule(name).weight.detach().flatten(1) for name in plan.layers]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(trained(images), labels).backward()
+        optimizer.step()
+
+    def nuclear_norm() -> None:
+        for weight in weights:
+            u, _, v = torch.linalg.svd(weight, full_matrices=False)
+            u @ v  # its gradient
+
+    samples = take_turns({"step": step, "pull": penalty.step, "nuclear": nuclear_norm}, device, args.seconds)
+    spread = {name: Spread.of(times) for name, times in samples.items()}
+    amortised = spread["pull"].median / args.every
+    bases = sum(factor.numel() for layer in penalty._layers for factor in layer.factors)
+    row = {
+        **environment(),
+        "model": args.model,
+        "seed": 0,
+        "batch_size": args.batch_size,
+        "every": args.every,
+        "params": sum(p.numel() for p in model.parameters()),
+        "seconds": {name: one.to_dict() for name, one in spread.items()},
+        "rounds": len(samples["step"]),
+        "amortised_seconds": round(amortised, 5),
+        "penalty_share_of_step": round(amortised / spread["step"].median, 4),
+        "nuclear_norm_share_of_step": round(spread["nuclear"].median / spread["step"].median, 4),
+        "bases_share_of_weights": round(bases / sum(weight.numel() for weight in weights), 4),
+        "energy_gap": captured(args.model, args.every),
+    }
+    print(json.dumps({key: row[key] for key in list(row)[3:]}, indent=1))
+    rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
+    rows = [old for old in rows if old["model"] != args.model] + [row]
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def captured(name: str, every: int, steps: int = 20) -> float:
+    """The largest share of any layer's energy that the warm bases miss of what exact ones hold, after some steps.
+
+    The weights are moved by 0.1 % of their norm a step, at random, about as much as training moves them.
+    """
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    plan = plan_of(model, ("channel", "channel"))
+    penalty = arp_hub.AdaptiveRankPenalty(model, plan, total_steps=10**6, ramp=0.99, every=every)
+    layers = {name: model.get_submodule(name).weight for name in plan.layers}
+    for _ in range(steps):
+        penalty.step()
+        for weight in layers.values():
+            noise = torch.randn_like(weight)
+            weight.data += 1e-3 * weight.data.norm() / noise.norm() * noise
+    gaps = []
+    for layer in penalty._layers:
+        weight = layer.dense_weight()
+        matrix = layer.scheme.fold(weight)[0]
+        exact = torch.linalg.svdvals(matrix)[: layer.rank].square().sum()
+        kept = layer.scheme.compose(layer.scheme.nearest(weight, layer.rank, start=layer.factors)).square().sum()
+        gaps.append(float((exact - kept) / exact))
+    return round(max(gaps), 6)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Time and memory of planning and decomposing a model with random weights.
+
+    OMP_NUM_THREADS=1 python benchmarks/planning_time.py resnet50
+    OMP_NUM_THREADS=1 python benchmarks/planning_time.py resnet50 --images 256
+
+The row in results/planning_time.json holds wall time, CPU time (which other processes do not add to), and the peak of
+the process's memory beyond what it held before planning, in multiples of the weights. The images are smooth noise: what
+they show does not matter for the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import arp_hub
+from arp_hub._env import environment
+from arp_hub.tracing import input_size_of
+
+RESULTS = Path(__file__).parent / "results" / "planning_time.json"
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """What the work gives, and its wall and CPU seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = work()
+    return result, {"wall": round(time.perf_counter() - wall, 2), "cpu": round(time.process_time() - cpu, 2)}
+
+
+def main() -> None:
+    """Measure one model and write its row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="timm name")
+    parser.add_argument("--images", type=int, default=0, help="calibration images")
+    parser.add_argument("--keep", type=float, default=0.5, help="share of the parameters to keep")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    model = timm.create_model(args.model).eval()
+    weights = sum(p.numel() for p in model.parameters())
+    size = input_size_of(model)
+    images = None
+    if args.images:
+        coarse = torch.randn(args.images, size[0], size[1] // 4, size[2] // 4)
+        images = torch.nn.functional.interpolate(coarse, size=size[1:], mode="bilinear")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    plan, planning = timed(lambda: arp_hub.make_plan(model, keep_params=args.keep, calibration=images))
+    _, decomposing = timed(lambda: arp_hub.decompose(model, plan, images))
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    row = {
+        **environment(),
+        "model": args.model,
+        "seed": 0,
+        "keep_params": args.keep,
+        "images": args.images,
+        "params": weights,
+        "layers": len(plan.layers),
+        "plan_seconds": planning,
+        "decompose_seconds": decomposing,
+        "peak_over_weights": round(peak / (4 * weights), 2),
+    }
+    print(json.dumps({key: row[key] for key in list(row)[3:]}))
+    rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
+    rows = [old for old in rows if (old["model"], old["images"]) != (args.model, args.images)] + [row]
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
