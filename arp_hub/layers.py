@@ -18,8 +18,6 @@ from timm.layers.padding import pad_same
 from torch import Tensor, nn
 
 from .dense import dense_shape, dense_weight, is_same_padded, numeric_padding, pad_mode
-from .dense import padder as padder
-from .dense import refusal as refusal
 from .errors import ArpHubError
 from .plan import LayerPlan
 from .schemes import Factors, Scheme, make_scheme
