@@ -346,6 +346,25 @@ def test_a_recipe_publishes_what_it_made(hub: HubServer, client: Client, tmp_pat
     )
 
 
+@pytest.mark.slow
+def test_the_accuracy_on_the_card_is_what_anybody_measures(
+    hub: HubServer, client: Client, shared: Path, tmp_path: Path
+) -> None:
+    data, few = shared / "data" / "cifar10", ("--max-images", 500)
+    weights = shared / "weights" / "resnet20_cifar10.safetensors"
+    settings = ("--keep-params", 0.6, "--schemes", "channel", "--calibration-images", 64, "--output", tmp_path / "out")
+    made = client.arp_hub("compress", "--model", "cifar_resnet20", "--checkpoint", weights, "--data", data, *few,
+                          *settings, token=None)  # fmt: skip
+    assert made.code == 0, made.err
+    push(client, tmp_path / "out", NAME)
+    again = client.arp_hub("evaluate", "--model", f"hf-hub:{NAME}", "--data", data, *few, "--json", token=None)
+    assert again.code == 0, again.err
+    card = ModelCard(hub.repos[NAME].files()["README.md"].decode())
+    measured = json.loads(again.out)
+    assert [result.metric_value for result in card.data.eval_results] == [measured["top1"], measured["top5"]]
+    assert f"| {measured['top1']:.2f} |" in card.text
+
+
 @pytest.mark.parametrize("name", ["quickstart.py", "custom_loop.py"])
 @pytest.mark.parametrize(
     ("target", "token", "words"),
