@@ -113,7 +113,7 @@ def _finite(points: Sequence[Point], log: bool) -> list[Point]:
 def _range(values: Sequence[float], margin: float = 0.04) -> Point:
     low, high = min(values), max(values)
     pad = 0.5 if low == high else margin * (high - low)
-    return low - pad, high + pad
+    return (max(0.0, low - pad) if low >= 0 else low - pad), high + pad
 
 
 def _axes(x_range: Point, y_range: Point, x_label: str, y_label: str, log: bool) -> str:

@@ -144,13 +144,11 @@ def _sizes(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 def _facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What stands behind the numbers: settings, hardware, versions."""
-    facts = {
-        key: metrics[key]
-        for key in ("data", "split", "images", "bad_images", "seed", "processes", "seconds")
-        if key in metrics
-    }
-    facts |= metrics.get("hardware", {}) | metrics.get("versions", {}) | metrics.get("config", {})
-    return [(str(key).replace("_", " "), str(value)) for key, value in facts.items() if value not in (None, "", [])]
+    names = ("data", "split", "images", "bad_images", "seed", "processes", "seconds")
+    groups = [{name: metrics[name] for name in names if name in metrics}]
+    groups += [metrics.get(name, {}) for name in ("hardware", "versions", "config")]
+    pairs = ((key, value) for group in groups for key, value in group.items() if value not in (None, "", []))
+    return list(dict.fromkeys((str(key).replace("_", " "), str(value)) for key, value in pairs))
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
