@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/penalty_cost.py cifar_resnet20 --batch-size 128
     OMP_NUM_THREADS=1 python benchmarks/penalty_cost.py resnet50 --batch-size 8
 
-All are timed in turns in one run, by the process's own CPU time on one thread; medians. Every k x k layer is CP and each
-other one `channel`, at 45 % of their weights. Rows of other models that are in results/penalty_cost.json stay.
+All are timed in turns in one run, by the process's own CPU time on one thread; medians. Every k x k layer is CP and
+each other one `channel`, at 45 % of their weights. Rows of other models that are in results/penalty_cost.json stay.
 """
 
 from __future__ import annotations
