@@ -112,7 +112,7 @@ def _finite(points: Sequence[Point], log: bool) -> list[Point]:
 
 def _range(values: Sequence[float], margin: float = 0.04) -> Point:
     low, high = min(values), max(values)
-    pad = 0.5 if low == high else margin * (high - low)
+    pad = max(0.5, 0.1 * abs(low)) if low == high else margin * (high - low)
     return (max(0.0, low - pad) if low >= 0 else low - pad), high + pad
 
 
