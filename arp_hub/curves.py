@@ -19,10 +19,10 @@ from .shapes import LayerShape, degrees_of_freedom
 
 Floats = NDArray[np.float64]
 
-_SHARES = (0.08, 0.22, 0.5)
+_SHARES, _FEW_SHARES = (0.08, 0.18, 0.35, 0.6), (0.2, 0.5)
 """Parameter shares at which the error of a scheme without closed-form spectrum is measured."""
 _LARGE = 1024
-"""Columns of a second moment beyond which the lowest share is left out."""
+"""Columns of a second moment beyond which the few shares must do."""
 _BOUNDED_SHARE, _LEAST_SHARE = 0.4, 0.05
 """The one share at which it is where there is a bound, and the least share of the bound that is believed."""
 _SHORTLIST_SHARE = 0.3
@@ -192,7 +192,7 @@ def _output_curve(scheme: Scheme, problem: Regression, scale: Tensor) -> Floats:
         return _tail(spectrum)[:last]
     ones = torch.ones_like(scale)
     weighted, total = replace(problem, target=weight), energy(weight, problem.moment)
-    shares = _SHARES if problem.moment.shape[-1] <= _LARGE else _SHARES[1:]
+    shares = _SHARES if problem.moment.shape[-1] <= _LARGE else _FEW_SHARES
     ranks, values = sorted({rank_at(scheme, share) for share in shares}), []
     for rank in ranks:
         fitted = fit_layer(
