@@ -124,7 +124,7 @@ ROWS = {
     ),
     "pull request into nothing": Row(("there is no repository 'alice/model'",), "nothing", words=("--create-pr",)),
     "folder without a model": Row(("is no folder with a saved model",), "nothing", prepare=no_config),
-    "weights cut off": Row(("cannot load the model",), "as before", prepare=break_weights, there=True),
+    "weights cut off": Row(("is not a whole safetensors file",), "as before", prepare=break_weights, there=True),
     "weights of another plan": Row(("do not fit",), "as before", prepare=other_weights, there=True),
     "token in the card": Row(("README.md holds what looks like a token",), "nothing", prepare=leave_a_token),
     "offline mode": Row(("HF_HUB_OFFLINE is set", "unset it"), "nothing", before=OFFLINE),
