@@ -276,11 +276,19 @@ def _outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def half_finite(case: Case) -> None:
-    """Outputs at half of the parameters."""
+    """Outputs at half of the parameters, and their number as the plan promises it."""
     with torch.no_grad():
         outputs = flat(case.half(case.images))
     if not all(bool(torch.isfinite(y).all()) for y in outputs):
         raise Failed("outputs are not finite")
+    promised = count_params(case.dense)
+    for name, layer in case.plan.layers.items():
+        module = case.dense.get_submodule(name)
+        scheme = make_scheme(layer.scheme, layer_shape(module), layer.groups)
+        own = sum(p.numel() for key, p in module.named_parameters(recurse=False) if key != "bias")
+        promised += scheme.params(layer.rank) - own
+    if promised != count_params(case.half):
+        raise Failed(f"{count_params(case.half)} parameters, and the plan promised {promised}")
 
 
 def forward_parts(case: Case) -> None:
@@ -546,7 +554,7 @@ def create_with(**arguments: Any) -> Callable[[Case], None]:
 
 CHECKS: dict[str, Callable[[Case], None]] = {
     "feature maps": feature_maps,
-    "half finite": half_finite,
+    "half of the parameters": half_finite,
     "forward parts": forward_parts,
     "forward_intermediates": forward_intermediates,
     "prune_intermediate_layers": prune_intermediate_layers,

@@ -48,7 +48,15 @@ ODDITIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 MANY_LAYERS = {"layers to fuse", "branches to merge", "an LSTM"}
-FEW_CHECKS = ("feature maps", "half finite", "training", "init_weights", "reparameterize", "load", "features_only")
+FEW_CHECKS = (
+    "feature maps",
+    "half of the parameters",
+    "training",
+    "init_weights",
+    "reparameterize",
+    "load",
+    "features_only",
+)
 
 
 def outcomes(name: str, folder: Path, checks: Any, **arguments: Any) -> dict[str, str]:
