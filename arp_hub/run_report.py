@@ -80,7 +80,9 @@ def _charts(log: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> lis
         return {phase: [(k, entry[key]) for k, entry in numbered if entry["phase"] == phase] for phase in phases}
 
     held_out = [(k, entry["val"]["top1"]) for k, entry in numbered if "val" in entry]
-    accuracy = {**curve("top1"), **({"held out": held_out} if held_out else {})}
+    accuracy = curve("top1")
+    if held_out:
+        accuracy["held out"] = held_out
     penalised = [(k, entry) for k, entry in numbered if "violations" in entry]
     layers = list(dict.fromkeys(name for _, entry in penalised for name in entry["violations"]))
     rows = {name: [entry["violations"].get(name) for _, entry in penalised] for name in layers}
