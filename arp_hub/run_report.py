@@ -79,7 +79,7 @@ def _charts(log: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> lis
     def curve(key: str) -> dict[str, list[tuple[float, float]]]:
         return {phase: [(k, entry[key]) for k, entry in numbered if entry["phase"] == phase] for phase in phases}
 
-    held_out = [(k, entry["val"]["top1"]) for k, entry in numbered if "val" in entry]
+    held_out = [(float(k), entry["val"]["top1"]) for k, entry in numbered if "val" in entry]
     accuracy = curve("top1")
     if held_out:
         accuracy["held out"] = held_out
