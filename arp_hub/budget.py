@@ -13,6 +13,7 @@ import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 
+from ._modes import evaluating
 from .calibration import Images
 from .curves import Candidate, Floats, OutputErrors, candidate_schemes, shape_candidates, weight_candidates
 from .dense import refusal
@@ -245,13 +246,8 @@ def _measure_shapes(layers: Mapping[str, list[Scheme]], multiple: int, traced: T
 
 
 def _output_errors(model: nn.Module, layers: Mapping[str, object], images: Images) -> OutputErrors:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with layers_called(model):
-            return OutputErrors(model.eval(), {name: model.get_submodule(name) for name in layers}, images)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model), layers_called(model):
+        return OutputErrors(model, {name: model.get_submodule(name) for name in layers}, images)
 
 
 def _cost_of(cost: str, sizes: Sequence[Pair]) -> Callable[[Scheme, int | None], int]:

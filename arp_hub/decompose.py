@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from tqdm.auto import tqdm
 
+from ._modes import evaluating
 from .calibration import Images, Moments, batches, following_norms, paired_moments
 from .errors import ArpHubError
 from .fitting import fit_layer, output_scale
@@ -117,9 +118,7 @@ def _decompose_by_data(
     model: nn.Module, plan: RankPlan, schemes: Mapping[str, Scheme], images: Images, progress: bool
 ) -> nn.Module:
     """Fit layer after layer on a copy; put the new layers into ``model`` once all of them are there."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         student = copy.deepcopy(model)
         teachers = {name: model.get_submodule(name) for name in plan.layers}
         norms = following_norms(student, {name: student.get_submodule(name) for name in plan.layers}, images)
@@ -133,9 +132,6 @@ def _decompose_by_data(
                 replace_layers(student, {old[name]: new})
                 bar.update()
         bar.close()
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     student_modules = dict(student.named_modules())
     replace_layers(model, {old: student_modules[name].train(old.training) for name, old in teachers.items()})
     for name, module in model.named_modules():
