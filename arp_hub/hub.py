@@ -138,7 +138,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _numbers(model: nn.Module, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that ``metrics.json`` holds: the facts of this process under the given metrics, the counts on top."""
-    size = input_size_of(model)
+    own = getattr(model, "pretrained_cfg", None) or {}
+    size = input_size_of(model, None if own.get("input_size") else tuple(config["pretrained_cfg"]["input_size"]))
     figures = model_figures(model, size)
     dense = {**given.get("dense", {}), **figures.pop("dense", {})}
     numbers = {**environment(), **given, **figures}

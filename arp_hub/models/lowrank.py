@@ -226,15 +226,21 @@ def _load_dense(
 
     Tensors without memory of their own stand in for the decomposed layers.
     """
-    saved = _without_memory(entrypoint, cfg, kwargs.get("pretrained_model_args") or {}).state_dict()
+    saved = _without_memory(entrypoint, cfg, kwargs.get("pretrained_model_args") or {})
+    modules = dict(saved.named_modules(remove_duplicate=False))
+    planned = {modules[name] for name in plan.layers if name in modules}
+    paths = {name for name, module in modules.items() if module in planned}  # a shared layer has several
+    factors = {key: value for key, value in state.items() if key.partition(".factors.")[0] in paths}
+    dense = {key: value for key, value in state.items() if key not in factors}
     stand_ins = {
         key: torch.zeros((), dtype=value.dtype).expand(value.shape)
-        for key, value in saved.items()
-        if key.rpartition(".")[0] in plan.layers and key not in state
+        for key, value in saved.state_dict().items()
+        if key.rpartition(".")[0] in paths and key not in dense
     }
-    given = {**cfg, "source": None, "file": None, "hf_hub_id": None, "state_dict": {**state, **stand_ins}}
+    given = {**cfg, "source": None, "file": None, "hf_hub_id": None, "state_dict": {**dense, **stand_ins}}
     model = entrypoint(pretrained=True, pretrained_cfg=given, **_model_args(kwargs))
-    return {key: value for key, value in model.state_dict().items() if key not in stand_ins}
+    adapted = {key: value for key, value in model.state_dict().items() if key not in stand_ins}
+    return adapted | factors
 
 
 def _without_memory(
