@@ -37,8 +37,8 @@ _RESERVED = frozenset(
 )
 """Arguments that say how to load a model, not what it is."""
 BAD_CONFIG = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NameError, NotImplementedError, OSError,
-    RecursionError, RuntimeError, TypeError, ValueError,
+    ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NameError, OSError, RuntimeError,
+    TypeError, ValueError,
 )  # fmt: skip
 """What timm and torch raise when they build a model from arguments that make no sense."""
 
