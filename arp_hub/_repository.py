@@ -74,7 +74,7 @@ class Repository:
         self.look()
         if create_pr and not self.exists:
             raise ArpHubError(f"there is no repository '{self.repo_id}' to open a pull request in: check the name")
-        for tag in self.tags.intersection(tags):
+        for tag in filter(self.tags.__contains__, tags):
             raise ArpHubError(f"'{self.repo_id}' has the tag '{tag}' already: choose another, a tag should not move")
         if branch in self.tags:
             raise ArpHubError(f"'{branch}' is a tag of '{self.repo_id}', not a branch: choose another revision")

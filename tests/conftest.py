@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import load_dataset
+from hub_client import Client
+from hub_server import HubServer
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
@@ -43,3 +45,18 @@ def _cifar(shared: Path, split: str, count: int) -> tuple[Tensor, Tensor]:
     rows = load_dataset("parquet", data_files=files, split=f"train[:{count}]")
     pixels = torch.stack([pil_to_tensor(image.convert("RGB")) for image in rows["img"]])
     return (pixels / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1), torch.tensor(rows["label"])
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[HubServer]:
+    """A Hub on loopback."""
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """Processes with the real client, which know that Hub alone."""
+    started = Client(tmp_path_factory.mktemp("home"), hub.endpoint)
+    yield started
+    started.close()

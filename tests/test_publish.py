@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +31,6 @@ NUMBERS = {
     "base_model": "timm/test_resnet.r160_in1k",
     "dense": {"top1": 62.5},
 }
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    started = Client(tmp_path_factory.mktemp("home"), hub.endpoint)
-    yield started
-    started.close()
 
 
 @pytest.fixture(autouse=True)
@@ -331,8 +317,9 @@ def recipe(client: Client, name: str, *words: object, token: str | None = ALICE)
 
 def test_a_recipe_publishes_what_it_made(hub: HubServer, client: Client, tmp_path: Path) -> None:
     done = recipe(
-        client, "cifar_resnet20.py", *TRIAL, "--output", tmp_path / "out", "--push-to-hub", NAME, "--hub-private"
-    )
+        client, "cifar_resnet20.py", *TRIAL, "--epochs", 3, "--output", tmp_path / "out",
+        "--push-to-hub", NAME, "--hub-private",
+    )  # fmt: skip
     assert done.code == 0, done.err
     assert done.err.strip().endswith(f"published: {hub.endpoint}/{NAME}")
     files = hub.repos[NAME].files()
@@ -341,9 +328,8 @@ def test_a_recipe_publishes_what_it_made(hub: HubServer, client: Client, tmp_pat
     card = ModelCard(files["README.md"].decode())
     metrics = json.loads(files["metrics.json"])
     assert card.data.eval_results[0].metric_value == round(metrics["top1"], 4)
-    assert (
-        "after penalty training, before decomposition" in card.text and "adaptive rank penalty: epochs 30" in card.text
-    )
+    assert "after penalty training, before decomposition" in card.text
+    assert "adaptive rank penalty: epochs 3," in card.text
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,19 +186,6 @@ ROWS = {
         "as before", words=(), there=True, before=FULL_DISK,
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    started = Client(tmp_path_factory.mktemp("home"), hub.endpoint)
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")
