@@ -27,6 +27,7 @@ _FACTS = {
     "split": "accuracy measured on split",
     "images": "images measured on",
     "calibration_images": "unlabelled calibration images",
+    "calibration_copies": "varied copies of each",
     "seed": "seed",
     "seconds": "seconds",
     "processes": "processes",

@@ -51,6 +51,13 @@ Calibration = Annotated[
         help="Training images of --data to calibrate on, without labels; by default 1,024 small or 256 large ones.",
     ),
 ]
+Copies = Annotated[
+    int | None,
+    typer.Option(
+        "--calibration-copies",
+        help="Copies of each, turned, moved, scaled and recoloured, that are added; by default 1 of small images.",
+    ),
+]
 Workers = Annotated[int, typer.Option(help="Processes that decode large images.")]
 Device = Annotated[
     str | None,
@@ -162,6 +169,10 @@ def open_data(source: str | None, model: nn.Module, image_key: str | None, label
     return load_data(source, model, image_key=image_key, label_key=label_key, require_labels=False)
 
 
-def open_images(data: ImageData | None, count: int | None, seed: int, workers: int) -> Tensor | None:
+def open_images(
+    data: ImageData | None, count: int | None, copies: int | None, seed: int, workers: int
+) -> Tensor | None:
     """Calibration images of the data; None without data."""
-    return None if data is None else calibration_images(data, count, seed=seed, workers=workers)
+    if data is None:
+        return None
+    return calibration_images(data, count, copies=copies, seed=seed, workers=workers)

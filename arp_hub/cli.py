@@ -19,6 +19,7 @@ from ._options import (
     Calibration,
     ChannelsLast,
     Checkpoint,
+    Copies,
     Data,
     Device,
     Dtype,
@@ -59,6 +60,7 @@ from .structure import check_plan, plan_of
 from .timing import Workload
 from .tracing import count_macs
 from .training import ImageData, Split, evaluate, load_data
+from .training.data import calibration_counts
 
 app = typer.Typer(
     cls=Group,
@@ -88,6 +90,7 @@ def plan_command(
     rank_multiple: RankMultiple = 1,
     exclude: Exclude = None,
     calibration: Calibration = None,
+    copies: Copies = None,
     input_size: InputSize = None,
     workers: Workers = 0,
     device: Device = None,
@@ -104,7 +107,7 @@ def plan_command(
     options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude)
     check_plan_file(output, overwrite)
     network = open_model(model, checkpoint, num_classes, input_size, device, seed)
-    images = open_images(open_data(data, network, image_key, label_key), calibration, seed, workers)
+    images = open_images(open_data(data, network, image_key, label_key), calibration, copies, seed, workers)
     made = make_plan(network, **options, calibration=images, progress=interactive())
     summary = report.plan_report(network, made)
     made.save(output)
@@ -135,6 +138,7 @@ def compress(
     rank_multiple: RankMultiple = 1,
     exclude: Exclude = None,
     calibration: Calibration = None,
+    copies: Copies = None,
     input_size: InputSize = None,
     max_images: Annotated[int | None, typer.Option(help="Measure accuracy on so many test images only.", min=1)] = None,
     workers: Workers = 0,
@@ -158,7 +162,8 @@ def compress(
     if given is not None:
         check_plan(network, given)
     found = open_data(data, network, image_key, label_key)
-    images = open_images(found, calibration, seed, workers)
+    images = open_images(found, calibration, copies, seed, workers)
+    counts = calibration_counts(found, calibration, copies) if found else (0, 0)
     test = _test_split(network, found)
     before, falls = _figures(network, test, max_images, workers), spectra.decays(network)
     start = time.perf_counter()
@@ -170,7 +175,8 @@ def compress(
         "model": model,
         "data": data,
         **({"split": test.name} if test else {}),
-        "calibration_images": 0 if images is None else len(images),
+        "calibration_images": counts[0],
+        "calibration_copies": counts[1],
         "trained": False,
         "seconds": round(seconds, 2),
         "seed": seed,
@@ -287,7 +293,7 @@ def inspect(
         check_picture_path(plot)
     network = open_model(model, checkpoint, num_classes, input_size, device, seed)
     schemes = {} if given is None else check_plan(network, given)
-    images = open_images(open_data(data, network, image_key, None), calibration, seed, workers)
+    images = open_images(open_data(data, network, image_key, None), calibration, 0, seed, workers)
     layers = spectra.decomposable_layers(network)
     if images is None:
         found = {name: spectra.spectrum(layer) for name, layer in progress(layers, "spectra")}

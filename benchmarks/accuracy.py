@@ -77,7 +77,7 @@ class Row:
     Attributes:
         network: A key of `NETWORKS`.
         keep: Share of the parameters to keep.
-        images: Calibration images; None: as many as the network has, 0: weights alone.
+        images: Calibration images; None: as many as are good for the network, 0: weights alone.
         schemes: Schemes to choose from; empty: all.
         uniform: One scheme for all k x k layers, at one share, instead of a plan by error.
         train: Settings of the recipe, if the row trains.
@@ -181,7 +181,7 @@ def measure_fit(row: Row, shared: Path) -> dict[str, Any]:
     torch.manual_seed(SEED)
     model = load_model(network.model, str(shared / "weights" / network.checkpoint)).eval()
     images, test = images_and_test(network, model, shared)
-    images = None if row.images == 0 else images if row.images is None else images[: row.images]
+    images, used = (None, 0) if row.images == 0 else (images, network.images)
     dense = {**evaluate(model, test), **_counts(model)}
     began = time.perf_counter()
     if row.uniform:
@@ -193,7 +193,8 @@ def measure_fit(row: Row, shared: Path) -> dict[str, Any]:
     return {
         **evaluate(small, test),
         **_counts(small),
-        "calibration_images": 0 if images is None else len(images),
+        "calibration_images": used,
+        "calibration_copies": 0 if images is None else len(images) // used - 1,
         "seconds_plan": round(planned - began, 1),
         "seconds_decompose": round(time.perf_counter() - planned, 1),
         "dense": dense,

@@ -23,6 +23,7 @@ if __name__ == "__main__":
         dense_lr=0.1,
         batch_size=128,
         calibration_images=256,
+        calibration_copies=0,
         output="runs/quickstart",
         overwrite=True,
     )

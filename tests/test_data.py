@@ -71,7 +71,7 @@ def test_held_out_images_are_stratified_and_not_trained_on(model):
         for all_of_it, of_part in zip(whole, part.tensors(), strict=True):
             assert torch.equal(all_of_it[part.indices], of_part)
     assert torch.bincount(data.val.labels).float().std() < 1
-    calibration = calibration_images(data, 20_000)
+    calibration = calibration_images(data, 20_000, copies=0)
     assert len(calibration) == len(data.train)
 
 
@@ -82,6 +82,21 @@ def test_calibration_images_are_normalised_and_keyed_by_seed(model):
     assert not torch.equal(first, other)
     lowest = (0 - torch.tensor(model.pretrained_cfg["mean"])) / torch.tensor(model.pretrained_cfg["std"])
     assert torch.allclose(first.amin((0, 2, 3)), lowest)
+
+
+def test_each_calibration_image_is_followed_by_its_copies(model, shared):
+    for source, default in (("digits", 1), (shared / "data" / "imagenet-sample", 0)):
+        data = load_data(str(source), model if default else timm.create_model("resnet18"))
+        plain = calibration_images(data, 4, copies=0)
+        assert len(calibration_images(data, 4)) == 4 * (1 + default)
+        varied = calibration_images(data, 4, copies=2)
+        assert torch.equal(varied, calibration_images(data, 4, copies=2))
+        originals, first, second = varied.unflatten(0, (4, 3)).unbind(1)
+        assert torch.equal(originals, plain)
+        for one, other in ((first, originals), (second, originals), (first, second)):
+            assert ((one - other).abs().mean((1, 2, 3)) > 0.01).all()
+    with pytest.raises(ArpHubError, match="calibration_copies must be 0 or more, got -1"):
+        calibration_images(data, 4, copies=-1)
 
 
 def test_class_folders_and_parquet_give_the_same_images(tmp_path, model):
@@ -379,5 +394,8 @@ def test_auto_augment_changes_small_images_too_and_is_keyed(model):
 
 
 def test_an_unknown_augmentation_is_refused(model):
+    data = load_data("digits", model, auto_augment="v0")  # which posterises to no bits at all now and then
+    for _ in data.train.images.training([TrainBatch(torch.arange(1000), 0, slice(0, 1000))], CPU, 0):
+        pass
     with pytest.raises(ArpHubError, match="auto_augment: timm knows no augmentation 'sometimes'"):
         load_data("digits", model, auto_augment="sometimes")

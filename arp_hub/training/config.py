@@ -68,6 +68,12 @@ class TrainConfig:
         "unlabelled training images for plan and fit; by default 1,024 small or 256 large; 0: none",
         low=0,
     )
+    calibration_copies: int | None = _setting(
+        "budget",
+        None,
+        "copies of each, turned, moved, scaled and recoloured, that are added; by default 1 of small images",
+        low=0,
+    )
 
     dense_epochs: int = _setting("phases", 0, "epochs of training the dense model first", low=0)
     epochs: int = _setting("phases", 10, "epochs of penalty training, ramp and hold together", low=1)

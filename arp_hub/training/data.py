@@ -24,7 +24,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from ..errors import ArpHubError
-from .augment import keyed_generator
+from .augment import keyed_generator, keyed_seed
 from .images import BadImages, DecodedImages, Images, InputFormat, StreamedImages, decode_all
 
 _logger = logging.getLogger(__name__)
@@ -170,26 +170,57 @@ def input_format(model: nn.Module) -> InputFormat:
     )
 
 
-def calibration_images(data: ImageData, count: int | None = None, *, seed: int = 0, workers: int = 0) -> Tensor:
-    """Training images without labels, normalised and not augmented: what `make_plan` and `decompose` calibrate on.
+def calibration_counts(data: ImageData, count: int | None = None, copies: int | None = None) -> tuple[int, int]:
+    """How many images `calibration_images` takes, and how many varied copies of each it adds.
 
     Args:
         data: The data.
         count: Number of images; at most all training images are given. By default 1,024 small or 256 large ones.
-        seed: Seed of the choice.
+        copies: Copies of each; by default one of a small image, none of a large one.
+
+    Raises:
+        ArpHubError: If there would be no images, or copies are negative.
+    """
+    small = isinstance(data.train.images, DecodedImages)
+    if count is None:
+        count = _SMALL_CALIBRATION if small else _LARGE_CALIBRATION
+    if copies is None:
+        copies = 1 if small else 0
+    if count < 1:
+        raise ArpHubError(f"calibration needs at least one image, got {count}")
+    if copies < 0:
+        raise ArpHubError(f"calibration_copies must be 0 or more, got {copies}")
+    return min(count, len(data.train)), copies
+
+
+def calibration_images(
+    data: ImageData, count: int | None = None, *, copies: int | None = None, seed: int = 0, workers: int = 0
+) -> Tensor:
+    """Training images without labels, normalised: what `make_plan` and `decompose` calibrate on.
+
+    Copies of an image, turned, moved, scaled and recoloured, stand for images that the model has not been trained on.
+
+    Args:
+        data: The data.
+        count: Number of images; at most all training images are given. By default 1,024 small or 256 large ones.
+        copies: Varied copies of each that are added; by default one of a small image, none of a large one.
+        seed: Seed of the choice and of the copies.
         workers: DataLoader workers, for large data.
 
     Returns:
-        Images ``(count, 3, H, W)`` on the CPU.
+        Images ``(count * (1 + copies), 3, H, W)`` on the CPU, each followed by its copies.
+
+    Raises:
+        ArpHubError: If there would be no images, or copies are negative.
     """
-    split = data.train
-    if count is None:
-        count = _SMALL_CALIBRATION if isinstance(split.images, DecodedImages) else _LARGE_CALIBRATION
-    if count < 1:
-        raise ArpHubError(f"calibration needs at least one image, got {count}")
-    chosen = torch.randperm(len(split), generator=keyed_generator(seed, "calibration"))[:count]
-    parts = split.images.evaluation(split.indices[chosen], 128, torch.device("cpu"), workers)
-    return torch.cat(list(parts))
+    split, device = data.train, torch.device("cpu")
+    count, copies = calibration_counts(data, count, copies)
+    chosen = split.indices[torch.randperm(len(split), generator=keyed_generator(seed, "calibration"))[:count]]
+    versions = [torch.cat(list(split.images.evaluation(chosen, 128, device, workers)))]
+    for copy in range(copies):
+        key = keyed_seed(seed, "calibration", copy)
+        versions.append(torch.cat(list(split.images.varied(chosen, 128, device, workers, key))))
+    return torch.stack(versions, dim=1).flatten(0, 1)
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,25 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import AugmentOp
 from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 from ..errors import ArpHubError
-from .augment import crop_and_flip, seeded
+from .augment import crop_and_flip, keyed_seed, seeded
 
 _logger = logging.getLogger(__name__)
 
+_VARIATION = v2.Compose(
+    [
+        v2.RandomAffine(15, translate=(0.1, 0.1), scale=(0.85, 1.15), interpolation=v2.InterpolationMode.BILINEAR),
+        v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05),
+    ]
+)
+"""Turned, moved, scaled and recoloured, as a photograph of the same thing might be."""
 _PIL_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
 
@@ -106,6 +115,11 @@ class Images(Protocol):
     def evaluation(self, indices: Tensor, batch_size: int, device: torch.device, workers: int) -> Iterator[Tensor]:
         """Images in the order of ``indices``, not augmented."""
 
+    def varied(
+        self, indices: Tensor, batch_size: int, device: torch.device, workers: int, seed: int
+    ) -> Iterator[Tensor]:
+        """A variation of each of these images: what the model has not seen, but might."""
+
 
 class DecodedImages:
     """Small data: one tensor of bytes, moved to the device once, augmented there in whole batches.
@@ -162,6 +176,19 @@ class DecodedImages:
         for chosen in indices.split(batch_size):
             yield self.form.normalise(pixels[chosen.to(device)])
 
+    def varied(
+        self, indices: Tensor, batch_size: int, device: torch.device, workers: int, seed: int
+    ) -> Iterator[Tensor]:
+        """A variation of each of these images, mirrored by chance unless ``flip`` is off."""
+        vary = v2.Compose([_VARIATION, v2.RandomHorizontalFlip()]) if self.flip else _VARIATION
+        pixels = self.pixels(torch.device("cpu"))
+        for chosen in indices.split(batch_size):
+            done = []
+            for row in chosen.tolist():
+                with seeded(keyed_seed(seed, "variation", row)):
+                    done.append(vary(pixels[row]))
+            yield self.form.normalise(torch.stack(done).to(device))
+
     def _auto_augmented(self, pixels: Tensor, seeds: Iterable[int]) -> Tensor:
         """Image by image on the CPU, because timm's augmentations are made for PIL images."""
         transform = cast("Callable[[Image.Image], Image.Image]", self.auto_augment)
@@ -182,7 +209,25 @@ def _auto_augmentation(name: str, form: InputFormat) -> Callable[[Image.Image], 
         raise ArpHubError(
             f"auto_augment: timm knows no augmentation '{name}': give one like rand-m9-mstd0.5"
         ) from error
+    _keep_one_bit(augmentation)
     return augmentation
+
+
+def _keep_one_bit(transform: Any) -> None:
+    """Let timm's augmentations posterise to one bit at least: they ask for none once in a while, an error in Pillow."""
+    if isinstance(transform, AugmentOp):
+        if transform.name.startswith("Posterize"):
+            transform.level_fn = partial(_one_bit_or_more, cast("Callable[..., Any]", transform.level_fn))
+    elif isinstance(transform, list):
+        for part in transform:
+            _keep_one_bit(part)
+    else:
+        for name in ("transforms", "ops", "policy"):
+            _keep_one_bit(getattr(transform, name, []))
+
+
+def _one_bit_or_more(bits: Callable[..., Any], level: float, settings: Any) -> tuple[int]:
+    return (max(1, *bits(level, settings)),)
 
 
 class StreamedImages:
@@ -209,6 +254,7 @@ class StreamedImages:
             interpolation=form.interpolation,
         )
         self.train_transform = common(is_training=True, color_jitter=0.0, auto_augment=auto_augment or None)
+        _keep_one_bit(self.train_transform)
         self.eval_transform = common(is_training=False, crop_pct=form.crop_pct)
 
     def __len__(self) -> int:
@@ -226,6 +272,17 @@ class StreamedImages:
         """Images in the order of ``indices``, resized and cropped to the middle."""
         jobs = ([(index, 0) for index in chosen.tolist()] for chosen in indices.split(batch_size))
         return self._load(self.eval_transform, jobs, device, workers)
+
+    def varied(
+        self, indices: Tensor, batch_size: int, device: torch.device, workers: int, seed: int
+    ) -> Iterator[Tensor]:
+        """A variation of each of these images, mirrored by chance, resized and cropped to the middle."""
+        vary = v2.Compose([_VARIATION, v2.RandomHorizontalFlip(), self.eval_transform])
+        jobs = (
+            [(row, keyed_seed(seed, "variation", row)) for row in chosen.tolist()]
+            for chosen in indices.split(batch_size)
+        )
+        return self._load(vary, jobs, device, workers)
 
     def _load(
         self,

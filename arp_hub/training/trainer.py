@@ -314,7 +314,9 @@ def _calibration(run: Run) -> Tensor | None:
     if config.max_steps:
         trial = config.max_steps * _TRIAL_CALIBRATION_IMAGES
         count = trial if count is None else min(count, trial)
-    return calibration_images(run.data, count, seed=config.seed, workers=config.workers)
+    return calibration_images(
+        run.data, count, copies=config.calibration_copies, seed=config.seed, workers=config.workers
+    )
 
 
 def _score(run: Run, model: nn.Module, title: str) -> Scores:
