@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 from ..errors import ArpHubError
+from ._skip_init import SkipInit
 
 _CONFIG_BYTES = 2**22
 _MOST_TENSORS = 20_000
@@ -137,7 +138,7 @@ def check_build(
     """
     declared = sum(math.prod(shape) for shape in header.values())
     try:
-        with _bounded(branches * len(header) + _SLACK_TENSORS, declared, source), torch.device("meta"):
+        with _bounded(branches * len(header) + _SLACK_TENSORS, declared, source), torch.device("meta"), SkipInit():
             build()
     except ArpHubError:
         raise

@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from ..errors import ArpHubError
 from ..plan import RankPlan
 from ..structure import apply_plan
 from ._checkpoint import CheckpointAdapter, names_of, weights_source
+from ._skip_init import SkipInit
 from ._untrusted import check_args, check_build, check_cfg, read_header
 
 __all__: list[str] = []
@@ -101,7 +103,13 @@ def arp_lowrank(
         dense |= _removed(rank_plan, entrypoint, cfg, kwargs)
     kept = RankPlan({name: layer for name, layer in rank_plan.layers.items() if name not in dense})
 
+    all_loaded = pretrained and same_shapes and not dense
+
     def build(**model_kwargs: Any) -> nn.Module:
+        with SkipInit() if all_loaded else nullcontext():
+            return build_as_saved(**model_kwargs)
+
+    def build_as_saved(**model_kwargs: Any) -> nn.Module:
         model = entrypoint(pretrained=False, pretrained_cfg=dict(cfg), **model_kwargs)
         return apply_plan(reparameterize_model(model, inplace=True) if reparameterized else model, kept)
 
