@@ -122,7 +122,7 @@ def _is_reparameterized(model: nn.Module, backbone: str, *args: Mapping[str, Any
     options.setdefault("num_classes", getattr(model, "num_classes", None))
     try:
         with torch.device("meta"):
-            dense = timm.create_model(backbone, **options)
+            dense = timm.create_model(backbone, **options).eval()  # some merge in evaluation mode only
             found = _dense_keys(model)
             return found != _dense_keys(dense) and found == _dense_keys(reparameterize_model(dense))
     except BAD_CONFIG:  # then it is not: check_rebuilds says what is wrong

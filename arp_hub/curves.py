@@ -26,8 +26,8 @@ _LARGE = 1024
 _BOUNDED_SHARE, _LEAST_SHARE = 0.4, 0.05
 """The one share at which it is where there is a bound, and the least share of the bound that is believed."""
 _SHORTLIST_SHARE = 0.3
-_SWEEPS, _LEAST_SWEEPS, _SWEEP_WORK = 12, 3, 5e9
-"""Sweeps of a nearest point, and the multiply-accumulates that bound them."""
+_LEAST_SWEEPS, _SWEEP_WORK = 3, 5e9
+"""Multiply-accumulates that bound the sweeps of a nearest point, but to no fewer than so many."""
 _ITERATIONS, _WORK = 25, 2e9
 """Iterations of a fit, and the multiply-accumulates that bound them."""
 _GROUP_CHOICES = (2, 4, 8)
@@ -145,12 +145,12 @@ def _with_zero(tail: Tensor) -> Floats:
 
 
 def _nearest_error(scheme: Scheme, weight: Tensor, rank: int) -> float:
-    found = scheme.nearest(weight, rank, sweeps=_sweeps(weight, rank))
+    found = scheme.nearest(weight, rank, sweeps=_sweeps(scheme, weight, rank))
     return float(relative_error(weight, scheme.compose(found)))
 
 
-def _sweeps(weight: Tensor, rank: int) -> int:
-    return max(_LEAST_SWEEPS, min(_SWEEPS, int(_SWEEP_WORK / (2 * rank * weight.numel()))))
+def _sweeps(scheme: Scheme, weight: Tensor, rank: int) -> int:
+    return min(scheme.rough_sweeps, max(_LEAST_SWEEPS, int(_SWEEP_WORK / (2 * rank * weight.numel()))))
 
 
 class OutputErrors:
@@ -196,7 +196,7 @@ def _output_curve(scheme: Scheme, problem: Regression, scale: Tensor) -> Floats:
     ranks, values = sorted({rank_at(scheme, share) for share in shares}), []
     for rank in ranks:
         fitted = fit_layer(
-            scheme, rank, weight, weighted, ones, _ITERATIONS, _WORK, least=0, sweeps=_sweeps(weight, rank)
+            scheme, rank, weight, weighted, ones, _ITERATIONS, _WORK, least=0, sweeps=_sweeps(scheme, weight, rank)
         )
         values.append(float(energy(weight - scheme.compose(fitted), problem.moment) / total))
     return interpolate(ranks, values, last)

@@ -84,8 +84,27 @@ def _slices(tensor: Tensor) -> tuple[list[int], int, Tensor, Tensor]:
     return others, short, axes, torch.einsum("gabs,gts->gtab", turned, axes)
 
 
-def als_sweep(tensor: Tensor, modes: list[Tensor]) -> list[Tensor]:
-    """One sweep of alternating least squares over the three modes ``(G, r, n)`` of ``tensor (G, O, I, S)``.
+def als(tensor: Tensor, modes: list[Tensor], sweeps: int) -> list[Tensor]:
+    """Alternating least squares over the three modes ``(G, r, n)`` of ``tensor (G, O, I, S)``; the error never rises.
+
+    Each sweep starts from an extrapolation of the last two results, as in Nesterov's method, and one that makes the
+    error larger is undone and starts the extrapolation anew (Mitchell, Ye and De Sterck 2020). That takes about half
+    the sweeps of plain alternation.
+    """
+    earlier, error, age = modes, tensor.new_tensor(float("inf")), 1
+    for _ in range(sweeps):
+        ahead = (age - 1) / (age + 2)
+        start = [mode + ahead * (mode - old) for mode, old in zip(modes, earlier, strict=True)]
+        found, found_error = _als_sweep(tensor, start)
+        if age > 1 and found_error > error:
+            earlier, age = modes, 1
+        else:
+            earlier, modes, error, age = modes, found, found_error, age + 1
+    return modes
+
+
+def _als_sweep(tensor: Tensor, modes: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """One sweep, and its squared error up to the squared norm of the tensor.
 
     The first two updates share the product of the tensor with the mode that neither changes.
     """
@@ -96,8 +115,10 @@ def als_sweep(tensor: Tensor, modes: list[Tensor]) -> list[Tensor]:
     inputs_gram = inputs @ inputs.mT
     taps = solve_spd(outputs_gram * inputs_gram, torch.einsum("gris,gri->grs", shared, inputs))
     shared = torch.einsum("gois,gri->gros", tensor, inputs)
-    outputs = solve_spd(inputs_gram * (taps @ taps.mT), torch.einsum("gros,grs->gro", shared, taps))
-    return even_norms([outputs, inputs, taps])
+    gram, products = inputs_gram * (taps @ taps.mT), torch.einsum("gros,grs->gro", shared, taps)
+    outputs = solve_spd(gram, products)
+    error = (outputs * (gram @ outputs - 2 * products)).sum(dtype=torch.float64)
+    return even_norms([outputs, inputs, taps]), error
 
 
 def even_norms(modes: list[Tensor]) -> list[Tensor]:

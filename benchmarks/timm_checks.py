@@ -600,6 +600,8 @@ EXPORTS: dict[str, Callable[[Case], None]] = {
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("sequencer", "init_weights"): "timm expects a bias in every linear layer here, and a first factor has none",
     ("nest", "init_weights"): "timm expects a bias in every linear layer here, and a first factor has none",
+    ("gmlp", "init_weights"): "timm expects a bias in every layer of the head here, and a first factor has none",
+    ("resnetv2", "init_weights"): "timm expects a bias in the classifier here, and a first factor has none",
 }
 """What is known not to hold, by the beginning of the model's name, and why."""
 

@@ -111,7 +111,9 @@ def arp_lowrank(
 
     def build_as_saved(**model_kwargs: Any) -> nn.Module:
         model = entrypoint(pretrained=False, pretrained_cfg=dict(cfg), **model_kwargs)
-        return apply_plan(reparameterize_model(model, inplace=True) if reparameterized else model, kept)
+        if reparameterized:
+            model = reparameterize_model(model.eval(), inplace=True).train()  # some merge in evaluation mode only
+        return apply_plan(model, kept)
 
     adapter = CheckpointAdapter(
         rank_plan,

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..linalg import als_sweep, even_norms, leading_vectors, slice_start, slice_tails
+from ..linalg import als, even_norms, leading_vectors, slice_start, slice_tails
 from ..shapes import ConvSpec, LayerShape, Pair
 from .base import Factors, Scheme
 
-_SWEEPS, _LEAST_SWEEPS, _SWEEP_WORK = 60, 5, 1.5e10
+_SWEEPS, _LEAST_SWEEPS, _SWEEP_WORK = 30, 5, 7e9
 """Sweeps of a cold start of CP, and the multiply-accumulates that bound them; a warm start needs one sweep."""
 _SINGLE_WORK = 2e8
 """A sweep that takes more multiply-accumulates than this is made in single precision, except the last."""
@@ -66,11 +66,9 @@ class Cp(Scheme):
             inputs, taps = self._modes(start)
             modes = [start[-1].reshape(s.groups, s.group_out, rank).mT, inputs, taps]
             sweeps = sweeps or 1
-        for k in range(sweeps):
-            if k == sweeps - 1:
-                dtype = weight.dtype
-            modes = als_sweep(tensor.to(dtype), [mode.to(dtype) for mode in modes])
-        modes = [mode.to(weight.dtype) for mode in modes]
+        rough = sweeps if dtype == weight.dtype else sweeps - 1
+        modes = als(tensor.to(dtype), [mode.to(dtype) for mode in modes], rough)
+        modes = als(tensor, [mode.to(weight.dtype) for mode in modes], sweeps - rough)
         outputs, inputs, taps = modes
         return (
             inputs.reshape(s.groups * rank, s.group_in, 1, 1),
@@ -107,6 +105,7 @@ class Tucker2(Scheme):
     """
 
     name = "tucker2"
+    rough_sweeps = 1  # more take off less than 1 % of the error
 
     @classmethod
     def refusal(cls, shape: LayerShape, groups: int = 1) -> str | None:
