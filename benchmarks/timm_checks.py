@@ -602,6 +602,8 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("nest", "init_weights"): "timm expects a bias in every linear layer here, and a first factor has none",
     ("gmlp", "init_weights"): "timm expects a bias in every layer of the head here, and a first factor has none",
     ("resnetv2", "init_weights"): "timm expects a bias in the classifier here, and a first factor has none",
+    ("halonet_h1", "num_classes=7, in_chans=4"): "with random weights it amplifies rounding: the dense model in "
+    "float32 and in float64 differ by 2e-3",
 }
 """What is known not to hold, by the beginning of the model's name, and why."""
 
