@@ -153,7 +153,7 @@ def test_a_fit_is_taken_over_and_held():
     model.load_state_dict(copy.deepcopy(model.state_dict()) | {"0.weight": fitted[0].weight.detach()})
     penalty = AdaptiveRankPenalty(model, plan, total_steps=3, ramp=0, factors=factors)
     penalty.step()
-    torch.testing.assert_close(model[0].weight.detach(), fitted[0].weight.detach(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(model[0].weight.detach(), fitted[0].weight.detach(), rtol=1e-3, atol=1e-4)
 
 
 def test_errors_say_what_is_wrong():

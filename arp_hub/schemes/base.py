@@ -36,7 +36,7 @@ class Scheme(ABC):
     name: ClassVar[str]
     grouped: ClassVar[bool] = False
     """Whether ``groups`` may exceed 1."""
-    rough_sweeps: ClassVar[int] = 6
+    rough_sweeps: ClassVar[int] = 12
     """Sweeps of `nearest` after which its error is known well enough to plan by."""
 
     def __init__(self, shape: LayerShape, groups: int = 1) -> None:

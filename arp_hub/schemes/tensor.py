@@ -11,7 +11,7 @@ from ..linalg import als, even_norms, leading_vectors, slice_start, slice_tails
 from ..shapes import ConvSpec, LayerShape, Pair
 from .base import Factors, Scheme
 
-_SWEEPS, _LEAST_SWEEPS, _SWEEP_WORK = 30, 5, 7e9
+_SWEEPS, _LEAST_SWEEPS, _SWEEP_WORK = 60, 5, 7e9
 """Sweeps of a cold start of CP, and the multiply-accumulates that bound them; a warm start needs one sweep."""
 _SINGLE_WORK = 2e8
 """A sweep that takes more multiply-accumulates than this is made in single precision, except the last."""
