@@ -21,12 +21,12 @@ Floats = NDArray[np.float64]
 
 _SHARES, _FEW_SHARES = (0.08, 0.18, 0.35, 0.6), (0.2, 0.5)
 """Parameter shares at which the error of a scheme without closed-form spectrum is measured."""
-_LARGE = 1024
-"""Columns of a second moment beyond which the few shares must do."""
+_LARGE, _LARGE_WEIGHT = 1024, 500_000
+"""Columns of a second moment, and values of a weight, beyond which the few shares must do."""
 _BOUNDED_SHARE, _LEAST_SHARE = 0.4, 0.05
 """The one share at which it is where there is a bound, and the least share of the bound that is believed."""
 _SHORTLIST_SHARE = 0.3
-_LEAST_SWEEPS, _SWEEP_WORK = 3, 5e9
+_LEAST_SWEEPS, _SWEEP_WORK = 3, 2.5e9
 """Multiply-accumulates that bound the sweeps of a nearest point, but to no fewer than so many."""
 _ITERATIONS, _WORK = 25, 2e9
 """Iterations of a fit, and the multiply-accumulates that bound them."""
@@ -129,7 +129,8 @@ def _weight_curve(scheme: Scheme, weight: Tensor) -> Floats:
     if bound is not None:
         rank = rank_at(scheme, _BOUNDED_SHARE)
         return below(_with_zero(bound)[:last], rank, _nearest_error(scheme, weight, rank))
-    ranks = sorted({rank_at(scheme, share) for share in _SHARES})
+    shares = _SHARES if weight.numel() <= _LARGE_WEIGHT else _FEW_SHARES
+    ranks = sorted({rank_at(scheme, share) for share in shares})
     return interpolate(ranks, [_nearest_error(scheme, weight, rank) for rank in ranks], last)
 
 

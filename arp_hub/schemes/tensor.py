@@ -11,10 +11,10 @@ from ..linalg import als, even_norms, leading_vectors, slice_start, slice_tails
 from ..shapes import ConvSpec, LayerShape, Pair
 from .base import Factors, Scheme
 
-_SWEEPS, _LEAST_SWEEPS, _SWEEP_WORK = 60, 5, 7e9
+_SWEEPS, _LEAST_SWEEPS, _SWEEP_WORK = 60, 5, 5e9
 """Sweeps of a cold start of CP, and the multiply-accumulates that bound them; a warm start needs one sweep."""
 _SINGLE_WORK = 2e8
-"""A sweep that takes more multiply-accumulates than this is made in single precision, except the last."""
+"""Sweeps that take more multiply-accumulates than this are made in single precision, which costs no accuracy."""
 _TUCKER_SWEEPS = 4
 """Sweeps of a cold start of Tucker-2, which settles in a few."""
 
@@ -66,10 +66,8 @@ class Cp(Scheme):
             inputs, taps = self._modes(start)
             modes = [start[-1].reshape(s.groups, s.group_out, rank).mT, inputs, taps]
             sweeps = sweeps or 1
-        rough = sweeps if dtype == weight.dtype else sweeps - 1
-        modes = als(tensor.to(dtype), [mode.to(dtype) for mode in modes], rough)
-        modes = als(tensor, [mode.to(weight.dtype) for mode in modes], sweeps - rough)
-        outputs, inputs, taps = modes
+        modes = als(tensor.to(dtype), [mode.to(dtype) for mode in modes], sweeps)
+        outputs, inputs, taps = (mode.to(weight.dtype) for mode in modes)
         return (
             inputs.reshape(s.groups * rank, s.group_in, 1, 1),
             taps.reshape(s.groups * rank, 1, *s.kernel_size),

@@ -1,0 +1,238 @@
+"""Latency over that of the dense model: what a budget of time gives, and what half of the parameters gives.
+
+    OMP_NUM_THREADS=1 python benchmarks/latency.py list
+    OMP_NUM_THREADS=1 python benchmarks/latency.py run 'budget/*' 'half/*' 'forms/*'
+    OMP_NUM_THREADS=1 python benchmarks/latency.py run 'curve/*' --shared ../shared
+    python benchmarks/latency.py table
+
+Weights are random, except in `curve`: the trained tf_efficientnet_lite0 under budgets of time, planned and fitted on
+256 images of a sample of ImageNet, and judged on its other images. On one thread times are the process's own, to which
+other processes do not add. `run` writes results/latency.json, one entry a row; `table` prints the tables of
+docs/speed.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fnmatch
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+import arp_hub
+from arp_hub import Workload
+from arp_hub._env import environment
+from arp_hub.layers import count_params
+from arp_hub.schemes import make_scheme
+from arp_hub.timing import paired_ratio, take_turns
+
+RESULTS = Path(__file__).parent / "results" / "latency.json"
+MODELS = ("resnet18", "resnet50", "vgg16", "tf_efficientnet_lite0", "convnext_atto", "vit_tiny_patch16_224")
+BATCHES = (1, 32)
+BUDGET = 0.7
+CURVE = (0.95, 0.9, 0.85, 0.8, 0.7)
+FORMS = ("eager", "channels_last", "compiled", "onnxruntime")
+SECONDS = 20.0
+
+Row = Callable[[argparse.Namespace], dict[str, Any]]
+
+
+def _rows() -> dict[str, Row]:
+    rows: dict[str, Row] = {}
+    for model in MODELS:
+        for batch in BATCHES:
+            rows[f"budget/{model}/{batch}"] = lambda _, m=model, b=batch: under_budget(m, Workload(batch_size=b))
+    for scheme in ("channel", "cp", "all"):
+        for batch in BATCHES:
+            rows[f"half/resnet50/{scheme}/{batch}"] = lambda _, s=scheme, b=batch: half(s, b)
+    for batch in BATCHES:
+        rows[f"quarter/vgg16/{batch}"] = lambda _, b=batch: vgg_quarter(b)
+    for form in FORMS:
+        rows[f"forms/resnet50/{form}"] = lambda _, f=form: in_form(f)
+    for keep in CURVE:
+        rows[f"curve/{keep}"] = lambda args, k=keep: trade_off(k, args.shared)
+    return rows
+
+
+def fresh(model: str) -> nn.Module:
+    """The model with random weights, always the same ones."""
+    torch.manual_seed(0)
+    return timm.create_model(model).eval()
+
+
+def ratio_of(small: nn.Module, dense: nn.Module, workload: Workload, compiled: bool = False) -> dict[str, Any]:
+    """Latencies, their ratio and the share of parameters kept."""
+    found = arp_hub.benchmark(small, workload, dense=dense, compiled=compiled, seconds=SECONDS).to_dict()
+    keys = ("batch_size", "channels_last", "compiled", "threads", "clock", "latency_ms", "dense_latency_ms", "ratio")
+    return {key: found[key] for key in keys} | {"params_kept": round(count_params(small) / count_params(dense), 4)}
+
+
+def under_budget(name: str, workload: Workload) -> dict[str, Any]:
+    """A plan for 70 % of the time; where that is not to be had, for the least that the refusal names."""
+    dense = fresh(name)
+    asked, refusal = BUDGET, None
+    while True:
+        try:
+            plan = arp_hub.make_plan(dense, keep_latency=asked, workload=workload)
+            break
+        except arp_hub.ArpHubError as error:
+            refusal = refusal or str(error)
+            asked = round(asked + 0.05, 2)
+            if asked >= 1:
+                return {"asked": BUDGET, "refused": refusal, "ratio": None}
+    small = arp_hub.decompose(copy.deepcopy(dense), plan)
+    return {"asked": asked, "refused": refusal, "layers": len(plan.layers), **ratio_of(small, dense, workload)}
+
+
+def half(scheme: str, batch: int) -> dict[str, Any]:
+    """ResNet-50 at half of its parameters, by one scheme where it applies or by all."""
+    dense = fresh("resnet50")
+    schemes = {"channel": ("channel",), "cp": ("cp", "channel"), "all": None}[scheme]
+    plan = arp_hub.make_plan(dense, keep_params=0.5, schemes=schemes, rank_multiple=8)
+    small = arp_hub.decompose(copy.deepcopy(dense), plan)
+    return ratio_of(small, dense, Workload(batch_size=batch, channels_last=True))
+
+
+def vgg_quarter(batch: int) -> dict[str, Any]:
+    """The convolutions of VGG-16, each but the first at a quarter of its weights by `channel`; no classifier."""
+    dense = fresh("vgg16").features
+    plans = {}
+    for name, layer in dense.named_modules():
+        if isinstance(layer, nn.Conv2d) and layer.in_channels > 3:
+            scheme = make_scheme("channel", arp_hub.layers.layer_shape(layer))
+            rank = max(8, int(0.25 * layer.weight.numel() / scheme.params(1)) // 8 * 8)
+            plans[name] = arp_hub.LayerPlan("channel", rank)
+    small = arp_hub.decompose(copy.deepcopy(dense), arp_hub.RankPlan(plans, {}))
+    workload, images = Workload(batch_size=batch), torch.randn(batch, 3, 224, 224)
+    with torch.inference_mode():
+        samples = take_turns({"small": lambda: small(images), "dense": lambda: dense(images)}, images.device, SECONDS)
+    ratio = paired_ratio(samples["small"], samples["dense"]).to_dict()
+    kept = round(count_params(small) / count_params(dense), 4)
+    return {"batch_size": workload.batch_size, "channels_last": False, "ratio": ratio, "params_kept": kept}
+
+
+def in_form(form: str) -> dict[str, Any]:
+    """ResNet-50 at half of its parameters, one image, in one way to run it."""
+    dense = fresh("resnet50")
+    small = arp_hub.decompose(copy.deepcopy(dense), arp_hub.make_plan(dense, keep_params=0.5, rank_multiple=8))
+    if form != "onnxruntime":
+        return ratio_of(small, dense, Workload(channels_last=form != "eager"), form == "compiled")
+    import onnxruntime
+
+    image = torch.randn(1, 3, 224, 224)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    calls = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model in (("small", small), ("dense", dense)):
+            path = Path(folder) / f"{name}.onnx"
+            torch.onnx.export(model, (image,), path, dynamo=True, verbose=False)
+            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            feed = {session.get_inputs()[0].name: image.numpy()}
+            calls[name] = lambda session=session, feed=feed: session.run(None, feed)
+    samples = take_turns(calls, torch.device("cpu"), SECONDS)
+    return {"batch_size": 1, "ratio": paired_ratio(samples["small"], samples["dense"]).to_dict()}
+
+
+def trade_off(keep: float, shared: Path) -> dict[str, Any]:
+    """Top-1 and measured latency of the trained network under a budget of time, with no training."""
+    from accuracy import NETWORKS, images_and_test
+
+    from arp_hub.loading import load_model
+    from arp_hub.training import evaluate
+
+    network = NETWORKS["lite0"]
+    dense = load_model(network.model, str(shared / "weights" / network.checkpoint)).eval()
+    images, test = images_and_test(network, dense, shared)
+    before = evaluate(dense, test)
+    try:
+        plan = arp_hub.make_plan(dense, keep_latency=keep, calibration=images, exclude=())
+    except arp_hub.ArpHubError as error:
+        return {"asked": keep, "refused": str(error), "ratio": None}
+    small = arp_hub.decompose(copy.deepcopy(dense), plan, images)
+    scores = {"top1": evaluate(small, test)["top1"], "dense_top1": before["top1"], "images": before["images"]}
+    return {"asked": keep, **scores, "layers": len(plan.layers), **ratio_of(small, dense, Workload())}
+
+
+ROWS = _rows()
+
+
+def main() -> None:
+    """Parse the command line and do what it asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="names of all rows, with the results there are")
+    runner = commands.add_parser("run", help="measure rows")
+    runner.add_argument("rows", nargs="+", help="names or patterns")
+    runner.add_argument("--shared", type=Path, help="folder with weights/ and data/, for `curve`")
+    runner.add_argument("--again", action="store_true", help="measure rows that have a result already")
+    commands.add_parser("table", help="print the tables of docs/speed.md")
+    args = parser.parse_args()
+    found = load_results()
+    if args.command == "list":
+        print("\n".join(f"{name:40} {_short(found[name]) if name in found else ''}" for name in ROWS))
+    elif args.command == "table":
+        print_tables(found)
+    else:
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure rows one after the other; each is written as soon as it is known."""
+    names = [name for name in ROWS if any(fnmatch.fnmatchcase(name, pattern) for pattern in args.rows)]
+    if not names:
+        raise SystemExit(f"no row matches {' '.join(args.rows)}: see 'list'")
+    if args.shared is None and any(name.startswith("curve/") for name in names):
+        raise SystemExit("'curve' needs --shared, a folder with weights/ and data/")
+    for name in names:
+        if name in load_results() and not args.again:
+            continue
+        result = {**environment(), "seed": 0, **ROWS[name](args)}
+        results = load_results() | {name: result}
+        temporary = RESULTS.with_suffix(".tmp")
+        temporary.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.replace(RESULTS)
+        print(f"{name}: {_short(result)}", flush=True)
+
+
+def print_tables(found: dict[str, Any]) -> None:
+    """Markdown, one table a kind of row."""
+    print("| model | batch | budget | latency | parameters kept | layers decomposed |\n|---|---|---|---|---|---|")
+    for name, row in found.items():
+        if name.startswith("budget/"):
+            _, model, batch = name.split("/")
+            kept = "" if row["ratio"] is None else f"{row['params_kept']:.2f} | {row['layers']}"
+            budget = f"{row['asked']:g}" + (" (0.7 refused)" if row["refused"] else "")
+            print(f"| {model} | {batch} | {budget} | {_short(row)} | {kept or ' | '} |")
+    print("\n| row | latency | parameters kept |\n|---|---|---|")
+    for name, row in found.items():
+        if name.split("/")[0] in ("half", "quarter", "forms"):
+            print(f"| `{name}` | {_short(row)} | {row.get('params_kept', '')} |")
+    print("\n| budget | latency | top-1 | dense | parameters kept |\n|---|---|---|---|---|")
+    for name, row in found.items():
+        if name.startswith("curve/") and row["ratio"] is not None:
+            tops = f"{row['top1']:.1f} | {row['dense_top1']:.1f}"
+            print(f"| {row['asked']:g} | {_short(row)} | {tops} | {row['params_kept']:.2f} |")
+        elif name.startswith("curve/"):
+            print(f"| {row['asked']:g} | refused | | | |")
+
+
+def _short(row: dict[str, Any]) -> str:
+    ratio = row["ratio"]
+    return "refused" if ratio is None else f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+
+
+def load_results() -> dict[str, Any]:
+    """Results by row name."""
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+
+
+if __name__ == "__main__":
+    main()
