@@ -5,6 +5,7 @@ Memory is one ``(I kh kw)^2`` matrix for each layer under way, however many imag
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,8 @@ Images = Tensor | Iterable[Any]
 """Calibration images: one normalised tensor ``(N, C, H, W)``, or batches of them that can be gone through repeatedly
 (a list or a DataLoader; of a batch that is a tuple, the first item counts)."""
 
-BATCH_SIZE = 128
+_BATCH_SIZE, _BATCH_PIXELS = 128, 2**20
+"""Images, and their pixels, that bound a batch: maps of more would not stay in a cache, nor in little memory."""
 _PATCH_BYTES = 64 * 2**20
 """Unfolded patches are made in chunks of at most this size."""
 _IMAGE_WORK, _LEAST_POSITIONS = 2.5e8, 32
@@ -53,7 +55,7 @@ def batches(
             f"got a one-pass {type(images).__name__}: wrap it in list(...)"
         )
     count = 0
-    for item in images.split(BATCH_SIZE) if isinstance(images, Tensor) else images:
+    for item in _split(images) if isinstance(images, Tensor) else images:
         batch = item[0] if isinstance(item, (tuple, list)) else item
         if not isinstance(batch, Tensor) or batch.dim() != 4 or not batch.is_floating_point():
             found = f"{tuple(batch.shape)} {batch.dtype}" if isinstance(batch, Tensor) else type(batch).__name__
@@ -62,6 +64,11 @@ def batches(
         yield batch if device is None else batch.to(device, memory_format=layout)
     if not count:
         raise ArpHubError("there are no calibration images: pass at least one batch")
+
+
+def _split(images: Tensor) -> Iterable[Tensor]:
+    pixels = max(1, math.prod(images.shape[2:]))
+    return images.split(max(1, min(_BATCH_SIZE, _BATCH_PIXELS // pixels)))
 
 
 @torch.no_grad()
@@ -147,14 +154,16 @@ class Moments:
         y = y.reshape(y.shape[0], shape.groups, shape.group_out, -1)
         length, columns = y.shape[-1], shape.group_in * shape.taps
         most = max(_LEAST_POSITIONS, int(_IMAGE_WORK / (shape.groups * columns**2)))
-        per_image = min(length, most) * shape.in_channels * shape.taps * x.element_size()
-        step = max(1, min(_PATCH_BYTES // per_image, len(x) // _PARTS))
+        positions = min(length, most)
+        per_image = positions * shape.in_channels * shape.taps * x.element_size()
+        worthwhile = -(-columns // _COLUMNS_A_PATCH // positions)
+        step = max(1, min(_PATCH_BYTES // per_image, max(worthwhile, len(x) // _PARTS)))
         for x_part, y_part in zip(x.split(step), y.split(step), strict=True):
-            positions = None
+            chosen = None
             if length > most:
-                positions = torch.randperm(length, generator=self._generator)[:most].to(x.device)
-                y_part = y_part[..., positions]
-            self._add(patches(x_part, shape, pad, positions), y_part)
+                chosen = torch.randperm(length, generator=self._generator)[:most].to(x.device)
+                y_part = y_part[..., chosen]
+            self._add(patches(x_part, shape, pad, chosen), y_part)
 
     def _add(self, columns: Tensor, y: Tensor) -> None:
         """Add patches ``(n, G, D, L)`` and outputs ``(n, G, O, L)`` of one part."""
@@ -220,8 +229,9 @@ class Moments:
         return share.clamp(_MIN_SHRINKAGE, 1.0).to(xx)[:, None, None]
 
 
-_PARTS = 8
-"""Parts that a batch of images is counted in, at least, if it has as many."""
+_PARTS, _COLUMNS_A_PATCH = 8, 8
+"""Parts that a batch of images is counted in, if it has as many; but a part has an eighth as many patches as the moment
+has columns, so that the time goes into products and not into adding the part."""
 _MIN_SHRINKAGE = 1e-4
 """Least weight of the identity, which keeps every moment well conditioned."""
 

@@ -26,8 +26,8 @@ _LARGE, _LARGE_WEIGHT = 1024, 500_000
 _BOUNDED_SHARE, _LEAST_SHARE = 0.4, 0.05
 """The one share at which it is where there is a bound, and the least share of the bound that is believed."""
 _SHORTLIST_SHARE = 0.3
-_LEAST_SWEEPS, _SWEEP_WORK = 3, 2.5e9
-"""Multiply-accumulates that bound the sweeps of a nearest point, but to no fewer than so many."""
+_LEAST_SWEEPS, _SWEEP_WORK, _MOST_SWEEP_WORK = 2, 1.5e9, 2e10
+"""Multiply-accumulates that bound the sweeps of a nearest point, but to no fewer than so many, and a bound on these."""
 _ITERATIONS, _WORK = 25, 2e9
 """Iterations of a fit, and the multiply-accumulates that bound them."""
 _GROUP_CHOICES = (2, 4, 8)
@@ -151,7 +151,9 @@ def _nearest_error(scheme: Scheme, weight: Tensor, rank: int) -> float:
 
 
 def _sweeps(scheme: Scheme, weight: Tensor, rank: int) -> int:
-    return min(scheme.rough_sweeps, max(_LEAST_SWEEPS, int(_SWEEP_WORK / (2 * rank * weight.numel()))))
+    work = 2 * rank * weight.numel()
+    least = max(1, min(_LEAST_SWEEPS, int(_MOST_SWEEP_WORK / work)))
+    return min(scheme.rough_sweeps, max(least, int(_SWEEP_WORK / work)))
 
 
 class OutputErrors:

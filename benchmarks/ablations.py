@@ -212,6 +212,7 @@ VARIANTS = {
     "fit-factors": Variant("the fit, then its factors are trained: no penalty", **FACTORS),
     "dense-ramp": Variant("the trained network, ramp 0.65, schedule tracking"),
     "fit-factors-slow": Variant("its factors are trained at a tenth of the rate", **FACTORS, lr=LR / 10),
+    "fit-hold-slow": Variant("the fit, then the hold, at a tenth of the rate", **FIT, lr=LR / 10),
     "dense-dual": Variant("dual ascent in place of tracking", method="dual"),
     "dense-fixed": Variant("a fixed strength", penalty=FixedShare),
     "dense-in-loss": Variant("a fixed strength, as a term of the loss", pull=InLoss),
