@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/penalty_cost.py cifar_resnet20 --batch-size 128
     OMP_NUM_THREADS=1 python benchmarks/penalty_cost.py resnet50 --batch-size 8
 
-All are timed in turns in one run, by the process's own CPU time on one thread; medians. Every k x k layer is CP and
+All are timed in turns in one run, by the process's own CPU time on one thread; medians. torchao's nuclear norm is among
+them where torchao is installed. Every k x k layer is CP and
 each other one `channel`, at 45 % of their weights. Rows of other models that are in results/penalty_cost.json stay.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -72,7 +74,8 @@ def main() -> None:
             u, _, v = torch.linalg.svd(weight, full_matrices=False)
             u @ v  # its gradient
 
-    samples = take_turns({"step": step, "pull": penalty.step, "nuclear": nuclear_norm}, device, args.seconds)
+    rivals = {"nuclear": nuclear_norm, **torchao_steps(copy.deepcopy(model), list(plan.layers))}
+    samples = take_turns({"step": step, "pull": penalty.step, **rivals}, device, args.seconds)
     spread = {name: Spread.of(times) for name, times in samples.items()}
     amortised = spread["pull"].median / args.every
     bases = sum(factor.numel() for layer in penalty._layers for factor in layer.factors)
@@ -88,6 +91,7 @@ def main() -> None:
         "amortised_seconds": round(amortised, 5),
         "penalty_share_of_step": round(amortised / spread["step"].median, 4),
         "nuclear_norm_share_of_step": round(spread["nuclear"].median / spread["step"].median, 4),
+        "torchao_share_of_step": torchao_share(spread),
         "bases_share_of_weights": round(bases / sum(weight.numel() for weight in weights), 4),
         "energy_gap": captured(args.model, args.every),
     }
@@ -95,6 +99,28 @@ def main() -> None:
     rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
     rows = [old for old in rows if old["model"] != args.model] + [row]
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def torchao_steps(model: nn.Module, names: list[str]) -> dict[str, Callable[[], object]]:
+    """An optimiser's step with torchao's proximal nuclear norm (prototype/pat), and without, if it is installed."""
+    try:
+        from torchao.prototype.pat.optim import PruneOptimizer
+    except ImportError:
+        return {}
+    weights = [model.get_submodule(name).weight for name in names]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    group = {"params": weights, "group_type": "SVDGrouper", "prox_type": "ProxNuclearNorm", "reg_lambda": 1e-6}
+    pruner = PruneOptimizer(torch.optim.SGD([group], lr=0.01, momentum=0.9))
+    plain = torch.optim.SGD([{"params": weights}], lr=0.01, momentum=0.9)
+    return {"torchao": pruner.step, "sgd": plain.step}
+
+
+def torchao_share(spread: dict[str, Spread]) -> float | None:
+    """What torchao's step takes beyond the plain one, over a training step."""
+    if "torchao" not in spread:
+        return None
+    return round((spread["torchao"].median - spread["sgd"].median) / spread["step"].median, 4)
 
 
 def captured(name: str, every: int, steps: int = 20) -> float:
