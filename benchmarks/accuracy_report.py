@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
-PAGE, FIGURE = DOCS / "results.md", DOCS / "images" / "accuracy.png"
+PAGE, FIGURE = DOCS / "results.md", DOCS / "img" / "accuracy.png"
 NETWORKS = {
     "resnet20": "ResNet-20, CIFAR-10",
     "resnet56": "ResNet-56, CIFAR-10",
@@ -25,6 +26,8 @@ METHODS = {
     "train": "penalty training",
 }
 COLOURS = {"fit": "#2a78d6", "weights": "#86b6ef", "svd": "#7a7a72", "uniform-cp": "#3f9c6b", "train": "#e08a1e"}
+
+_LEAST_LOST = 0.1
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -43,7 +46,7 @@ ImageNet has 1,000 images, very likely of the training set: 256 of them calibrat
 numbers compare a network with its own dense form, no more. One seed, the last epoch, and no choice made on these test
 images.
 
-![Top-1 over the share of parameters kept](images/accuracy.png)
+![Points of top-1 lost over the share of parameters kept](img/accuracy.png)
 """
 
 
@@ -126,22 +129,47 @@ def _size(counts: Mapping[str, Any]) -> str:
 
 
 def _figure(results: Results) -> Figure:
+    """Points lost over the share kept, one panel a network; both axes grow towards better."""
     networks = [network for network in NETWORKS if any(row["network"] == network for row in results.values())]
-    figure = Figure(figsize=(5.2 * len(networks), 4.2), layout="constrained")
+    figure = Figure(figsize=(max(6.5, 4.6 * len(networks)), 5.2), layout="constrained")
+    peers = json.loads((HERE / "published.json").read_text())["rows"]
     for axes, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
         own = [(name.split("/")[0], row) for name, row in results.items() if row["network"] == network]
-        axes.axhline(own[0][1]["dense"]["top1"], color="#0b0b0b", linewidth=1, linestyle=":", label="dense")
         for method, colour in COLOURS.items():
             points = sorted(
-                (100 * row["params"] / row["dense"]["params"], row["top1"]) for m, row in own if m == method
+                (100 * row["params"] / row["dense"]["params"], _lost(row["dense"]["top1"] - row["top1"]))
+                for m, row in own
+                if m == method
             )
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=METHODS[method])
-        axes.set(title=NETWORKS[network], xlabel="parameters kept, %", ylabel="top-1, %")
+        theirs = [row for row in peers if row["network"] == network and row["top1"] is not None]
+        if theirs:
+            places = [(100 - row["removed"], _lost(row["dense"] - row["top1"])) for row in theirs]
+            axes.plot(
+                *zip(*places, strict=True),
+                "D",
+                mfc="none",
+                color="#0b0b0b",
+                label="published by others, most with fine-tuning",
+            )
+        axes.set(title=NETWORKS[network], xlabel="parameters kept, %", yscale="log")
+        axes.invert_yaxis()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.grid(color="#e1e0d9", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.axes[0].set_ylabel(f"points of top-1 lost (at most {_LEAST_LOST:g} at the top)")
+    handles = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
+
+
+def _lost(points: float) -> float:
+    return max(points, _LEAST_LOST)
 
 
 if __name__ == "__main__":
