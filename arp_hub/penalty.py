@@ -110,7 +110,7 @@ class AdaptiveRankPenalty:
         method: Method = "tracking",
         moments: Mapping[str, Tensor] | None = None,
         factors: Mapping[str, Factors] | None = None,
-        every: int = 4,
+        every: int = 8,
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ArpHubError(f"every must be a whole number of at least 1, got {every!r}")

@@ -112,22 +112,14 @@ def _rows() -> dict[str, Row]:
         rows[f"uniform-cp/resnet20/{keep}"] = Row("resnet20", keep, uniform="cp")
     for name, schemes in SCHEME_SETS.items():
         rows[f"schemes/{name}/resnet20/0.35"] = Row("resnet20", 0.35, schemes=schemes)
-    for keep in (0.35, 0.2):
+    for keep in (0.5, 0.35, 0.2):
         rows[f"train/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | {"epochs": 10})
-        for name, change in ABLATIONS.items():
-            rows[f"ablation/{name}/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | {"epochs": 1} | change)
+    for keep in (0.35, 0.2):
         rows[f"train/resnet56/{keep}"] = Row("resnet56", keep, train=TRAIN | {"epochs": 2})
     return rows
 
 
 TRAIN: dict[str, Any] = {"ramp": 0.0, "lr": 0.03, "distill": 0.9, "clip_grad": 5.0}
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "base": {},
-    "no-distillation": {"distill": 0.0},
-    "from-dense": {"start_from": "dense", "ramp": 0.65},
-    "dual": {"start_from": "dense", "ramp": 0.65, "method": "dual"},
-    "short-hold": {"start_from": "dense", "ramp": 0.9},
-}
 ROWS = _rows()
 
 

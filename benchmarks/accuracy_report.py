@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 HERE = Path(__file__).parent
-DOCS = HERE.parent / "docs"
+README, DOCS = HERE.parent / "README.md", HERE.parent / "docs"
 PAGE, FIGURE = DOCS / "results.md", DOCS / "img" / "accuracy.png"
 NETWORKS = {
     "resnet20": "ResNet-20, CIFAR-10",
@@ -30,6 +30,9 @@ COLOURS = {"fit": "#2a78d6", "weights": "#86b6ef", "svd": "#7a7a72", "uniform-cp
 _LEAST_LOST = 0.1
 
 Results = Mapping[str, Mapping[str, Any]]
+
+BEGIN, END = "<!-- written by benchmarks/accuracy.py table -->\n", "<!-- to here -->"
+"""What stands in the README around the table."""
 
 HEAD = """# Results
 
@@ -62,7 +65,23 @@ def write_report(results: Results) -> None:
     PAGE.write_text("\n".join(parts), encoding="utf-8")
     FIGURE.parent.mkdir(exist_ok=True)
     _figure(results).savefig(FIGURE, dpi=150)
-    print(f"wrote {PAGE.name} and {FIGURE.name}")
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    README.write_text(before + BEGIN + _summary(results) + END + rest.partition(END)[2], encoding="utf-8")
+    print(f"wrote {PAGE.name}, {FIGURE.name} and the table of {README.name}")
+
+
+def _summary(results: Results) -> str:
+    """Top-1 of every network and budget, by what was done."""
+    columns = {method: METHODS[method] for method in ("svd", "weights", "fit", "train")}
+    rows = []
+    for network, title in NETWORKS.items():
+        own = {name: row for name, row in results.items() if row["network"] == network}
+        for keep in sorted({row["keep"] for row in own.values()}, reverse=True):
+            found = [own.get(f"{method}/{network}/{keep}") for method in columns]
+            numbers = ["" if row is None else f"{row['top1']:.2f}" for row in found]
+            dense = next(iter(own.values()))["dense"]["top1"]
+            rows.append([title, f"{100 * keep:.0f} %", f"{dense:.2f}", *numbers])
+    return _table(["network", "parameters kept", "dense", *columns.values()], rows)
 
 
 def _network(network: str, title: str, results: Results) -> str:

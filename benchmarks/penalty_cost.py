@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="timm name")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--every", type=int, default=4, help="steps from one pull to the next")
+    parser.add_argument("--every", type=int, default=8, help="steps from one pull to the next")
     parser.add_argument("--seconds", type=float, default=30.0, help="how long to measure")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("model", help="timm name")
     parser.add_argument("--data", default="digits", help="as in the recipes")
     parser.add_argument("--batch-size", type=int, default=128, help="over all processes")
-    parser.add_argument("--every", type=int, default=4, help="steps from one pull to the next")
+    parser.add_argument("--every", type=int, default=8, help="steps from one pull to the next")
     parser.add_argument("--blocks", type=int, default=8, help="pairs of blocks; a block is two rounds of pulls")
     parser.add_argument("--gpu", action="store_true", help="use a GPU")
     args = parser.parse_args()
