@@ -45,6 +45,7 @@ def test_every_setting_is_documented_under_a_heading():
         ({"optimizer": "sgdd"}, ["optimizer", "'sgdd'", "'sgd'"]),
         ({"val_fraction": 1}, ["val_fraction", "below 1"]),
         ({"calibration_images": 0}, ["calibration_images", "start_from='dense'"]),
+        ({"epochs": 0, "start_from": "dense"}, ["epochs=0", "start_from", "'fit'"]),
     ],
 )
 def test_bad_values_name_the_setting_and_the_way_out(changes, words):

@@ -114,6 +114,20 @@ def test_the_saved_model_is_the_one_that_was_measured(finished):
         assert kept[key] == json.loads(json.dumps(metrics[key]))
 
 
+def test_with_no_penalty_the_fit_is_fine_tuned_and_a_run_goes_on_from_there(tmp_path):
+    metrics = run(config(tmp_path, epochs=0, finetune_epochs=1))
+    assert set(metrics["scores"]) == {"dense", "fit", "finetuned"}
+    assert metrics["top1"] == metrics["scores"]["finetuned"]["top1"]
+    again = tmp_path / "again"
+    settings = config(again, epochs=0, finetune_epochs=1)
+    run(settings)
+    (first, *_) = list_checkpoints(settings.run_folder / "checkpoints")
+    assert load_checkpoint(first).phase == "finetune"
+    run(config(again, epochs=0, finetune_epochs=1, resume=str(first), overwrite=True))
+    assert largest_difference(tmp_path / "out", again / "out") == 0
+    assert set(run(config(tmp_path / "fit", epochs=0))["scores"]) == {"dense", "fit"}
+
+
 def test_a_run_can_be_repeated_from_its_metrics(finished, tmp_path):
     settings, metrics = finished
     kept = json.loads((Path(settings.output) / "metrics.json").read_text())["config"]

@@ -76,7 +76,9 @@ class TrainConfig:
     )
 
     dense_epochs: int = _setting("phases", 0, "epochs of training the dense model first", low=0)
-    epochs: int = _setting("phases", 10, "epochs of penalty training, ramp and hold together", low=1)
+    epochs: int = _setting(
+        "phases", 10, "epochs of penalty training, ramp and hold together; 0: none, the fit is fine-tuned", low=0
+    )
     ramp: float = _setting("phases", 0.65, "share of these epochs that is ramp; the rest is hold", low=0, below=1)
     finetune_epochs: int = _setting("phases", 0, "epochs of training the factors after decomposition", low=0)
     start_from: str = _setting(
@@ -147,6 +149,8 @@ class TrainConfig:
             raise ArpHubError(
                 "start_from='fit' needs calibration images: set calibration_images, or start_from='dense'"
             )
+        if self.epochs == 0 and self.start_from == "dense":
+            raise ArpHubError("epochs=0 trains with no penalty, so that start_from must be 'fit', or raise epochs")
         if self.optimizer.lower() not in (optimizers := [str(name) for name in timm.optim.list_optimizers()]):
             raise ArpHubError(f"optimizer: timm has no '{self.optimizer}'{nearest(self.optimizer, optimizers)}")
         if not self.output:

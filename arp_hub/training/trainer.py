@@ -193,7 +193,7 @@ def _affordable(config: TrainConfig, accelerator: Accelerator, data: ImageData) 
 
 def _check_schedule(config: TrainConfig, data: ImageData) -> None:
     steps = phase_steps(config, data, config.epochs)
-    if math.ceil(config.ramp * steps) >= steps:
+    if config.epochs and math.ceil(config.ramp * steps) >= steps:
         raise ArpHubError(
             f"ramp={config.ramp} leaves no step for the hold in {steps} steps: lower ramp, or raise epochs or max_steps"
         )
@@ -268,6 +268,8 @@ def _penalised_model(
             decompose(model, plan, calibration=images, progress=show)
             run.scores["fit"] = _score(run, model, "data-aware fit, untrained")
             factors = _factors(run.accelerator, model)
+            if not config.epochs:
+                return model, plan
             to_dense(model)
     penalty = AdaptiveRankPenalty(
         model, plan, total_steps=run.total_steps(config.epochs), ramp=config.ramp, method=config.method, factors=factors
@@ -355,7 +357,7 @@ def _factors(accelerator: Accelerator, model: nn.Module) -> dict[str, Factors]:
 
 def _metrics(run: Run, plan: RankPlan) -> dict[str, Any]:
     """Every number of the run, with all that stands behind it: the finished model's own on top."""
-    last = run.scores.get("finetuned") or run.scores["decomposed"]
+    last = next(run.scores[name] for name in ("finetuned", "decomposed", "fit") if name in run.scores)
     return {
         **environment(),
         **last,
