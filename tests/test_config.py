@@ -28,7 +28,7 @@ def test_every_setting_is_documented_under_a_heading():
         ({"keep_macs": 0.5}, ["keep_params or keep_macs", "both"]),
         ({"keep_params": None}, ["keep_params or keep_macs", "none"]),
         ({"model": ""}, ["model is not set"]),
-        ({"epochs": 0}, ["epochs", "at least 1"]),
+        ({"epochs": -1}, ["epochs", "at least 0"]),
         ({"epochs": 2.5}, ["epochs", "whole number", "2.5"]),
         ({"epochs": True}, ["epochs", "whole number"]),
         ({"ramp": 1.0}, ["ramp", "below 1"]),
