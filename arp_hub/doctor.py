@@ -12,7 +12,6 @@ from typing import Any
 import huggingface_hub
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import get_session
 from packaging.requirements import Requirement
 from rich.markup import escape
@@ -108,11 +107,11 @@ def _hub(endpoint: str) -> tuple[dict[str, Any], list[str]]:
         return state, []
     try:
         state["user"] = HfApi(endpoint=endpoint, token=token).whoami()["name"]
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "an error")
+    except Exception as error:  # of the HTTP library that this version of the client uses
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is None:  # the connection broke between the two calls
+            return state, [f"the Hub did not say who is logged in ({type(error).__name__}): try again"]
         return state, [f"the Hub refuses the stored token ({status}): log in again with `hf auth login`"]
-    except Exception as error:  # the connection broke between the two calls
-        return state, [f"the Hub did not say who is logged in ({type(error).__name__}): try again"]
     return state, []
 
 
