@@ -93,6 +93,7 @@ vit_base_patch16_siglip_224
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", SURVEY)
 def test_surveyed_models(name: str, tmp_path: Path) -> None:
     found = outcomes(name, tmp_path, CHECKS)
