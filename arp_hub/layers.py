@@ -108,8 +108,8 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the blocks side by side."""
-        blocks = self.weight.unflatten(0, (self.groups, -1)).mT
-        y = (x.unflatten(-1, (self.groups, 1, -1)) @ blocks).flatten(-3)
+        blocks = self.weight.unflatten(0, (self.groups, -1))
+        y = torch.einsum("...gi,goi->...go", x.unflatten(-1, (self.groups, -1)), blocks).flatten(-2)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

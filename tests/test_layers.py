@@ -8,8 +8,9 @@ from torch import nn
 
 from arp_hub import ArpHubError, LayerPlan, RankPlan, decompose, to_dense
 from arp_hub.dense import refusal
-from arp_hub.layers import effective_weight, layer_shape, low_rank_layer, plain_layer, weight_layers
+from arp_hub.layers import GroupedLinear, effective_weight, layer_shape, low_rank_layer, plain_layer, weight_layers
 from arp_hub.schemes import make_scheme
+from arp_hub.timing import paired_ratio, take_turns
 
 LAYERS = {
     "same padding by size": (lambda: Conv2dSame(6, 8, 3, stride=2), "cp"),
@@ -89,3 +90,11 @@ def test_to_dense_gives_plain_modules_and_the_same_outputs():
         merged = to_dense(model)
         assert set(merged.state_dict()) == keys
         torch.testing.assert_close(merged(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_grouped_linear_layer_is_no_slower_than_a_dense_one():
+    grouped, dense, x = GroupedLinear(768, 3072, 4), torch.nn.Linear(768, 3072), torch.randn(2, 196, 768)
+    torch.nn.init.normal_(grouped.weight)
+    with torch.inference_mode():
+        samples = take_turns({"grouped": lambda: grouped(x), "dense": lambda: dense(x)}, x.device, seconds=0.2)
+    assert paired_ratio(samples["grouped"], samples["dense"]).median < 1.5  # it is about a third
