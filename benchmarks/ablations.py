@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import fnmatch
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import chosen, load_results, print_rows, write_result
 from safetensors.torch import load_file, save_file
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -311,16 +310,11 @@ def main() -> None:
     commands.add_parser("table", help="write docs/ablations.md")
     args = parser.parse_args()
     if args.command == "list":
-        found = load_results()
-        for name in ROWS:
-            print(f"{name:45} {found[name]['top1']:.2f}" if name in found else name)
+        print_rows(ROWS, load_results(RESULTS), lambda row: f"{row['top1']:.2f}")
     elif args.command == "table":
-        write_table(load_results())
+        write_table(load_results(RESULTS))
     else:
-        names = [name for name in ROWS if any(fnmatch.fnmatchcase(name, pattern) for pattern in args.rows)]
-        if not names:
-            raise SystemExit(f"no row matches {' '.join(args.rows)}: see 'list'")
-        run(names, args.shared, args.again, args.max_steps)
+        run(chosen(ROWS, args.rows), args.shared, args.again, args.max_steps)
 
 
 def run(names: list[str], shared: Path, again: bool, max_steps: int) -> None:
@@ -329,14 +323,14 @@ def run(names: list[str], shared: Path, again: bool, max_steps: int) -> None:
     data = load_data(str(shared / "data" / "cifar10"), dense)
     images = calibration_images(data)
     for name in names:
-        if name in load_results() and not again:
+        if name in load_results(RESULTS) and not again:
             continue
         keep, key = ROWS[name]
         result = measure(Task(keep, dense, data, images), VARIANTS[key], max_steps)
         print(f"{name}: top-1 {result['top1']:.2f}, {result['seconds']:.0f} s", flush=True)
         if not max_steps:
             result = {**environment(), "what": VARIANTS[key].what, "seed": VARIANTS[key].seed, **result}
-            _write(load_results() | {name: result})
+            write_result(RESULTS, name, result)
 
 
 def measure(task: Task, variant: Variant, max_steps: int = 0) -> dict[str, Any]:
@@ -460,17 +454,6 @@ def write_table(results: dict[str, Any]) -> None:
         parts.append("")
     PAGE.write_text("\n".join(parts), encoding="utf-8")
     print(f"wrote {PAGE.name}")
-
-
-def load_results() -> dict[str, Any]:
-    """Results by row name."""
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-
-
-def _write(results: dict[str, Any]) -> None:
-    temporary = RESULTS.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(RESULTS)
 
 
 if __name__ == "__main__":

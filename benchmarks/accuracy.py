@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import fnmatch
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import chosen, load_results, print_rows, write_result
 from torch import Tensor, nn
 
 import arp_hub
@@ -138,35 +137,26 @@ def main() -> None:
     commands.add_parser("table", help="write docs/results.md and its figure")
     args = parser.parse_args()
     if args.command == "list":
-        found = load_results()
-        for name in ROWS:
-            print(f"{name:45} {found[name]['top1']:.2f}" if name in found else name)
+        print_rows(ROWS, load_results(RESULTS), lambda row: f"{row['top1']:.2f}")
     elif args.command == "run":
-        measure(_chosen(args.rows), args.shared, args.again)
+        measure(chosen(ROWS, args.rows), args.shared, args.again)
     else:
         from accuracy_report import write_report
 
-        write_report(load_results())
-
-
-def _chosen(patterns: list[str]) -> list[str]:
-    names = [name for name in ROWS if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-    if not names:
-        raise SystemExit(f"no row matches {' '.join(patterns)}: see 'list'")
-    return names
+        write_report(load_results(RESULTS))
 
 
 def measure(names: list[str], shared: Path, again: bool = False) -> None:
     """Measure rows one after the other; each is written as soon as it is known."""
     for name in names:
-        if name in load_results() and not again:
+        if name in load_results(RESULTS) and not again:
             continue
         row = ROWS[name]
         began = time.perf_counter()
         found = measure_trained(name, row, shared) if row.train else measure_fit(row, shared)
         seconds = round(time.perf_counter() - began, 1)
         result = {"network": row.network, "keep": row.keep, "row": _plain(row), "seed": SEED, "seconds": seconds}
-        write_result(name, {**environment(), **result, **found})
+        write_result(RESULTS, name, {**environment(), **result, **found})
         print(f"{name}: top-1 {found['top1']:.2f} (dense {found['dense']['top1']:.2f}), {seconds:.0f} s", flush=True)
 
 
@@ -266,20 +256,6 @@ def _plain(row: Row) -> dict[str, Any]:
     defaults = {item.name for item in dataclasses.fields(row) if getattr(row, item.name) in (None, "", (), {})}
     values = {item.name: getattr(row, item.name) for item in dataclasses.fields(row) if item.name not in defaults}
     return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
-
-
-def load_results() -> dict[str, dict[str, Any]]:
-    """Results by row name."""
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-
-
-def write_result(name: str, result: dict[str, Any]) -> None:
-    """Put one result in, the others stay."""
-    results = load_results() | {name: result}
-    RESULTS.parent.mkdir(exist_ok=True)
-    temporary = RESULTS.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(RESULTS)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import fnmatch
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any
 
 import timm
 import torch
+from rows import chosen, load_results, print_rows, write_result
 from torch import nn
 
 import arp_hub
@@ -175,9 +174,9 @@ def main() -> None:
     runner.add_argument("--again", action="store_true", help="measure rows that have a result already")
     commands.add_parser("table", help="print the tables of docs/speed.md")
     args = parser.parse_args()
-    found = load_results()
+    found = load_results(RESULTS)
     if args.command == "list":
-        print("\n".join(f"{name:40} {_short(found[name]) if name in found else ''}" for name in ROWS))
+        print_rows(ROWS, found, _short)
     elif args.command == "table":
         print_tables(found)
     else:
@@ -186,19 +185,14 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure rows one after the other; each is written as soon as it is known."""
-    names = [name for name in ROWS if any(fnmatch.fnmatchcase(name, pattern) for pattern in args.rows)]
-    if not names:
-        raise SystemExit(f"no row matches {' '.join(args.rows)}: see 'list'")
+    names = chosen(ROWS, args.rows)
     if args.shared is None and any(name.startswith("curve/") for name in names):
         raise SystemExit("'curve' needs --shared, a folder with weights/ and data/")
     for name in names:
-        if name in load_results() and not args.again:
+        if name in load_results(RESULTS) and not args.again:
             continue
         result = {**environment(), "seed": 0, **ROWS[name](args)}
-        results = load_results() | {name: result}
-        temporary = RESULTS.with_suffix(".tmp")
-        temporary.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        temporary.replace(RESULTS)
+        write_result(RESULTS, name, result)
         print(f"{name}: {_short(result)}", flush=True)
 
 
@@ -227,11 +221,6 @@ def print_tables(found: dict[str, Any]) -> None:
 def _short(row: dict[str, Any]) -> str:
     ratio = row["ratio"]
     return "refused" if ratio is None else f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
-
-
-def load_results() -> dict[str, Any]:
-    """Results by row name."""
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
 
 
 if __name__ == "__main__":

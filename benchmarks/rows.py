@@ -1,0 +1,39 @@
+"""Rows of a benchmark by name: which were chosen, and the results file that they are written to, one entry a row."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Results = dict[str, dict[str, Any]]
+
+
+def chosen(rows: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """The names that one of the patterns matches, in the order of ``rows``; the program ends if there is none."""
+    names = [name for name in rows if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    if not names:
+        raise SystemExit(f"no row matches {' '.join(patterns)}: see 'list'")
+    return names
+
+
+def load_results(path: Path) -> Results:
+    """Results by row name; none if there is no file yet."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def write_result(path: Path, name: str, result: Mapping[str, Any]) -> None:
+    """Put one result in, the others stay."""
+    results = load_results(path) | {name: dict(result)}
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def print_rows(rows: Iterable[str], found: Results, number: Callable[[dict[str, Any]], str]) -> None:
+    """All names, one a line, with the number of those that have a result."""
+    for name in rows:
+        print(f"{name:45} {number(found[name])}" if name in found else name)
