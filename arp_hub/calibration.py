@@ -25,7 +25,7 @@ Images = Tensor | Iterable[Any]
 """Calibration images: one normalised tensor ``(N, C, H, W)``, or batches of them that can be gone through repeatedly
 (a list or a DataLoader; of a batch that is a tuple, the first item counts)."""
 
-_BATCH_SIZE, _BATCH_PIXELS = 128, 2**20
+_BATCH_SIZE, _BATCH_PIXELS = 128, 2**21
 """Images, and their pixels, that bound a batch: maps of more would not stay in a cache, nor in little memory."""
 _PATCH_BYTES = 64 * 2**20
 """Unfolded patches are made in chunks of at most this size."""
@@ -156,8 +156,7 @@ class Moments:
         most = max(_LEAST_POSITIONS, int(_IMAGE_WORK / (shape.groups * columns**2)))
         positions = min(length, most)
         per_image = positions * shape.in_channels * shape.taps * x.element_size()
-        worthwhile = -(-columns // _COLUMNS_A_PATCH // positions)
-        step = max(1, min(_PATCH_BYTES // per_image, max(worthwhile, len(x) // _PARTS)))
+        step = max(1, min(_PATCH_BYTES // per_image, len(x) // _PARTS))
         for x_part, y_part in zip(x.split(step), y.split(step), strict=True):
             chosen = None
             if length > most:
@@ -226,14 +225,16 @@ class Moments:
         side = xx.shape[-1]
         distance = xx.square().sum((-2, -1), dtype=torch.float64) - side * scale[:, 0, 0].double().square()
         share = variance / distance.clamp_min(torch.finfo(xx.dtype).tiny)
-        return share.clamp(_MIN_SHRINKAGE, 1.0).to(xx)[:, None, None]
+        least = _MIN_SHRINKAGE if side <= _LARGE else max(_MIN_SHRINKAGE, side * _ROUNDING)
+        return share.clamp(least, 1.0).to(xx)[:, None, None]
 
 
-_PARTS, _COLUMNS_A_PATCH = 8, 8
-"""Parts that a batch of images is counted in, if it has as many; but a part has an eighth as many patches as the moment
-has columns, so that the time goes into products and not into adding the part."""
+_PARTS = 8
+"""Parts that a batch of images is counted in, at least, if it has as many."""
 _MIN_SHRINKAGE = 1e-4
 """Least weight of the identity, which keeps every moment well conditioned."""
+_ROUNDING = 2.0**-22
+"""Times the columns: the same, where single precision has rounded the moment."""
 
 
 @dataclass(frozen=True)
