@@ -108,8 +108,9 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the blocks side by side."""
-        blocks = self.weight.unflatten(0, (self.groups, -1))
-        y = torch.einsum("...gi,goi->...go", x.unflatten(-1, (self.groups, -1)), blocks).flatten(-2)
+        blocks = self.weight.unflatten(0, (self.groups, -1)).mT
+        rows = x.unflatten(-1, (self.groups, -1)).movedim(-2, 0).flatten(1, -2)
+        y = torch.bmm(rows, blocks).unflatten(1, x.shape[:-1]).movedim(0, -2).flatten(-2)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
