@@ -154,15 +154,14 @@ class Moments:
         y = y.reshape(y.shape[0], shape.groups, shape.group_out, -1)
         length, columns = y.shape[-1], shape.group_in * shape.taps
         most = max(_LEAST_POSITIONS, int(_IMAGE_WORK / (shape.groups * columns**2)))
-        positions = min(length, most)
-        per_image = positions * shape.in_channels * shape.taps * x.element_size()
+        per_image = min(length, most) * shape.in_channels * shape.taps * x.element_size()
         step = max(1, min(_PATCH_BYTES // per_image, len(x) // _PARTS))
         for x_part, y_part in zip(x.split(step), y.split(step), strict=True):
-            chosen = None
+            positions = None
             if length > most:
-                chosen = torch.randperm(length, generator=self._generator)[:most].to(x.device)
-                y_part = y_part[..., chosen]
-            self._add(patches(x_part, shape, pad, chosen), y_part)
+                positions = torch.randperm(length, generator=self._generator)[:most].to(x.device)
+                y_part = y_part[..., positions]
+            self._add(patches(x_part, shape, pad, positions), y_part)
 
     def _add(self, columns: Tensor, y: Tensor) -> None:
         """Add patches ``(n, G, D, L)`` and outputs ``(n, G, O, L)`` of one part."""
@@ -252,7 +251,7 @@ class Regression:
         return (self.y_mean - (rows @ self.x_mean[..., None])[..., 0]).flatten()
 
 
-class _Halt(Exception):  # noqa: N818 - not an error: it ends a forward pass early
+class _Halt(Exception):  # not an error: it ends a forward pass early
     """Raised by a hook once a forward pass has given what it was run for."""
 
 

@@ -109,8 +109,8 @@ def _hub(endpoint: str) -> tuple[dict[str, Any], list[str]]:
         state["user"] = HfApi(endpoint=endpoint, token=token).whoami()["name"]
     except Exception as error:  # of the HTTP library that this version of the client uses
         status = getattr(getattr(error, "response", None), "status_code", None)
-        if status is None:  # the connection broke between the two calls
-            return state, [f"the Hub did not say who is logged in ({type(error).__name__}): try again"]
+        if status not in (401, 403):  # such as a connection that broke between the two calls
+            return state, [f"the Hub did not say who is logged in ({status or type(error).__name__}): try again"]
         return state, [f"the Hub refuses the stored token ({status}): log in again with `hf auth login`"]
     return state, []
 

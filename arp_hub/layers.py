@@ -203,7 +203,7 @@ class LowRankConv2d(LowRankLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Pad as the dense layer would, then apply the chain."""
         if self.same_pad:  # tuples go in as they are: TorchScript has no list(tuple)
-            x = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]  # timm asks for lists, takes pairs
         elif self.pads:
             x = F.pad(x, self.pad_before, mode=self.pad_mode)
         return self.factors(x)

@@ -33,6 +33,8 @@ _END_OF_RAMP = 1e-4
 _DUAL_RATE, _DUAL_GROWTH, _DUAL_PROGRESS = 0.02, 1.02, 0.99
 """Dual ascent: gain per step, and its growth in steps in which the violation falls by less than 1 %."""
 _METRIC_ITERATIONS = 2
+_EVERY, _LEAST_PULLS = 8, 10
+"""Steps from one pull to the next, and the pulls of a training that is too short for so many steps between them."""
 _CHECK_EVERY = 50
 """Pulls between two looks for NaN on an accelerator, where a look stops the pipeline; on a CPU every pull looks."""
 
@@ -83,8 +85,8 @@ class AdaptiveRankPenalty:
         moments: Second moments of the layers' inputs, ``(G, I kh kw, I kh kw)`` by name: measure distances in the
             layers' outputs instead of in the weights. By default the weight metric.
         factors: Factors to start from, as a fit of the same plan gives them; by default the nearest point.
-        every: Steps from one pull to the next. A pull then makes up for the steps left out, so that only the cost
-            changes; the hold always begins and ends with one.
+        every: Steps from one pull to the next; by default 8, or a tenth of a shorter training. A pull makes up for the
+            steps left out, so that only the cost changes; the hold always begins and ends with one.
 
     Raises:
         ArpHubError: If the plan does not fit the model, the schedule leaves no step for the hold, or ``every`` is no
@@ -110,11 +112,10 @@ class AdaptiveRankPenalty:
         method: Method = "tracking",
         moments: Mapping[str, Tensor] | None = None,
         factors: Mapping[str, Factors] | None = None,
-        every: int = 8,
+        every: int | None = None,
     ) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ArpHubError(f"every must be a whole number of at least 1, got {every!r}")
-        self.every = every
         if method not in ("tracking", "dual"):
             raise ArpHubError(f"unknown method {method!r}: choose 'tracking' or 'dual'")
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
@@ -122,6 +123,7 @@ class AdaptiveRankPenalty:
         if not 0 <= ramp < 1:
             raise ArpHubError(f"ramp must be at least 0 and below 1, got {ramp}: the rest of the steps is the hold")
         self.total_steps, self.ramp_steps, self.method = total_steps, math.ceil(ramp * total_steps), method
+        self.every = every or min(_EVERY, max(1, total_steps // _LEAST_PULLS))
         if self.ramp_steps >= total_steps:
             raise ArpHubError(
                 f"a ramp of {ramp} over {total_steps} steps leaves no step for the hold: "

@@ -141,7 +141,7 @@ def measure(model: nn.Module, peer: str, keep: float, images: Tensor, data: Any)
         row["params"] = count_params(small)
         row["macs"] = count_macs(small, (3, 32, 32))
         # with dense= there always is a ratio
-        row["latency_ratio"] = benchmark(small, dense=model, seconds=3).ratio.to_dict()  # type: ignore[union-attr]
+        row["latency_ratio"] = benchmark(small, dense=model, seconds=3).ratio.to_dict()
         row["one_line_reload"] = reloads
     except PackageNotFoundError:
         row["missing"] = f"{package} is not installed"

@@ -120,7 +120,7 @@ def smallest_size(name: str, **arguments: Any) -> tuple[int, int, int]:
                 maps = model.eval()(torch.zeros(2, channels, side, side, device="meta"))
             if isinstance(maps, Tensor):
                 return channels, side, side
-        except Exception:  # noqa: S112, BLE001 - whatever it says, this size is none of its
+        except Exception:  # whatever it says, this size is none of its
             continue
     return channels, *default
 
@@ -205,11 +205,11 @@ def compare(ours: Callable[[], Any], theirs: Callable[[], Any], tolerance: float
         with torch.no_grad():
             torch.manual_seed(3)
             expected = theirs()
-    except Exception as error:  # noqa: BLE001 - the dense model says what is right
+    except Exception as error:  # the dense model says what is right
         try:
             with torch.no_grad():
                 ours()
-        except Exception as found:  # noqa: BLE001
+        except Exception as found:
             if not isinstance(found, (type(error), arp_hub.ArpHubError)):
                 raise Failed(f"{type(found).__name__}: {found}, where the dense one raises {error!r}") from None
             raise NotApplicable(f"raises {type(error).__name__}, as the dense one does") from None
@@ -372,7 +372,7 @@ def training(case: Case) -> None:
     model.train()
     for norm in (m for m in model.modules() if isinstance(m, BatchNorm)):
         norm.eval()  # a map of one pixel has no statistics
-    sum(y.float().mean() for y in flat(model(case.images))).backward()  # type: ignore[union-attr]
+    sum(y.float().mean() for y in flat(model(case.images))).backward()
     bad = [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
     if bad:
         raise Failed(f"the gradient of '{bad[0]}' is not finite")
@@ -481,7 +481,7 @@ def exported(case: Case) -> None:
     """torch.export: the same outputs, and the small layers in the graph."""
     try:
         torch.export.export(case.dense, (case.images,), strict=False)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         raise NotApplicable(f"the dense one fails: {type(error).__name__}") from None
     program = torch.export.export(case.half, (case.images,), strict=False)
     with torch.no_grad():
@@ -498,10 +498,10 @@ def onnx(case: Case) -> None:
         half, dense = Path(folder, "half"), Path(folder, "dense")
         try:
             size = onnx_bytes(case.half, case.images, half)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             try:
                 onnx_bytes(case.dense, case.images, dense)
-            except Exception:  # noqa: BLE001
+            except Exception:
                 raise NotApplicable(f"the dense one fails: {type(error).__name__}") from None
             raise Failed(str(error)) from None
         found = onnxruntime.InferenceSession(half / "model.onnx", providers=["CPUExecutionProvider"])
@@ -534,7 +534,7 @@ def torchscript(case: Case) -> None:
     """TorchScript, where the dense backbone can be scripted."""
     try:
         torch.jit.script(timm.create_model(case.name, scriptable=True))
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         raise NotApplicable(f"the dense one fails: {type(error).__name__}") from None
     model = case.load("half", scriptable=True)
     script = torch.jit.script(model)
@@ -635,7 +635,7 @@ def run_check(case: Case, name: str) -> str:
         (CHECKS | EXPORTS)[name](case)
     except NotApplicable as reason:
         return f"n/a: {reason}"
-    except Exception as error:  # noqa: BLE001 - whatever goes wrong in a backbone is a finding
+    except Exception as error:  # whatever goes wrong in a backbone is a finding
         for (beginning, check), why in EXCEPTIONS.items():
             if check == name and case.name.startswith(beginning):
                 return f"exception: {why}"

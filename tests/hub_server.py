@@ -117,7 +117,7 @@ class HubServer(ThreadingHTTPServer):
         return sum(bool(re.search(route, line)) for line in self.requests)
 
 
-class _Refused(Exception):  # noqa: N818
+class _Refused(Exception):
     def __init__(self, status: int, message: str, code: str = "", **extra: Any) -> None:
         super().__init__(message)
         self.status, self.code, self.extra = status, code, extra

@@ -87,8 +87,8 @@ def test_he_initialisation() -> None:
 def test_arguments(name: str, arguments: dict[str, object], shape: tuple[object, ...]) -> None:
     model = timm.create_model(name, **arguments).eval()
     side = model.pretrained_cfg["pool_size"][0]
-    expected = tuple({"features": model.num_features, "side": side}.get(n, n) for n in shape)  # type: ignore[call-overload]
-    x = IMAGES[:, :1].repeat(1, arguments.get("in_chans", 3), 1, 1)  # type: ignore[arg-type]
+    expected = tuple({"features": model.num_features, "side": side}.get(n, n) for n in shape)
+    x = IMAGES[:, :1].repeat(1, arguments.get("in_chans", 3), 1, 1)
     assert model(x).shape == expected
 
 

@@ -97,7 +97,7 @@ def test_the_large_image_path_goes_through_every_phase(recipe, tmp_path, shared,
 @pytest.mark.parametrize("processes", [1, 2])
 def test_custom_loop(tmp_path, processes):
     output = tmp_path / "out"
-    options = ["--max-steps", "80", "--batch-size", "16", "--cpu", "--output", output]
+    options = ["--max-steps", "40", "--batch-size", "16", "--cpu", "--output", output]
     said = launch("custom_loop.py", *options, processes=processes)
     before, after = (float(number) for number in said.split("decomposition ")[1].split(", after "))
     assert before == after > 30  # chance gives 10

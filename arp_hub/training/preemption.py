@@ -12,7 +12,7 @@ EXIT_CODE = 75
 """The system's code for "try again later"."""
 
 
-class Preempted(Exception):  # noqa: N818 - nothing went wrong
+class Preempted(Exception):  # nothing went wrong
     """Training stopped on SIGTERM, with its state saved."""
 
 
