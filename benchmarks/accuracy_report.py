@@ -80,7 +80,10 @@ def write_report(results: Results) -> None:
 
 def _summary(results: Results) -> str:
     """Top-1 of every network and budget, by what was done."""
-    columns = {method: METHODS[method] for method in ("svd", "weights", "fit", "factors", "train")}
+    measured = {name.split("/")[0] for name in results}
+    columns = {
+        method: METHODS[method] for method in ("svd", "weights", "fit", "factors", "train") if method in measured
+    }
     rows = []
     for network, title in NETWORKS.items():
         own = {name: row for name, row in results.items() if row["network"] == network}
