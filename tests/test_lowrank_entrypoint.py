@@ -246,3 +246,17 @@ def test_weights_of_its_own_it_has_none() -> None:
         timm.create_model("arp_lowrank.a1_in1k", backbone="resnet18", plan=plan)
     with pytest.raises(arp_hub.ArpHubError, match="needs backbone="):
         timm.create_model("arp_lowrank")
+
+
+def test_a_linear_layer_of_the_head_may_come_back_as_a_convolution(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("coatnet_pico_rw_224", head_hidden_size=32, img_size=64).eval()
+    plan = arp_hub.RankPlan({"head.pre_logits.fc": arp_hub.LayerPlan("group_out", 8, groups=2)})
+    arp_hub.save_pretrained(arp_hub.decompose(model, plan), tmp_path / "out")
+    found = load(tmp_path / "out", global_pool="").eval()
+    assert isinstance(found.head.pre_logits.fc.factors[0], torch.nn.Conv2d)
+    dense = timm.create_model("coatnet_pico_rw_224", head_hidden_size=32, img_size=64, global_pool="").eval()
+    weights = arp_hub.to_dense(model).state_dict()
+    dense.load_state_dict({name: weights[name].reshape(value.shape) for name, value in dense.state_dict().items()})
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(found(x), dense(x), rtol=1e-4, atol=1e-5)

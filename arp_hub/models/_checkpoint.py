@@ -25,6 +25,14 @@ def names_of(value: str | Iterable[str] | None) -> frozenset[str]:
     return frozenset({value} if isinstance(value, str) else value or ())
 
 
+def _as_built(saved: Tensor, built: Tensor | None) -> Tensor:
+    """A factor with or without sides of 1x1: for some arguments a backbone builds a linear layer as such a conv."""
+    if built is None or saved.numel() != built.numel():
+        return saved
+    flat, conv = sorted((tuple(saved.shape), tuple(built.shape)), key=len)
+    return saved.reshape(built.shape) if len(flat) == 2 and conv == (*flat, 1, 1) else saved
+
+
 def weights_source(cfg: Mapping[str, Any]) -> str:
     """Where the weights come from, for messages."""
     return str(cfg.get("hf_hub_id") or cfg.get("file") or "the given state_dict")
@@ -60,10 +68,11 @@ class CheckpointAdapter:
             ArpHubError: If the factors are not those of the plan, or weights are missing.
         """
         check_tensors(state, model, self.source)
+        own = model.state_dict()
         factors: dict[str, StateDict] = {name: {} for name in self.saved.layers}
         for key, value in state.items():
             if (match := _FACTOR.fullmatch(key)) and match["layer"] in factors:
-                factors[match["layer"]][key] = value
+                factors[match["layer"]][key] = _as_built(value, own.get(key))
         self._check(state, factors, model)
         taken = {key for found in factors.values() for key in found}
         dense = {key: value for key, value in state.items() if key not in taken}
