@@ -11,7 +11,6 @@ left out unless `--again` is given. `table` writes the table of docs/ablations.m
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ from rival_penalties import (
     Pull,
     Replanned,
 )
-from rows import chosen, load_results, print_rows, write_result
+from rows import chosen, load_results, print_rows, row_parser, write_result
 from safetensors.torch import load_file, save_file
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -172,15 +171,9 @@ class Task:
 
 def main() -> None:
     """Parse the command line and do what it asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="names of all rows, with the results there are")
-    runner = commands.add_parser("run", help="measure rows")
-    runner.add_argument("rows", nargs="+", help="names or patterns")
+    parser, runner = row_parser(__doc__, table="write docs/ablations.md")
     runner.add_argument("--shared", type=Path, required=True, help="folder with weights/ and data/")
-    runner.add_argument("--again", action="store_true", help="measure rows that have a result already")
     runner.add_argument("--max-steps", type=int, default=0, help="trial run: so many steps, and no result is kept")
-    commands.add_parser("table", help="write docs/ablations.md")
     args = parser.parse_args()
     if args.command == "list":
         print_rows(ROWS, load_results(RESULTS), lambda row: f"{row['top1']:.2f}")

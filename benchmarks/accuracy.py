@@ -13,7 +13,6 @@ figure beside it.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import chosen, load_results, print_rows, write_result
+from rows import chosen, load_results, print_rows, row_parser, write_result
 from torch import Tensor, nn
 
 import arp_hub
@@ -127,14 +126,8 @@ ROWS = _rows()
 
 def main() -> None:
     """Parse the command line and do what it asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="names of all rows, those with a result marked")
-    runner = commands.add_parser("run", help="measure rows")
-    runner.add_argument("rows", nargs="+", help="names or patterns")
+    parser, runner = row_parser(__doc__, table="write docs/results.md, its figure and the table of the README")
     runner.add_argument("--shared", type=Path, required=True, help="folder with weights/ and data/")
-    runner.add_argument("--again", action="store_true", help="measure rows that have a result already")
-    commands.add_parser("table", help="write docs/results.md and its figure")
     args = parser.parse_args()
     if args.command == "list":
         print_rows(ROWS, load_results(RESULTS), lambda row: f"{row['top1']:.2f}")

@@ -22,7 +22,7 @@ from typing import Any
 
 import timm
 import torch
-from rows import chosen, load_results, print_rows, write_result
+from rows import chosen, load_results, print_rows, row_parser, write_result
 from torch import nn
 
 import arp_hub
@@ -165,14 +165,8 @@ ROWS = _rows()
 
 def main() -> None:
     """Parse the command line and do what it asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="names of all rows, with the results there are")
-    runner = commands.add_parser("run", help="measure rows")
-    runner.add_argument("rows", nargs="+", help="names or patterns")
+    parser, runner = row_parser(__doc__, table="print the tables of docs/speed.md")
     runner.add_argument("--shared", type=Path, help="folder with weights/ and data/, for `curve`")
-    runner.add_argument("--again", action="store_true", help="measure rows that have a result already")
-    commands.add_parser("table", help="print the tables of docs/speed.md")
     args = parser.parse_args()
     found = load_results(RESULTS)
     if args.command == "list":

@@ -1,7 +1,8 @@
-"""Rows of a benchmark by name: which were chosen, and the results file that they are written to, one entry a row."""
+"""Rows of a benchmark by name: its command line, which were chosen, and the results file, one entry a row."""
 
 from __future__ import annotations
 
+import argparse
 import fnmatch
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,6 +10,18 @@ from pathlib import Path
 from typing import Any
 
 Results = dict[str, dict[str, Any]]
+
+
+def row_parser(doc: str | None, table: str) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The command line with ``list``, ``run`` and ``table``, for which there is the help; and that of ``run`` alone."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="names of all rows, with the results there are")
+    runner = commands.add_parser("run", help="measure rows")
+    runner.add_argument("rows", nargs="+", help="names or patterns")
+    runner.add_argument("--again", action="store_true", help="measure rows that have a result already")
+    commands.add_parser("table", help=table)
+    return parser, runner
 
 
 def chosen(rows: Iterable[str], patterns: Sequence[str]) -> list[str]:
