@@ -14,19 +14,20 @@ from torch import Tensor, nn
 from .calibration import Images, Regression, all_moments, following_norms
 from .fitting import fit_layer, output_scale
 from .layers import effective_weight
+from .linalg import tail_shares
 from .schemes import Scheme, energy, relative_error
 from .shapes import LayerShape, degrees_of_freedom
 
 Floats = NDArray[np.float64]
 
 _SHARES, _FEW_SHARES = (0.08, 0.18, 0.35, 0.6), (0.2, 0.5)
-"""Parameter shares at which the error of a scheme without closed-form spectrum is measured."""
-_LARGE, _LARGE_WEIGHT = 1024, 500_000
-"""Columns of a second moment, and values of a weight, beyond which the few shares must do."""
-_BOUNDED_SHARE, _LEAST_SHARE = 0.4, 0.05
-"""The one share at which it is where there is a bound, and the least share of the bound that is believed."""
+"""Parameter shares at which the error of a scheme without closed-form spectrum is measured in the metric of outputs."""
+_LARGE = 1024
+"""Columns of a second moment beyond which the few shares must do."""
+_MEASURED_SHARE, _LEAST_SHARE = 0.4, 0.05
+"""The one share at which it is measured in the weight metric, and the least share of its bound that is believed."""
 _SHORTLIST_SHARE = 0.3
-_LEAST_SWEEPS, _SWEEP_WORK, _MOST_SWEEP_WORK = 2, 1.5e9, 2e10
+_LEAST_SWEEPS, _SWEEP_WORK, _MOST_SWEEP_WORK = 2, 5e8, 2e10
 """Multiply-accumulates that bound the sweeps of a nearest point, but to no fewer than so many, and a bound on these."""
 _ITERATIONS, _WORK = 25, 2e9
 """Iterations of a fit, and the multiply-accumulates that bound them."""
@@ -125,35 +126,29 @@ def _weight_curve(scheme: Scheme, weight: Tensor) -> Floats:
     spectrum = scheme.spectrum(weight)
     if spectrum is not None:
         return _tail(spectrum)[:last]
-    bound = scheme.bound(weight)
-    if bound is not None:
-        rank = rank_at(scheme, _BOUNDED_SHARE)
-        return below(_with_zero(bound)[:last], rank, _nearest_error(scheme, weight, rank))
-    shares = _SHARES if weight.numel() <= _LARGE_WEIGHT else _FEW_SHARES
-    ranks = sorted({rank_at(scheme, share) for share in shares})
-    return interpolate(ranks, [_nearest_error(scheme, weight, rank) for rank in ranks], last)
+    start = scheme.cold_start(weight)
+    assert start is not None  # a scheme has a spectrum or a cold start
+    bound = _floats(scheme.start_errors(start))[:last]
+    if not scheme.rough_sweeps:
+        return bound
+    rank = rank_at(scheme, _MEASURED_SHARE)
+    found = scheme.nearest(weight, rank, start, _sweeps(scheme, weight, rank))
+    return below(bound, rank, float(relative_error(weight, scheme.compose(found))))
 
 
 def _tail(spectrum: Tensor) -> Floats:
     """Share of the energy that a truncation to rank 1, 2, .. loses."""
-    energy = spectrum.double().square().sum(0)
-    tail = energy.flip(0).cumsum(0).flip(0)[1:] / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
-    return _with_zero(tail)
+    return _floats(tail_shares(spectrum.double().square().sum(0)))
 
 
-def _with_zero(tail: Tensor) -> Floats:
-    return np.append(np.maximum(tail.double().cpu().numpy(), 0.0), 0.0)
-
-
-def _nearest_error(scheme: Scheme, weight: Tensor, rank: int) -> float:
-    found = scheme.nearest(weight, rank, sweeps=_sweeps(scheme, weight, rank))
-    return float(relative_error(weight, scheme.compose(found)))
+def _floats(errors: Tensor) -> Floats:
+    return np.maximum(errors.double().cpu().numpy(), 0.0)
 
 
 def _sweeps(scheme: Scheme, weight: Tensor, rank: int) -> int:
     work = 2 * rank * weight.numel()
     least = max(1, min(_LEAST_SWEEPS, int(_MOST_SWEEP_WORK / work)))
-    return min(scheme.rough_sweeps, max(least, int(_SWEEP_WORK / work)))
+    return max(1, min(scheme.rough_sweeps, max(least, int(_SWEEP_WORK / work))))
 
 
 class OutputErrors:
@@ -209,8 +204,6 @@ def _shortlist(weight: Tensor, schemes: Sequence[Scheme], keep: int) -> list[Sch
     """The schemes with the least error in the weight metric, at one common cost."""
 
     def error(scheme: Scheme) -> float:
-        rank = rank_at(scheme, _SHORTLIST_SHARE)
-        spectrum = scheme.spectrum(weight)
-        return _nearest_error(scheme, weight, rank) if spectrum is None else float(_tail(spectrum)[rank - 1])
+        return float(_weight_curve(scheme, weight)[rank_at(scheme, _SHORTLIST_SHARE) - 1])
 
     return sorted(schemes, key=error)[:keep] if len(schemes) > keep else list(schemes)

@@ -47,41 +47,42 @@ def solve_spd(gram: Tensor, right: Tensor) -> Tensor:
     return torch.cholesky_solve(right, factor)
 
 
-def slice_start(tensor: Tensor, rank: int) -> list[Tensor]:
-    """A deterministic start for CP: the r largest singular triplets of the slices of the rotated tensor.
+def slice_triplets(tensor: Tensor) -> list[Tensor]:
+    """CP components that start a fit: all singular triplets of the slices of the rotated tensor, the largest first.
 
     The shortest mode is rotated to its principal axes; each slice along it is then a matrix, and its singular triplets
-    are CP components. At full rank this is exact already.
+    are CP components. They are orthogonal to each other, and together exact.
+
+    Args:
+        tensor: ``(G, O, I, S)``.
+
+    Returns:
+        The three modes, each ``(G, components, n)``.
     """
-    others, short, axes, slices = _slices(tensor)
-    left, right = truncated(slices, min(slices.shape[-2:]))
-    values = left.norm(dim=-2) * right.norm(dim=-1)
-    order = values.flatten(1).argsort(dim=1, descending=True, stable=True)[:, :rank]
-
-    def pick(vectors: Tensor) -> Tensor:
-        return vectors.gather(1, order[..., None].expand(-1, -1, vectors.shape[-1]))
-
-    found = {
-        others[0]: pick(left.mT.flatten(1, 2)),
-        others[1]: pick(right.flatten(1, 2)),
-        short: pick(axes.repeat_interleave(values.shape[-1], dim=1)),
-    }
-    return even_norms([found[mode] for mode in (1, 2, 3)])
-
-
-def slice_tails(tensor: Tensor) -> Tensor:
-    """Squared error that `slice_start` makes at rank 1, 2, .., summed over the batch: what any CP fit can better."""
-    energy = singular_values(_slices(tensor)[-1]).square().flatten(1).sort(dim=1, descending=True).values.sum(0)
-    return energy.flip(0).cumsum(0).flip(0)[1:]
-
-
-def _slices(tensor: Tensor) -> tuple[list[int], int, Tensor, Tensor]:
-    """The two longer modes, the shortest, its principal axes ``(G, axis, n)``, and the slices along them."""
     short = min((3, 2, 1), key=lambda mode: tensor.shape[mode])
     others = [mode for mode in (1, 2, 3) if mode != short]
     turned = tensor.permute(0, *others, short)
     axes = leading_vectors(turned.flatten(1, 2).mT, tensor.shape[short]).mT
-    return others, short, axes, torch.einsum("gabs,gts->gtab", turned, axes)
+    slices = torch.einsum("gabs,gts->gtab", turned, axes)
+    left, right = truncated(slices, min(slices.shape[-2:]))
+    values = left.norm(dim=-2) * right.norm(dim=-1)
+    order = values.flatten(1).argsort(dim=1, descending=True, stable=True)
+
+    def sort(vectors: Tensor) -> Tensor:
+        return vectors.gather(1, order[..., None].expand(-1, -1, vectors.shape[-1]))
+
+    found = {
+        others[0]: sort(left.mT.flatten(1, 2)),
+        others[1]: sort(right.flatten(1, 2)),
+        short: sort(axes.repeat_interleave(values.shape[-1], dim=1)),
+    }
+    return even_norms([found[mode] for mode in (1, 2, 3)])
+
+
+def tail_shares(energies: Tensor) -> Tensor:
+    """Share of the energy that is lost after the first 1, 2, .. of these, none after all of them."""
+    tails = energies.flip(0).cumsum(0).flip(0)
+    return torch.cat([tails[1:], tails.new_zeros(1)]) / tails[0].clamp_min(torch.finfo(tails.dtype).tiny)
 
 
 def als(tensor: Tensor, modes: list[Tensor], sweeps: int) -> list[Tensor]:

@@ -115,12 +115,13 @@ def _rows() -> dict[str, Row]:
         rows[f"factors/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | FACTORS)
     for keep in (0.35, 0.2):
         rows[f"train/resnet56/{keep}"] = Row("resnet56", keep, train=TRAIN | {"epochs": 2})
+        rows[f"factors/resnet56/{keep}"] = Row("resnet56", keep, train=TRAIN | FACTORS | {"finetune_epochs": 2})
     return rows
 
 
 TRAIN: dict[str, Any] = {"ramp": 0.0, "lr": 0.03, "distill": 0.9, "clip_grad": 5.0}
 FACTORS: dict[str, Any] = {"epochs": 0, "finetune_epochs": 10, "finetune_lr": 0.003}
-"""The same ten epochs with no penalty: the factors of the fit are trained, at the rate that they bear."""
+"""The same epochs with no penalty: the factors of the fit are trained, at the rate that they bear."""
 ROWS = _rows()
 
 

@@ -6,6 +6,7 @@ with the child's process id at once, and with its exit code when it has ended.
 
 import json
 import os
+import signal
 import sys
 import traceback
 
@@ -23,6 +24,7 @@ torch.set_num_threads(1)
 def work(job: dict) -> int:
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
     os.environ.update(job["env"])
     sys.argv = ["arp-hub"]
     try:

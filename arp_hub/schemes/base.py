@@ -37,7 +37,7 @@ class Scheme(ABC):
     grouped: ClassVar[bool] = False
     """Whether ``groups`` may exceed 1."""
     rough_sweeps: ClassVar[int] = 12
-    """Sweeps of `nearest` after which its error is known well enough to plan by."""
+    """Sweeps of `nearest` after which its error is known well enough to plan by; 0: that of the cold start is."""
 
     def __init__(self, shape: LayerShape, groups: int = 1) -> None:
         if reason := self.refusal(shape, groups):
@@ -80,7 +80,8 @@ class Scheme(ABC):
         Args:
             weight: Dense weight ``(G * O, I, kh, kw)``.
             rank: Rank per block.
-            start: Factors to start from. Without it, the best cold start there is: exact for the matrix schemes.
+            start: Factors to start from, of this rank, or a `cold_start`. Without it, the best start there is, which
+                is exact for the matrix schemes.
             sweeps: Iterations; by default one with a ``start``, and enough to settle without.
         """
 
@@ -93,9 +94,16 @@ class Scheme(ABC):
         """
         return None
 
-    def bound(self, weight: Tensor) -> Tensor | None:
-        """A relative squared error at rank 1, 2, .. that `nearest` betters, where one is had cheaply, else None."""
+    def cold_start(self, weight: Tensor) -> Factors | None:
+        """Factors of full rank, largest components first, so that the first ones are a start at any rank.
+
+        None for the schemes that need no start, since `spectrum` tells all.
+        """
         return None
+
+    def start_errors(self, start: Factors) -> Tensor:
+        """Relative squared error at rank 1, 2, .. of the first components of a `cold_start`: `nearest` betters it."""
+        raise NotImplementedError(f"scheme '{self.name}' has no cold start")
 
     @property
     def blocks(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..linalg import als, even_norms, leading_vectors, slice_start, slice_tails
+from ..linalg import als, even_norms, leading_vectors, slice_triplets, tail_shares
 from ..shapes import ConvSpec, LayerShape, Pair
 from .base import Factors, Scheme
 
@@ -59,36 +59,40 @@ class Cp(Scheme):
         work = 2 * rank * weight.numel()
         dtype = torch.float32 if work > _SINGLE_WORK and rank < self.max_rank else weight.dtype
         if start is None:
-            modes = slice_start(tensor.to(dtype), rank)
+            start = self.cold_start(weight.to(dtype))
             sweeps = min(_SWEEPS, max(_LEAST_SWEEPS, int(_SWEEP_WORK / work))) if sweeps is None else sweeps
             sweeps = 0 if rank >= self.max_rank else sweeps  # the start is exact
-        else:
-            inputs, taps = self._modes(start)
-            modes = [start[-1].reshape(s.groups, s.group_out, rank).mT, inputs, taps]
-            sweeps = sweeps or 1
-        modes = als(tensor.to(dtype), [mode.to(dtype) for mode in modes], sweeps)
-        outputs, inputs, taps = (mode.to(weight.dtype) for mode in modes)
-        return (
-            inputs.reshape(s.groups * rank, s.group_in, 1, 1),
-            taps.reshape(s.groups * rank, 1, *s.kernel_size),
-            outputs.mT.reshape(s.out_channels, rank, 1, 1),
-        )
+        elif sweeps is None:
+            sweeps = 1
+        modes = [mode[:, :rank].to(dtype) for mode in self._all_modes(start)]
+        return self._factors([mode.to(weight.dtype) for mode in als(tensor.to(dtype), modes, sweeps)])
 
-    def bound(self, weight: Tensor) -> Tensor | None:
+    def cold_start(self, weight: Tensor) -> Factors:
         s = self.shape
-        tails = slice_tails(weight.reshape(s.groups, s.group_out, s.group_in, s.taps))
-        return tails / weight.square().sum().clamp_min(torch.finfo(weight.dtype).tiny)
+        return self._factors(slice_triplets(weight.reshape(s.groups, s.group_out, s.group_in, s.taps)))
+
+    def start_errors(self, start: Factors) -> Tensor:
+        energies = torch.stack([mode.square().sum(-1) for mode in self._all_modes(start)]).prod(0).sum(0)
+        return tail_shares(energies)
 
     def balance(self, factors: Factors) -> Factors:
         """Even out the norms of every component's three vectors, which leaves the weight as it is."""
-        inputs, taps = self._modes(factors)
-        outputs = factors[-1].reshape(self.shape.groups, self.shape.group_out, -1).mT
-        outputs, inputs, taps = even_norms([outputs, inputs, taps])
+        return self._factors(even_norms(self._all_modes(factors)))
+
+    def _factors(self, modes: Sequence[Tensor]) -> Factors:
+        """Convolution weights of the output, input and kernel mode, each ``(G, r, n)``."""
+        s = self.shape
+        outputs, inputs, taps = modes
         return (
-            inputs.reshape(factors[0].shape),
-            taps.reshape(factors[1].shape),
-            outputs.mT.reshape(factors[2].shape),
+            inputs.reshape(-1, s.group_in, 1, 1),
+            taps.reshape(-1, 1, *s.kernel_size),
+            outputs.mT.reshape(s.out_channels, -1, 1, 1),
         )
+
+    def _all_modes(self, factors: Sequence[Tensor]) -> list[Tensor]:
+        """The output, input and kernel mode, each ``(G, r, n)``."""
+        outputs = factors[-1].reshape(self.shape.groups, self.shape.group_out, -1).mT
+        return [outputs, *self._modes(factors)]
 
     def _modes(self, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The input and the kernel mode, each ``(G, r, n)``."""
@@ -103,7 +107,7 @@ class Tucker2(Scheme):
     """
 
     name = "tucker2"
-    rough_sweeps = 1  # more take off less than 1 % of the error
+    rough_sweeps = 0  # sweeps take off 2 to 7 % of the error, at any rank
 
     @classmethod
     def refusal(cls, shape: LayerShape, groups: int = 1) -> str | None:
@@ -143,15 +147,34 @@ class Tucker2(Scheme):
             inputs = leading_vectors(tensor.transpose(1, 2).flatten(2), r_in)
             sweeps = min(sweeps or _TUCKER_SWEEPS, _TUCKER_SWEEPS)
         else:
-            inputs = torch.linalg.qr(start[0].reshape(s.groups, r_in, s.group_in).mT).Q
+            inputs = torch.linalg.qr(start[0].reshape(s.groups, -1, s.group_in)[:, :r_in].mT).Q
         for _ in range(sweeps or 1):  # higher-order orthogonal iteration (De Lathauwer et al. 2000)
             outputs = leading_vectors(torch.einsum("gois,gir->gors", tensor, inputs).flatten(2), r_out)
             inputs = leading_vectors(torch.einsum("gois,gor->girs", tensor, outputs).flatten(2), r_in)
+        return self.balance(self._project(tensor, outputs, inputs))
+
+    def cold_start(self, weight: Tensor) -> Factors:
+        """The higher-order SVD (De Lathauwer et al. 2000)."""
+        s = self.shape
+        tensor = weight.reshape(s.groups, s.group_out, s.group_in, s.taps)
+        outputs = leading_vectors(tensor.flatten(2), s.group_out).flip(-1)
+        inputs = leading_vectors(tensor.transpose(1, 2).flatten(2), s.group_in).flip(-1)
+        return self._project(tensor, outputs, inputs)
+
+    def start_errors(self, start: Factors) -> Tensor:
+        s = self.shape
+        energies = start[1].reshape(s.groups, s.group_out, s.group_in, s.taps).square().sum((0, 3))
+        kept = energies.cumsum(0).cumsum(1)
+        ranks = torch.arange(self.max_rank, device=kept.device)
+        kept = kept[ranks.clamp_max(s.group_out - 1), ranks.clamp_max(s.group_in - 1)]
+        return 1 - kept / kept[-1].clamp_min(torch.finfo(kept.dtype).tiny)
+
+    def _project(self, tensor: Tensor, outputs: Tensor, inputs: Tensor) -> Factors:
+        """The nearest factors with these orthonormal bases, ``(G, O, r_out)`` and ``(G, I, r_in)``."""
+        s = self.shape
         core = torch.einsum("gois,gop,gir->gprs", tensor, outputs, inputs)
-        return self.balance(
-            (
-                inputs.mT.reshape(s.groups * r_in, s.group_in, 1, 1),
-                core.reshape(s.groups * r_out, r_in, *s.kernel_size),
-                outputs.reshape(s.out_channels, r_out, 1, 1),
-            )
+        return (
+            inputs.mT.reshape(-1, s.group_in, 1, 1),
+            core.reshape(-1, inputs.shape[-1], *s.kernel_size),
+            outputs.reshape(s.out_channels, -1, 1, 1),
         )
