@@ -126,9 +126,9 @@ def _weight_curve(scheme: Scheme, weight: Tensor) -> Floats:
     spectrum = scheme.spectrum(weight)
     if spectrum is not None:
         return _tail(spectrum)[:last]
-    start = scheme.cold_start(weight)
-    assert start is not None  # a scheme has a spectrum or a cold start
-    bound = _floats(scheme.start_errors(start))[:last]
+    known = scheme.cold_start(weight)
+    assert known is not None  # a scheme has a spectrum or a cold start
+    start, bound = known[0], _floats(known[1])[:last]
     if not scheme.rough_sweeps:
         return bound
     rank = rank_at(scheme, _MEASURED_SHARE)

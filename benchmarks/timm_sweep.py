@@ -25,16 +25,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot  # noqa: F401 - here and below, so that no process has to import it again
+import matplotlib.pyplot  # noqa: F401 - imported before the forks, so that no process has to again
 import timm
 import torch
-import torch._dynamo  # noqa: F401
+import torch._dynamo  # noqa: F401 - as matplotlib
 from timm_checks import CHECKS, EXPORTS, Case, feasible_plan, flat, make_case, random_model, run_check, smallest_size
 from torch import nn
 
 import arp_hub
 import arp_hub.plots
-import arp_hub.report  # noqa: F401
+import arp_hub.report  # noqa: F401 - as matplotlib
 from arp_hub._env import environment
 from arp_hub.layers import count_params
 

@@ -94,16 +94,13 @@ class Scheme(ABC):
         """
         return None
 
-    def cold_start(self, weight: Tensor) -> Factors | None:
-        """Factors of full rank, largest components first, so that the first ones are a start at any rank.
+    def cold_start(self, weight: Tensor) -> tuple[Factors, Tensor] | None:
+        """Factors of full rank, largest components first, and the relative squared error of the first 1, 2, .. of them.
 
-        None for the schemes that need no start, since `spectrum` tells all.
+        So the first components are a start at any rank, whose error `nearest` betters. None for the schemes that need
+        no start, since `spectrum` tells all.
         """
         return None
-
-    def start_errors(self, start: Factors) -> Tensor:
-        """Relative squared error at rank 1, 2, .. of the first components of a `cold_start`: `nearest` betters it."""
-        raise NotImplementedError(f"scheme '{self.name}' has no cold start")
 
     @property
     def blocks(self) -> int:

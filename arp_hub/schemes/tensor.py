@@ -59,7 +59,7 @@ class Cp(Scheme):
         work = 2 * rank * weight.numel()
         dtype = torch.float32 if work > _SINGLE_WORK and rank < self.max_rank else weight.dtype
         if start is None:
-            start = self.cold_start(weight.to(dtype))
+            start, _ = self.cold_start(weight.to(dtype))
             sweeps = min(_SWEEPS, max(_LEAST_SWEEPS, int(_SWEEP_WORK / work))) if sweeps is None else sweeps
             sweeps = 0 if rank >= self.max_rank else sweeps  # the start is exact
         elif sweeps is None:
@@ -67,13 +67,12 @@ class Cp(Scheme):
         modes = [mode[:, :rank].to(dtype) for mode in self._all_modes(start)]
         return self._factors([mode.to(weight.dtype) for mode in als(tensor.to(dtype), modes, sweeps)])
 
-    def cold_start(self, weight: Tensor) -> Factors:
+    def cold_start(self, weight: Tensor) -> tuple[Factors, Tensor]:
+        """The singular triplets of the slices, which are orthogonal to each other."""
         s = self.shape
-        return self._factors(slice_triplets(weight.reshape(s.groups, s.group_out, s.group_in, s.taps)))
-
-    def start_errors(self, start: Factors) -> Tensor:
-        energies = torch.stack([mode.square().sum(-1) for mode in self._all_modes(start)]).prod(0).sum(0)
-        return tail_shares(energies)
+        modes = slice_triplets(weight.reshape(s.groups, s.group_out, s.group_in, s.taps))
+        energies = torch.stack([mode.square().sum(-1) for mode in modes]).prod(0).sum(0)
+        return self._factors(modes), tail_shares(energies)
 
     def balance(self, factors: Factors) -> Factors:
         """Even out the norms of every component's three vectors, which leaves the weight as it is."""
@@ -153,21 +152,17 @@ class Tucker2(Scheme):
             inputs = leading_vectors(torch.einsum("gois,gor->girs", tensor, outputs).flatten(2), r_in)
         return self.balance(self._project(tensor, outputs, inputs))
 
-    def cold_start(self, weight: Tensor) -> Factors:
+    def cold_start(self, weight: Tensor) -> tuple[Factors, Tensor]:
         """The higher-order SVD (De Lathauwer et al. 2000)."""
         s = self.shape
         tensor = weight.reshape(s.groups, s.group_out, s.group_in, s.taps)
         outputs = leading_vectors(tensor.flatten(2), s.group_out).flip(-1)
         inputs = leading_vectors(tensor.transpose(1, 2).flatten(2), s.group_in).flip(-1)
-        return self._project(tensor, outputs, inputs)
-
-    def start_errors(self, start: Factors) -> Tensor:
-        s = self.shape
-        energies = start[1].reshape(s.groups, s.group_out, s.group_in, s.taps).square().sum((0, 3))
-        kept = energies.cumsum(0).cumsum(1)
+        factors = self._project(tensor, outputs, inputs)
+        kept = factors[1].reshape(tensor.shape).square().sum((0, 3)).cumsum(0).cumsum(1)
         ranks = torch.arange(self.max_rank, device=kept.device)
         kept = kept[ranks.clamp_max(s.group_out - 1), ranks.clamp_max(s.group_in - 1)]
-        return 1 - kept / kept[-1].clamp_min(torch.finfo(kept.dtype).tiny)
+        return factors, 1 - kept / kept[-1].clamp_min(torch.finfo(kept.dtype).tiny)
 
     def _project(self, tensor: Tensor, outputs: Tensor, inputs: Tensor) -> Factors:
         """The nearest factors with these orthonormal bases, ``(G, O, r_out)`` and ``(G, I, r_in)``."""
