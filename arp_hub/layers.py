@@ -7,7 +7,7 @@ and answers to the dense layer's attributes, because timm models read them (``co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, cast
 
@@ -23,6 +23,7 @@ from .plan import LayerPlan
 from .schemes import Factors, Scheme, make_scheme
 from .shapes import ConvSpec, LayerShape
 
+_pad_same = cast("Callable[..., Tensor]", pad_same)  # timm's annotations ask for lists, it takes pairs
 _SEPARATE = "qkv_bias_separate"
 _MERGING = ("fuse", "reparameterize", "switch_to_deploy")
 """Methods by which ``timm.utils.reparameterize_model`` lets a module merge its layers."""
@@ -203,7 +204,7 @@ class LowRankConv2d(LowRankLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Pad as the dense layer would, then apply the chain."""
         if self.same_pad:  # tuples go in as they are: TorchScript has no list(tuple)
-            x = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]  # timm asks for lists, takes pairs
+            x = _pad_same(x, self.kernel_size, self.stride, self.dilation)
         elif self.pads:
             x = F.pad(x, self.pad_before, mode=self.pad_mode)
         return self.factors(x)

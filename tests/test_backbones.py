@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import subprocess
 import sys
@@ -77,8 +78,8 @@ def test_entry_points_are_those_of_the_dense_model(oddity: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["test_resnet", pytest.param("test_vit", marks=pytest.mark.slow)])
 def test_exports_hold_the_small_layers(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
-    assert outcomes(name, tmp_path, EXPORTS) == dict.fromkeys(EXPORTS, "ok")
+    ways = [way for way in EXPORTS if way != "ONNX" or importlib.util.find_spec("onnxruntime")]
+    assert outcomes(name, tmp_path, ways) == dict.fromkeys(ways, "ok")
 
 
 SURVEY = """
