@@ -15,14 +15,14 @@ from tqdm.auto import tqdm
 
 from ._modes import evaluating
 from .calibration import Images
-from .curves import Candidate, Floats, OutputErrors, candidate_schemes, shape_candidates, weight_candidates
+from .costs import CountedCosts, Floats
+from .curves import Candidate, OutputErrors, candidate_schemes, shape_candidates, weight_candidates
 from .dense import refusal
 from .errors import ArpHubError
 from .latency import RANK_MULTIPLE, LatencyTable, Stopwatch, meet
 from .layers import effective_weight, layer_shape, layers_called, low_rank_layers, other_parameters, weight_layers
 from .plan import LayerPlan, RankPlan
 from .schemes import SCHEMES, Scheme
-from .shapes import Pair, chain_macs
 from .timing import Workload
 from .tracing import InputSize, Trace, input_size_of, trace
 
@@ -33,12 +33,18 @@ output, and are best kept even among layers (a higher power); errors in the outp
 
 @dataclass(frozen=True)
 class _Choices:
-    """What can become of one layer: costs and penalties of all options, the dense one first."""
+    """What can become of one layer: scheme, rank, cost and loss of all options, the dense one first."""
 
     name: str
-    plans: Sequence[LayerPlan | None]
+    schemes: Sequence[Scheme | None]
+    ranks: Sequence[int]
     costs: Floats
     losses: Floats
+
+    def plan(self, option: int) -> LayerPlan | None:
+        """What the layer's plan is by an option, None if it stays dense."""
+        scheme = self.schemes[option]
+        return None if scheme is None else LayerPlan(scheme.name, self.ranks[option], scheme.groups)
 
 
 def make_plan(
@@ -106,8 +112,9 @@ def make_plan(
     traced = trace(model, input_size)
     layers, dense = _eligible(model, traced, names, exclude)
     total = float(traced.params if cost == "params" else traced.macs)
+    counted = CountedCosts(cost, traced.sizes)
     if without_weights:
-        return _plan(_measure_shapes(layers, rank_multiple, traced, cost), share, total, cost, dense)
+        return _plan(_measure_shapes(layers, rank_multiple, traced, counted), share, total, cost, dense)
     measuring = partial(_measure, model, images=calibration, progress=progress)
     if cost == "latency":
         workload = workload or Workload()
@@ -115,11 +122,12 @@ def make_plan(
         table = LatencyTable(workload, next(model.parameters()).device)
         layers, shares = _faster_layers(layers, dense, traced, table, progress), watch.shares(layers)
         multiple = rank_multiple if rank_multiple > 1 else RANK_MULTIPLE
-        costs = {name: table.cost_of(shares[name], traced.sizes[name]) for name in layers}
-        choices = measuring(layers, multiple=multiple, cost_of=costs.__getitem__)
+        choices = measuring(
+            layers, multiple=multiple, costs=lambda name, scheme: table.costs(scheme, traced.sizes[name], shares[name])
+        )
         lowest = 1 - sum(layer.costs[0] - layer.costs.min() for layer in choices) + 1e-9
         return meet(share, lambda aim: _plan(choices, max(aim, lowest), 1.0, cost, dense), watch.ratio)
-    choices = measuring(layers, multiple=rank_multiple, cost_of=lambda name: _cost_of(cost, traced.sizes[name]))
+    choices = measuring(layers, multiple=rank_multiple, costs=counted)
     return _plan(choices, share, total, cost, dense)
 
 
@@ -130,7 +138,7 @@ def _plan(choices: Sequence[_Choices], share: float, total: float, cost: str, de
     plans: dict[str, LayerPlan] = {}
     reasons = dict(dense)
     for layer, option in zip(choices, picked, strict=True):
-        plan = layer.plans[option]
+        plan = layer.plan(option)
         if plan is None:
             reasons[layer.name] = "the budget is better spent with this layer dense"
         else:
@@ -213,7 +221,7 @@ def _measure(
     layers: Mapping[str, list[Scheme]],
     *,
     multiple: int,
-    cost_of: Callable[[str], Callable[[Scheme, int | None], float]],
+    costs: Callable[[str, Scheme], Floats],
     images: Images | None,
     progress: bool,
 ) -> list[_Choices]:
@@ -226,21 +234,22 @@ def _measure(
         else:
             candidates, power = by_output.candidates(name, schemes), _OUTPUT_POWER
         losses = [candidate.errors**power for candidate in candidates]
-        found.append(_choices(name, candidates, losses, cost_of(name), multiple))
+        found.append(_choices(name, candidates, losses, costs, multiple))
     return found
 
 
-def _measure_shapes(layers: Mapping[str, list[Scheme]], multiple: int, traced: Trace, cost: str) -> list[_Choices]:
+def _measure_shapes(
+    layers: Mapping[str, list[Scheme]], multiple: int, traced: Trace, costs: CountedCosts
+) -> list[_Choices]:
     """The choices where weights are absent; layers of one shape share them, of which large models have many."""
     known: dict[object, _Choices] = {}
     found = []
     for name, schemes in layers.items():
-        sizes = traced.sizes[name]
-        key = (schemes[0].shape, sizes)
+        key = (schemes[0].shape, traced.sizes[name])
         if key not in known:
             candidates = shape_candidates(schemes)
             losses = [candidate.errors**_WEIGHT_POWER for candidate in candidates]
-            known[key] = _choices(name, candidates, losses, _cost_of(cost, sizes), multiple)
+            known[key] = _choices(name, candidates, losses, costs, multiple)
         found.append(replace(known[key], name=name))
     return found
 
@@ -250,37 +259,25 @@ def _output_errors(model: nn.Module, layers: Mapping[str, object], images: Image
         return OutputErrors(model, {name: model.get_submodule(name) for name in layers}, images)
 
 
-def _cost_of(cost: str, sizes: Sequence[Pair]) -> Callable[[Scheme, int | None], int]:
-    """What a layer costs at a rank, or dense (rank None)."""
-
-    def params(scheme: Scheme, rank: int | None) -> int:
-        return scheme.shape.params if rank is None else scheme.params(rank)
-
-    def macs(scheme: Scheme, rank: int | None) -> int:
-        convs = (scheme.shape.as_conv(),) if rank is None else scheme.convs(rank)
-        return sum(chain_macs(convs, size) for size in sizes)
-
-    return params if cost == "params" else macs
-
-
 def _choices(
     name: str,
     candidates: Sequence[Candidate],
     losses: Sequence[Floats],
-    cost: Callable[[Scheme, int | None], float],
+    costs: Callable[[str, Scheme], Floats],
     multiple: int,
 ) -> _Choices:
-    plans: list[LayerPlan | None] = [None]
-    costs, values = [float(cost(candidates[0].scheme, None))], [0.0]
+    dense = costs(name, candidates[0].scheme)[0]
+    schemes: list[Scheme | None] = [None]
+    ranks, prices, values = [0], [np.array([dense])], [np.zeros(1)]
     for candidate, loss in zip(candidates, losses, strict=True):
-        scheme = candidate.scheme
-        for rank in range(multiple, len(loss) + 1, multiple):
-            price = float(cost(scheme, rank))
-            if price < costs[0]:
-                plans.append(LayerPlan(scheme.name, rank, scheme.groups))
-                costs.append(price)
-                values.append(float(loss[rank - 1]))
-    return _Choices(name, plans, np.array(costs), np.array(values))
+        held = np.arange(multiple, len(loss) + 1, multiple)
+        price = costs(name, candidate.scheme)[held]
+        cheaper = price < dense
+        schemes += [candidate.scheme] * int(cheaper.sum())
+        ranks += held[cheaper].tolist()
+        prices.append(price[cheaper])
+        values.append(loss[held[cheaper] - 1])
+    return _Choices(name, schemes, ranks, np.concatenate(prices), np.concatenate(values))
 
 
 def _allocate(

@@ -8,24 +8,23 @@ from typing import cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .calibration import Images, Regression, all_moments, following_norms
+from .costs import Floats, rank_at, useful_rank
 from .fitting import fit_layer, output_scale
 from .layers import effective_weight
 from .linalg import tail_shares
 from .schemes import Scheme, energy, relative_error
 from .shapes import LayerShape, degrees_of_freedom
 
-Floats = NDArray[np.float64]
-
 _SHARES, _FEW_SHARES = (0.08, 0.18, 0.35, 0.6), (0.2, 0.5)
 """Parameter shares at which the error of a scheme without closed-form spectrum is measured in the metric of outputs."""
 _LARGE = 1024
-"""Columns of a second moment beyond which the few shares must do."""
-_MEASURED_SHARE, _LEAST_SHARE = 0.4, 0.05
-"""The one share at which it is measured in the weight metric, and the least share of its bound that is believed."""
+"""Columns of a weight, and of its second moment, beyond which the few shares must do."""
+_MEASURED_SHARE, _LARGE_MEASURED_SHARE, _LEAST_SHARE = 0.4, 0.15, 0.05
+"""The one share at which it is measured in the weight metric, that for so many columns, where a rank costs more (what
+it gains on its bound grows linearly, so that it tells as much), and the least share of the bound that is believed."""
 _SHORTLIST_SHARE = 0.3
 _LEAST_SWEEPS, _SWEEP_WORK, _MOST_SWEEP_WORK = 2, 5e8, 2e10
 """Multiply-accumulates that bound the sweeps of a nearest point, but to no fewer than so many, and a bound on these."""
@@ -59,24 +58,6 @@ def candidate_schemes(shape: LayerShape, names: Sequence[str], schemes: Mapping[
                 if scheme.params(1) < shape.params:
                     found.append(scheme)
     return found
-
-
-def useful_rank(scheme: Scheme) -> int:
-    """The largest rank at which the chain is smaller than the dense layer."""
-    low, high = 1, scheme.max_rank
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if scheme.params(middle) < scheme.shape.params else (low, middle - 1)
-    return low
-
-
-def rank_at(scheme: Scheme, share: float) -> int:
-    """The largest rank whose chain holds at most ``share`` of the dense weights, at least 1."""
-    low, high = 1, useful_rank(scheme)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if scheme.params(middle) <= share * scheme.shape.params else (low, middle - 1)
-    return low
 
 
 def interpolate(ranks: Sequence[int], values: Sequence[float], last: int) -> Floats:
@@ -126,13 +107,14 @@ def _weight_curve(scheme: Scheme, weight: Tensor) -> Floats:
     spectrum = scheme.spectrum(weight)
     if spectrum is not None:
         return _tail(spectrum)[:last]
-    known = scheme.cold_start(weight)
+    rank = rank_at(scheme, _MEASURED_SHARE if weight[0].numel() <= _LARGE else _LARGE_MEASURED_SHARE)
+    known = scheme.cold_start(weight, rank)
     assert known is not None  # a scheme has a spectrum or a cold start
     start, bound = known[0], _floats(known[1])[:last]
-    if not scheme.rough_sweeps:
+    sweeps = _sweeps(scheme, weight, rank)
+    if sweeps < _LEAST_SWEEPS:  # a single one gains too little
         return bound
-    rank = rank_at(scheme, _MEASURED_SHARE)
-    found = scheme.nearest(weight, rank, start, _sweeps(scheme, weight, rank))
+    found = scheme.nearest(weight, rank, start, sweeps)
     return below(bound, rank, float(relative_error(weight, scheme.compose(found))))
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ._env import environment
-from .curves import rank_at
+from .costs import Floats, rank_at, useful_rank
 from .errors import ArpHubError
 from .layers import LowRankLayer, low_rank_layer, low_rank_layers
 from .plan import LayerPlan, RankPlan
@@ -57,21 +57,17 @@ class LatencyTable:
         self._place = f"{_device_name(device)}|{torch.__version__}|{workload}"
         self._curves: dict[tuple[Any, ...], tuple[list[int], list[float]]] = {}
 
-    def cost_of(self, share: float, sizes: Sequence[Pair]) -> Callable[[Scheme, int | None], float]:
-        """What a layer costs at a rank of a scheme, or dense (rank None); infinite if it is not worth it.
+    def costs(self, scheme: Scheme, sizes: Sequence[Pair], share: float) -> Floats:
+        """What a layer costs dense, and at rank 1, 2, .. of a scheme; infinite at ranks that are not worth it.
 
         Args:
+            scheme: The scheme.
+            sizes: The layer's input map at each call.
             share: The dense layer's share of the model's latency, all calls together.
-            sizes: Its input map at each call.
         """
-
-        def cost(scheme: Scheme, rank: int | None) -> float:
-            if rank is None:
-                return share
-            ratio = sum(self._ratio(scheme, rank, size) for size in sizes) / len(sizes)
-            return share * ratio if ratio <= _WORTH_IT else float("inf")
-
-        return cost
+        ranks = range(1, useful_rank(scheme) + 1)
+        ratios = np.mean([[self._ratio(scheme, rank, size) for rank in ranks] for size in sizes], axis=0)
+        return np.concatenate([[share], np.where(ratios <= _WORTH_IT, share * ratios, np.inf)])
 
     def faster(self, schemes: Sequence[Scheme], sizes: Sequence[Pair]) -> list[Scheme]:
         """The schemes that are worth it at some measured rank."""

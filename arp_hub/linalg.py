@@ -7,11 +7,13 @@ from torch import Tensor
 
 _RIDGE = 1e-9
 """Tikhonov term of every normal equation, relative to the mean of its diagonal."""
+_ROWS = 128
+"""Rows of a Gram matrix that are made at a time."""
 
 
 def leading_vectors(matrix: Tensor, rank: int) -> Tensor:
     """The leading left singular vectors, from the Gram matrix (whose side is a channel count, so it is small)."""
-    return torch.linalg.eigh(matrix @ matrix.mT).eigenvectors[..., -rank:]
+    return torch.linalg.eigh(_lower_gram(matrix)).eigenvectors[..., -rank:]
 
 
 def singular_values(matrix: Tensor) -> Tensor:
@@ -20,7 +22,17 @@ def singular_values(matrix: Tensor) -> Tensor:
     Values below the square root of the precision, relative to the largest, are lost; an energy does not miss them.
     """
     short = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
-    return torch.linalg.eigvalsh(short @ short.mT).clamp_min(0).sqrt().flip(-1)
+    return torch.linalg.eigvalsh(_lower_gram(short)).clamp_min(0).sqrt().flip(-1)
+
+
+def _lower_gram(matrix: Tensor) -> Tensor:
+    """``matrix @ matrix.mT`` up to its diagonal, which is all that ``eigh`` reads: of a large one half the work."""
+    size = matrix.shape[-2]
+    gram = matrix.new_zeros(*matrix.shape[:-1], size)
+    for start in range(0, size, _ROWS):
+        end = min(start + _ROWS, size)
+        gram[..., start:end, :end] = matrix[..., start:end, :] @ matrix[..., :end, :].mT
+    return gram
 
 
 def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -47,17 +59,18 @@ def solve_spd(gram: Tensor, right: Tensor) -> Tensor:
     return torch.cholesky_solve(right, factor)
 
 
-def slice_triplets(tensor: Tensor) -> list[Tensor]:
-    """CP components that start a fit: all singular triplets of the slices of the rotated tensor, the largest first.
+def slice_triplets(tensor: Tensor, rank: int) -> tuple[list[Tensor], Tensor]:
+    """CP components that start a fit: the largest singular triplets of the slices of the rotated tensor.
 
     The shortest mode is rotated to its principal axes; each slice along it is then a matrix, and its singular triplets
-    are CP components. They are orthogonal to each other, and together exact.
+    are CP components. They are orthogonal to each other, and all of them together exact.
 
     Args:
         tensor: ``(G, O, I, S)``.
+        rank: How many components to give.
 
     Returns:
-        The three modes, each ``(G, components, n)``.
+        The three modes, each ``(G, rank, n)``, and the energies of all components, ``(G, components)``, descending.
     """
     short = min((3, 2, 1), key=lambda mode: tensor.shape[mode])
     others = [mode for mode in (1, 2, 3) if mode != short]
@@ -65,18 +78,18 @@ def slice_triplets(tensor: Tensor) -> list[Tensor]:
     axes = leading_vectors(turned.flatten(1, 2).mT, tensor.shape[short]).mT
     slices = torch.einsum("gabs,gts->gtab", turned, axes)
     left, right = truncated(slices, min(slices.shape[-2:]))
-    values = left.norm(dim=-2) * right.norm(dim=-1)
-    order = values.flatten(1).argsort(dim=1, descending=True, stable=True)
+    energies = (left.norm(dim=-2) * right.norm(dim=-1)).square()
+    sorted_energies, order = energies.flatten(1).sort(dim=1, descending=True, stable=True)
 
-    def sort(vectors: Tensor) -> Tensor:
-        return vectors.gather(1, order[..., None].expand(-1, -1, vectors.shape[-1]))
+    def largest(vectors: Tensor) -> Tensor:
+        return vectors.gather(1, order[:, :rank, None].expand(-1, -1, vectors.shape[-1]))
 
     found = {
-        others[0]: sort(left.mT.flatten(1, 2)),
-        others[1]: sort(right.flatten(1, 2)),
-        short: sort(axes.repeat_interleave(values.shape[-1], dim=1)),
+        others[0]: largest(left.mT.flatten(1, 2)),
+        others[1]: largest(right.flatten(1, 2)),
+        short: largest(axes.repeat_interleave(energies.shape[-1], dim=1)),
     }
-    return even_norms([found[mode] for mode in (1, 2, 3)])
+    return even_norms([found[mode] for mode in (1, 2, 3)]), sorted_energies
 
 
 def tail_shares(energies: Tensor) -> Tensor:

@@ -116,6 +116,8 @@ def _rows() -> dict[str, Row]:
     for keep in (0.35, 0.2):
         rows[f"train/resnet56/{keep}"] = Row("resnet56", keep, train=TRAIN | {"epochs": 2})
         rows[f"factors/resnet56/{keep}"] = Row("resnet56", keep, train=TRAIN | FACTORS | {"finetune_epochs": 2})
+        rows[f"long/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | {"epochs": 30})
+        rows[f"long/resnet56/{keep}"] = Row("resnet56", keep, train=TRAIN | {"epochs": 10})
     return rows
 
 
@@ -227,7 +229,7 @@ def measure_trained(name: str, row: Row, shared: Path) -> dict[str, Any]:
         **row.train,
     )
     metrics = train(config)
-    if name.startswith("train/"):
+    if name.startswith("long/") or name.replace("train/", "long/") not in ROWS:
         kept = MODELS / f"{network.model}-keep{round(100 * row.keep)}"
         _copy_model(output, kept)
         metrics["model_folder"] = f"benchmarks/models/{kept.name}"

@@ -80,8 +80,8 @@ class Scheme(ABC):
         Args:
             weight: Dense weight ``(G * O, I, kh, kw)``.
             rank: Rank per block.
-            start: Factors to start from, of this rank, or a `cold_start`. Without it, the best start there is, which
-                is exact for the matrix schemes.
+            start: Factors to start from, of this rank. Without it, the best start there is, which is exact for the
+                matrix schemes.
             sweeps: Iterations; by default one with a ``start``, and enough to settle without.
         """
 
@@ -94,11 +94,14 @@ class Scheme(ABC):
         """
         return None
 
-    def cold_start(self, weight: Tensor) -> tuple[Factors, Tensor] | None:
-        """Factors of full rank, largest components first, and the relative squared error of the first 1, 2, .. of them.
+    def cold_start(self, weight: Tensor, rank: int) -> tuple[Factors, Tensor] | None:
+        """Factors to start from, and the relative squared error of such a start of rank 1, 2, .. up to the full one.
 
-        So the first components are a start at any rank, whose error `nearest` betters. None for the schemes that need
-        no start, since `spectrum` tells all.
+        `nearest` betters it. None for the schemes that need no start, since `spectrum` tells all.
+
+        Args:
+            weight: Dense weight ``(G * O, I, kh, kw)``.
+            rank: Rank of the factors.
         """
         return None
 

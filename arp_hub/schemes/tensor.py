@@ -59,20 +59,19 @@ class Cp(Scheme):
         work = 2 * rank * weight.numel()
         dtype = torch.float32 if work > _SINGLE_WORK and rank < self.max_rank else weight.dtype
         if start is None:
-            start, _ = self.cold_start(weight.to(dtype))
+            start, _ = self.cold_start(weight.to(dtype), rank)
             sweeps = min(_SWEEPS, max(_LEAST_SWEEPS, int(_SWEEP_WORK / work))) if sweeps is None else sweeps
             sweeps = 0 if rank >= self.max_rank else sweeps  # the start is exact
         elif sweeps is None:
             sweeps = 1
-        modes = [mode[:, :rank].to(dtype) for mode in self._all_modes(start)]
+        modes = [mode.to(dtype) for mode in self._all_modes(start)]
         return self._factors([mode.to(weight.dtype) for mode in als(tensor.to(dtype), modes, sweeps)])
 
-    def cold_start(self, weight: Tensor) -> tuple[Factors, Tensor]:
+    def cold_start(self, weight: Tensor, rank: int) -> tuple[Factors, Tensor]:
         """The singular triplets of the slices, which are orthogonal to each other."""
         s = self.shape
-        modes = slice_triplets(weight.reshape(s.groups, s.group_out, s.group_in, s.taps))
-        energies = torch.stack([mode.square().sum(-1) for mode in modes]).prod(0).sum(0)
-        return self._factors(modes), tail_shares(energies)
+        modes, energies = slice_triplets(weight.reshape(s.groups, s.group_out, s.group_in, s.taps), rank)
+        return self._factors(modes), tail_shares(energies.sum(0))
 
     def balance(self, factors: Factors) -> Factors:
         """Even out the norms of every component's three vectors, which leaves the weight as it is."""
@@ -146,30 +145,35 @@ class Tucker2(Scheme):
             inputs = leading_vectors(tensor.transpose(1, 2).flatten(2), r_in)
             sweeps = min(sweeps or _TUCKER_SWEEPS, _TUCKER_SWEEPS)
         else:
-            inputs = torch.linalg.qr(start[0].reshape(s.groups, -1, s.group_in)[:, :r_in].mT).Q
+            inputs = torch.linalg.qr(start[0].reshape(s.groups, -1, s.group_in).mT).Q
         for _ in range(sweeps or 1):  # higher-order orthogonal iteration (De Lathauwer et al. 2000)
             outputs = leading_vectors(torch.einsum("gois,gir->gors", tensor, inputs).flatten(2), r_out)
             inputs = leading_vectors(torch.einsum("gois,gor->girs", tensor, outputs).flatten(2), r_in)
-        return self.balance(self._project(tensor, outputs, inputs))
+        return self.balance(self._factors(_core(tensor, outputs, inputs), outputs, inputs))
 
-    def cold_start(self, weight: Tensor) -> tuple[Factors, Tensor]:
+    def cold_start(self, weight: Tensor, rank: int) -> tuple[Factors, Tensor]:
         """The higher-order SVD (De Lathauwer et al. 2000)."""
-        s = self.shape
+        s, (r_out, r_in) = self.shape, self._ranks(rank)
         tensor = weight.reshape(s.groups, s.group_out, s.group_in, s.taps)
         outputs = leading_vectors(tensor.flatten(2), s.group_out).flip(-1)
         inputs = leading_vectors(tensor.transpose(1, 2).flatten(2), s.group_in).flip(-1)
-        factors = self._project(tensor, outputs, inputs)
-        kept = factors[1].reshape(tensor.shape).square().sum((0, 3)).cumsum(0).cumsum(1)
+        core = _core(tensor, outputs, inputs)
+        kept = core.square().sum((0, 3)).cumsum(0).cumsum(1)
         ranks = torch.arange(self.max_rank, device=kept.device)
         kept = kept[ranks.clamp_max(s.group_out - 1), ranks.clamp_max(s.group_in - 1)]
+        factors = self._factors(core[:, :r_out, :r_in], outputs[..., :r_out], inputs[..., :r_in])
         return factors, 1 - kept / kept[-1].clamp_min(torch.finfo(kept.dtype).tiny)
 
-    def _project(self, tensor: Tensor, outputs: Tensor, inputs: Tensor) -> Factors:
-        """The nearest factors with these orthonormal bases, ``(G, O, r_out)`` and ``(G, I, r_in)``."""
+    def _factors(self, core: Tensor, outputs: Tensor, inputs: Tensor) -> Factors:
+        """Convolution weights of a core ``(G, r_out, r_in, S)`` and bases ``(G, O, r_out)`` and ``(G, I, r_in)``."""
         s = self.shape
-        core = torch.einsum("gois,gop,gir->gprs", tensor, outputs, inputs)
         return (
             inputs.mT.reshape(-1, s.group_in, 1, 1),
             core.reshape(-1, inputs.shape[-1], *s.kernel_size),
             outputs.reshape(s.out_channels, -1, 1, 1),
         )
+
+
+def _core(tensor: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
+    """The best core between orthonormal bases, ``(G, r_out, r_in, S)``."""
+    return torch.einsum("gois,gop,gir->gprs", tensor, outputs, inputs)
