@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -16,19 +16,24 @@ from tqdm.auto import tqdm
 from ._modes import evaluating
 from .calibration import Images
 from .costs import CountedCosts, Floats
-from .curves import Candidate, OutputErrors, candidate_schemes, shape_candidates, weight_candidates
+from .curves import OutputErrors, candidate_schemes, shape_candidates, weight_candidates
 from .dense import refusal
 from .errors import ArpHubError
 from .latency import RANK_MULTIPLE, LatencyTable, Stopwatch, meet
 from .layers import effective_weight, layer_shape, layers_called, low_rank_layers, other_parameters, weight_layers
 from .plan import LayerPlan, RankPlan
 from .schemes import SCHEMES, Scheme
+from .shapes import LayerShape
 from .timing import Workload
 from .tracing import InputSize, Trace, input_size_of, trace
 
 _WEIGHT_POWER, _OUTPUT_POWER = 2.0, 1.0
 """A layer's loss is its relative squared error to this power. Errors in the weight metric say little of the network's
 output, and are best kept even among layers (a higher power); errors in the output metric add up."""
+
+
+_Losses = dict[str, list[tuple[Scheme, Floats]]]
+"""Of every layer the schemes to choose from, with the loss at rank 1, 2, .."""
 
 
 @dataclass(frozen=True)
@@ -112,23 +117,48 @@ def make_plan(
     traced = trace(model, input_size)
     layers, dense = _eligible(model, traced, names, exclude)
     total = float(traced.params if cost == "params" else traced.macs)
-    counted = CountedCosts(cost, traced.sizes)
-    if without_weights:
-        return _plan(_measure_shapes(layers, rank_multiple, traced, counted), share, total, cost, dense)
-    measuring = partial(_measure, model, images=calibration, progress=progress)
     if cost == "latency":
-        workload = workload or Workload()
-        watch = Stopwatch(model, workload, input_size_of(model, input_size))
-        table = LatencyTable(workload, next(model.parameters()).device)
-        layers, shares = _faster_layers(layers, dense, traced, table, progress), watch.shares(layers)
+        measure = partial(_measure, model, images=calibration, progress=progress)
+        watch = Stopwatch(model, workload or Workload(), input_size_of(model, input_size))
         multiple = rank_multiple if rank_multiple > 1 else RANK_MULTIPLE
-        choices = measuring(
-            layers, multiple=multiple, costs=lambda name, scheme: table.costs(scheme, traced.sizes[name], shares[name])
-        )
-        lowest = 1 - sum(layer.costs[0] - layer.costs.min() for layer in choices) + 1e-9
-        return meet(share, lambda aim: _plan(choices, max(aim, lowest), 1.0, cost, dense), watch.ratio)
-    choices = measuring(layers, multiple=rank_multiple, costs=counted)
+        return _plan_by_latency(layers, dense, traced, watch, share, multiple, measure, progress)
+    losses = _measure_shapes(layers) if without_weights else _measure(model, layers, calibration, progress)
+    choices = _choices(losses, CountedCosts(cost, traced.sizes), rank_multiple)
     return _plan(choices, share, total, cost, dense)
+
+
+def _plan_by_latency(
+    layers: Mapping[str, list[Scheme]],
+    dense: dict[str, str],
+    traced: Trace,
+    watch: Stopwatch,
+    share: float,
+    multiple: int,
+    measure: Callable[[Mapping[str, list[Scheme]]], _Losses],
+    progress: bool,
+) -> RankPlan:
+    """The plan whose measured latency meets a budget."""
+    table = LatencyTable(watch.workload, watch.device)
+    layers = _faster_layers(layers, dense, traced, table, progress)
+    shares, losses = watch.shares(layers), measure(layers)
+
+    def costs(name: str, scheme: Scheme) -> Floats:
+        return table.costs(scheme, traced.sizes[name], shares[name])
+
+    def plan_at(aim: float) -> RankPlan:
+        choices = _choices(losses, costs, multiple)
+        lowest = 1 - sum(layer.costs[0] - layer.costs.min() for layer in choices) + 1e-9
+        return _plan(choices, max(aim, lowest), 1.0, "latency", dense)
+
+    def learn(plan: RankPlan) -> float:
+        saved = 0.0
+        for name, layer in plan.layers.items():
+            scheme = next(s for s in layers[name] if (s.name, s.groups) == (layer.scheme, layer.groups))
+            saved += shares[name] * (1 - table.timed(scheme, layer.rank, traced.sizes[name]))
+        table.save()
+        return 1 - saved
+
+    return meet(share, plan_at, watch.ratio, learn)
 
 
 def _plan(choices: Sequence[_Choices], share: float, total: float, cost: str, dense: Mapping[str, str]) -> RankPlan:
@@ -216,42 +246,29 @@ def _faster_layers(
     return found
 
 
-def _measure(
-    model: nn.Module,
-    layers: Mapping[str, list[Scheme]],
-    *,
-    multiple: int,
-    costs: Callable[[str, Scheme], Floats],
-    images: Images | None,
-    progress: bool,
-) -> list[_Choices]:
+def _measure(model: nn.Module, layers: Mapping[str, list[Scheme]], images: Images | None, progress: bool) -> _Losses:
     by_output = None if images is None or not layers else _output_errors(model, layers, images)
-    found = []
+    losses: _Losses = {}
     for name, schemes in tqdm(layers.items(), "measure layers", disable=not progress, leave=False):
         if by_output is None:
             weight = effective_weight(model.get_submodule(name)).float()
             candidates, power = weight_candidates(weight, schemes), _WEIGHT_POWER
         else:
             candidates, power = by_output.candidates(name, schemes), _OUTPUT_POWER
-        losses = [candidate.errors**power for candidate in candidates]
-        found.append(_choices(name, candidates, losses, costs, multiple))
-    return found
+        losses[name] = [(candidate.scheme, candidate.errors**power) for candidate in candidates]
+    return losses
 
 
-def _measure_shapes(
-    layers: Mapping[str, list[Scheme]], multiple: int, traced: Trace, costs: CountedCosts
-) -> list[_Choices]:
-    """The choices where weights are absent; layers of one shape share them, of which large models have many."""
-    known: dict[object, _Choices] = {}
-    found = []
+def _measure_shapes(layers: Mapping[str, list[Scheme]]) -> _Losses:
+    """The losses where weights are absent; layers of one shape share them, of which large models have many."""
+    known: dict[LayerShape, list[tuple[Scheme, Floats]]] = {}
+    losses: _Losses = {}
     for name, schemes in layers.items():
-        key = (schemes[0].shape, traced.sizes[name])
-        if key not in known:
-            candidates = shape_candidates(schemes)
-            losses = [candidate.errors**_WEIGHT_POWER for candidate in candidates]
-            known[key] = _choices(name, candidates, losses, costs, multiple)
-        found.append(replace(known[key], name=name))
-    return found
+        shape = schemes[0].shape
+        if shape not in known:
+            known[shape] = [(found.scheme, found.errors**_WEIGHT_POWER) for found in shape_candidates(schemes)]
+        losses[name] = known[shape]
+    return losses
 
 
 def _output_errors(model: nn.Module, layers: Mapping[str, object], images: Images) -> OutputErrors:
@@ -259,21 +276,21 @@ def _output_errors(model: nn.Module, layers: Mapping[str, object], images: Image
         return OutputErrors(model, {name: model.get_submodule(name) for name in layers}, images)
 
 
-def _choices(
-    name: str,
-    candidates: Sequence[Candidate],
-    losses: Sequence[Floats],
-    costs: Callable[[str, Scheme], Floats],
-    multiple: int,
+def _choices(losses: _Losses, costs: Callable[[str, Scheme], Floats], multiple: int) -> list[_Choices]:
+    return [_layer_choices(name, found, partial(costs, name), multiple) for name, found in losses.items()]
+
+
+def _layer_choices(
+    name: str, losses: Sequence[tuple[Scheme, Floats]], costs: Callable[[Scheme], Floats], multiple: int
 ) -> _Choices:
-    dense = costs(name, candidates[0].scheme)[0]
+    dense = costs(losses[0][0])[0]
     schemes: list[Scheme | None] = [None]
     ranks, prices, values = [0], [np.array([dense])], [np.zeros(1)]
-    for candidate, loss in zip(candidates, losses, strict=True):
+    for scheme, loss in losses:
         held = np.arange(multiple, len(loss) + 1, multiple)
-        price = costs(name, candidate.scheme)[held]
+        price = costs(scheme)[held]
         cheaper = price < dense
-        schemes += [candidate.scheme] * int(cheaper.sum())
+        schemes += [scheme] * int(cheaper.sum())
         ranks += held[cheaper].tolist()
         prices.append(price[cheaper])
         values.append(loss[held[cheaper] - 1])

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ._env import environment
@@ -55,7 +56,7 @@ class LatencyTable:
         self._known = _read(self._file)
         self._new: dict[str, float] = {}
         self._place = f"{_device_name(device)}|{torch.__version__}|{workload}"
-        self._curves: dict[tuple[Any, ...], tuple[list[int], list[float]]] = {}
+        self._curves: dict[tuple[Any, ...], dict[int, float]] = {}
 
     def costs(self, scheme: Scheme, sizes: Sequence[Pair], share: float) -> Floats:
         """What a layer costs dense, and at rank 1, 2, .. of a scheme; infinite at ranks that are not worth it.
@@ -65,13 +66,27 @@ class LatencyTable:
             sizes: The layer's input map at each call.
             share: The dense layer's share of the model's latency, all calls together.
         """
-        ranks = range(1, useful_rank(scheme) + 1)
-        ratios = np.mean([[self._ratio(scheme, rank, size) for rank in ranks] for size in sizes], axis=0)
+        ranks = np.arange(1, useful_rank(scheme) + 1)
+        ratios = np.mean([self._ratios(scheme, ranks, size) for size in sizes], axis=0)
         return np.concatenate([[share], np.where(ratios <= _WORTH_IT, share * ratios, np.inf)])
+
+    def timed(self, scheme: Scheme, rank: int, sizes: Sequence[Pair]) -> float:
+        """A layer's latency over that of the dense one, measured at just this rank, all calls together.
+
+        Kernels change with the rank, so that it may lie far from what measurements at other ranks promise. From here on
+        it is one of them.
+        """
+        ratios = []
+        for size in sizes:
+            known = self._measured(scheme, size)
+            if rank not in known:
+                known[rank] = self._timed_ratio(scheme, rank, size)
+            ratios.append(known[rank])
+        return float(np.mean(ratios))
 
     def faster(self, schemes: Sequence[Scheme], sizes: Sequence[Pair]) -> list[Scheme]:
         """The schemes that are worth it at some measured rank."""
-        return [scheme for scheme in schemes if min(self._measured(scheme, sizes[0])[1]) <= _WORTH_IT]
+        return [scheme for scheme in schemes if min(self._measured(scheme, sizes[0]).values()) <= _WORTH_IT]
 
     def save(self) -> None:
         """Add what was measured to the file, atomically; a cache that cannot be written is done without."""
@@ -85,26 +100,29 @@ class LatencyTable:
         except OSError:
             temporary.unlink(missing_ok=True)
 
-    def _ratio(self, scheme: Scheme, rank: int, size: Pair) -> float:
-        ranks, ratios = self._measured(scheme, size)
-        if len(ranks) > 1 and rank < ranks[0]:
-            slope = max((ratios[1] - ratios[0]) / (ranks[1] - ranks[0]), 0.0)
-            return max(ratios[0] + slope * (rank - ranks[0]), ratios[0] / 2)
-        if len(ranks) > 1 and rank > ranks[-1]:
-            return ratios[-1] * rank / ranks[-1]
-        return float(np.interp(rank, ranks, ratios))
+    def _ratios(self, scheme: Scheme, ranks: NDArray[np.int64], size: Pair) -> Floats:
+        """Latency over that of the dense layer: linear between measured ranks, never falling, and on beyond them."""
+        known = self._measured(scheme, size)
+        points = np.array(sorted(known))
+        ratios = np.maximum.accumulate([known[rank] for rank in points])
+        found = np.interp(ranks, points, ratios)
+        if len(points) == 1:
+            return found
+        slope = (ratios[1] - ratios[0]) / (points[1] - points[0])
+        below = np.maximum(ratios[0] + slope * (ranks - points[0]), ratios[0] / 2)
+        found = np.where(ranks < points[0], below, found)
+        return np.where(ranks > points[-1], ratios[-1] * ranks / points[-1], found)
 
-    def _measured(self, scheme: Scheme, size: Pair) -> tuple[list[int], list[float]]:
-        """Measured ranks, and latency over that of the dense layer at them."""
+    def _measured(self, scheme: Scheme, size: Pair) -> dict[int, float]:
+        """Measured ranks, each with the latency over that of the dense layer."""
         key = (scheme.shape, scheme.name, scheme.groups, size)
         if key not in self._curves:
-            ranks = sorted({_rank_at(scheme, share) for share in _SHARES})
-            ratios = []
-            for rank in ranks:
-                ratios.append(self._timed_ratio(scheme, rank, size))
-                if ratios[0] > 1:  # slower than dense at its smallest: no use to look further
+            found: dict[int, float] = {}
+            for rank in sorted({_rank_at(scheme, share) for share in _SHARES}):
+                found[rank] = self._timed_ratio(scheme, rank, size)
+                if min(found.values()) > 1:  # slower than dense at its smallest: no use to look further
                     break
-            self._curves[key] = ranks[: len(ratios)], list(np.maximum.accumulate(ratios))
+            self._curves[key] = found
         return self._curves[key]
 
     def _timed_ratio(self, scheme: Scheme, rank: int, size: Pair) -> float:
@@ -132,13 +150,13 @@ class Stopwatch:
     """
 
     def __init__(self, model: nn.Module, workload: Workload, input_size: InputSize) -> None:
-        self._model, self._workload = model, workload
-        self._device = next(model.parameters()).device
-        self._images = torch.randn(workload.batch_size, *input_size, device=self._device)
+        self.workload, self.device = workload, next(model.parameters()).device
+        self._model = model
+        self._images = torch.randn(workload.batch_size, *input_size, device=self.device)
 
     def shares(self, names: Collection[str]) -> dict[str, float]:
         """Shares of the dense model's latency that layers take."""
-        return layer_shares(self._model, names, self._images, self._workload, _MODEL_SECONDS)
+        return layer_shares(self._model, names, self._images, self.workload, _MODEL_SECONDS)
 
     def ratio(self, plan: RankPlan) -> float:
         """Latency of the model decomposed by ``plan`` over that of the dense one; weights do not matter."""
@@ -146,9 +164,9 @@ class Stopwatch:
         for layer in low_rank_layers(small).values():
             _spread_out(layer)
         models = {"dense": self._model, "small": small}
-        calls = {name: forward_call(model, self._images, self._workload) for name, model in models.items()}
+        calls = {name: forward_call(model, self._images, self.workload) for name, model in models.items()}
         with torch.inference_mode():
-            samples = take_turns(calls, self._device, _MODEL_SECONDS)
+            samples = take_turns(calls, self.device, _MODEL_SECONDS)
         return paired_ratio(samples["small"], samples["dense"]).median
 
 
@@ -160,13 +178,19 @@ def _spread_out(layer: LowRankLayer) -> None:
         weight.normal_(0, weight[0].numel() ** -0.5)
 
 
-def meet(share: float, plan_at: Callable[[float], RankPlan], ratio_of: Callable[[RankPlan], float]) -> RankPlan:
+def meet(
+    share: float,
+    plan_at: Callable[[float], RankPlan],
+    ratio_of: Callable[[RankPlan], float],
+    learn: Callable[[RankPlan], float],
+) -> RankPlan:
     """The plan whose measured latency meets a budget, though layers timed alone do not quite add up.
 
     Args:
         share: Share of the dense latency to keep.
         plan_at: Makes a plan for a share, by layers timed alone, or the fastest if none is so fast.
         ratio_of: Measures a plan end to end.
+        learn: Times a plan's layers at their own ranks, which `plan_at` knows from then on, and gives their sum.
 
     Raises:
         ArpHubError: If no plan comes within 5 % of the budget.
@@ -180,7 +204,7 @@ def meet(share: float, plan_at: Callable[[float], RankPlan], ratio_of: Callable[
         tried[ratio] = plan
         if (1 - _TOLERANCE) * share <= ratio <= share:
             return plan
-        aim *= _AIM * share / ratio
+        aim = _AIM * share * learn(plan) / ratio
     within = [ratio for ratio in tried if ratio <= share * (1 + _TOLERANCE)]
     if not within:
         raise ArpHubError(

@@ -120,7 +120,8 @@ def als(tensor: Tensor, modes: list[Tensor], sweeps: int) -> list[Tensor]:
 def _als_sweep(tensor: Tensor, modes: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     """One sweep, and its squared error up to the squared norm of the tensor.
 
-    The first two updates share the product of the tensor with the mode that neither changes.
+    The first two updates share the product of the tensor with the mode that neither changes. No intermediate is larger
+    than the components' own kernels, ``(G, r, I, S)``.
     """
     outputs, inputs, taps = modes
     shared = torch.einsum("gois,gro->gris", tensor, outputs)
@@ -128,8 +129,9 @@ def _als_sweep(tensor: Tensor, modes: list[Tensor]) -> tuple[list[Tensor], Tenso
     inputs = solve_spd(outputs_gram * (taps @ taps.mT), torch.einsum("gris,grs->gri", shared, taps))
     inputs_gram = inputs @ inputs.mT
     taps = solve_spd(outputs_gram * inputs_gram, torch.einsum("gris,gri->grs", shared, inputs))
-    shared = torch.einsum("gois,gri->gros", tensor, inputs)
-    gram, products = inputs_gram * (taps @ taps.mT), torch.einsum("gros,grs->gro", shared, taps)
+    del shared
+    kernels = (inputs[..., None] * taps[..., None, :]).flatten(2)
+    gram, products = inputs_gram * (taps @ taps.mT), kernels @ tensor.flatten(2).mT
     outputs = solve_spd(gram, products)
     error = (outputs * (gram @ outputs - 2 * products)).sum(dtype=torch.float64)
     return even_norms([outputs, inputs, taps]), error

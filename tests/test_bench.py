@@ -152,11 +152,33 @@ def test_a_budget_is_met_though_layers_do_not_add_up():
         rank = max((rank for rank in ranks if rank / 64 <= share), default=ranks[0])
         return RankPlan({"layer1.0.conv1": LayerPlan("channel", rank)})
 
-    def slower(plan: RankPlan) -> float:  # everything takes a fifth longer than the layers say
-        return 1.2 * plan.layers["layer1.0.conv1"].rank / 64
+    def by_layers(plan: RankPlan) -> float:
+        return plan.layers["layer1.0.conv1"].rank / 64
 
-    plan = meet(0.6, plan_at, slower)
+    def slower(plan: RankPlan) -> float:  # everything takes a fifth longer than the layers say
+        return 1.2 * by_layers(plan)
+
+    plan = meet(0.6, plan_at, slower, by_layers)
     assert slower(plan) <= 0.6 * 1.05
     assert plan.layers["layer1.0.conv1"].rank == 32
     with pytest.raises(ArpHubError, match=r"the fastest plan takes 0\.150"):
-        meet(0.05, plan_at, slower)
+        meet(0.05, plan_at, slower, by_layers)
+
+
+def test_a_budget_is_met_though_some_ranks_are_slower_than_their_neighbours(cache):
+    scheme = make_scheme("channel", LayerShape(64, 64, (3, 3), padding=(1, 1)))
+    sizes = [(16, 16)]
+    table = LatencyTable(Workload(), CPU)
+    table.faster([scheme], sizes)
+    first = table.timed(scheme, 32, sizes)
+    table.save()
+    known = json.loads(cache.read_text())
+    measured = {int(key.rsplit("|", 1)[1]) for key in known}
+    cliff = next(rank for rank in (16, 24, 40, 48) if rank not in measured)
+    cache.write_text(json.dumps(known | {next(iter(known)).rsplit("|", 1)[0] + f"|{cliff}": 0.96}))
+    table = LatencyTable(Workload(), CPU)
+    assert first == table.timed(scheme, 32, sizes)  # remembered
+    before = table.costs(scheme, sizes, 1.0)
+    assert before[cliff] < 0.96 and table.timed(scheme, cliff, sizes) == 0.96
+    after = table.costs(scheme, sizes, 1.0)
+    assert after[cliff] == 0.96 and (after >= before).all()
