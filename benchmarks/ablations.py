@@ -15,6 +15,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ BATCH, DISTILL, HEAT, CLIP = 128, 0.9, 4.0, 5.0
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing changed. ``penalty`` builds it from the model, plan, task and number of steps."""
+    """One thing changed. ``start`` is the trained network, its fit, or the low-rank model kept in models/."""
 
     what: str
     start: str = "dense"
@@ -73,6 +74,7 @@ class Variant:
     lr: float = LR
     schemes: tuple[str, ...] = ()
     output_metric: bool = False
+    epochs: int = 1
     seed: int = 0
 
 
@@ -100,6 +102,14 @@ VARIANTS = {
     "channel-energy-tail": Variant("channel alone, the tail's energy shrinks", schemes=("channel",)),
     "channel-nuclear-tail": Variant(
         "channel alone, the tail's nuclear norm shrinks", schemes=("channel",), penalty=NuclearTail
+    ),
+    "kept-finetuned": Variant(
+        "the kept model of the longest penalty training, then three epochs of its factors",
+        start="kept",
+        penalty=None,
+        pull=Nothing,
+        lr=LR / 10,
+        epochs=3,
     ),
     "fit-hold-seed-1": Variant("the fit, then the hold, another seed", **FIT, seed=1),
     "fit-factors-seed-1": Variant("factors trained, another seed", **FACTORS, seed=1),
@@ -140,6 +150,12 @@ class Task:
                 arp_hub.decompose(copy.deepcopy(self.dense), self.plan(), calibration=self.images), folder
             )
         return load_model(f"local-dir:{folder}", pretrained=True)
+
+    def kept(self) -> nn.Module:
+        """What the longest penalty training gave."""
+        return load_model(
+            f"local-dir:{HERE / 'models' / f'cifar_resnet20-keep{round(100 * self.keep)}'}", pretrained=True
+        )
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The batches of the epoch with the dense network's logits, the same for every row of a seed."""
@@ -202,10 +218,11 @@ def run(names: list[str], shared: Path, again: bool, max_steps: int) -> None:
 def measure(task: Task, variant: Variant, max_steps: int = 0) -> dict[str, Any]:
     """Train one variant for the epoch, cut, and judge on the test images."""
     torch.manual_seed(variant.seed)
-    plan, total = task.plan(variant.schemes), max_steps or task.steps
-    model = task.fitted() if variant.start == "fit" else copy.deepcopy(task.dense)
+    plan, total = task.plan(variant.schemes), max_steps or variant.epochs * task.steps
+    starts = {"dense": lambda: copy.deepcopy(task.dense), "fit": task.fitted, "kept": task.kept}
+    model = starts[variant.start]()
     model.requires_grad_(True)
-    begin = evaluate(model.eval(), task.data.test)["top1"] if variant.start == "fit" else None
+    begin = evaluate(model.eval(), task.data.test)["top1"] if variant.start != "dense" else None
     factors = None
     if variant.start == "fit" and variant.penalty is not None:
         layers = low_rank_layers(model)
@@ -225,7 +242,7 @@ def measure(task: Task, variant: Variant, max_steps: int = 0) -> dict[str, Any]:
         "before_cut": before,
         "start": begin,
         "params": count_params(small),
-        "epochs": 1,
+        "epochs": variant.epochs,
         "steps": total,
         "train_loss": loss,
         "seconds": round(seconds, 1),
@@ -265,12 +282,13 @@ def _moments(model: nn.Module, plan: arp_hub.RankPlan, images: Tensor) -> dict[s
 
 
 def train(task: Task, variant: Variant, model: nn.Module, pull: Pull, total: int) -> float:
-    """One epoch; returns the mean loss of its last 50 steps."""
+    """All epochs; returns the mean loss of the last 50 steps."""
     optimizer = create_optimizer_v2(model, opt="sgd", lr=variant.lr, weight_decay=1e-4, momentum=0.9)
     schedule = CosineLRScheduler(optimizer, t_initial=total, t_in_epochs=False)
     model.train()
     losses, guides = [], []
-    for step, (images, labels, guide) in enumerate(task.batches(variant.seed)):
+    epochs = chain.from_iterable(task.batches(variant.seed + epoch) for epoch in range(variant.epochs))
+    for step, (images, labels, guide) in enumerate(epochs):
         if step == total:
             break
         schedule.step_update(step)
@@ -287,8 +305,8 @@ def train(task: Task, variant: Variant, model: nn.Module, pull: Pull, total: int
         pull.after(step)
         losses.append(loss.item())
         guides.append(guide)
-    if total == task.steps:
-        task.keep_guide(variant.seed, guides)
+    for epoch in range(total // task.steps):
+        task.keep_guide(variant.seed + epoch, guides[epoch * task.steps :][: task.steps])
     return round(sum(losses[-50:]) / len(losses[-50:]), 4)
 
 
@@ -299,7 +317,8 @@ Written by `python benchmarks/ablations.py table`; a row is measured again by
 
 ResNet-20 on CIFAR-10 from one trained checkpoint (91.73). In every row: one epoch of the same batches, SGD with
 momentum 0.9 from a rate of 0.03 along a cosine, distillation 0.9 at temperature 4, gradients clipped at 5, the same
-plan, and no fine-tuning after the cut. Top-1 on the 10,000 test images at the end; it chose nothing.
+plan, and no fine-tuning after the cut, unless its name says otherwise. Top-1 on the 10,000 test images at the end; it
+chose nothing.
 """
 
 
@@ -311,12 +330,13 @@ def write_table(results: dict[str, Any]) -> None:
         if not rows:
             continue
         parts.append(f"## {100 * (1 - keep):.0f} % of the parameters removed\n")
-        fits = {f"{row['start']:.2f}" for row in rows.values() if row["start"] is not None}
+        fits = {f"{row['start']:.2f}" for name, row in rows.items() if VARIANTS[ROWS[name][1]].start == "fit"}
         parts.append(f"The fit that some rows start from: {', '.join(sorted(fits))}.\n")
         parts.append("| row | what | top-1 before the cut | after it | seconds |\n|---|---|---|---|---|")
         for name, row in rows.items():
             numbers = f"{row['before_cut']:.2f} | {row['top1']:.2f} | {row['seconds']:.0f}"
-            parts.append(f"| `{name}` | {row['what']} | {numbers} |")
+            start = f", from {row['start']:.2f}" if VARIANTS[ROWS[name][1]].start == "kept" else ""
+            parts.append(f"| `{name}` | {row['what']}{start} | {numbers} |")
         parts.append("")
     PAGE.write_text("\n".join(parts), encoding="utf-8")
     print(f"wrote {PAGE.name}")

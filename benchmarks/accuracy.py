@@ -114,6 +114,7 @@ def _rows() -> dict[str, Row]:
         rows[f"train/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | {"epochs": 10})
         rows[f"factors/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | FACTORS)
     for keep in (0.35, 0.2):
+        rows[f"ramp/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | {"epochs": 10} | RAMP)
         rows[f"train/resnet56/{keep}"] = Row("resnet56", keep, train=TRAIN | {"epochs": 2})
         rows[f"factors/resnet56/{keep}"] = Row("resnet56", keep, train=TRAIN | FACTORS | {"finetune_epochs": 2})
         rows[f"long/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | {"epochs": 30})
@@ -122,6 +123,8 @@ def _rows() -> dict[str, Row]:
 
 
 TRAIN: dict[str, Any] = {"ramp": 0.0, "lr": 0.03, "distill": 0.9, "clip_grad": 5.0}
+RAMP: dict[str, Any] = {"start_from": "dense", "ramp": 0.65}
+"""The same epochs from the dense network, which the penalty pulls over."""
 FACTORS: dict[str, Any] = {"epochs": 0, "finetune_epochs": 10, "finetune_lr": 0.003}
 """The same epochs with no penalty: the factors of the fit are trained, at the rate that they bear."""
 ROWS = _rows()

@@ -25,6 +25,8 @@ METHODS = {
     "svd": "plain SVD, weights alone",
     "factors": "the fit, its factors fine-tuned, no penalty",
     "train": "penalty training",
+    "ramp": "penalty training from the dense network",
+    "long": "penalty training, three to five times as long",
 }
 COLOURS = {
     "fit": "#2a78d6",
@@ -33,6 +35,7 @@ COLOURS = {
     "uniform-cp": "#3f9c6b",
     "factors": "#a05fc0",
     "train": "#e08a1e",
+    "long": "#c0392b",
 }
 
 _LEAST_LOST = 0.1
@@ -81,9 +84,8 @@ def write_report(results: Results) -> None:
 def _summary(results: Results) -> str:
     """Top-1 of every network and budget, by what was done."""
     measured = {name.split("/")[0] for name in results}
-    columns = {
-        method: METHODS[method] for method in ("svd", "weights", "fit", "factors", "train") if method in measured
-    }
+    shown = ("svd", "weights", "fit", "factors", "train", "long")
+    columns = {method: METHODS[method] for method in shown if method in measured}
     rows = []
     for network, title in NETWORKS.items():
         own = {name: row for name, row in results.items() if row["network"] == network}
