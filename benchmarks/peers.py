@@ -1,16 +1,19 @@
 """Peers side by side on one network with no training: accuracy, cost, latency and time at the same kept parameters.
 
     pip install "arp-hub[bench]"
-    OMP_NUM_THREADS=1 python benchmarks/peers.py --shared ../shared --keep 0.7 0.5 0.35
+    OMP_NUM_THREADS=1 python benchmarks/peers.py --shared ../shared --network resnet20 --keep 0.7 0.5 0.35
+    OMP_NUM_THREADS=1 python benchmarks/peers.py --shared ../shared --network lite0 --keep 0.84 0.7
+    python benchmarks/peers.py --shared ../shared --table
 
-CIFAR-10 ResNet-20, 2,000 test images. Every peer gets its fair best: the same layers, BatchNorm re-estimated where that
-helps it. A peer that is not installed, or fails, leaves a row that says so. Rows of other peers and budgets that are in
-results/peers.json stay.
+ResNet-20 on 2,000 test images of CIFAR-10, or tf_efficientnet_lite0 on the sample of ImageNet, less the images that
+calibrate. Every peer gets its fair best: the same layers, BatchNorm re-estimated where that helps it. A peer that is
+not installed, or fails, leaves a row that says so. Other rows in results/peers.json stay.
 
-- `arp_hub`: planned and fitted on unlabelled training images; `arp_hub, no images`: on the weights alone.
-- `svd`: a plain loop of truncated SVDs, ranks by energy per parameter.
-- `tltorch`: `FactorizedConv` with CP, the same rank share in every layer.
-- `torch-pruning`: LAMP magnitude over groups of channels, BatchNorm re-estimated.
+- `arp_hub`: planned and fitted on unlabelled images; `arp_hub, no images`: on the weights alone.
+- `svd`: a plain loop of truncated SVDs, ranks by energy per parameter. torchao's low-rank training (`prototype/pat`)
+  ends in one, and has nothing of its own without training.
+- `tltorch cp`, `tltorch tucker`: `FactorizedConv`, the same share of parameters in every layer.
+- `torch-pruning lamp`, `torch-pruning group`: channels pruned by LAMP or group magnitude, BatchNorm re-estimated.
 """
 
 from __future__ import annotations
@@ -20,23 +23,25 @@ import copy
 import json
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from accuracy import NETWORKS, images_and_test
 from torch import Tensor, nn
 
 import arp_hub
 from arp_hub._env import environment
 from arp_hub.bench import benchmark
-from arp_hub.curves import rank_at
+from arp_hub.costs import rank_at
 from arp_hub.layers import count_params, layer_shape
 from arp_hub.loading import load_model
 from arp_hub.schemes import make_scheme
-from arp_hub.tracing import count_macs
-from arp_hub.training import calibration_images, evaluate, load_data
+from arp_hub.tracing import count_macs, input_size_of
+from arp_hub.training import Split, evaluate
 
 RESULTS = Path(__file__).parent / "results" / "peers.json"
 TEST_IMAGES = 2000
@@ -55,7 +60,7 @@ def ours_without_images(model: nn.Module, keep: float, images: Tensor) -> nn.Mod
 
 def svd(model: nn.Module, keep: float, images: Tensor) -> nn.Module:
     """Truncated SVDs of the weights; the next rank goes where it saves most energy for its parameters."""
-    convs = _convs(model)
+    convs = _layers(model, (nn.Conv2d, nn.Linear))
     spectra, ranks = {}, dict.fromkeys(convs, 1)
     for name, conv in convs.items():
         values = torch.linalg.svdvals(conv.weight.detach().flatten(1)).square()
@@ -73,34 +78,35 @@ def svd(model: nn.Module, keep: float, images: Tensor) -> nn.Module:
     return arp_hub.decompose(model, arp_hub.RankPlan({n: arp_hub.LayerPlan("channel", r) for n, r in ranks.items()}))
 
 
-def tltorch_cp(model: nn.Module, keep: float, images: Tensor) -> nn.Module:
-    """Factorised convolutions of tensorly-torch, CP."""
+def tltorch(factorization: str, model: nn.Module, keep: float, images: Tensor) -> nn.Module:
+    """Factorised convolutions of tensorly-torch."""
     from tltorch import FactorizedConv
 
-    convs = _convs(model)
+    convs = _layers(model, (nn.Conv2d,))
     inside = sum(conv.weight.numel() for conv in convs.values())
     share = (keep * count_params(model) - (count_params(model) - inside)) / inside
     for name, conv in convs.items():
-        rank = rank_at(make_scheme("cp", layer_shape(conv)), share)
-        new = FactorizedConv.from_conv(conv, rank=rank, factorization="cp", implementation="factorized")
+        scheme = "cp" if conv.weight[0, 0].numel() > 1 else "channel"  # CP of a 1x1 layer is its SVD
+        rank = rank_at(make_scheme(scheme, layer_shape(conv)), share) if factorization == "cp" else share
+        new = FactorizedConv.from_conv(conv, rank=rank, factorization=factorization, implementation="factorized")
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
     return model
 
 
-def torch_pruning_lamp(model: nn.Module, keep: float, images: Tensor) -> nn.Module:
-    """Channels pruned by LAMP magnitude until the parameters are kept, BatchNorm re-estimated."""
+def torch_pruning(importance: str, model: nn.Module, keep: float, images: Tensor) -> nn.Module:
+    """Channels pruned by magnitude until the parameters are kept, BatchNorm re-estimated."""
     import torch_pruning as tp
 
     goal = keep * count_params(model)
     pruner = tp.pruner.MagnitudePruner(
         model,
         images[:1],
-        importance=tp.importance.LAMPImportance(p=2),
+        importance=getattr(tp.importance, importance)(p=2),
         iterative_steps=200,
         pruning_ratio=0.9,
         global_pruning=True,
-        ignored_layers=[model.fc],
+        ignored_layers=[model.get_classifier()],
     )
     while count_params(model) > goal and pruner.current_step < 200:
         pruner.step()
@@ -118,16 +124,19 @@ PEERS: dict[str, tuple[Peer, str | None, bool]] = {
     "arp_hub": (ours, None, True),
     "arp_hub, no images": (ours_without_images, None, True),
     "svd": (svd, None, True),
-    "tltorch": (tltorch_cp, "tensorly-torch", False),
-    "torch-pruning": (torch_pruning_lamp, "torch-pruning", False),
+    "tltorch cp": (partial(tltorch, "cp"), "tensorly-torch", False),
+    "tltorch tucker": (partial(tltorch, "tucker"), "tensorly-torch", False),
+    "torch-pruning lamp": (partial(torch_pruning, "LAMPImportance"), "torch-pruning", False),
+    "torch-pruning group": (partial(torch_pruning, "GroupMagnitudeImportance"), "torch-pruning", False),
 }
 """How a peer compresses, the package it needs, and whether its result reloads in one line of timm."""
 
 
-def measure(model: nn.Module, peer: str, keep: float, images: Tensor, data: Any) -> dict[str, Any]:
+def measure(network: str, model: nn.Module, peer: str, keep: float, images: Tensor, test: Split) -> dict[str, Any]:
     """The row of one peer at one budget."""
     compress, package, reloads = PEERS[peer]
-    row: dict[str, Any] = {"peer": peer, "keep_params": keep}
+    row: dict[str, Any] = {"network": network, "peer": peer, "keep_params": keep, **environment()}
+    size = input_size_of(model)
     try:
         row["version"] = version(package) if package else arp_hub.__version__
         began, cpu = time.perf_counter(), time.process_time()
@@ -137,11 +146,10 @@ def measure(model: nn.Module, peer: str, keep: float, images: Tensor, data: Any)
             "cpu": round(time.process_time() - cpu, 1),
         }
         row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        row["top1"] = evaluate(small, data.test, max_images=TEST_IMAGES)["top1"]
+        row["top1"] = evaluate(small, test, max_images=TEST_IMAGES)["top1"]
         row["params"] = count_params(small)
-        row["macs"] = count_macs(small, (3, 32, 32))
-        # with dense= there always is a ratio
-        row["latency_ratio"] = benchmark(small, dense=model, seconds=3).ratio.to_dict()
+        row["macs"] = count_macs(small, size)
+        row["latency_ratio"] = benchmark(small, dense=model, input_size=size, seconds=3).ratio.to_dict()
         row["one_line_reload"] = reloads
     except PackageNotFoundError:
         row["missing"] = f"{package} is not installed"
@@ -151,32 +159,62 @@ def measure(model: nn.Module, peer: str, keep: float, images: Tensor, data: Any)
 
 
 def main() -> None:
-    """Measure every peer at every budget."""
+    """Measure every peer at every budget, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, required=True, help="folder with weights/ and data/")
+    parser.add_argument("--shared", type=Path, help="folder with weights/ and data/")
+    parser.add_argument("--network", default="resnet20", choices=list(NETWORKS))
     parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5, 0.35], help="shares of the parameters")
-    parser.add_argument("--images", type=int, default=1024, help="calibration images")
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--table", action="store_true", help="print the table of docs/speed.md")
     args = parser.parse_args()
+    if args.table:
+        print_table(json.loads(RESULTS.read_text(encoding="utf-8"))["rows"])
+        return
+    if args.shared is None:
+        parser.error("--shared is needed, a folder with weights/ and data/")
+    network = NETWORKS[args.network]
     torch.manual_seed(0)
-    model = load_model("cifar_resnet20", args.shared / "weights" / "resnet20_cifar10.safetensors")
-    data = load_data(str(args.shared / "data" / "cifar10"), model, seed=0)
-    images = calibration_images(data, args.images, seed=0)
-    dense = {"top1": evaluate(model, data.test, max_images=TEST_IMAGES)["top1"], "params": count_params(model)}
-    rows = []
+    model = load_model(network.model, args.shared / "weights" / network.checkpoint).eval()
+    images, test = images_and_test(network, model, args.shared)
+    dense = {"top1": evaluate(model, test, max_images=TEST_IMAGES)["top1"], "params": count_params(model)}
     for keep in args.keep:
         for peer in args.peers:
-            rows.append(measure(model, peer, keep, images, data))
-            print(json.dumps(rows[-1]), flush=True)
-    done = {(row["peer"], row["keep_params"]) for row in rows}
-    old = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
-    rows = [row for row in old if (row["peer"], row["keep_params"]) not in done] + rows
-    result = {**environment(), "seed": 0, "images": args.images, "test_images": TEST_IMAGES, "dense": dense}
-    RESULTS.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+            row = measure(args.network, model, peer, keep, images, test)
+            print(json.dumps({key: row[key] for key in row if key not in ("versions", "hardware")}), flush=True)
+            write({**row, "dense": dense, "seed": 0})
 
 
-def _convs(model: nn.Module) -> dict[str, nn.Conv2d]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels > 3}
+def write(row: Mapping[str, Any]) -> None:
+    """Add a row to the results, in place of an earlier one of its network, peer and budget."""
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
+    place = ("network", "peer", "keep_params")
+    rows = [old for old in rows if any(old.get(key) != row[key] for key in place)] + [row]
+    RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Markdown, one table a network."""
+    for network in dict.fromkeys(row["network"] for row in rows):
+        print("| kept | peer | top-1 | MACs | latency | CPU seconds | reloads in one line |\n" + "|---" * 7 + "|")
+        own = [row for row in rows if row["network"] == network]
+        for row in sorted(own, key=lambda row: (-row["keep_params"], list(PEERS).index(row["peer"]))):
+            name = row["peer"] + (f" {row['version']}" if PEERS[row["peer"]][1] and "version" in row else "")
+            if "top1" in row:
+                found = f"{row['top1']:.2f} | {row['macs'] / 1e6:.1f} M | {row['latency_ratio']['median']:.2f}"
+                found += f" | {row['seconds']['cpu']:.1f} | {'yes' if row['one_line_reload'] else 'no'}"
+            else:
+                found = f"{row.get('missing') or row['failed']} | | | |"
+            print(f"| {row['keep_params']:g} | {name} | {found} |")
+        print()
+
+
+def _layers(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> dict[str, Any]:
+    """The layers that are decomposed: not the first convolution, depthwise ones, or the ten rows of a CIFAR head."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and getattr(module, "groups", 1) == 1 and min(module.weight.shape[:2]) > 10  # type: ignore[union-attr]
+    }
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from ..linalg import als, even_norms, leading_vectors, slice_triplets, tail_shar
 from ..shapes import ConvSpec, LayerShape, Pair
 from .base import Factors, Scheme
 
-_SWEEPS, _LEAST_SWEEPS, _SWEEP_WORK = 60, 5, 5e9
+_SWEEPS, _SWEEP_WORK = 60, 5e9
 """Sweeps of a cold start of CP, and the multiply-accumulates that bound them; a warm start needs one sweep."""
+_LEAST_SWEEPS, _MOST_SWEEP_WORK = 5, 3e11
+"""To no fewer than so many are they bound, but for the multiply-accumulates that bound these: to none if need be."""
 _SINGLE_WORK = 2e8
 """Sweeps that take more multiply-accumulates than this are made in single precision, which costs no accuracy."""
 _TUCKER_SWEEPS = 4
@@ -60,7 +62,8 @@ class Cp(Scheme):
         dtype = torch.float32 if work > _SINGLE_WORK and rank < self.max_rank else weight.dtype
         if start is None:
             start, _ = self.cold_start(weight.to(dtype), rank)
-            sweeps = min(_SWEEPS, max(_LEAST_SWEEPS, int(_SWEEP_WORK / work))) if sweeps is None else sweeps
+            least = min(_LEAST_SWEEPS, int(_MOST_SWEEP_WORK / work))
+            sweeps = min(_SWEEPS, max(least, int(_SWEEP_WORK / work))) if sweeps is None else sweeps
             sweeps = 0 if rank >= self.max_rank else sweeps  # the start is exact
         elif sweeps is None:
             sweeps = 1
