@@ -84,14 +84,17 @@ def write_report(results: Results) -> None:
 def _summary(results: Results) -> str:
     """Top-1 of every network and budget, by what was done."""
     measured = {name.split("/")[0] for name in results}
-    shown = ("svd", "weights", "fit", "factors", "train", "long")
+    shown = ("svd", "weights", "fit", "factors", "train")
     columns = {method: METHODS[method] for method in shown if method in measured}
+    columns["train"] += " (three to five times as long)"
     rows = []
     for network, title in NETWORKS.items():
         own = {name: row for name, row in results.items() if row["network"] == network}
         for keep in sorted({row["keep"] for row in own.values()}, reverse=True):
             found = [own.get(f"{method}/{network}/{keep}") for method in columns]
             numbers = ["" if row is None else f"{row['top1']:.2f}" for row in found]
+            if longer := own.get(f"long/{network}/{keep}"):
+                numbers[-1] += f" ({longer['top1']:.2f})"
             dense = next(iter(own.values()))["dense"]["top1"]
             rows.append([title, f"{100 * keep:.0f} %", f"{dense:.2f}", *numbers])
     return _table(["network", "parameters kept", "dense", *columns.values()], rows)

@@ -79,13 +79,21 @@ def svd(model: nn.Module, keep: float, images: Tensor) -> nn.Module:
 
 
 def tltorch(factorization: str, model: nn.Module, keep: float, images: Tensor) -> nn.Module:
-    """Factorised convolutions of tensorly-torch."""
+    """Factorised convolutions of tensorly-torch; a share that gives too many parameters is lowered."""
+    inside = sum(conv.weight.numel() for conv in _layers(model, (nn.Conv2d,)).values())
+    share = (keep * count_params(model) - (count_params(model) - inside)) / inside
+    while True:
+        small = tltorch_at(share, factorization, copy.deepcopy(model))
+        if count_params(small) <= keep * count_params(model):
+            return small
+        share *= 0.97
+
+
+def tltorch_at(share: float, factorization: str, model: nn.Module) -> nn.Module:
+    """The same share of parameters in every layer, about."""
     from tltorch import FactorizedConv
 
-    convs = _layers(model, (nn.Conv2d,))
-    inside = sum(conv.weight.numel() for conv in convs.values())
-    share = (keep * count_params(model) - (count_params(model) - inside)) / inside
-    for name, conv in convs.items():
+    for name, conv in _layers(model, (nn.Conv2d,)).items():
         scheme = "cp" if conv.weight[0, 0].numel() > 1 else "channel"  # CP of a 1x1 layer is its SVD
         rank = rank_at(make_scheme(scheme, layer_shape(conv)), share) if factorization == "cp" else share
         new = FactorizedConv.from_conv(conv, rank=rank, factorization=factorization, implementation="factorized")
