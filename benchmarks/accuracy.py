@@ -114,6 +114,7 @@ def _rows() -> dict[str, Row]:
         rows[f"train/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | {"epochs": 10})
         rows[f"factors/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | FACTORS)
     for keep in (0.35, 0.2):
+        rows[f"teacher/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | {"epochs": 10} | TEACHER)
         rows[f"ramp/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | {"epochs": 10} | RAMP)
         rows[f"train/resnet56/{keep}"] = Row("resnet56", keep, train=TRAIN | {"epochs": 2})
         rows[f"factors/resnet56/{keep}"] = Row("resnet56", keep, train=TRAIN | FACTORS | {"finetune_epochs": 2})
@@ -125,6 +126,8 @@ def _rows() -> dict[str, Row]:
 TRAIN: dict[str, Any] = {"ramp": 0.0, "lr": 0.03, "distill": 0.9, "clip_grad": 5.0}
 RAMP: dict[str, Any] = {"start_from": "dense", "ramp": 0.65}
 """The same epochs from the dense network, which the penalty pulls over."""
+TEACHER: dict[str, Any] = {"teacher": "cifar_resnet56", "teacher_checkpoint": "weights/resnet56_cifar10.safetensors"}
+"""Distillation from a larger network."""
 FACTORS: dict[str, Any] = {"epochs": 0, "finetune_epochs": 10, "finetune_lr": 0.003}
 """The same epochs with no penalty: the factors of the fit are trained, at the rate that they bear."""
 ROWS = _rows()
@@ -219,6 +222,9 @@ def measure_trained(name: str, row: Row, shared: Path) -> dict[str, Any]:
     """Run the recipe's trainer; the finished model stays in ``models/``, and a run that was stopped goes on."""
     network = NETWORKS[row.network]
     output = Path("runs") / "accuracy" / name.replace("/", "-")
+    settings = dict(row.train)
+    if "teacher_checkpoint" in settings:
+        settings["teacher_checkpoint"] = str(shared / settings["teacher_checkpoint"])
     config = TrainConfig(
         model=network.model,
         checkpoint=str(shared / "weights" / network.checkpoint),
@@ -229,7 +235,7 @@ def measure_trained(name: str, row: Row, shared: Path) -> dict[str, Any]:
         checkpoint_every=100,
         seed=SEED,
         overwrite=True,
-        **row.train,
+        **settings,
     )
     metrics = train(config)
     if name.startswith("long/") or name.replace("train/", "long/") not in ROWS:

@@ -26,6 +26,7 @@ METHODS = {
     "factors": "the fit, its factors fine-tuned, no penalty",
     "train": "penalty training",
     "ramp": "penalty training from the dense network",
+    "teacher": "penalty training, ResNet-56 as the teacher",
     "long": "penalty training, three to five times as long",
 }
 COLOURS = {

@@ -36,6 +36,8 @@ def test_every_setting_is_documented_under_a_heading():
         ({"lr": float("inf")}, ["lr", "inf"]),
         ({"momentum": 1}, ["momentum", "below 1"]),
         ({"distill": 2}, ["distill", "at most 1"]),
+        ({"teacher": "resnet50"}, ["teacher='resnet50'", "distill=0", "set distill"]),
+        ({"teacher_checkpoint": "a.safetensors"}, ["teacher_checkpoint='a.safetensors'", "set teacher"]),
         ({"batch_size": 0}, ["batch_size", "at least 1"]),
         ({"start_from": "middle"}, ["start_from", "'middle'", "fit, dense"]),
         ({"schemes": ["cp", "svd"]}, ["schemes", "'svd'", "tucker2"]),

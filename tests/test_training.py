@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from arp_hub import to_dense
+from arp_hub import decompose, make_plan, save_pretrained, to_dense
 from arp_hub.errors import ArpHubError
 from arp_hub.layers import count_params
 from arp_hub.training import TrainConfig, evaluate, load_data, run
@@ -128,6 +128,24 @@ def test_with_no_penalty_the_fit_is_fine_tuned_and_a_run_goes_on_from_there(tmp_
     assert set(run(config(tmp_path / "fit", epochs=0))["scores"]) == {"dense", "fit"}
 
 
+def test_another_model_can_be_the_teacher(finished, tmp_path):
+    folder = f"local-dir:{finished[0].output}"
+    by_itself = config(tmp_path / "itself", distill=1.0)
+    taught = config(tmp_path / "taught", distill=1.0, teacher=folder)
+    assert run(by_itself)["scores"]["fit"] == run(taught)["scores"]["fit"]
+    assert largest_difference(by_itself.output, taught.output) > 1e-4
+    other = timm.create_model("test_resnet", num_classes=10)  # normalises otherwise
+    plan = make_plan(other, keep_params=0.8, input_size=(3, 32, 32))
+    save_pretrained(decompose(other, plan), tmp_path / "other")
+    for teacher, words in [
+        ("cifar_resnet56", "cifar_resnet56"),  # a name without weights
+        (f"local-dir:{tmp_path / 'other'}", r"teacher .*mean \(0\.5, .*choose another teacher"),
+    ]:
+        with pytest.raises(ArpHubError, match=words):
+            run(config(tmp_path / "bad", distill=1.0, teacher=teacher))
+        assert not (tmp_path / "bad").exists()
+
+
 def test_a_run_can_be_repeated_from_its_metrics(finished, tmp_path):
     settings, metrics = finished
     kept = json.loads((Path(settings.output) / "metrics.json").read_text())["config"]
@@ -190,6 +208,10 @@ def test_bad_input_stops_a_run_before_any_training(tmp_path, shared):
         ({"batch_size": 9, "accumulation": 2}, "batch_size=9.*multiple of 2"),
         ({"max_steps": 1}, "ramp=0.65 leaves no step"),
         ({"checkpoint": str(twenty), "data": sample, "dense_epochs": 0}, "1000 classes.*10: set dense_epochs"),
+        (
+            {"data": sample, "distill": 0.5, "teacher": "cifar_resnet20", "teacher_checkpoint": str(twenty)},
+            "teacher 'cifar_resnet20' has 10 classes, data .* has 1000",
+        ),
         ({"resume": str(tmp_path / "gone")}, "no checkpoint at resume="),
         ({"tracker": "paper"}, "unknown tracker 'paper'"),
         ({"keep_params": 0.001}, "keep_params"),

@@ -114,9 +114,17 @@ class TrainConfig:
     mixed_precision: str = _setting("optimisation", "no", "numbers of the forward pass", choices=("no", "bf16", "fp16"))
 
     distill: float = _setting(
-        "regularisation", 0.0, "weight of distillation from the dense model, against 1 - weight", low=0, high=1
+        "regularisation",
+        0.0,
+        "weight of distillation, from the dense model unless a teacher is set, against 1 - weight",
+        low=0,
+        high=1,
     )
     temperature: float = _setting("regularisation", 4.0, "temperature of distillation", above=0)
+    teacher: str = _setting(
+        "regularisation", "", "another model to distil from: a timm name, local-dir:FOLDER or hf-hub:USER/NAME"
+    )
+    teacher_checkpoint: str = _setting("regularisation", "", "weights of the teacher; by default those of its name")
     smoothing: float = _setting("regularisation", 0.0, "label smoothing", low=0, below=1)
     mixup: float = _setting("regularisation", 0.0, "mixup alpha; 0: off", low=0)
     cutmix: float = _setting("regularisation", 0.0, "cutmix alpha; 0: off", low=0)
@@ -149,6 +157,10 @@ class TrainConfig:
             raise ArpHubError(
                 "start_from='fit' needs calibration images: set calibration_images, or start_from='dense'"
             )
+        if self.teacher and not self.distill:
+            raise ArpHubError(f"teacher='{self.teacher}' teaches nothing while distill=0: set distill, 0.9 for one")
+        if self.teacher_checkpoint and not self.teacher:
+            raise ArpHubError(f"teacher_checkpoint='{self.teacher_checkpoint}' needs the teacher's name: set teacher")
         if self.epochs == 0 and self.start_from == "dense":
             raise ArpHubError("epochs=0 trains with no penalty, so that start_from must be 'fit', or raise epochs")
         if self.optimizer.lower() not in (optimizers := [str(name) for name in timm.optim.list_optimizers()]):

@@ -6,13 +6,13 @@ dense training (or given weights) -> plan -> fit -> ramp and hold -> decompose -
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import logging
 import math
 import os
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from ..spectra import decays
 from ..structure import apply_plan
 from .checkpoint import Checkpoint, check_same, find_checkpoint, load_checkpoint, save_tensors, write_atomically
 from .config import TrainConfig
-from .data import ImageData, calibration_images, load_data
+from .data import ImageData, calibration_images, input_format, load_data
 from .evaluate import Scores, evaluate
 from .loop import Phase, Run, phase_steps, train
 from .runlog import RunLog, read_log, tracker_name
@@ -71,11 +71,12 @@ def run(config: TrainConfig) -> dict[str, Any]:
     start = load_checkpoint(found) if found else None
     _check_folders(config, accelerator, start)
     data, model = _data_and_model(config)
+    teacher = _teacher(config, data, model)
     config = _affordable(config, accelerator, data)
     _check_schedule(config, data)
     settings = _settings(config, accelerator, data)
     if start and found:
-        check_same(start.settings, settings, found)
+        check_same({**_defaults(), **start.settings}, settings, found)
     _open_folder(config, accelerator, start)
     log = RunLog(accelerator, config, (start.phase, start.step) if start else None)
     this = Run(config, accelerator, data, log, settings)
@@ -84,7 +85,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         log.note("resumed from '%s'", found)
 
     dense = _dense_model(this, model, start)
-    result, plan = _low_rank_model(this, dense, start)
+    result, plan = _low_rank_model(this, dense, teacher or dense, start)
     metrics = _save(this, dense, result, _metrics(this, plan))
     accelerator.end_training()
     _publish(this)
@@ -179,6 +180,26 @@ def _data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
     return data, model
 
 
+def _teacher(config: TrainConfig, data: ImageData, model: nn.Module) -> nn.Module | None:
+    """The model to distil from, if not the dense one: it sees the same images and tells the same classes apart."""
+    if not config.teacher:
+        return None
+    checkpoint = config.teacher_checkpoint or None
+    teacher = load_model(config.teacher, checkpoint, pretrained=checkpoint is None)
+    if teacher.num_classes != data.num_classes:
+        raise ArpHubError(
+            f"teacher '{config.teacher}' has {teacher.num_classes} classes, data '{config.data}' has "
+            f"{data.num_classes}: choose a teacher that was trained on this data"
+        )
+    theirs, ours = input_format(teacher), input_format(model)
+    if (theirs.mean, theirs.std) != (ours.mean, ours.std):
+        raise ArpHubError(
+            f"teacher '{config.teacher}' normalises images by mean {theirs.mean} and std {theirs.std}, model "
+            f"'{config.model}' by {ours.mean} and {ours.std}, and both are to see the same ones: choose another teacher"
+        )
+    return teacher
+
+
 def _affordable(config: TrainConfig, accelerator: Accelerator, data: ImageData) -> TrainConfig:
     """The settings, with a smaller batch where a trial run would feed a CPU with what was meant for several GPUs."""
     if not config.max_steps or accelerator.device.type != "cpu":
@@ -188,7 +209,7 @@ def _affordable(config: TrainConfig, accelerator: Accelerator, data: ImageData) 
     if config.batch_size <= most:
         return config
     _logger.warning("trial run on a CPU: %d images a step instead of batch_size=%d", most, config.batch_size)
-    return replace(config, batch_size=most)
+    return dataclasses.replace(config, batch_size=most)
 
 
 def _check_schedule(config: TrainConfig, data: ImageData) -> None:
@@ -203,6 +224,11 @@ def _settings(config: TrainConfig, accelerator: Accelerator, data: ImageData) ->
     """What decides the numbers of a run, as a checkpoint keeps it."""
     settings = {name: value for name, value in config.to_dict().items() if name not in _FREE}
     return settings | {"processes": accelerator.num_processes, "training images": len(data.train)}
+
+
+def _defaults() -> dict[str, Any]:
+    """What settings are that a checkpoint of an earlier version does not know."""
+    return {item.name: item.default for item in dataclasses.fields(TrainConfig) if item.name not in _FREE}
 
 
 def _dense_model(run: Run, model: nn.Module, start: Checkpoint | None) -> nn.Module:
@@ -225,23 +251,25 @@ def _dense_model(run: Run, model: nn.Module, start: Checkpoint | None) -> nn.Mod
     return model
 
 
-def _low_rank_model(run: Run, dense: nn.Module, start: Checkpoint | None) -> tuple[nn.Module, RankPlan]:
+def _low_rank_model(
+    run: Run, dense: nn.Module, teacher: nn.Module, start: Checkpoint | None
+) -> tuple[nn.Module, RankPlan]:
     """Plan, penalise and decompose a copy of the dense model; train its factors if asked to."""
     config = run.config
-    teacher = dense.requires_grad_(False) if config.distill else None
+    guide = teacher.to(run.accelerator.device).requires_grad_(False) if config.distill else None
     if start and start.phase == "finetune":
         plan = RankPlan.from_dict(start.plan)
         model = apply_plan(copy.deepcopy(dense), plan)
         model.load_state_dict(start.state["model"])
     else:
-        model, plan = _penalised_model(run, dense, teacher, start if start and start.phase == "compress" else None)
+        model, plan = _penalised_model(run, dense, guide, start if start and start.phase == "compress" else None)
     if config.finetune_epochs:
         model.requires_grad_(True)
         begin = start if start and start.phase == "finetune" else None
         rate = config.finetune_lr or config.lr / 10
         average = train(
             run,
-            Phase("finetune", model, config.finetune_epochs, rate, teacher, frozen_norms=config.freeze_norms),
+            Phase("finetune", model, config.finetune_epochs, rate, guide, frozen_norms=config.freeze_norms),
             begin,
         )
         model = average or model
