@@ -266,7 +266,7 @@ are planned without weights, by shape alone.
 | families exported (torch.compile, torch.export, ONNX, TorchScript) with nothing that fails | {exported} |
 | of them with a stated exception | {exports_excepted} |
 | architectures planned by shape | {architectures} of {all_architectures} |
-| longest planning of a checked one, with weights | {slowest} |
+| longest planning of a checked one, with weights, in CPU time | {slowest} |
 
 The entry points: {entry_points}.
 
