@@ -113,6 +113,10 @@ VARIANTS = {
     ),
     "fit-hold-seed-1": Variant("the fit, then the hold, another seed", **FIT, seed=1),
     "fit-factors-seed-1": Variant("factors trained, another seed", **FACTORS, seed=1),
+    "fit-factors-slow-seed-1": Variant(
+        "factors trained at a tenth of the rate, another seed", **FACTORS, lr=LR / 10, seed=1
+    ),
+    "dense-ramp-seed-1": Variant("the trained network, ramp 0.65, another seed", seed=1),
 }
 ROWS = {f"{keep}/{name}": (keep, name) for keep in (0.35, 0.2) for name in VARIANTS}
 
