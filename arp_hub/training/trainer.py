@@ -185,7 +185,10 @@ def _teacher(config: TrainConfig, data: ImageData, model: nn.Module) -> nn.Modul
     if not config.teacher:
         return None
     checkpoint = config.teacher_checkpoint or None
-    teacher = load_model(config.teacher, checkpoint, pretrained=checkpoint is None)
+    try:
+        teacher = load_model(config.teacher, checkpoint, pretrained=checkpoint is None)
+    except ArpHubError as error:
+        raise ArpHubError(f"no teacher: {error} (teacher_checkpoint gives it the weights of a file)") from error
     if teacher.num_classes != data.num_classes:
         raise ArpHubError(
             f"teacher '{config.teacher}' has {teacher.num_classes} classes, data '{config.data}' has "
