@@ -20,7 +20,7 @@ from .layers import LowRankLayer, effective_weight, layers_called, low_rank_laye
 from .plan import LayerPlan, RankPlan
 from .schemes import Factors, Scheme, relative_error
 from .structure import check_plan
-from .tracing import trace
+from .tracing import InputSize, trace
 
 _FORWARD_WORK = 5e12
 """Multiply-accumulates that bound all forward passes together. Where they do not suffice for one pass for every layer,
@@ -169,7 +169,7 @@ def _shift_mean(layer: LowRankLayer, norm: BatchNorm | None, bias: Tensor) -> No
 def _layers_by_pass(model: nn.Module, plan: RankPlan, images: Images) -> list[list[str]]:
     """The planned layers in the order of their use, in groups that share a pass over the images."""
     counts = [(len(batch), tuple(batch.shape[1:])) for batch in batches(images)]
-    traced = trace(model, counts[0][1])  # type: ignore[arg-type]  # images are (N, C, H, W)
+    traced = trace(model, cast(InputSize, counts[0][1]))  # images are (N, C, H, W)
     by_module = {id(model.get_submodule(name)): place for place, name in enumerate(traced.sizes)}
     places = {name: by_module.get(id(model.get_submodule(name))) for name in plan.layers}
     if silent := [name for name, place in places.items() if place is None]:

@@ -136,6 +136,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state: Any = load_file(path)
         else:
+            # weights_only: tensors and plain containers; a file that asks for any other object is refused, not run
             state = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise ArpHubError(f"checkpoint '{path}' is not a whole safetensors file: {error}") from error

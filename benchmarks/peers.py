@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accuracy import NETWORKS, images_and_test
@@ -221,7 +221,9 @@ def _layers(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> dict[str, A
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, kinds) and getattr(module, "groups", 1) == 1 and min(module.weight.shape[:2]) > 10  # type: ignore[union-attr]
+        if isinstance(module, kinds)
+        and getattr(module, "groups", 1) == 1
+        and min(cast(Tensor, module.weight).shape[:2]) > 10
     }
 
 

@@ -112,8 +112,7 @@ class _Loop:
         self.total = run.total_steps(phase.epochs)
         self.step = start.step if start else 0
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        # torch's stubs know memory_format without a device only
-        self.model = phase.model.to(accelerator.device, memory_format=layout).train()  # type: ignore[call-overload]
+        self.model = phase.model.to(accelerator.device).to(memory_format=layout).train()
         if phase.teacher:
             phase.teacher.to(memory_format=layout)
         self.layout = layout
