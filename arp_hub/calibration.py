@@ -29,11 +29,11 @@ _BATCH_SIZE, _BATCH_PIXELS = 128, 2**21
 """Images, and their pixels, that bound a batch: maps of more would not stay in a cache, nor in little memory."""
 _PATCH_BYTES = 64 * 2**20
 """Unfolded patches are made in chunks of at most this size."""
-_IMAGE_WORK, _LEAST_POSITIONS = 2.5e8, 32
+_IMAGE_WORK, _LEAST_POSITIONS = 1e8, 32
 """Multiply-accumulates that bound one image's share of a second moment. Where they do not suffice for all positions of
 a large map, a random choice of at least so many stands for them: neighbouring patches tell much the same."""
-_LARGE = 1024
-"""Moments with more columns than this are held in single precision."""
+LARGE = 1024
+"""Moments with more columns than this are held in single precision, and so are the fits by them."""
 
 
 def batches(
@@ -135,7 +135,7 @@ class Moments:
 
     def __init__(self, shape: LayerShape, device: torch.device, paired: bool = True) -> None:
         columns = shape.group_in * shape.taps
-        zeros = partial(torch.zeros, dtype=torch.float32 if columns > _LARGE else torch.float64, device=device)
+        zeros = partial(torch.zeros, dtype=torch.float32 if columns > LARGE else torch.float64, device=device)
         self.shape = shape
         self.xx = zeros(shape.groups, columns, columns)
         """Second moment of the patches; only the upper triangle is counted."""
@@ -167,7 +167,7 @@ class Moments:
         """Add patches ``(n, G, D, L)`` and outputs ``(n, G, O, L)`` of one part."""
         columns = columns.permute(1, 2, 0, 3).flatten(2)
         y = y.permute(1, 2, 0, 3).flatten(2)
-        for rows in torch.arange(columns.shape[1]).split(max(_LARGE, -(-columns.shape[1] // 4))):
+        for rows in torch.arange(columns.shape[1]).split(max(LARGE, -(-columns.shape[1] // 4))):
             here, rest = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(rows[0]), None)
             part = columns[:, here] @ columns[:, rest].mT
             self.xx[:, here, rest] += part
@@ -187,8 +187,8 @@ class Moments:
             centred: Take the means out, as is right where the layer's bias can follow them.
         """
         shape, count = self.shape, max(self.count, 1)
-        upper = self.xx.to(weight) / count
-        xx = upper.triu() + upper.triu(1).mT
+        xx = (self.xx.to(weight) / count).triu_()
+        xx += xx.triu(1).mT
         x, y = (self.x / count).to(weight), (self.y / count).to(weight)
         variance = self._variance(xx)
         if centred:
@@ -224,7 +224,7 @@ class Moments:
         side = xx.shape[-1]
         distance = xx.square().sum((-2, -1), dtype=torch.float64) - side * scale[:, 0, 0].double().square()
         share = variance / distance.clamp_min(torch.finfo(xx.dtype).tiny)
-        least = _MIN_SHRINKAGE if side <= _LARGE else max(_MIN_SHRINKAGE, side * _ROUNDING)
+        least = _MIN_SHRINKAGE if side <= LARGE else max(_MIN_SHRINKAGE, side * _ROUNDING)
         return share.clamp(least, 1.0).to(xx)[:, None, None]
 
 

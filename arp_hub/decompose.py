@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from tqdm.auto import tqdm
 
 from ._modes import evaluating
-from .calibration import Images, Moments, batches, following_norms, paired_moments
+from .calibration import LARGE, Images, Moments, batches, following_norms, paired_moments
 from .errors import ArpHubError
 from .fitting import fit_layer, output_scale
 from .layers import LowRankLayer, effective_weight, layers_called, low_rank_layer, low_rank_layers, replace_layers
@@ -146,7 +146,8 @@ def _fitted_layer(
     """The decomposed form of one layer; the mean of ``norm``, the BatchNorm behind it, takes up its change of mean."""
     bias = cast("Tensor | None", dense.bias)
     can_shift = norm is not None or bias is not None
-    weight = effective_weight(dense).double()
+    weight = effective_weight(dense)
+    weight = weight.double() if weight[0].numel() <= LARGE else weight.float()
     problem = moments.regression(weight, centred=can_shift)
     factors = fit_layer(scheme, plan.rank, weight, problem, output_scale(norm, weight))
     new = low_rank_layer(dense, plan)

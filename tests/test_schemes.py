@@ -139,6 +139,16 @@ def test_any_shape_any_rank(out, inner, kh, kw, own, data):
     torch.testing.assert_close(scheme.compose(scheme.balance(factors)), scheme.compose(factors))
 
 
+@pytest.mark.parametrize(("shape", "name", "groups"), CASES)
+def test_a_design_times_a_moment_is_the_plain_product(shape, name, groups):
+    scheme, columns = make_scheme(name, shape, groups), shape.group_in * shape.taps
+    design = scheme.design(scheme.nearest(effective_weight(dense_layer(shape)), 2)[:-1])
+    root = torch.randn(shape.groups, columns, 2 * columns, dtype=torch.float64)
+    moment = root @ root.mT
+    plain = design @ moment.repeat_interleave(scheme.blocks // shape.groups, dim=0)
+    torch.testing.assert_close(scheme.design_moment(design, moment), plain)
+
+
 def test_groups_buy_total_rank_for_one_by_one_layers():
     expand, squeeze = LayerShape(64, 16), LayerShape(16, 64)
     plain = make_scheme("channel", expand)

@@ -114,6 +114,18 @@ class Scheme(ABC):
         """Weights of the chain at ``rank`` (biases not counted: the chain has the dense layer's own)."""
         return chain_params(self.convs(rank))
 
+    def design_moment(self, design: Tensor, moment: Tensor) -> Tensor:
+        """The product of a design with the second moment of the patches, ``(blocks, features, I * kh * kw)``.
+
+        A scheme whose designs are mostly zeros by their form leaves these out.
+
+        Args:
+            design: As `design` gives it.
+            moment: One matrix for every group of the dense layer, ``(G, I * kh * kw, I * kh * kw)``.
+        """
+        rows = design.reshape(self.shape.groups, -1, design.shape[-1])  # blocks of a group share its moment
+        return (rows @ moment).reshape(design.shape)
+
     def compose(self, factors: Sequence[Tensor]) -> Tensor:
         """The dense weight ``(G * O, I, kh, kw)`` that the factors stand for."""
         shape = self.shape
@@ -168,12 +180,13 @@ class _Projected:
     """The least-squares problem of `Scheme.fit` with the last factor eliminated."""
 
     def __init__(self, scheme: Scheme, target: Tensor, moment: Tensor) -> None:
-        self.moment = moment.repeat_interleave(scheme.blocks // scheme.shape.groups, dim=0)
-        self.target_moment = scheme._rows(target) @ self.moment
+        rows = target.reshape(len(moment), -1, moment.shape[-1])
+        self.scheme, self.moment = scheme, moment
+        self.target_moment = scheme._rows(rows @ moment)
         self.energy = (self.target_moment * scheme._rows(target)).sum().clamp_min(torch.finfo(target.dtype).tiny)
 
     def _solve(self, design: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        design_moment = design @ self.moment
+        design_moment = self.scheme.design_moment(design, self.moment)
         cross = design @ self.target_moment.mT
         last = solve_spd(design_moment @ design.mT, cross).mT
         return last, design_moment, cross

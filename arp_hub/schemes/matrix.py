@@ -96,7 +96,7 @@ class Channel(MatrixScheme):
     def _output_gram(self, weight: Tensor, moment: Tensor) -> Tensor:
         """Second moment of the layer's outputs, block by block, ``(blocks, rows, rows)``."""
         rows = self._rows(weight)
-        return rows @ moment.repeat_interleave(self.groups, dim=0) @ rows.mT
+        return self.design_moment(rows, moment) @ rows.mT
 
 
 class GroupOut(Channel):
@@ -144,6 +144,11 @@ class GroupIn(MatrixScheme):
         # Block-diagonal: feature (j, r) sees the input channels of block j alone.
         right = self.right(factors).unflatten(0, (self.shape.groups, self.groups))
         return torch.stack([torch.block_diag(*group) for group in right])
+
+    def design_moment(self, design: Tensor, moment: Tensor) -> Tensor:
+        g = self.groups
+        blocks = design.unflatten(2, (g, -1)).unflatten(1, (g, -1)).diagonal(dim1=1, dim2=3)  # (G, r, D / g, g)
+        return (blocks.permute(0, 3, 1, 2) @ moment.unflatten(1, (g, -1))).flatten(1, 2)
 
     def fold(self, weight: Tensor) -> Tensor:
         s = self.shape
@@ -195,6 +200,12 @@ class Spatial(MatrixScheme):
         shift = torch.eye(s.kernel_size[1], dtype=first.dtype, device=first.device)
         spread = torch.einsum("gria,bc->grbiac", first, shift)  # feature (r, b) sees column b of the kernel
         return spread.reshape(s.groups, -1, s.group_in * s.taps)
+
+    def design_moment(self, design: Tensor, moment: Tensor) -> Tensor:
+        kw = self.shape.kernel_size[1]
+        columns = design.unflatten(2, (-1, kw)).unflatten(1, (-1, kw)).diagonal(dim1=2, dim2=4)  # (G, r, I kh, kw)
+        rows = moment.unflatten(1, (-1, kw)).transpose(1, 2)  # (G, kw, I kh, D)
+        return (columns.permute(0, 3, 1, 2) @ rows).transpose(1, 2).flatten(1, 2)
 
     def fold(self, weight: Tensor) -> Tensor:
         s = self.shape
