@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from .calibration import Images, Regression, all_moments, following_norms
 from .costs import Floats, rank_at, useful_rank
 from .fitting import fit_layer, output_scale
-from .layers import effective_weight
+from .layers import effective_weight, low_rank_layer
 from .linalg import tail_shares
-from .schemes import Scheme, energy, relative_error
+from .plan import LayerPlan
+from .schemes import Factors, Scheme, energy, relative_error
+from .sensitivity import OutputProbe
 from .shapes import LayerShape, degrees_of_freedom
 
 _SHARES, _FEW_SHARES = (0.08, 0.18, 0.35, 0.6), (0.2, 0.5)
@@ -30,6 +33,8 @@ _LEAST_SWEEPS, _SWEEP_WORK, _MOST_SWEEP_WORK = 2, 5e8, 2e10
 """Multiply-accumulates that bound the sweeps of a nearest point, but to no fewer than so many, and a bound on these."""
 _ITERATIONS, _WORK = 25, 2e9
 """Iterations of a fit, and the multiply-accumulates that bound them."""
+_PROBED_SHARE, _LEAST_PROBED = 0.35, 1e-6
+"""Parameter share at which a layer is put into the network, and the least error that is believed of it there."""
 _GROUP_CHOICES = (2, 4, 8)
 _TINY = 1e-9
 
@@ -40,7 +45,7 @@ class Candidate:
 
     Attributes:
         scheme: The scheme, bound to the layer and its groups.
-        errors: Relative squared error, falling with the rank.
+        errors: Relative squared error, falling with the rank; or that times what the layer's errors weigh.
     """
 
     scheme: Scheme
@@ -134,21 +139,27 @@ def _sweeps(scheme: Scheme, weight: Tensor, rank: int) -> int:
 
 
 class OutputErrors:
-    """Error curves of many layers in the metric of their outputs.
+    """Error curves of many layers in the metric of their outputs, weighted by what they do to the network's output.
 
     Args:
-        model: The dense model, in evaluation mode for as long as this takes.
+        model: The dense model, in evaluation mode for as long as this is used.
         layers: The layers in question by name.
-        images: Calibration images; one pass is made over them.
+        images: Calibration images; one pass is made over them, and one over a few of them for every layer.
+        macs: Multiply-accumulates of one image through the model.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], images: Images) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], images: Images, macs: float) -> None:
         self._layers = layers
         self._moments = all_moments(model, layers, images)
         self._norms = following_norms(model, layers, images)
+        self._probe = OutputProbe(model, images, macs * len(layers))
 
     def candidates(self, name: str, schemes: Sequence[Scheme], keep: int = 2) -> list[Candidate]:
         """Error curves of the most promising schemes of a layer.
+
+        Each is the geometric mean of two: the error at the layer's own output, and that at the network's, which is
+        taken to be in proportion to it and is measured once. The first alone does not know how much a layer matters
+        (one that a shortcut goes around matters little), the second alone trusts that the rest stays as it is.
 
         Args:
             name: The layer.
@@ -156,12 +167,21 @@ class OutputErrors:
             keep: How many to measure; they are shortlisted by their error in the weight metric at equal cost.
         """
         layer, norm = self._layers[name], self._norms.get(name)
+        centred = norm is not None or layer.bias is not None
         weight = effective_weight(layer).float()
-        problem = self._moments.pop(name).regression(weight, centred=norm is not None or layer.bias is not None)
+        problem = self._moments.pop(name).regression(weight, centred)
         scale = output_scale(norm, weight)
-        return [
+        found = [
             Candidate(scheme, _output_curve(scheme, problem, scale)) for scheme in _shortlist(weight, schemes, keep)
         ]
+        best = min(found, key=lambda candidate: candidate.errors[rank_at(candidate.scheme, _PROBED_SHARE) - 1]).scheme
+        rank = rank_at(best, _PROBED_SHARE)
+        factors = _rough_fit(best, rank, weight, problem, scale)
+        error = self._probe.error(layer, _substitute(layer, best, rank, factors, problem, centred))
+        rows = scale.view(-1, 1, 1, 1)
+        own = float(relative_error(weight * rows, best.compose(factors) * rows, problem.moment))
+        importance = math.sqrt(max(error, _LEAST_PROBED) / max(own, _LEAST_PROBED)) if math.isfinite(error) else 1.0
+        return [Candidate(candidate.scheme, candidate.errors * importance) for candidate in found]
 
 
 def _output_curve(scheme: Scheme, problem: Regression, scale: Tensor) -> Floats:
@@ -175,11 +195,27 @@ def _output_curve(scheme: Scheme, problem: Regression, scale: Tensor) -> Floats:
     shares = _SHARES if problem.moment.shape[-1] <= _LARGE else _FEW_SHARES
     ranks, values = sorted({rank_at(scheme, share) for share in shares}), []
     for rank in ranks:
-        fitted = fit_layer(
-            scheme, rank, weight, weighted, ones, _ITERATIONS, _WORK, least=0, sweeps=_sweeps(scheme, weight, rank)
-        )
+        fitted = _rough_fit(scheme, rank, weight, weighted, ones)
         values.append(float(energy(weight - scheme.compose(fitted), problem.moment) / total))
     return interpolate(ranks, values, last)
+
+
+def _rough_fit(scheme: Scheme, rank: int, weight: Tensor, problem: Regression, scale: Tensor) -> Factors:
+    sweeps = _sweeps(scheme, weight, rank)
+    return fit_layer(scheme, rank, weight, problem, scale, _ITERATIONS, _WORK, least=0, sweeps=sweeps)
+
+
+def _substitute(
+    layer: nn.Module, scheme: Scheme, rank: int, factors: Factors, problem: Regression, centred: bool
+) -> Callable[[Tensor], Tensor]:
+    """The layer with ``factors`` in place of its weight; its mean output stays right where something can follow it."""
+    new = low_rank_layer(layer, LayerPlan(scheme.name, rank, scheme.groups))
+    new.load_factors(factors, cast("Tensor | None", layer.bias))
+    if not centred:
+        return new
+    shift = problem.bias(scheme.compose(factors))
+    shift = shift if scheme.shape.kind == "linear" else shift[:, None, None]
+    return lambda x: new(x) + shift.to(x.dtype)
 
 
 def _shortlist(weight: Tensor, schemes: Sequence[Scheme], keep: int) -> list[Scheme]:
