@@ -159,6 +159,34 @@ def test_moments_do_not_depend_on_batches_and_match_the_plain_sum():
     torch.testing.assert_close(problem.target, conv.weight.detach(), rtol=1e-6, atol=1e-8)
 
 
+class TwoBranches(nn.Module):
+    """Two convolutions of equal weights, of which the second hardly reaches the output."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        torch.manual_seed(0)
+        self.loud = nn.Conv2d(32, 32, 3, padding=1)
+        self.quiet = copy.deepcopy(self.loud)
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(self.loud(x) + 0.01 * self.quiet(x))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda y: y.mean((2, 3)), lambda y: [y, y.mean()], lambda y: {"map": y}, lambda y: y.half()],
+    ids=["vector", "list", "dict", "half"],
+)
+def test_a_plan_with_images_knows_which_layer_matters(wrap):
+    model, images = TwoBranches(wrap), torch.randn(24, 32, 12, 12)
+    plan = make_plan(
+        model, keep_params=0.5, calibration=images, exclude=(), schemes=["channel"], input_size=(32, 12, 12)
+    )
+    assert plan.layers["quiet"].rank < 0.5 * (plan.layers["loud"].rank if "loud" in plan.layers else 32)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_patches_at_some_positions_are_those_of_all(stride):
     conv = nn.Conv2d(4, 6, (3, 5), padding=(1, 2), stride=stride, dilation=(1, 2), groups=2)
