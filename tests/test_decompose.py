@@ -175,8 +175,14 @@ class TwoBranches(nn.Module):
 
 @pytest.mark.parametrize(
     "wrap",
-    [lambda y: y.mean((2, 3)), lambda y: [y, y.mean()], lambda y: {"map": y}, lambda y: y.half()],
-    ids=["vector", "list", "dict", "half"],
+    [
+        lambda y: y.mean((2, 3)),
+        lambda y: y.mean((1, 2, 3))[:, None],
+        lambda y: [y, y.mean()],
+        lambda y: {"map": y},
+        lambda y: y.half(),
+    ],
+    ids=["logits", "one logit", "list", "dict", "half"],
 )
 def test_a_plan_with_images_knows_which_layer_matters(wrap):
     model, images = TwoBranches(wrap), torch.randn(24, 32, 12, 12)
