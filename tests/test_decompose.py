@@ -182,7 +182,7 @@ class TwoBranches(nn.Module):
         lambda y: {"map": y},
         lambda y: y.half(),
     ],
-    ids=["logits", "one logit", "list", "dict", "half"],
+    ids=["vector", "one number", "list", "dict", "half"],
 )
 def test_a_plan_with_images_knows_which_layer_matters(wrap):
     model, images = TwoBranches(wrap), torch.randn(24, 32, 12, 12)
