@@ -29,7 +29,7 @@ _BATCH_SIZE, _BATCH_PIXELS = 128, 2**21
 """Images, and their pixels, that bound a batch: maps of more would not stay in a cache, nor in little memory."""
 _PATCH_BYTES = 64 * 2**20
 """Unfolded patches are made in chunks of at most this size."""
-_IMAGE_WORK, _LEAST_POSITIONS = 1e8, 32
+_IMAGE_WORK, _LEAST_POSITIONS = 2.5e8, 32
 """Multiply-accumulates that bound one image's share of a second moment. Where they do not suffice for all positions of
 a large map, a random choice of at least so many stands for them: neighbouring patches tell much the same."""
 LARGE = 1024

@@ -10,13 +10,13 @@ import signal
 import sys
 import traceback
 
-import accelerate  # noqa: F401
-import huggingface_hub  # noqa: F401
-import timm  # noqa: F401
+import accelerate  # noqa: F401 - imported before the forks
+import huggingface_hub  # noqa: F401 - imported before the forks
+import timm  # noqa: F401 - imported before the forks
 import torch
 
-import arp_hub  # noqa: F401
-import arp_hub.cli  # noqa: F401
+import arp_hub  # noqa: F401 - imported before the forks
+import arp_hub.cli  # noqa: F401 - imported before the forks
 
 torch.set_num_threads(1)
 

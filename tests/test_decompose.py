@@ -202,12 +202,12 @@ def test_patches_at_some_positions_are_those_of_all(stride):
 
 
 def test_few_positions_of_a_large_map_stand_for_all():
-    torch.manual_seed(0)  # noise, in which neighbouring patches tell less of each other than in any image
+    torch.manual_seed(0)
     conv = nn.Conv2d(64, 8, 3, padding=1)
-    smooth = nn.functional.conv2d(torch.randn(64, 3, 68, 68), torch.randn(64, 3, 5, 5))
+    smooth = nn.functional.conv2d(torch.randn(16, 3, 68, 68), torch.randn(64, 3, 5, 5))
     found = Moments(layer_shape(conv), torch.device("cpu"), paired=False)
     found.update(smooth, conv(smooth))
-    assert found.count < 64 * 64 * 64 / 8
+    assert found.count < 16 * 64 * 64
     columns = patches(smooth, layer_shape(conv)).permute(1, 2, 0, 3).flatten(2)
     exact = columns @ columns.mT / columns.shape[-1]
     moment = found.regression(conv.weight.detach()).moment
