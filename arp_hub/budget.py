@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ._modes import evaluating
 from .calibration import Images
 from .costs import CountedCosts, Floats
-from .curves import OutputErrors, candidate_schemes, shape_candidates, weight_candidates
+from .curves import Candidate, OutputErrors, candidate_schemes, shape_candidates, weight_candidates
 from .dense import refusal
 from .errors import ArpHubError
 from .latency import RANK_MULTIPLE, LatencyTable, Stopwatch, meet
@@ -27,9 +27,13 @@ from .shapes import LayerShape
 from .timing import Workload
 from .tracing import InputSize, Trace, input_size_of, trace
 
-_WEIGHT_POWER, _OUTPUT_POWER = 2.0, 1.0
-"""A layer's loss is its relative squared error to this power. Errors in the weight metric say little of the network's
-output, and are best kept even among layers (a higher power); errors in the output metric add up."""
+_WEIGHT_POWER = 2.0
+"""A layer's loss in the weight metric is its relative squared error to this power: such errors say little of the
+network's output, and are best kept even among layers. Errors in the output metric add up."""
+_IMPORTANCE_POWERS = (0.0, 0.25, 0.5, 0.75)
+"""A layer's loss in the output metric is its error times its importance to one of these powers: the one whose plan, as
+a whole, does the least to the network's output. At 0 it is not known how much a layer matters; at 1 it is trusted that
+the rest stays as it is. Which is best depends on the network and the budget."""
 
 
 _Losses = dict[str, list[tuple[Scheme, Floats]]]
@@ -69,11 +73,13 @@ def make_plan(
     """Plan the decomposition of a model: which layers, by which scheme, at which rank.
 
     Every layer's relative error is measured over its rank for the schemes that apply: in the metric of its weights,
-    or, with calibration images, in that of its outputs as the BatchNorm behind it scales them, weighted by what the
-    layer, decomposed alone, does to the output of the network. The plan minimises the
+    or, with calibration images, in that of its outputs as the BatchNorm behind it scales them. The plan minimises the
     sum over layers under the budget (a Lagrangian relaxation, then greedy steps), and lands within 1 % of it, from
     below. A latency is measured, layer by layer and then end to end, on the model's device as it is now, and kept
     within 5 %: a layer stays dense unless its factors are faster.
+
+    With images there are several such plans, which count more or less what each layer, decomposed alone, does to the
+    output of the network. All are tried on a few images, and the one that changes the output least is taken.
 
     A model on the meta device is planned by the shapes of its layers alone, with a warning: in seconds and with little
     memory, whatever its size.
@@ -123,9 +129,13 @@ def make_plan(
         watch = Stopwatch(model, workload or Workload(), input_size_of(model, input_size))
         multiple = rank_multiple if rank_multiple > 1 else RANK_MULTIPLE
         return _plan_by_latency(layers, dense, traced, watch, share, multiple, measure, progress)
-    losses = _measure_shapes(layers) if without_weights else _measure(model, layers, traced, calibration, progress)
-    choices = _choices(losses, CountedCosts(cost, traced.sizes), rank_multiple)
-    return _plan(choices, share, total, cost, dense)
+
+    def plan_by(losses: _Losses) -> RankPlan:
+        return _plan(_choices(losses, CountedCosts(cost, traced.sizes), rank_multiple), share, total, cost, dense)
+
+    if without_weights:
+        return plan_by(_measure_shapes(layers))
+    return plan_by(_measure(model, layers, traced, calibration, progress, plan_by))
 
 
 def _plan_by_latency(
@@ -135,18 +145,18 @@ def _plan_by_latency(
     watch: Stopwatch,
     share: float,
     multiple: int,
-    measure: Callable[[Mapping[str, list[Scheme]]], _Losses],
+    measure: Callable[..., _Losses],
     progress: bool,
 ) -> RankPlan:
     """The plan whose measured latency meets a budget."""
     table = LatencyTable(watch.workload, watch.device)
     layers = _faster_layers(layers, dense, traced, table, progress)
-    shares, losses = watch.shares(layers), measure(layers)
+    shares = watch.shares(layers)
 
     def costs(name: str, scheme: Scheme) -> Floats:
         return table.costs(scheme, traced.sizes[name], shares[name])
 
-    def plan_at(aim: float) -> RankPlan:
+    def plan_by(losses: _Losses, aim: float = share) -> RankPlan:
         choices = _choices(losses, costs, multiple)
         lowest = 1 - sum(layer.costs[0] - layer.costs.min() for layer in choices) + 1e-9
         return _plan(choices, max(aim, lowest), 1.0, "latency", dense)
@@ -159,7 +169,8 @@ def _plan_by_latency(
         table.save()
         return 1 - saved
 
-    return meet(share, plan_at, watch.ratio, learn)
+    losses = measure(layers=layers, plan_by=plan_by)
+    return meet(share, partial(plan_by, losses), watch.ratio, learn)
 
 
 def _plan(choices: Sequence[_Choices], share: float, total: float, cost: str, dense: Mapping[str, str]) -> RankPlan:
@@ -248,21 +259,41 @@ def _faster_layers(
 
 
 def _measure(
-    model: nn.Module, layers: Mapping[str, list[Scheme]], traced: Trace, images: Images | None, progress: bool
+    model: nn.Module,
+    layers: Mapping[str, list[Scheme]],
+    traced: Trace,
+    images: Images | None,
+    progress: bool,
+    plan_by: Callable[[_Losses], RankPlan],
 ) -> _Losses:
-    """The losses of every layer, by its weights or by what images show."""
+    """The losses of every layer, by its weights or by what images show; ``plan_by`` makes the plans that are tried."""
     bar = tqdm(layers.items(), "measure layers", disable=not progress, leave=False)
     if images is None or not layers:
         weights = ((name, effective_weight(model.get_submodule(name)).float(), schemes) for name, schemes in bar)
         found = {name: weight_candidates(weight, schemes) for name, weight, schemes in weights}
-        power = _WEIGHT_POWER
-    else:
-        modules = {name: model.get_submodule(name) for name in layers}
-        with evaluating(model), layers_called(model):
-            errors = OutputErrors(model, modules, images, traced.macs)
-            found = {name: errors.candidates(name, schemes) for name, schemes in bar}
-        power = _OUTPUT_POWER
-    return {name: [(one.scheme, one.errors**power) for one in candidates] for name, candidates in found.items()}
+        return {name: [(one.scheme, one.errors**_WEIGHT_POWER) for one in curves] for name, curves in found.items()}
+    modules = {name: model.get_submodule(name) for name in layers}
+    with evaluating(model), layers_called(model):
+        errors = OutputErrors(model, modules, images, traced.macs)
+        found = {name: errors.candidates(name, schemes) for name, schemes in bar}
+        return _losses_of_best_plan(errors, found, plan_by)
+
+
+def _losses_of_best_plan(
+    errors: OutputErrors, found: Mapping[str, list[Candidate]], plan_by: Callable[[_Losses], RankPlan]
+) -> _Losses:
+    """The losses by that power of the layers' importance whose plan does the least to the network's output."""
+    plans: list[RankPlan] = []
+    tried: dict[float, _Losses] = {}
+    for power in _IMPORTANCE_POWERS:
+        losses = {
+            name: [(one.scheme, one.errors * errors.importance[name] ** power) for one in curves]
+            for name, curves in found.items()
+        }
+        if (plan := plan_by(losses)) not in plans:
+            plans.append(plan)
+            tried.setdefault(errors.divergence(plan), losses)
+    return tried[min(tried)]
 
 
 def _measure_shapes(layers: Mapping[str, list[Scheme]]) -> _Losses:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -16,9 +16,9 @@ from .costs import Floats, rank_at, useful_rank
 from .fitting import fit_layer, output_scale
 from .layers import effective_weight, low_rank_layer
 from .linalg import tail_shares
-from .plan import LayerPlan
+from .plan import LayerPlan, RankPlan
 from .schemes import Factors, Scheme, energy, relative_error
-from .sensitivity import OutputProbe
+from .sensitivity import OutputProbe, Substitute
 from .shapes import LayerShape, degrees_of_freedom
 
 _SHARES, _FEW_SHARES = (0.08, 0.18, 0.35, 0.6), (0.2, 0.5)
@@ -45,7 +45,7 @@ class Candidate:
 
     Attributes:
         scheme: The scheme, bound to the layer and its groups.
-        errors: Relative squared error, falling with the rank; or that times what the layer's errors weigh.
+        errors: Relative squared error, falling with the rank.
     """
 
     scheme: Scheme
@@ -138,28 +138,56 @@ def _sweeps(scheme: Scheme, weight: Tensor, rank: int) -> int:
     return max(1, min(scheme.rough_sweeps, max(least, int(_SWEEP_WORK / work))))
 
 
+@dataclass(frozen=True)
+class _LayerProblem:
+    """What there is to fit of one layer."""
+
+    layer: nn.Module
+    weight: Tensor
+    regression: Regression
+    scale: Tensor
+    centred: bool
+
+    def substitute(self, scheme: Scheme, rank: int) -> tuple[Substitute, float]:
+        """The layer roughly decomposed, and its relative error in the metric of its outputs."""
+        factors = _rough_fit(scheme, rank, self.weight, self.regression, self.scale)
+        new = low_rank_layer(self.layer, LayerPlan(scheme.name, rank, scheme.groups))
+        new.load_factors(factors, cast("Tensor | None", self.layer.bias))
+        rows, composed = self.scale.view(-1, 1, 1, 1), scheme.compose(factors)
+        error = float(relative_error(self.weight * rows, composed * rows, self.regression.moment))
+        if not self.centred:
+            return new, error
+        # its mean output stays right, as something will follow it
+        shift = self.regression.bias(composed)
+        shift = shift if scheme.shape.kind == "linear" else shift[:, None, None]
+        return (lambda x: new(x) + shift.to(x.dtype)), error
+
+
 class OutputErrors:
-    """Error curves of many layers in the metric of their outputs, weighted by what they do to the network's output.
+    """Error curves of many layers in the metric of their outputs, and what the layers do to the network's output.
 
     Args:
         model: The dense model, in evaluation mode for as long as this is used.
         layers: The layers in question by name.
         images: Calibration images; one pass is made over them, and one over a few of them for every layer.
         macs: Multiply-accumulates of one image through the model.
+
+    Attributes:
+        importance: Of every layer that was measured, the divergence of the network's output, with the layer alone
+            decomposed, over the layer's own error.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], images: Images, macs: float) -> None:
+        self.importance: dict[str, float] = {}
         self._layers = layers
         self._moments = all_moments(model, layers, images)
         self._norms = following_norms(model, layers, images)
         self._probe = OutputProbe(model, images, macs * len(layers))
+        self._problems: dict[str, _LayerProblem] = {}
+        self._schemes: dict[tuple[str, str, int], Scheme] = {}
 
     def candidates(self, name: str, schemes: Sequence[Scheme], keep: int = 2) -> list[Candidate]:
-        """Error curves of the most promising schemes of a layer.
-
-        Each is the geometric mean of two: the error at the layer's own output, and that at the network's, which is
-        taken to be in proportion to it and is measured once. The first alone does not know how much a layer matters
-        (one that a shortcut goes around matters little), the second alone trusts that the rest stays as it is.
+        """Error curves of the most promising schemes of a layer, at the layer's own output; notes its importance.
 
         Args:
             name: The layer.
@@ -169,19 +197,29 @@ class OutputErrors:
         layer, norm = self._layers[name], self._norms.get(name)
         centred = norm is not None or layer.bias is not None
         weight = effective_weight(layer).float()
-        problem = self._moments.pop(name).regression(weight, centred)
-        scale = output_scale(norm, weight)
+        regression = self._moments.pop(name).regression(weight, centred)
+        problem = _LayerProblem(layer, weight, regression, output_scale(norm, weight), centred)
         found = [
-            Candidate(scheme, _output_curve(scheme, problem, scale)) for scheme in _shortlist(weight, schemes, keep)
+            Candidate(scheme, _output_curve(scheme, regression, problem.scale))
+            for scheme in _shortlist(weight, schemes, keep)
         ]
         best = min(found, key=lambda candidate: candidate.errors[rank_at(candidate.scheme, _PROBED_SHARE) - 1]).scheme
-        rank = rank_at(best, _PROBED_SHARE)
-        factors = _rough_fit(best, rank, weight, problem, scale)
-        error = self._probe.error(layer, _substitute(layer, best, rank, factors, problem, centred))
-        rows = scale.view(-1, 1, 1, 1)
-        own = float(relative_error(weight * rows, best.compose(factors) * rows, problem.moment))
-        importance = math.sqrt(max(error, _LEAST_PROBED) / max(own, _LEAST_PROBED)) if math.isfinite(error) else 1.0
-        return [Candidate(candidate.scheme, candidate.errors * importance) for candidate in found]
+        substitute, own = problem.substitute(best, rank_at(best, _PROBED_SHARE))
+        divergence = self._probe.divergence({layer: substitute})
+        known = math.isfinite(divergence)
+        self.importance[name] = max(divergence, _LEAST_PROBED) / max(own, _LEAST_PROBED) if known else 1.0
+        self._problems[name] = problem
+        self._schemes |= {(name, one.scheme.name, one.scheme.groups): one.scheme for one in found}
+        return found
+
+    def divergence(self, plan: RankPlan) -> float:
+        """How far the network's output goes with all layers of a plan roughly decomposed, each on its own."""
+        substitutes = {}
+        for name, layer in plan.layers.items():
+            scheme = self._schemes[name, layer.scheme, layer.groups]
+            substitutes[self._layers[name]] = self._problems[name].substitute(scheme, layer.rank)[0]
+        divergence = self._probe.divergence(substitutes)
+        return divergence if math.isfinite(divergence) else math.inf
 
 
 def _output_curve(scheme: Scheme, problem: Regression, scale: Tensor) -> Floats:
@@ -203,19 +241,6 @@ def _output_curve(scheme: Scheme, problem: Regression, scale: Tensor) -> Floats:
 def _rough_fit(scheme: Scheme, rank: int, weight: Tensor, problem: Regression, scale: Tensor) -> Factors:
     sweeps = _sweeps(scheme, weight, rank)
     return fit_layer(scheme, rank, weight, problem, scale, _ITERATIONS, _WORK, least=0, sweeps=sweeps)
-
-
-def _substitute(
-    layer: nn.Module, scheme: Scheme, rank: int, factors: Factors, problem: Regression, centred: bool
-) -> Callable[[Tensor], Tensor]:
-    """The layer with ``factors`` in place of its weight; its mean output stays right where something can follow it."""
-    new = low_rank_layer(layer, LayerPlan(scheme.name, rank, scheme.groups))
-    new.load_factors(factors, cast("Tensor | None", layer.bias))
-    if not centred:
-        return new
-    shift = problem.bias(scheme.compose(factors))
-    shift = shift if scheme.shape.kind == "linear" else shift[:, None, None]
-    return lambda x: new(x) + shift.to(x.dtype)
 
 
 def _shortlist(weight: Tensor, schemes: Sequence[Scheme], keep: int) -> list[Scheme]:

@@ -1,8 +1,9 @@
-"""How much a layer matters: the error at the network's own output when that layer alone is decomposed."""
+"""What replaced layers do to a network: the divergence of its predictions, over a few images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,15 @@ _IMAGES, _LEAST_IMAGES, _WORK = 64, 4, 2e12
 """Images that are looked at, at most and at least, and the multiply-accumulates that bound them. A few do, since layers
 differ a hundredfold."""
 
+Substitute = Callable[[Tensor], Tensor]
+"""What stands in the place of a layer: makes its output of its input."""
+
 
 class OutputProbe:
-    """Errors at the output of a network with one layer replaced at a time. Nothing is back-propagated.
+    """Divergences at the output of a network with some of its layers replaced. Nothing is back-propagated.
+
+    For a classifier (``num_classes`` logits an image) it is the Kullback-Leibler divergence of the predictions, in
+    nats; for any other network the relative squared error of all that it puts out.
 
     Args:
         model: The dense network, in evaluation mode for as long as this is used.
@@ -37,21 +44,42 @@ class OutputProbe:
                 break
         self._outputs = [self._run(batch) for batch in self._batches]
 
-    def error(self, layer: nn.Module, substitute: Callable[[Tensor], Tensor]) -> float:
-        """Relative squared error of the network's output with ``substitute`` in the place of ``layer``."""
+    def divergence(self, substitutes: Mapping[nn.Module, Substitute]) -> float:
+        """How far the network's output is from the dense one's with ``substitutes`` in the place of layers."""
 
-        def replace(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        def replace(substitute: Substitute, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             return substitute(args[0])
 
-        hook = layer.register_forward_hook(replace)
+        hooks = [layer.register_forward_hook(partial(replace, new)) for layer, new in substitutes.items()]
         try:
-            pairs = [(self._run(batch), exact) for batch, exact in zip(self._batches, self._outputs, strict=True)]
+            found = [self._run(batch) for batch in self._batches]
         finally:
-            hook.remove()
-        error = sum(float((found - exact).square().sum()) for found, exact in pairs)
+            for hook in hooks:
+                hook.remove()
+        if self._classifies():
+            return _divergence(torch.cat(self._outputs), torch.cat(found))
+        error = sum(float((one - exact).square().sum()) for one, exact in zip(found, self._outputs, strict=True))
         return error / max(sum(float(exact.square().sum()) for exact in self._outputs), torch.finfo(torch.float32).tiny)
+
+    def _classifies(self) -> bool:
+        classes = getattr(self._model, "num_classes", 0)
+        return (
+            isinstance(classes, int)
+            and classes > 1
+            and all(
+                output.shape == (len(batch), classes)
+                for output, batch in zip(self._outputs, self._batches, strict=True)
+            )
+        )
 
     @torch.no_grad()
     def _run(self, batch: Tensor) -> Tensor:
-        outputs = [leaf for leaf in tree_leaves(self._model(batch)) if isinstance(leaf, Tensor)]
-        return torch.cat([output.flatten().double() for output in outputs])
+        """The output, in double precision; one that is not a single tensor comes as a flat one."""
+        leaves = [leaf for leaf in tree_leaves(self._model(batch)) if isinstance(leaf, Tensor)]
+        return leaves[0].double() if len(leaves) == 1 else torch.cat([leaf.flatten().double() for leaf in leaves])
+
+
+def _divergence(exact: Tensor, found: Tensor) -> float:
+    """Mean Kullback-Leibler divergence of the predictions by logits ``found`` from those by ``exact``."""
+    exact, found = exact.log_softmax(-1), found.log_softmax(-1)
+    return float((exact.exp() * (exact - found)).sum(-1).mean())

@@ -10,6 +10,7 @@ from torch import nn
 
 from arp_hub import ArpHubError, LayerPlan, RankPlan, decompose, make_plan, to_dense
 from arp_hub.calibration import Moments, batches, patches
+from arp_hub.curves import OutputErrors
 from arp_hub.dense import refusal
 from arp_hub.layers import count_params, layer_shape, low_rank_layers, weight_layers
 from arp_hub.schemes import SCHEMES
@@ -162,9 +163,10 @@ def test_moments_do_not_depend_on_batches_and_match_the_plain_sum():
 class TwoBranches(nn.Module):
     """Two convolutions of equal weights, of which the second hardly reaches the output."""
 
-    def __init__(self, wrap):
+    def __init__(self, wrap, num_classes=0):
         super().__init__()
         torch.manual_seed(0)
+        self.num_classes = num_classes
         self.loud = nn.Conv2d(32, 32, 3, padding=1)
         self.quiet = copy.deepcopy(self.loud)
         self.wrap = wrap
@@ -174,23 +176,59 @@ class TwoBranches(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "wrap",
+    ("wrap", "num_classes"),
     [
-        lambda y: y.mean((2, 3)),
-        lambda y: y.mean((1, 2, 3))[:, None],
-        lambda y: [y, y.mean()],
-        lambda y: {"map": y},
-        lambda y: y.half(),
+        (lambda y: 10 * y.mean((2, 3)), 32),
+        (lambda y: y, 32),
+        (lambda y: y.mean((2, 3)), 0),
+        (lambda y: y.mean((1, 2, 3))[:, None], 1),
+        (lambda y: [y, y.mean()], 0),
+        (lambda y: {"map": y}, 0),
+        (lambda y: y.half(), 0),
     ],
-    ids=["vector", "one number", "list", "dict", "half"],
+    ids=["logits", "a map of logits", "vector", "one number", "list", "dict", "half"],
 )
-def test_a_plan_with_images_knows_which_layer_matters(wrap):
-    model, images = TwoBranches(wrap), torch.randn(24, 32, 12, 12)
+def test_a_plan_with_images_knows_which_layer_matters(wrap, num_classes):
+    model, images = TwoBranches(wrap, num_classes), torch.randn(24, 32, 12, 12)
     plan = make_plan(
         model, keep_params=0.5, calibration=images, exclude=(), schemes=["channel"], input_size=(32, 12, 12)
     )
     assert plan.layers["quiet"].rank < 0.5 * (plan.layers["loud"].rank if "loud" in plan.layers else 32)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(("num_classes", "scale"), [(32, 1.0), (0, 1.0), (0, 7.0)])
+def test_a_plan_is_tried_by_what_it_does_to_the_output(num_classes, scale):
+    model = TwoBranches(lambda y: scale * y.mean((2, 3)), num_classes).eval()
+    images, layers = torch.randn(24, 32, 12, 12), {"loud": model.loud, "quiet": model.quiet}
+    errors = OutputErrors(model, layers, images, macs=1.0)
+    for name, layer in layers.items():
+        errors.candidates(name, [SCHEMES["channel"](layer_shape(layer))])
+    plan = RankPlan({"loud": LayerPlan("channel", 6), "quiet": LayerPlan("channel", 3)}, {})
+    small = copy.deepcopy(model)
+    for name in plan.layers:  # each on its own, as it is tried
+        alone = decompose(copy.deepcopy(model), RankPlan({name: plan.layers[name]}, {}), images)
+        setattr(small, name, getattr(alone, name))
+    with torch.no_grad():
+        exact, found = model(images), small(images)
+    expected = (found - exact).square().sum() / exact.square().sum()
+    if num_classes:
+        expected = nn.functional.kl_div(found.log_softmax(-1), exact.softmax(-1), reduction="batchmean")
+    assert errors.divergence(plan) == pytest.approx(float(expected), rel=1e-2)
+
+
+def test_of_several_plans_the_one_that_harms_least_is_taken(resnet20, cifar_test, monkeypatch):
+    images, _ = cifar_test(64)
+    tried, divergence = [], OutputErrors.divergence
+
+    def watched(self, plan):
+        tried.append((divergence(self, plan), plan))
+        return tried[-1][0]
+
+    monkeypatch.setattr(OutputErrors, "divergence", watched)
+    plan = make_plan(resnet20, keep_params=0.3, calibration=images, schemes=["channel", "tucker2"])
+    assert len({value for value, _ in tried}) > 1
+    assert plan == min(tried, key=lambda found: found[0])[1]
 
 
 @pytest.mark.parametrize("stride", [1, 2])

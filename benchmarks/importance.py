@@ -1,0 +1,107 @@
+"""What it is worth to count how much a layer matters, and how well a plan's trial foretells what becomes of it.
+
+    python benchmarks/importance.py list
+    python benchmarks/importance.py run 'resnet20/0.2/*' --shared ../shared
+    python benchmarks/importance.py table
+
+A row is NETWORK/KEEP/POWER: the errors of layers count times their importance to this power, of which `make_plan`
+tries several. `run` notes the divergence of the predictions (in nats, from the dense network's) of the plan as it is
+tried, and once decomposed on images that did not calibrate, and top-1 on the test images. It writes
+results/importance.json; `table` prints it.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from accuracy import NETWORKS, SEED, Network, images_and_test
+from rows import chosen, load_results, print_rows, row_parser, write_result
+from torch import Tensor, nn
+
+import arp_hub
+from arp_hub import budget
+from arp_hub._env import environment
+from arp_hub.curves import OutputErrors
+from arp_hub.loading import load_model
+from arp_hub.training import evaluate, load_data
+from arp_hub.training.augment import keyed_generator
+
+RESULTS = Path(__file__).parent / "results" / "importance.json"
+ROWS = {
+    f"{network}/{keep}/{power}": (network, keep, power)
+    for network, keep in (("resnet20", 0.25), ("resnet20", 0.2), ("lite0", 0.84), ("lite0", 0.7))
+    for power in (0.0, 0.25, 0.5, 0.75)
+}
+HELD_OUT = 2000
+"""Training images, of those that do not calibrate, on which a network with a test split of its own is judged."""
+
+
+def main() -> None:
+    """Parse the command line and do what it asks for."""
+    parser, runner = row_parser(__doc__, table="print the results as a table")
+    runner.add_argument("--shared", type=Path, required=True, help="folder with weights/ and data/")
+    args = parser.parse_args()
+    if args.command == "list":
+        print_rows(ROWS, load_results(RESULTS), lambda row: f"{row['top1']:.2f}")
+    elif args.command == "run":
+        for name in chosen(ROWS, args.rows):
+            if name not in load_results(RESULTS) or args.again:
+                result = measure(*ROWS[name], args.shared)
+                write_result(RESULTS, name, {**environment(), "seed": SEED, **result})
+                print(f"{name}: top-1 {result['top1']:.2f}, {result['seconds']:.0f} s", flush=True)
+    else:
+        print("| row | divergence in the trial | decomposed | top-1 |\n|---|---|---|---|")
+        for name, row in load_results(RESULTS).items():
+            print(f"| `{name}` | {row['tried']:.4f} | {row['divergence']:.4f} | {row['top1']:.2f} |")
+
+
+def measure(name: str, keep: float, power: float, shared: Path) -> dict[str, Any]:
+    """Plan with one power, decompose, and judge."""
+    network = NETWORKS[name]
+    model = load_model(network.model, str(shared / "weights" / network.checkpoint)).eval()
+    images, test = images_and_test(network, model, shared)
+    judged = images if network.one_split else _held_out(network, model, shared)
+    began, tried = time.perf_counter(), []
+    divergence = OutputErrors.divergence
+
+    def noted(errors: OutputErrors, plan: arp_hub.RankPlan) -> float:
+        tried.append(divergence(errors, plan))
+        return tried[-1]
+
+    with patch.object(budget, "_IMPORTANCE_POWERS", (power,)), patch.object(OutputErrors, "divergence", noted):
+        plan = arp_hub.make_plan(model, keep_params=keep, calibration=images)
+    small = arp_hub.decompose(copy.deepcopy(model), plan, images)
+    return {
+        "tried": tried[0],
+        "divergence": _divergence(model, small, judged),
+        "judged_images": len(judged),
+        "top1": evaluate(small, test)["top1"],
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def _held_out(network: Network, model: nn.Module, shared: Path) -> Tensor:
+    """Training images behind those that calibrate, as they are."""
+    split = load_data(str(shared / "data" / network.data), model, seed=SEED).train
+    order = torch.randperm(len(split), generator=keyed_generator(SEED, "calibration"))  # as the calibration's
+    rest = split.indices[order[network.images : network.images + HELD_OUT]]
+    return torch.cat(list(split.images.evaluation(rest, 64, torch.device("cpu"), 0)))
+
+
+@torch.no_grad()
+def _divergence(dense: nn.Module, small: nn.Module, images: Tensor) -> float:
+    """Mean Kullback-Leibler divergence of the predictions of ``small`` from those of ``dense``."""
+    total = 0.0
+    for batch in images.split(64):
+        exact, found = dense(batch).log_softmax(-1), small(batch).log_softmax(-1)
+        total += float((exact.exp() * (exact - found)).sum())
+    return total / len(images)
+
+
+if __name__ == "__main__":
+    main()
