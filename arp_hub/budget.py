@@ -34,6 +34,8 @@ _IMPORTANCE_POWERS = (0.0, 0.25, 0.5, 0.75)
 """A layer's loss in the output metric is its error times its importance to one of these powers: the one whose plan, as
 a whole, does the least to the network's output. At 0 it is not known how much a layer matters; at 1 it is trusted that
 the rest stays as it is. Which is best depends on the network and the budget."""
+_CLEARLY = 0.05
+"""Share by which a higher power has to be better: where nothing is left of the network, no plan tells from another."""
 
 
 _Losses = dict[str, list[tuple[Scheme, Floats]]]
@@ -282,18 +284,20 @@ def _measure(
 def _losses_of_best_plan(
     errors: OutputErrors, found: Mapping[str, list[Candidate]], plan_by: Callable[[_Losses], RankPlan]
 ) -> _Losses:
-    """The losses by that power of the layers' importance whose plan does the least to the network's output."""
-    plans: list[RankPlan] = []
-    tried: dict[float, _Losses] = {}
+    """The losses by that power of the layers' importance whose plan clearly does the least to the network's output."""
+    least, plans = math.inf, list[RankPlan]()
     for power in _IMPORTANCE_POWERS:
         losses = {
             name: [(one.scheme, one.errors * errors.importance[name] ** power) for one in curves]
             for name, curves in found.items()
         }
-        if (plan := plan_by(losses)) not in plans:
-            plans.append(plan)
-            tried.setdefault(errors.divergence(plan), losses)
-    return tried[min(tried)]
+        if (plan := plan_by(losses)) in plans:
+            continue
+        plans.append(plan)
+        divergence = errors.divergence(plan)
+        if len(plans) == 1 or divergence < (1 - _CLEARLY) * least:
+            least, best = divergence, losses
+    return best
 
 
 def _measure_shapes(layers: Mapping[str, list[Scheme]]) -> _Losses:

@@ -33,8 +33,9 @@ _LEAST_SWEEPS, _SWEEP_WORK, _MOST_SWEEP_WORK = 2, 5e8, 2e10
 """Multiply-accumulates that bound the sweeps of a nearest point, but to no fewer than so many, and a bound on these."""
 _ITERATIONS, _WORK = 25, 2e9
 """Iterations of a fit, and the multiply-accumulates that bound them."""
-_PROBED_SHARE, _LEAST_PROBED = 0.35, 1e-6
-"""Parameter share at which a layer is put into the network, and the least error that is believed of it there."""
+_PROBED_SHARE, _LEAST_ERROR, _LEAST_DIVERGENCE = 0.35, 1e-6, 1e-12
+"""Parameter share at which a layer is put into the network, and the least error of its own and divergence of the
+network that are believed of it there."""
 _GROUP_CHOICES = (2, 4, 8)
 _TINY = 1e-9
 
@@ -207,7 +208,7 @@ class OutputErrors:
         substitute, own = problem.substitute(best, rank_at(best, _PROBED_SHARE))
         divergence = self._probe.divergence({layer: substitute})
         known = math.isfinite(divergence)
-        self.importance[name] = max(divergence, _LEAST_PROBED) / max(own, _LEAST_PROBED) if known else 1.0
+        self.importance[name] = max(divergence, _LEAST_DIVERGENCE) / max(own, _LEAST_ERROR) if known else 1.0
         self._problems[name] = problem
         self._schemes |= {(name, one.scheme.name, one.scheme.groups): one.scheme for one in found}
         return found
