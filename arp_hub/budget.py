@@ -30,12 +30,16 @@ from .tracing import InputSize, Trace, input_size_of, trace
 _WEIGHT_POWER = 2.0
 """A layer's loss in the weight metric is its relative squared error to this power: such errors say little of the
 network's output, and are best kept even among layers. Errors in the output metric add up."""
-_IMPORTANCE_POWERS = (0.0, 0.25, 0.5, 0.75)
-"""A layer's loss in the output metric is its error times its importance to one of these powers: the one whose plan, as
-a whole, does the least to the network's output. At 0 it is not known how much a layer matters; at 1 it is trusted that
-the rest stays as it is. Which is best depends on the network and the budget."""
+_IMPORTANCES = (
+    *(("plain", power) for power in (0.0, 0.25, 0.5, 0.75)),
+    *(("adapted", power) for power in (0.25, 0.5, 0.75)),
+)
+"""A layer's loss in the output metric is its error times its importance, of one kind and to one power: those whose
+plan, as a whole, does the least to the network's output. At 0 it is not known how much a layer matters; at 1 it is
+trusted that the rest stays as it is, or that all of it stays dense and only adapts. Which is best depends on the network
+and the budget."""
 _CLEARLY = 0.05
-"""Share by which a higher power has to be better: where nothing is left of the network, no plan tells from another."""
+"""Share by which a later one has to be better: where nothing is left of the network, no plan tells from another."""
 
 
 _Losses = dict[str, list[tuple[Scheme, Floats]]]
@@ -284,11 +288,12 @@ def _measure(
 def _losses_of_best_plan(
     errors: OutputErrors, found: Mapping[str, list[Candidate]], plan_by: Callable[[_Losses], RankPlan]
 ) -> _Losses:
-    """The losses by that power of the layers' importance whose plan clearly does the least to the network's output."""
+    """The losses by that importance of layers, and its power, whose plan clearly does the least to the output."""
     least, plans = math.inf, list[RankPlan]()
-    for power in _IMPORTANCE_POWERS:
+    for kind, power in _IMPORTANCES:
+        importance = errors.importance[kind]
         losses = {
-            name: [(one.scheme, one.errors * errors.importance[name] ** power) for one in curves]
+            name: [(one.scheme, one.errors * importance[name] ** power) for one in curves]
             for name, curves in found.items()
         }
         if (plan := plan_by(losses)) in plans:

@@ -175,11 +175,12 @@ class OutputErrors:
 
     Attributes:
         importance: Of every layer that was measured, the divergence of the network's output, with the layer alone
-            decomposed, over the layer's own error.
+            decomposed, over the layer's own error: "plain", and "adapted", with the BatchNorms behind all other
+            layers following, as they do behind those that stay dense.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], images: Images, macs: float) -> None:
-        self.importance: dict[str, float] = {}
+        self.importance: dict[str, dict[str, float]] = {"plain": {}, "adapted": {}}
         self._layers = layers
         self._moments = all_moments(model, layers, images)
         self._norms = following_norms(model, layers, images)
@@ -188,7 +189,7 @@ class OutputErrors:
         self._schemes: dict[tuple[str, str, int], Scheme] = {}
 
     def candidates(self, name: str, schemes: Sequence[Scheme], keep: int = 2) -> list[Candidate]:
-        """Error curves of the most promising schemes of a layer, at the layer's own output; notes its importance.
+        """Error curves of the most promising schemes of a layer, at the layer's own output; notes how much it matters.
 
         Args:
             name: The layer.
@@ -206,9 +207,11 @@ class OutputErrors:
         ]
         best = min(found, key=lambda candidate: candidate.errors[rank_at(candidate.scheme, _PROBED_SHARE) - 1]).scheme
         substitute, own = problem.substitute(best, rank_at(best, _PROBED_SHARE))
-        divergence = self._probe.divergence({layer: substitute})
-        known = math.isfinite(divergence)
-        self.importance[name] = max(divergence, _LEAST_DIVERGENCE) / max(own, _LEAST_ERROR) if known else 1.0
+        others = self._probe.norms - {norm}
+        for kind, adapting in (("plain", frozenset()), ("adapted", others)):
+            divergence = self._probe.divergence({layer: substitute}, adapting)
+            known = math.isfinite(divergence)
+            self.importance[kind][name] = max(divergence, _LEAST_DIVERGENCE) / max(own, _LEAST_ERROR) if known else 1.0
         self._problems[name] = problem
         self._schemes |= {(name, one.scheme.name, one.scheme.groups): one.scheme for one in found}
         return found
@@ -219,7 +222,8 @@ class OutputErrors:
         for name, layer in plan.layers.items():
             scheme = self._schemes[name, layer.scheme, layer.groups]
             substitutes[self._layers[name]] = self._problems[name].substitute(scheme, layer.rank)[0]
-        divergence = self._probe.divergence(substitutes)
+        fitted = {self._norms[name] for name in plan.layers if name in self._norms}
+        divergence = self._probe.divergence(substitutes, self._probe.norms - fitted)
         return divergence if math.isfinite(divergence) else math.inf
 
 

@@ -17,6 +17,7 @@ from .calibration import LARGE, Images, Moments, batches, following_norms, paire
 from .errors import ArpHubError
 from .fitting import fit_layer, output_scale
 from .layers import LowRankLayer, effective_weight, layers_called, low_rank_layer, low_rank_layers, replace_layers
+from .norms import norms_with_statistics, renormalise
 from .plan import LayerPlan, RankPlan
 from .schemes import Factors, Scheme, relative_error
 from .structure import check_plan
@@ -42,7 +43,8 @@ def decompose(
     Without ``calibration`` every weight goes to its nearest point in the scheme's set. With it, the layers are
     fitted one after the other, in the order in which the model uses them: each to the dense model's output, from the
     input that the already decomposed model gives it, in the metric of that input's second moment. Biases and the
-    means of a BatchNorm that follows are set in closed form so that every layer's mean output stays right.
+    means of a BatchNorm that follows are set in closed form so that every layer's mean output stays right. At the end
+    the statistics of the BatchNorms behind dense layers follow what goes into them.
 
     Args:
         model: A model with dense layers, on the device on which to work.
@@ -132,11 +134,13 @@ def _decompose_by_data(
                 replace_layers(student, {old[name]: new})
                 bar.update()
         bar.close()
+        renormalise(student, model, images, set(norms.values()))
     student_modules = dict(student.named_modules())
     replace_layers(model, {old: student_modules[name].train(old.training) for name, old in teachers.items()})
-    for name, module in model.named_modules():
-        if isinstance(module, BatchNorm) and module.running_mean is not None:
-            module.running_mean.copy_(student_modules[name].running_mean)
+    for name, norm in norms_with_statistics(model).items():
+        changed = cast(BatchNorm, student_modules[name])
+        cast(Tensor, norm.running_mean).copy_(cast(Tensor, changed.running_mean))
+        cast(Tensor, norm.running_var).copy_(cast(Tensor, changed.running_var))
     return model
 
 

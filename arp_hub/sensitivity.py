@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .calibration import Images, batches, fast_layout
+from .norms import InputStatistics, following, norms_with_statistics, observed
 
 _IMAGES, _LEAST_IMAGES, _WORK = 64, 4, 2e12
 """Images that are looked at, at most and at least, and the multiply-accumulates that bound them. A few do, since layers
@@ -30,6 +33,9 @@ class OutputProbe:
         model: The dense network, in evaluation mode for as long as this is used.
         images: Calibration images; the first few are used.
         work: Multiply-accumulates of one image through the network, for all layers that are to be replaced.
+
+    Attributes:
+        norms: The model's BatchNorms, those that normalise by stored statistics.
     """
 
     def __init__(self, model: nn.Module, images: Images, work: float) -> None:
@@ -42,24 +48,49 @@ class OutputProbe:
             count -= len(batch)
             if count <= 0:
                 break
-        self._outputs = [self._run(batch) for batch in self._batches]
+        self._originals = {norm: copy.deepcopy(norm) for norm in norms_with_statistics(model).values()}
+        self.norms = frozenset(self._originals)
+        self._statistics = [{norm: InputStatistics() for norm in self.norms} for _ in self._batches]
+        self._outputs = []
+        for batch, statistics in zip(self._batches, self._statistics, strict=True):
+            with observed(statistics):
+                self._outputs.append(self._run(batch))
 
-    def divergence(self, substitutes: Mapping[nn.Module, Substitute]) -> float:
-        """How far the network's output is from the dense one's with ``substitutes`` in the place of layers."""
+    def divergence(
+        self, substitutes: Mapping[nn.Module, Substitute], adapting: Collection[nn.Module] = frozenset()
+    ) -> float:
+        """How far the network's output is from the dense one's with ``substitutes`` in the place of layers.
+
+        Args:
+            substitutes: What stands for which layers.
+            adapting: BatchNorms whose statistics follow what goes into them, as they do behind dense layers once the
+                model is decomposed.
+        """
 
         def replace(substitute: Substitute, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             return substitute(args[0])
 
-        hooks = [layer.register_forward_hook(partial(replace, new)) for layer, new in substitutes.items()]
-        try:
-            found = [self._run(batch) for batch in self._batches]
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with ExitStack() as stack:
+            for layer, new in substitutes.items():
+                stack.callback(layer.register_forward_hook(partial(replace, new)).remove)
+            stack.callback(self._reset_norms)
+            found = []
+            for batch, statistics in zip(self._batches, self._statistics, strict=True):
+                followers = [
+                    (norm, original, statistics[norm], InputStatistics())
+                    for norm, original in self._originals.items()
+                    if norm in adapting
+                ]
+                with following(followers, substitutes):
+                    found.append(self._run(batch))
         if self._classifies():
             return _divergence(torch.cat(self._outputs), torch.cat(found))
         error = sum(float((one - exact).square().sum()) for one, exact in zip(found, self._outputs, strict=True))
         return error / max(sum(float(exact.square().sum()) for exact in self._outputs), torch.finfo(torch.float32).tiny)
+
+    def _reset_norms(self) -> None:
+        for norm, original in self._originals.items():
+            norm.load_state_dict(original.state_dict())
 
     def _classifies(self) -> bool:
         classes = getattr(self._model, "num_classes", 0)
