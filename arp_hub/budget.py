@@ -36,8 +36,8 @@ _IMPORTANCES = (
 )
 """A layer's loss in the output metric is its error times its importance, of one kind and to one power: those whose
 plan, as a whole, does the least to the network's output. At 0 it is not known how much a layer matters; at 1 it is
-trusted that the rest stays as it is, or that all of it stays dense and only adapts. Which is best depends on the network
-and the budget."""
+trusted that the rest stays as it is, or that it stays dense and only adapts. Which is best depends on the network and
+the budget."""
 _CLEARLY = 0.05
 """Share by which a later one has to be better: where nothing is left of the network, no plan tells from another."""
 
