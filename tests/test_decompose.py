@@ -347,6 +347,19 @@ def test_norms_follow_alike_in_batches_of_any_size(batch_size):
         torch.testing.assert_close(parts[name], whole[name], rtol=0.1, atol=0)
 
 
+def test_a_plan_is_tried_with_the_norms_that_it_will_have():
+    model, images = fading_with_statistics()
+    few = images[:64]
+    errors = OutputErrors(model, {"middle": model.middle}, few, macs=1.0)
+    errors.candidates("middle", [SCHEMES["channel"](layer_shape(model.middle))])
+    small = decompose(copy.deepcopy(model), FADED, [few])
+    with torch.no_grad():
+        exact, found = model(few).log_softmax(-1), small(few).log_softmax(-1)
+    expected = nn.functional.kl_div(found, exact.exp(), reduction="batchmean")
+    assert errors.divergence(FADED) == pytest.approx(float(expected), rel=1e-2)
+    assert errors.importance["adapted"]["middle"] < errors.importance["plain"]["middle"]
+
+
 def test_planning_leaves_norms_as_they_were():
     model, images = fading_with_statistics()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
