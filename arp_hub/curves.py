@@ -209,7 +209,8 @@ class OutputErrors:
         substitute, own = problem.substitute(best, rank_at(best, _PROBED_SHARE))
         others = self._probe.norms - {norm}
         for kind, adapting in (("plain", frozenset()), ("adapted", others)):
-            divergence = self._probe.divergence({layer: substitute}, adapting)
+            if kind == "plain" or adapting:  # with nothing to adapt it is the same
+                divergence = self._probe.divergence({layer: substitute}, adapting)
             known = math.isfinite(divergence)
             self.importance[kind][name] = max(divergence, _LEAST_DIVERGENCE) / max(own, _LEAST_ERROR) if known else 1.0
         self._problems[name] = problem

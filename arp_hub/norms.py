@@ -25,10 +25,14 @@ _MOST_CHANGE = 16.0
 
 
 class InputStatistics:
-    """Mean and biased variance of each channel ``(C,)``, of all inputs so far of one BatchNorm, in double precision."""
+    """Mean and biased variance of each channel ``(C,)``, of all inputs so far of one BatchNorm, in double precision.
+
+    Attributes:
+        count: Values of each channel so far.
+    """
 
     def __init__(self) -> None:
-        self._count = 0
+        self.count = 0
         self._sum = self._squares = torch.zeros(1, dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
@@ -39,7 +43,7 @@ class InputStatistics:
             F.batch_norm(x.float(), mean, variance, training=True, momentum=1.0)
         else:
             mean = x.flatten().float()
-        self._count += count
+        self.count += count
         self._sum = self._sum.to(x.device) + count * mean.double()
         squares = (count - 1) * variance.double() + count * mean.double().square()
         self._squares = self._squares.to(x.device) + squares
@@ -47,12 +51,12 @@ class InputStatistics:
     @property
     def mean(self) -> Tensor:
         """The means."""
-        return self._sum / self._count
+        return self._sum / self.count
 
     @property
     def variance(self) -> Tensor:
         """The variances."""
-        return (self._squares / self._count - self.mean.square()).clamp_min(0)
+        return (self._squares / self.count - self.mean.square()).clamp_min(0)
 
 
 def norms_with_statistics(model: nn.Module) -> dict[str, BatchNorm]:
@@ -126,7 +130,7 @@ def following(
     def follow(
         original: BatchNorm, exact: InputStatistics, found: InputStatistics, module: nn.Module, args: tuple[Any, ...]
     ) -> None:
-        if disturbed:
+        if disturbed and exact.count:
             found.add(args[0])
             _set_statistics(cast(BatchNorm, module), original, exact, found)
 
