@@ -30,14 +30,10 @@ from .tracing import InputSize, Trace, input_size_of, trace
 _WEIGHT_POWER = 2.0
 """A layer's loss in the weight metric is its relative squared error to this power: such errors say little of the
 network's output, and are best kept even among layers. Errors in the output metric add up."""
-_IMPORTANCES = (
-    *(("plain", power) for power in (0.0, 0.25, 0.5, 0.75)),
-    *(("adapted", power) for power in (0.25, 0.5, 0.75)),
-)
-"""A layer's loss in the output metric is its error times its importance, of one kind and to one power: those whose
-plan, as a whole, does the least to the network's output. At 0 it is not known how much a layer matters; at 1 it is
-trusted that the rest stays as it is, or that it stays dense and only adapts. Which is best depends on the network and
-the budget."""
+_POWERS = (0.25, 0.5, 0.75)
+"""A layer's loss in the output metric is its error alone, or that times its importance to one of these powers: the one
+whose plan, as a whole, does the least to the network's output. At 0 it does not count how much a layer matters, at 1
+it is trusted that no other changes. Which is best depends on the network and the budget."""
 _CLEARLY = 0.05
 """Share by which a later one has to be better: where nothing is left of the network, no plan tells from another."""
 
@@ -282,27 +278,31 @@ def _measure(
     with evaluating(model), layers_called(model):
         errors = OutputErrors(model, modules, images, traced.macs)
         found = {name: errors.candidates(name, schemes) for name, schemes in bar}
-        return _losses_of_best_plan(errors, found, plan_by)
+        return _losses_of_best_plan(errors, found, plan_by, progress)
 
 
 def _losses_of_best_plan(
-    errors: OutputErrors, found: Mapping[str, list[Candidate]], plan_by: Callable[[_Losses], RankPlan]
+    errors: OutputErrors, found: Mapping[str, list[Candidate]], plan_by: Callable[[_Losses], RankPlan], progress: bool
 ) -> _Losses:
-    """The losses by that importance of layers, and its power, whose plan clearly does the least to the output."""
-    least, plans = math.inf, list[RankPlan]()
-    for kind, power in _IMPORTANCES:
-        importance = errors.importance[kind]
-        losses = {
-            name: [(one.scheme, one.errors * importance[name] ** power) for one in curves]
-            for name, curves in found.items()
-        }
+    """The losses by that power of the layers' importance whose plan clearly does the least to the output."""
+    best = _losses_by(found, dict.fromkeys(found, 1.0))
+    plans = [plan_by(best)]
+    least = errors.divergence(plans[0])
+    names = tqdm(found, "see what layers matter", disable=not progress, leave=False)
+    importance = {name: errors.importance(name, plans[0]) for name in names}
+    for power in _POWERS:
+        losses = _losses_by(found, {name: value**power for name, value in importance.items()})
         if (plan := plan_by(losses)) in plans:
             continue
         plans.append(plan)
         divergence = errors.divergence(plan)
-        if len(plans) == 1 or divergence < (1 - _CLEARLY) * least:
+        if divergence < (1 - _CLEARLY) * least:
             least, best = divergence, losses
     return best
+
+
+def _losses_by(found: Mapping[str, list[Candidate]], factors: Mapping[str, float]) -> _Losses:
+    return {name: [(one.scheme, one.errors * factors[name]) for one in curves] for name, curves in found.items()}
 
 
 def _measure_shapes(layers: Mapping[str, list[Scheme]]) -> _Losses:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
-import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from .calibration import Images, Regression, all_moments, following_norms
 from .costs import Floats, rank_at, useful_rank
@@ -17,7 +17,7 @@ from .fitting import fit_layer, output_scale
 from .layers import effective_weight, low_rank_layer
 from .linalg import tail_shares
 from .plan import LayerPlan, RankPlan
-from .schemes import Factors, Scheme, energy, relative_error
+from .schemes import Factors, Scheme, relative_error
 from .sensitivity import OutputProbe, Substitute
 from .shapes import LayerShape, degrees_of_freedom
 
@@ -33,9 +33,10 @@ _LEAST_SWEEPS, _SWEEP_WORK, _MOST_SWEEP_WORK = 2, 5e8, 2e10
 """Multiply-accumulates that bound the sweeps of a nearest point, but to no fewer than so many, and a bound on these."""
 _ITERATIONS, _WORK = 25, 2e9
 """Iterations of a fit, and the multiply-accumulates that bound them."""
-_PROBED_SHARE, _LEAST_ERROR, _LEAST_DIVERGENCE = 0.35, 1e-6, 1e-12
-"""Parameter share at which a layer is put into the network, and the least error of its own and divergence of the
-network that are believed of it there."""
+_PROBED_SHARE, _LARGE_PROBED_SHARE = _SHARES[2], _FEW_SHARES[1]
+"""Parameter share at which a layer alone is put into the network: one of those at which it is fitted anyway."""
+_LEAST_ERROR, _LEAST_DIVERGENCE = 1e-6, 1e-12
+"""The least error of its own, and divergence of the network, that are believed of a layer."""
 _GROUP_CHOICES = (2, 4, 8)
 _TINY = 1e-9
 
@@ -149,19 +150,45 @@ class _LayerProblem:
     scale: Tensor
     centred: bool
 
-    def substitute(self, scheme: Scheme, rank: int) -> tuple[Substitute, float]:
-        """The layer roughly decomposed, and its relative error in the metric of its outputs."""
-        factors = _rough_fit(scheme, rank, self.weight, self.regression, self.scale)
+    def fit(self, scheme: Scheme, rank: int) -> Factors:
+        """The layer roughly decomposed."""
+        sweeps = _sweeps(scheme, self.weight, rank)
+        weight, problem, scale = self.weight, self.regression, self.scale
+        return fit_layer(scheme, rank, weight, problem, scale, _ITERATIONS, _WORK, least=0, sweeps=sweeps)
+
+    def error(self, composed: Tensor) -> float:
+        """Relative error in the metric of the layer's inputs, output channels scaled as the BatchNorm behind does."""
+        rows = self.scale.view(-1, 1, 1, 1)
+        return float(relative_error(self.weight * rows, composed * rows, self.regression.moment))
+
+    def curve(self, scheme: Scheme) -> tuple[Floats, Factors | None]:
+        """The error at every rank, and the factors at the probed one, if they were fitted on the way."""
+        last, moment = useful_rank(scheme), self.regression.moment
+        spectrum = scheme.spectrum(self.weight * self.scale.view(-1, 1, 1, 1), moment)
+        if spectrum is not None:
+            return _tail(spectrum)[:last], None
+        shares = _SHARES if moment.shape[-1] <= _LARGE else _FEW_SHARES
+        ranks, values, probed = sorted({rank_at(scheme, share) for share in shares}), [], None
+        for rank in ranks:
+            factors = self.fit(scheme, rank)
+            values.append(self.error(scheme.compose(factors)))
+            probed = factors if rank == self.probed_rank(scheme) else probed
+        return interpolate(ranks, values, last), probed
+
+    def probed_rank(self, scheme: Scheme) -> int:
+        """The rank at which the layer alone is put into the network."""
+        large = self.regression.moment.shape[-1] > _LARGE
+        return rank_at(scheme, _LARGE_PROBED_SHARE if large else _PROBED_SHARE)
+
+    def substitute(self, scheme: Scheme, rank: int, factors: Factors) -> Substitute:
+        """What does the layer's work by its factors; the mean output stays right if something will see to that."""
         new = low_rank_layer(self.layer, LayerPlan(scheme.name, rank, scheme.groups))
         new.load_factors(factors, cast("Tensor | None", self.layer.bias))
-        rows, composed = self.scale.view(-1, 1, 1, 1), scheme.compose(factors)
-        error = float(relative_error(self.weight * rows, composed * rows, self.regression.moment))
         if not self.centred:
-            return new, error
-        # its mean output stays right, as something will follow it
-        shift = self.regression.bias(composed)
+            return new
+        shift = self.regression.bias(scheme.compose(factors))
         shift = shift if scheme.shape.kind == "linear" else shift[:, None, None]
-        return (lambda x: new(x) + shift.to(x.dtype)), error
+        return lambda x: new(x) + shift.to(x.dtype)
 
 
 class OutputErrors:
@@ -172,24 +199,19 @@ class OutputErrors:
         layers: The layers in question by name.
         images: Calibration images; one pass is made over them, and one over a few of them for every layer.
         macs: Multiply-accumulates of one image through the model.
-
-    Attributes:
-        importance: Of every layer that was measured, the divergence of the network's output, with the layer alone
-            decomposed, over the layer's own error: "plain", and "adapted", with the BatchNorms behind all other
-            layers following, as they do behind those that stay dense.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], images: Images, macs: float) -> None:
-        self.importance: dict[str, dict[str, float]] = {"plain": {}, "adapted": {}}
         self._layers = layers
         self._moments = all_moments(model, layers, images)
         self._norms = following_norms(model, layers, images)
         self._probe = OutputProbe(model, images, macs * len(layers))
         self._problems: dict[str, _LayerProblem] = {}
+        self._probed: dict[str, tuple[Scheme, Factors | None]] = {}
         self._schemes: dict[tuple[str, str, int], Scheme] = {}
 
     def candidates(self, name: str, schemes: Sequence[Scheme], keep: int = 2) -> list[Candidate]:
-        """Error curves of the most promising schemes of a layer, at the layer's own output; notes how much it matters.
+        """Error curves of the most promising schemes of a layer, at the layer's own output.
 
         Args:
             name: The layer.
@@ -201,52 +223,44 @@ class OutputErrors:
         weight = effective_weight(layer).float()
         regression = self._moments.pop(name).regression(weight, centred)
         problem = _LayerProblem(layer, weight, regression, output_scale(norm, weight), centred)
-        found = [
-            Candidate(scheme, _output_curve(scheme, regression, problem.scale))
-            for scheme in _shortlist(weight, schemes, keep)
-        ]
-        best = min(found, key=lambda candidate: candidate.errors[rank_at(candidate.scheme, _PROBED_SHARE) - 1]).scheme
-        substitute, own = problem.substitute(best, rank_at(best, _PROBED_SHARE))
-        others = self._probe.norms - {norm}
-        for kind, adapting in (("plain", frozenset()), ("adapted", others)):
-            if kind == "plain" or adapting:  # with nothing to adapt it is the same
-                divergence = self._probe.divergence({layer: substitute}, adapting)
-            known = math.isfinite(divergence)
-            self.importance[kind][name] = max(divergence, _LEAST_DIVERGENCE) / max(own, _LEAST_ERROR) if known else 1.0
-        self._problems[name] = problem
+        found, fitted = [], {}
+        for scheme in _shortlist(weight, schemes, keep):
+            errors, fitted[scheme] = problem.curve(scheme)
+            found.append(Candidate(scheme, errors))
+        best = min(found, key=lambda one: one.errors[problem.probed_rank(one.scheme) - 1]).scheme
+        self._problems[name], self._probed[name] = problem, (best, fitted[best])
         self._schemes |= {(name, one.scheme.name, one.scheme.groups): one.scheme for one in found}
         return found
+
+    def importance(self, name: str, plan: RankPlan) -> float:
+        """How much a layer matters: the divergence of the output with it alone decomposed, over its own error.
+
+        Args:
+            name: The layer.
+            plan: Which layers will stay dense: the BatchNorms behind them follow, as they do in the end.
+        """
+        problem, (scheme, factors) = self._problems[name], self._probed[name]
+        rank = problem.probed_rank(scheme)
+        factors = factors or problem.fit(scheme, rank)
+        substitute = {self._layers[name]: problem.substitute(scheme, rank, factors)}
+        divergence = self._probe.divergence(substitute, self._adapting({name, *plan.layers}))
+        if not math.isfinite(divergence):
+            return 1.0
+        return max(divergence, _LEAST_DIVERGENCE) / max(problem.error(scheme.compose(factors)), _LEAST_ERROR)
 
     def divergence(self, plan: RankPlan) -> float:
         """How far the network's output goes with all layers of a plan roughly decomposed, each on its own."""
         substitutes = {}
         for name, layer in plan.layers.items():
-            scheme = self._schemes[name, layer.scheme, layer.groups]
-            substitutes[self._layers[name]] = self._problems[name].substitute(scheme, layer.rank)[0]
-        fitted = {self._norms[name] for name in plan.layers if name in self._norms}
-        divergence = self._probe.divergence(substitutes, self._probe.norms - fitted)
+            scheme, problem = self._schemes[name, layer.scheme, layer.groups], self._problems[name]
+            factors = problem.fit(scheme, layer.rank)
+            substitutes[self._layers[name]] = problem.substitute(scheme, layer.rank, factors)
+        divergence = self._probe.divergence(substitutes, self._adapting(plan.layers))
         return divergence if math.isfinite(divergence) else math.inf
 
-
-def _output_curve(scheme: Scheme, problem: Regression, scale: Tensor) -> Floats:
-    """Errors in the metric of the layer's inputs, output channels weighted by ``scale``."""
-    last, weight = useful_rank(scheme), problem.target * scale.view(-1, 1, 1, 1)
-    spectrum = scheme.spectrum(weight, problem.moment)
-    if spectrum is not None:
-        return _tail(spectrum)[:last]
-    ones = torch.ones_like(scale)
-    weighted, total = replace(problem, target=weight), energy(weight, problem.moment)
-    shares = _SHARES if problem.moment.shape[-1] <= _LARGE else _FEW_SHARES
-    ranks, values = sorted({rank_at(scheme, share) for share in shares}), []
-    for rank in ranks:
-        fitted = _rough_fit(scheme, rank, weight, weighted, ones)
-        values.append(float(energy(weight - scheme.compose(fitted), problem.moment) / total))
-    return interpolate(ranks, values, last)
-
-
-def _rough_fit(scheme: Scheme, rank: int, weight: Tensor, problem: Regression, scale: Tensor) -> Factors:
-    sweeps = _sweeps(scheme, weight, rank)
-    return fit_layer(scheme, rank, weight, problem, scale, _ITERATIONS, _WORK, least=0, sweeps=sweeps)
+    def _adapting(self, decomposed: Iterable[str]) -> frozenset[BatchNorm]:
+        """The BatchNorms that are not behind decomposed layers."""
+        return self._probe.norms - {self._norms[name] for name in decomposed if name in self._norms}
 
 
 def _shortlist(weight: Tensor, schemes: Sequence[Scheme], keep: int) -> list[Scheme]:

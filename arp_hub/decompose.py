@@ -21,11 +21,14 @@ from .norms import norms_with_statistics, renormalise
 from .plan import LayerPlan, RankPlan
 from .schemes import Factors, Scheme, relative_error
 from .structure import check_plan
-from .tracing import InputSize, trace
+from .tracing import InputSize, Trace, trace
 
 _FORWARD_WORK = 5e12
 """Multiply-accumulates that bound all forward passes together. Where they do not suffice for one pass for every layer,
 neighbouring layers share one, and are then fitted to the same inputs."""
+_NORM_WORK, _LEAST_NORM_IMAGES = 5e11, 64
+"""Multiply-accumulates that bound the pass after which BatchNorms follow, and images that it takes in any case: their
+statistics need few, of which every position counts."""
 _EXACT = 1e-8
 """Largest relative squared error at which given factors count as the weight itself."""
 
@@ -125,7 +128,9 @@ def _decompose_by_data(
         teachers = {name: model.get_submodule(name) for name in plan.layers}
         norms = following_norms(student, {name: student.get_submodule(name) for name in plan.layers}, images)
         bar = tqdm(total=len(plan.layers), desc="decompose", disable=not progress, leave=False)
-        for k, names in enumerate(_layers_by_pass(model, plan, images)):
+        counts = [(len(batch), tuple(batch.shape[1:])) for batch in batches(images)]
+        traced = trace(model, cast(InputSize, counts[0][1]))  # images are (N, C, H, W)
+        for k, names in enumerate(_layers_by_pass(model, plan, traced, sum(count for count, _ in counts))):
             old = {name: student.get_submodule(name) for name in names}
             pupils = (student, old) if k else (model, teachers)  # nothing is decomposed yet before the first pass
             found = paired_moments(*pupils, model, {name: teachers[name] for name in names}, images)
@@ -134,7 +139,8 @@ def _decompose_by_data(
                 replace_layers(student, {old[name]: new})
                 bar.update()
         bar.close()
-        renormalise(student, model, images, set(norms.values()))
+        most = max(_LEAST_NORM_IMAGES, int(_NORM_WORK / (2 * max(traced.macs, 1))))
+        renormalise(student, model, images, set(norms.values()), most)
     student_modules = dict(student.named_modules())
     replace_layers(model, {old: student_modules[name].train(old.training) for name, old in teachers.items()})
     for name, norm in norms_with_statistics(model).items():
@@ -171,16 +177,14 @@ def _shift_mean(layer: LowRankLayer, norm: BatchNorm | None, bias: Tensor) -> No
         mean.sub_(bias.to(mean))
 
 
-def _layers_by_pass(model: nn.Module, plan: RankPlan, images: Images) -> list[list[str]]:
-    """The planned layers in the order of their use, in groups that share a pass over the images."""
-    counts = [(len(batch), tuple(batch.shape[1:])) for batch in batches(images)]
-    traced = trace(model, cast(InputSize, counts[0][1]))  # images are (N, C, H, W)
+def _layers_by_pass(model: nn.Module, plan: RankPlan, traced: Trace, images: int) -> list[list[str]]:
+    """The planned layers in the order of their use, in groups that share a pass over so many images."""
     by_module = {id(model.get_submodule(name)): place for place, name in enumerate(traced.sizes)}
     places = {name: by_module.get(id(model.get_submodule(name))) for name in plan.layers}
     if silent := [name for name, place in places.items() if place is None]:
         raise ArpHubError(f"the model never calls '{silent[0]}' (it may use its weight alone): take it out of the plan")
     ordered = sorted(plan.layers, key=lambda name: cast(int, places[name]))
-    images_work = traced.macs * sum(count for count, _ in counts)
-    passes = max(1, int(_FORWARD_WORK / images_work) - 1)  # a pass goes half-way on average, but through two models
+    # a pass goes half-way on average, but through two models
+    passes = max(1, int(_FORWARD_WORK / (traced.macs * images)) - 1)
     size = math.ceil(len(ordered) / passes)
     return [ordered[k : k + size] for k in range(0, len(ordered), size)]

@@ -69,7 +69,9 @@ def norms_with_statistics(model: nn.Module) -> dict[str, BatchNorm]:
 
 
 @torch.no_grad()
-def renormalise(student: nn.Module, teacher: nn.Module, images: Images, fitted: Collection[nn.Module]) -> None:
+def renormalise(
+    student: nn.Module, teacher: nn.Module, images: Images, fitted: Collection[nn.Module], most: int | None = None
+) -> None:
     """Let the BatchNorms of a decomposed model follow its inputs; those that nothing disturbs stay exactly as they are.
 
     Args:
@@ -77,6 +79,7 @@ def renormalise(student: nn.Module, teacher: nn.Module, images: Images, fitted: 
         teacher: The dense model that it was, in evaluation mode.
         images: Calibration images; one pass is made over them.
         fitted: BatchNorms of the student that are right already: those behind fitted layers.
+        most: Images that suffice; by default all are looked at.
     """
     originals = norms_with_statistics(teacher)
     norms = {name: norm for name, norm in norms_with_statistics(student).items() if norm not in fitted}
@@ -85,7 +88,11 @@ def renormalise(student: nn.Module, teacher: nn.Module, images: Images, fitted: 
     device, layout = next(teacher.parameters()).device, fast_layout(teacher, images)
     exact = {name: InputStatistics() for name in norms}
     found = {name: InputStatistics() for name in norms}
+    seen = 0
     for batch in batches(images, device, layout):
+        if most is not None and seen >= most:
+            break
+        seen += len(batch)
         with observed({originals[name]: statistics for name, statistics in exact.items()}):
             teacher(batch)
         followers = [(norms[name], originals[name], exact[name], found[name]) for name in norms]

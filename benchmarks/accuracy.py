@@ -119,6 +119,7 @@ def _rows() -> dict[str, Row]:
         rows[f"train/resnet56/{keep}"] = Row("resnet56", keep, train=TRAIN | {"epochs": 2})
         rows[f"factors/resnet56/{keep}"] = Row("resnet56", keep, train=TRAIN | FACTORS | {"finetune_epochs": 2})
         rows[f"long/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | {"epochs": 30})
+        rows[f"long-teacher/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | {"epochs": 20} | TEACHER)
         rows[f"long/resnet56/{keep}"] = Row("resnet56", keep, train=TRAIN | {"epochs": 10})
     return rows
 

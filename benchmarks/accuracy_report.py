@@ -28,6 +28,7 @@ METHODS = {
     "ramp": "penalty training from the dense network",
     "teacher": "penalty training, ResNet-56 as the teacher",
     "long": "penalty training, three to five times as long",
+    "long-teacher": "penalty training, ResNet-56 as the teacher, twice as long",
 }
 COLOURS = {
     "fit": "#2a78d6",

@@ -1,19 +1,19 @@
 """What it is worth to count how much a layer matters, and how well a plan's trial foretells what becomes of it.
 
     python benchmarks/importance.py list
-    python benchmarks/importance.py run 'resnet20/0.2/*/*' --shared ../shared
+    python benchmarks/importance.py run 'resnet20/0.2/*' --shared ../shared
     python benchmarks/importance.py table
 
-A row is NETWORK/KEEP/KIND/POWER: the errors of layers count times their importance to this power. `make_plan` tries
-several kinds and powers: an importance is "plain", with the rest of the network as it is, or "adapted", with the
-BatchNorms of the rest following. `run` notes the divergence of the predictions (in nats, from the dense network's) of
-the plan as it is tried, and once decomposed on images that did not calibrate, and top-1 on the test images. It writes
-results/importance.json; `table` prints it.
+A row is NETWORK/KEEP/POWER: the errors of layers count times their importance to this power, of which `make_plan` tries
+several. `run` notes the divergence of the predictions (in nats, from the dense network's) of the plan as it is tried,
+and once decomposed on images that did not calibrate, and top-1 on the test images. It writes results/importance.json;
+`table` prints it.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,9 @@ from arp_hub.training.augment import keyed_generator
 
 RESULTS = Path(__file__).parent / "results" / "importance.json"
 ROWS = {
-    f"{network}/{keep}/{kind}/{power}": (network, keep, kind, power)
+    f"{network}/{keep}/{power}": (network, keep, power)
     for network, keep in (("resnet20", 0.25), ("resnet20", 0.2), ("lite0", 0.84), ("lite0", 0.7))
-    for kind, power in budget._IMPORTANCES
+    for power in (0.0, *budget._POWERS)
 }
 HELD_OUT = 2000
 """Training images, of those that do not calibrate, on which a network with a test split of its own is judged."""
@@ -61,8 +61,8 @@ def main() -> None:
             print(f"| `{name}` | {row['tried']:.4f} | {row['divergence']:.4f} | {row['top1']:.2f} |")
 
 
-def measure(name: str, keep: float, kind: str, power: float, shared: Path) -> dict[str, Any]:
-    """Plan with one kind and power, decompose, and judge."""
+def measure(name: str, keep: float, power: float, shared: Path) -> dict[str, Any]:
+    """Plan with one power, decompose, and judge."""
     network = NETWORKS[name]
     model = load_model(network.model, str(shared / "weights" / network.checkpoint)).eval()
     images, test = images_and_test(network, model, shared)
@@ -74,11 +74,17 @@ def measure(name: str, keep: float, kind: str, power: float, shared: Path) -> di
         tried.append(divergence(errors, plan))
         return tried[-1]
 
-    with patch.object(budget, "_IMPORTANCES", ((kind, power),)), patch.object(OutputErrors, "divergence", noted):
+    clearly = 0.0 if power == 0 else -math.inf  # the plan of this power is taken, whatever its trial says
+    powers = () if power == 0 else (power,)
+    with (
+        patch.object(budget, "_POWERS", powers),
+        patch.object(budget, "_CLEARLY", clearly),
+        patch.object(OutputErrors, "divergence", noted),
+    ):
         plan = arp_hub.make_plan(model, keep_params=keep, calibration=images)
     small = arp_hub.decompose(copy.deepcopy(model), plan, images)
     return {
-        "tried": tried[0],
+        "tried": tried[-1],
         "divergence": _divergence(model, small, judged),
         "judged_images": len(judged),
         "top1": evaluate(small, test)["top1"],

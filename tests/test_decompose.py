@@ -357,7 +357,17 @@ def test_a_plan_is_tried_with_the_norms_that_it_will_have():
         exact, found = model(few).log_softmax(-1), small(few).log_softmax(-1)
     expected = nn.functional.kl_div(found, exact.exp(), reduction="batchmean")
     assert errors.divergence(FADED) == pytest.approx(float(expected), rel=1e-2)
-    assert errors.importance["adapted"]["middle"] < errors.importance["plain"]["middle"]
+    assert errors.importance("middle", FADED) > 0
+
+
+def test_a_layer_matters_less_where_the_norms_behind_it_follow():
+    model, images = fading_with_statistics()
+    layers = {name: model.get_submodule(name) for name in ("middle", "behind.0", "behind.3")}
+    errors = OutputErrors(model, layers, images[:64], macs=1.0)
+    for name, layer in layers.items():
+        errors.candidates(name, [SCHEMES["channel"](layer_shape(layer))])
+    every = RankPlan({name: LayerPlan("channel", 3) for name in layers}, {})
+    assert errors.importance("middle", FADED) < errors.importance("middle", every)
 
 
 def test_planning_leaves_norms_as_they_were():
