@@ -31,8 +31,7 @@ _PATCH_BYTES = 64 * 2**20
 """Unfolded patches are made in chunks of at most this size."""
 _IMAGE_WORK, _LEAST_POSITIONS = 2.5e8, 32
 """Multiply-accumulates that bound one image's share of a second moment. Where they do not suffice for all positions of
-a large map, a random choice of at least so many stands for them: neighbouring patches tell much the same. Without
-outputs, for a plan, half as much does."""
+a large map, a random choice of at least so many stands for them: neighbouring patches tell much the same."""
 LARGE = 1024
 """Moments with more columns than this are held in single precision, and so are the fits by them."""
 
@@ -155,7 +154,6 @@ class Moments:
         y = y.reshape(y.shape[0], shape.groups, shape.group_out, -1)
         length, columns = y.shape[-1], shape.group_in * shape.taps
         most = max(_LEAST_POSITIONS, int(_IMAGE_WORK / (shape.groups * columns**2)))
-        most = most if self.yx is not None else most // 2
         per_image = min(length, most) * shape.in_channels * shape.taps * x.element_size()
         step = max(1, min(_PATCH_BYTES // per_image, len(x) // _PARTS))
         for x_part, y_part in zip(x.split(step), y.split(step), strict=True):
