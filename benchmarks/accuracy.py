@@ -7,8 +7,8 @@
 
 `--shared` is a folder with `weights/` (trained checkpoints) and `data/` (CIFAR-10 and a sample of ImageNet, as
 parquet). `run` writes results/accuracy.json, one entry a row; rows that are there already are left out unless `--again`
-is given. A row of training keeps its finished model in models/. `table` writes the tables of docs/results.md and the
-figure beside it.
+is given. The best rows of training keep their finished models in models/. `table` writes the tables of docs/results.md
+and the figure beside it.
 """
 
 from __future__ import annotations
@@ -132,6 +132,14 @@ TEACHER: dict[str, Any] = {"teacher": "cifar_resnet56", "teacher_checkpoint": "w
 FACTORS: dict[str, Any] = {"epochs": 0, "finetune_epochs": 10, "finetune_lr": 0.003}
 """The same epochs with no penalty: the factors of the fit are trained, at the rate that they bear."""
 ROWS = _rows()
+KEPT = (
+    "train/resnet20/0.5",
+    "long-teacher/resnet20/0.35",
+    "long/resnet20/0.2",
+    "long/resnet56/0.35",
+    "long/resnet56/0.2",
+)
+"""Rows of training whose finished models stay in models/: the best of each network and budget."""
 
 
 def main() -> None:
@@ -239,7 +247,7 @@ def measure_trained(name: str, row: Row, shared: Path) -> dict[str, Any]:
         **settings,
     )
     metrics = train(config)
-    if name.startswith("long/") or name.replace("train/", "long/") not in ROWS:
+    if name in KEPT:
         kept = MODELS / f"{network.model}-keep{round(100 * row.keep)}"
         _copy_model(output, kept)
         metrics["model_folder"] = f"benchmarks/models/{kept.name}"

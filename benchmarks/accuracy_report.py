@@ -38,6 +38,7 @@ COLOURS = {
     "factors": "#a05fc0",
     "train": "#e08a1e",
     "long": "#c0392b",
+    "long-teacher": "#6d1f14",
 }
 
 _LEAST_LOST = 0.1
@@ -60,7 +61,7 @@ python benchmarks/accuracy.py run ROW --again --shared ../shared
 CIFAR-10: calibration on 1,024 training images without their labels, top-1 on all 10,000 test images. The sample of
 ImageNet has 1,000 images, very likely of the training set: 256 of them calibrate, the other 744 are judged, and the
 numbers compare a network with its own dense form, no more. One seed, the last epoch, and no choice made on these test
-images. The rows `fit/*` are of the present planning, `schemes/*` of that before the BatchNorms of dense layers adapted;
+images. The rows `fit/*` are of the present planning, `schemes/*` and `long-teacher/*` of those before;
 the others with images were planned by the errors of layers alone, `long/resnet56/0.2` by those and by what a layer,
 decomposed alone, does to the output of the network.
 
@@ -90,15 +91,16 @@ def _summary(results: Results) -> str:
     measured = {name.split("/")[0] for name in results}
     shown = ("svd", "weights", "fit", "factors", "train")
     columns = {method: METHODS[method] for method in shown if method in measured}
-    columns["train"] += " (three to five times as long)"
+    columns["train"] += " (longer; longer and with ResNet-56 as the teacher)"
     rows = []
     for network, title in NETWORKS.items():
         own = {name: row for name, row in results.items() if row["network"] == network}
         for keep in sorted({row["keep"] for row in own.values()}, reverse=True):
-            found = [own.get(f"{method}/{network}/{keep}") for method in columns]
-            numbers = ["" if row is None else f"{row['top1']:.2f}" for row in found]
-            if longer := own.get(f"long/{network}/{keep}"):
-                numbers[-1] += f" ({longer['top1']:.2f})"
+            at_budget = [own.get(f"{method}/{network}/{keep}") for method in columns]
+            numbers = ["" if row is None else f"{row['top1']:.2f}" for row in at_budget]
+            longer = [own.get(f"{method}/{network}/{keep}") for method in ("long", "long-teacher")]
+            if found := [f"{row['top1']:.2f}" for row in longer if row is not None]:
+                numbers[-1] += f" ({'; '.join(found)})"
             dense = next(iter(own.values()))["dense"]["top1"]
             rows.append([title, f"{100 * keep:.0f} %", f"{dense:.2f}", *numbers])
     return _table(["network", "parameters kept", "dense", *columns.values()], rows)
