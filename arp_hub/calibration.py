@@ -256,16 +256,26 @@ class _Halt(Exception):  # not an error: it ends a forward pass early
 
 
 @torch.no_grad()
-def _caught(model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Input and output of the first call of each layer, in a forward pass that ends when all are seen."""
-    caught: dict[str, tuple[Tensor, Tensor]] = {}
+def _visit(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    images: Tensor,
+    visit: Callable[[str, nn.Module, Tensor, Tensor], None],
+) -> None:
+    """Show input and output of the first call of each layer, in a forward pass that ends when all are seen.
 
-    def catch(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        caught.setdefault(name, (args[0].clone(), output.clone()))  # what follows may work in place
-        if len(caught) == len(layers):
+    What follows a layer may work in place: what ``visit`` keeps of its tensors it has to clone.
+    """
+    left = set(layers)
+
+    def show(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if name in left:
+            left.remove(name)
+            visit(name, module, args[0], output)
+        if not left:
             raise _Halt
 
-    hooks = [layer.register_forward_hook(partial(catch, name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_hook(partial(show, name)) for name, layer in layers.items()]
     try:
         model(images)
     except _Halt:
@@ -273,9 +283,8 @@ def _caught(model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor) -
     finally:
         for hook in hooks:
             hook.remove()
-    if missing := layers.keys() - caught.keys():
-        raise ArpHubError(f"the model never calls the planned layer '{min(missing)}': take it out of the plan")
-    return caught
+    if left:
+        raise ArpHubError(f"the model never calls the planned layer '{min(left)}': take it out of the plan")
 
 
 def paired_moments(
@@ -292,11 +301,18 @@ def paired_moments(
     """
     device, layout = next(teacher.parameters()).device, fast_layout(teacher, images)
     found = {name: Moments(layer_shape(layer), device) for name, layer in teacher_layers.items()}
+    inputs: dict[str, Tensor] = {}
+
+    def keep(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        inputs[name] = x.clone()
+
+    def count(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        found[name].update(inputs.pop(name, x), _without_bias(layer, y), padder(layer))
+
     for batch in batches(images, device, layout):
-        outputs = _caught(teacher, teacher_layers, batch)
-        inputs = outputs if student is teacher else _caught(student, student_layers, batch)
-        for name, layer in teacher_layers.items():
-            found[name].update(inputs[name][0], _without_bias(layer, outputs[name][1]), padder(layer))
+        if student is not teacher:
+            _visit(student, student_layers, batch, keep)
+        _visit(teacher, teacher_layers, batch, count)
     return found
 
 
