@@ -13,6 +13,7 @@ from arp_hub.calibration import Moments, batches, patches
 from arp_hub.curves import OutputErrors
 from arp_hub.dense import refusal
 from arp_hub.layers import count_params, layer_shape, low_rank_layers, weight_layers
+from arp_hub.norms import renormalise
 from arp_hub.schemes import SCHEMES
 from arp_hub.tracing import count_macs, trace
 
@@ -345,6 +346,16 @@ def test_norms_follow_alike_in_batches_of_any_size(batch_size):
     parts = decompose(copy.deepcopy(model), FADED, list(images.split(batch_size))).state_dict()
     for name in ("behind.1.running_var", "last.running_var"):
         torch.testing.assert_close(parts[name], whole[name], rtol=0.1, atol=0)
+
+
+def test_norms_follow_by_as_many_images_as_suffice():
+    model, images = fading_with_statistics()
+    parts, found = list(images.split(64)), []
+    for seen, most in ((parts, 64), (parts[:1], None)):
+        small = decompose(copy.deepcopy(model), FADED)
+        renormalise(small, model, seen, set(), most)
+        found.append(small.state_dict())
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
 def test_a_plan_is_tried_with_the_norms_that_it_will_have():
