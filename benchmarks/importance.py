@@ -35,7 +35,7 @@ from arp_hub.training.augment import keyed_generator
 RESULTS = Path(__file__).parent / "results" / "importance.json"
 ROWS = {
     f"{network}/{keep}/{power}": (network, keep, power)
-    for network, keep in (("resnet20", 0.25), ("resnet20", 0.2), ("lite0", 0.84), ("lite0", 0.7))
+    for network, keep in (("resnet20", 0.2), ("lite0", 0.84), ("lite0", 0.7))
     for power in (0.0, *budget._POWERS)
 }
 HELD_OUT = 2000
