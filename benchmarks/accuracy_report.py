@@ -61,7 +61,7 @@ python benchmarks/accuracy.py run ROW --again --shared ../shared
 CIFAR-10: calibration on 1,024 training images without their labels, top-1 on all 10,000 test images. The sample of
 ImageNet has 1,000 images, very likely of the training set: 256 of them calibrate, the other 744 are judged, and the
 numbers compare a network with its own dense form, no more. One seed, the last epoch, and no choice made on these test
-images. The rows `fit/*` are of the present planning, `schemes/*` and `long-teacher/*` of those before;
+images. The rows `fit/*` and `schemes/*` are of the present planning, `long-teacher/*` of the one before;
 the others with images were planned by the errors of layers alone, `long/resnet56/0.2` by those and by what a layer,
 decomposed alone, does to the output of the network.
 
