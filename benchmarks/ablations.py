@@ -104,7 +104,7 @@ VARIANTS = {
         "channel alone, the tail's nuclear norm shrinks", schemes=("channel",), penalty=NuclearTail
     ),
     "kept-finetuned": Variant(
-        "the kept model of the longest penalty training, then three epochs of its factors",
+        "the kept model of penalty training, then three epochs of its factors",
         start="kept",
         penalty=None,
         pull=Nothing,

@@ -7,8 +7,8 @@
 
 `--shared` is a folder with `weights/` (trained checkpoints) and `data/` (CIFAR-10 and a sample of ImageNet, as
 parquet). `run` writes results/accuracy.json, one entry a row; rows that are there already are left out unless `--again`
-is given. The best rows of training keep their finished models in models/. `table` writes the tables of docs/results.md
-and the figure beside it.
+is given. The rows of training in `KEPT` keep their finished models in models/. `table` writes the tables of
+docs/results.md and the figure beside it.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ KEPT = (
     "long/resnet56/0.35",
     "long/resnet56/0.2",
 )
-"""Rows of training whose finished models stay in models/: the best of each network and budget."""
+"""Rows of training whose finished models stay in models/: of each network and budget the one that ended best."""
 
 
 def main() -> None:

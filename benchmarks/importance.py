@@ -6,8 +6,8 @@
 
 A row is NETWORK/KEEP/POWER: the errors of layers count times their importance to this power, of which `make_plan` tries
 several. `run` notes the divergence of the predictions (in nats, from the dense network's) of the plan as it is tried,
-and once decomposed on images that did not calibrate, and top-1 on the test images. It writes results/importance.json;
-`table` prints it.
+and once decomposed on images that did not calibrate (of lite0, which has too few, on those that did), and top-1 on the
+test images. It writes results/importance.json; `table` prints it.
 """
 
 from __future__ import annotations
