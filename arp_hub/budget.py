@@ -249,14 +249,12 @@ def _faster_layers(
 ) -> dict[str, list[Scheme]]:
     """The layers with the schemes that are measured to be faster on them; the others are noted as dense."""
     found = {}
-    try:
-        for name, schemes in tqdm(layers.items(), "time layers", disable=not progress, leave=False):
-            if faster := table.faster(schemes, traced.sizes[name]):
-                found[name] = faster
-            else:
-                dense[name] = "no scheme is faster than the dense layer, as measured"
-    finally:
-        table.save()
+    for name, schemes in tqdm(layers.items(), "time layers", disable=not progress, leave=False):
+        if faster := table.faster(schemes, traced.sizes[name]):
+            found[name] = faster
+        else:
+            dense[name] = "no scheme is faster than the dense layer, as measured"
+        table.save()  # layer by layer: a large one takes minutes, which are lost otherwise if this is stopped
     return found
 
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from .calibration import Images, Regression, all_moments, following_norms
+from .calibration import Images, all_moments, following_norms
 from .costs import Floats, rank_at, useful_rank
 from .fitting import fit_layer, output_scale
 from .layers import effective_weight, low_rank_layer
 from .linalg import tail_shares
+from .moments import Regression
 from .plan import LayerPlan, RankPlan
-from .schemes import Factors, Scheme, relative_error
+from .schemes import Factors, Scheme, energy, relative_error
 from .sensitivity import OutputProbe, Substitute
 from .shapes import LayerShape, degrees_of_freedom
 
@@ -158,8 +161,13 @@ class _LayerProblem:
 
     def error(self, composed: Tensor) -> float:
         """Relative error in the metric of the layer's inputs, output channels scaled as the BatchNorm behind does."""
-        rows = self.scale.view(-1, 1, 1, 1)
-        return float(relative_error(self.weight * rows, composed * rows, self.regression.moment))
+        lost = energy((self.weight - composed) * self.scale.view(-1, 1, 1, 1), self.regression.moment)
+        return float(lost / self._energy)
+
+    @cached_property
+    def _energy(self) -> Tensor:
+        scaled = self.weight * self.scale.view(-1, 1, 1, 1)
+        return energy(scaled, self.regression.moment).clamp_min(torch.finfo(scaled.dtype).tiny)
 
     def curve(self, scheme: Scheme) -> tuple[Floats, Factors | None]:
         """The error at every rank, and the factors at the probed one, if they were fitted on the way."""
@@ -203,10 +211,10 @@ class OutputErrors:
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], images: Images, macs: float) -> None:
         self._layers = layers
-        self._moments = all_moments(model, layers, images)
+        self._moments = all_moments(model, layers, images, roughly=True)
         self._norms = following_norms(model, layers, images)
         self._probe = OutputProbe(model, images, macs * len(layers))
-        self._problems: dict[str, _LayerProblem] = {}
+        self._at_hand: tuple[str, _LayerProblem] | None = None
         self._probed: dict[str, tuple[Scheme, Factors | None]] = {}
         self._schemes: dict[tuple[str, str, int], Scheme] = {}
 
@@ -218,17 +226,13 @@ class OutputErrors:
             schemes: The schemes to choose from.
             keep: How many to measure; they are shortlisted by their error in the weight metric at equal cost.
         """
-        layer, norm = self._layers[name], self._norms.get(name)
-        centred = norm is not None or layer.bias is not None
-        weight = effective_weight(layer).float()
-        regression = self._moments.pop(name).regression(weight, centred)
-        problem = _LayerProblem(layer, weight, regression, output_scale(norm, weight), centred)
+        problem = self._problem(name)
         found, fitted = [], {}
-        for scheme in _shortlist(weight, schemes, keep):
+        for scheme in _shortlist(problem.weight, schemes, keep):
             errors, fitted[scheme] = problem.curve(scheme)
             found.append(Candidate(scheme, errors))
         best = min(found, key=lambda one: one.errors[problem.probed_rank(one.scheme) - 1]).scheme
-        self._problems[name], self._probed[name] = problem, (best, fitted[best])
+        self._probed[name] = best, fitted[best]
         self._schemes |= {(name, one.scheme.name, one.scheme.groups): one.scheme for one in found}
         return found
 
@@ -239,7 +243,7 @@ class OutputErrors:
             name: The layer.
             plan: Which layers will stay dense: the BatchNorms behind them follow, as they do in the end.
         """
-        problem, (scheme, factors) = self._problems[name], self._probed[name]
+        problem, (scheme, factors) = self._problem(name), self._probed[name]
         rank = problem.probed_rank(scheme)
         factors = factors or problem.fit(scheme, rank)
         substitute = {self._layers[name]: problem.substitute(scheme, rank, factors)}
@@ -252,11 +256,22 @@ class OutputErrors:
         """How far the network's output goes with all layers of a plan roughly decomposed, each on its own."""
         substitutes = {}
         for name, layer in plan.layers.items():
-            scheme, problem = self._schemes[name, layer.scheme, layer.groups], self._problems[name]
+            scheme, problem = self._schemes[name, layer.scheme, layer.groups], self._problem(name)
             factors = problem.fit(scheme, layer.rank)
             substitutes[self._layers[name]] = problem.substitute(scheme, layer.rank, factors)
         divergence = self._probe.divergence(substitutes, self._adapting(plan.layers))
         return divergence if math.isfinite(divergence) else math.inf
+
+    def _problem(self, name: str) -> _LayerProblem:
+        """What there is to fit of a layer, made anew unless it is at hand: all of them together take much memory."""
+        if self._at_hand is None or self._at_hand[0] != name:
+            self._at_hand = None
+            layer, norm = self._layers[name], self._norms.get(name)
+            centred = norm is not None or layer.bias is not None
+            weight = effective_weight(layer).float()
+            regression = self._moments[name].regression(weight, centred)
+            self._at_hand = name, _LayerProblem(layer, weight, regression, output_scale(norm, weight), centred)
+        return self._at_hand[1]
 
     def _adapting(self, decomposed: Iterable[str]) -> frozenset[BatchNorm]:
         """The BatchNorms that are not behind decomposed layers."""

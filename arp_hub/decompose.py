@@ -13,10 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from tqdm.auto import tqdm
 
 from ._modes import evaluating
-from .calibration import LARGE, Images, Moments, batches, following_norms, paired_moments
+from .calibration import Images, batches, following_norms, paired_moments
 from .errors import ArpHubError
 from .fitting import fit_layer, output_scale
 from .layers import LowRankLayer, effective_weight, layers_called, low_rank_layer, low_rank_layers, replace_layers
+from .moments import LARGE, PatchMoments
 from .norms import norms_with_statistics, renormalise
 from .plan import LayerPlan, RankPlan
 from .schemes import Factors, Scheme, relative_error
@@ -134,8 +135,9 @@ def _decompose_by_data(
             old = {name: student.get_submodule(name) for name in names}
             pupils = (student, old) if k else (model, teachers)  # nothing is decomposed yet before the first pass
             found = paired_moments(*pupils, model, {name: teachers[name] for name in names}, images)
-            for name, moments in found.items():
-                new = _fitted_layer(schemes[name], plan.layers[name], teachers[name], moments, norms.get(name))
+            for name in names:
+                # taken out, so that memory is given back layer by layer
+                new = _fitted_layer(schemes[name], plan.layers[name], teachers[name], found.pop(name), norms.get(name))
                 replace_layers(student, {old[name]: new})
                 bar.update()
         bar.close()
@@ -151,7 +153,7 @@ def _decompose_by_data(
 
 
 def _fitted_layer(
-    scheme: Scheme, plan: LayerPlan, dense: nn.Module, moments: Moments, norm: BatchNorm | None
+    scheme: Scheme, plan: LayerPlan, dense: nn.Module, moments: PatchMoments, norm: BatchNorm | None
 ) -> LowRankLayer:
     """The decomposed form of one layer; the mean of ``norm``, the BatchNorm behind it, takes up its change of mean."""
     bias = cast("Tensor | None", dense.bias)

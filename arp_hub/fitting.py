@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from .calibration import Regression
+from .moments import Regression
 from .schemes import Factors, Scheme
 
 _WORK, _ITERATIONS = 3e10, 150

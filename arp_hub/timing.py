@@ -21,9 +21,12 @@ from .errors import ArpHubError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 """Numbers that a workload may be in."""
-_WARM_UP, _LEAST_ROUNDS, _MOST_ROUNDS = 2, 5, 500
-_LEAST_SAMPLE = 2e-3
-"""Seconds that one sample takes at least: shorter work is repeated within it."""
+_WARM_UP, _MOST_ROUNDS = 2, 500
+LEAST_ROUNDS = 5
+"""Rounds of rivals in turns that are made in any case, unless told."""
+_LEAST_SAMPLE, _LONG = 2e-3, 0.1
+"""Seconds that one sample takes at least, shorter work is repeated within it, and seconds of work that one call warms
+up."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def layer_shares(
     passes, owners = [], list[str | None]()
     began = time.perf_counter()
     for done in range(_WARM_UP + _MOST_ROUNDS):
-        if done >= _WARM_UP + _LEAST_ROUNDS and time.perf_counter() - began > seconds:
+        if done >= _WARM_UP + LEAST_ROUNDS and time.perf_counter() - began > seconds:
             break
         cuts.clear()
         cut(None)
@@ -157,14 +160,15 @@ def _between(first: Any, second: Any) -> float:
 
 
 def take_turns(
-    rivals: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float = 2.0
+    rivals: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float = 2.0, least: int = LEAST_ROUNDS
 ) -> dict[str, list[float]]:
     """Time rivals in turns, so that whatever else the machine does falls on all of them.
 
     Args:
         rivals: What to time, by name. Each is warmed up first.
         device: Where the work is done; it is waited for.
-        seconds: How long to go on, all rivals together; 5 rounds are made in any case.
+        seconds: How long to go on, all rivals together.
+        least: Rounds that are made in any case.
 
     Returns:
         Seconds of one call, sample by sample; the samples of one round stand at the same place in every list.
@@ -173,7 +177,7 @@ def take_turns(
     samples: dict[str, list[float]] = {name: [] for name in rivals}
     began, order = time.perf_counter(), list(rivals)
     for done in range(_MOST_ROUNDS):
-        if done >= _LEAST_ROUNDS and time.perf_counter() - began > seconds:
+        if done >= least and time.perf_counter() - began > seconds:
             break
         for name in order:
             samples[name].append(_sample(rivals[name], repeats[name], device))
@@ -190,6 +194,8 @@ def _repeats(call: Callable[[], Any], device: torch.device) -> int:
     """Calls that one sample takes, found while warming up."""
     for _ in range(_WARM_UP):
         taken = _sample(call, 1, device)
+        if taken > _LONG:
+            break
     return max(1, round(_LEAST_SAMPLE / max(taken, 1e-9)))
 
 

@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from arp_hub import ArpHubError, LayerPlan, RankPlan, decompose, make_plan, to_dense
-from arp_hub.calibration import Moments, batches, patches
+from arp_hub.calibration import all_moments, batches
 from arp_hub.curves import OutputErrors
 from arp_hub.dense import refusal
 from arp_hub.layers import count_params, layer_shape, low_rank_layers, weight_layers
+from arp_hub.moments import PatchMoments, StationaryMoments, patches
 from arp_hub.norms import renormalise
 from arp_hub.schemes import SCHEMES
 from arp_hub.tracing import count_macs, trace
@@ -148,7 +149,7 @@ def test_moments_do_not_depend_on_batches_and_match_the_plain_sum():
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 6, 3, padding=1, stride=2, groups=2, bias=False).double()
     shape, images = layer_shape(conv), torch.randn(10, 4, 9, 8, dtype=torch.float64)
-    whole, parts = (Moments(shape, torch.device("cpu")) for _ in range(2))
+    whole, parts = (PatchMoments(shape, torch.device("cpu")) for _ in range(2))
     whole.update(images, conv(images))
     for batch in images.split(3):
         parts.update(batch, conv(batch))
@@ -244,13 +245,58 @@ def test_few_positions_of_a_large_map_stand_for_all():
     torch.manual_seed(0)
     conv = nn.Conv2d(64, 8, 3, padding=1)
     smooth = nn.functional.conv2d(torch.randn(16, 3, 68, 68), torch.randn(64, 3, 5, 5))
-    found = Moments(layer_shape(conv), torch.device("cpu"), paired=False)
+    found = PatchMoments(layer_shape(conv), torch.device("cpu"), paired=False)
     found.update(smooth, conv(smooth))
     assert found.count < 16 * 64 * 64
     columns = patches(smooth, layer_shape(conv)).permute(1, 2, 0, 3).flatten(2)
     exact = columns @ columns.mT / columns.shape[-1]
     moment = found.regression(conv.weight.detach()).moment
     assert float((moment - exact).norm() / exact.norm()) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dilation", "groups"), [((3, 3), (1, 1), 1), ((3, 5), (2, 1), 2), ((1, 3), (1, 2), 1)]
+)
+def test_stationary_moments_are_those_of_patches_everywhere(kernel, dilation, groups):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, kernel, padding=1, dilation=dilation, groups=groups, bias=False)
+    shape, images = layer_shape(conv), 0.3 * torch.randn(10, 4, 9, 8) + torch.randn(10, 1, 9, 1) + 1
+    found, exact = StationaryMoments(shape, torch.device("cpu")), PatchMoments(shape, torch.device("cpu"), paired=False)
+    for batch in images.split(4):
+        found.update(batch, conv(batch))
+        exact.update(batch, conv(batch))
+    (down, right), (height, width) = dilation, kernel
+    reach = ((width - 1) * right,) * 2 + ((height - 1) * down,) * 2
+    everywhere = nn.functional.unfold(nn.functional.pad(images, reach), kernel, dilation)
+    columns = everywhere.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2)
+    covariances = torch.stack([rows.cov(correction=0) for rows in columns])
+    for problem, moment in (
+        (found.regression(conv.weight.detach()), columns @ columns.mT / columns.shape[-1]),
+        (found.regression(conv.weight.detach(), centred=True), covariances),
+    ):
+        kept, whole = problem.moment.triu(1), moment.triu(1)  # the diagonal is shrunk to
+        share = (kept * whole).sum((1, 2), keepdim=True) / whole.square().sum((1, 2), keepdim=True)
+        assert 0.2 < float(share.min()) <= 1
+        torch.testing.assert_close(kept, share * whole, rtol=1e-3, atol=1e-5)
+        assert torch.linalg.eigvalsh(problem.moment).min() > 0
+    known = exact.regression(conv.weight.detach())
+    torch.testing.assert_close((problem.x_mean, problem.y_mean), (known.x_mean, known.y_mean), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(problem.bias(conv.weight.detach()), torch.zeros(6), rtol=0, atol=1e-5)
+
+
+def test_planning_holds_little_of_large_kernels_and_ranks_layers_alike():
+    torch.manual_seed(0)
+    smooth = nn.functional.interpolate(torch.randn(48, 8, 6, 6), scale_factor=2, mode="bilinear")
+    model = nn.Sequential(nn.Conv2d(8, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 32, 3, padding=1, bias=False))
+    layers = {"2": model[2]}
+    rough, exact = (all_moments(model, layers, smooth, roughly=roughly)["2"] for roughly in (True, False))
+    assert isinstance(rough, StationaryMoments)
+    curves = []
+    for moments in (rough, exact):
+        moment = moments.regression(model[2].weight.detach()).moment
+        values = SCHEMES["channel"](layer_shape(model[2])).spectrum(model[2].weight.detach(), moment)[0].square()
+        curves.append(1 - values.cumsum(0) / values.sum())
+    assert curves[0][15] == pytest.approx(float(curves[1][15]), rel=0.2)
 
 
 def test_batches_of_a_loader():
