@@ -34,7 +34,7 @@ _FACTS = {
 }
 _RECIPE = tuple(
     "epochs ramp method start_from finetune_epochs dense_epochs optimizer lr batch_size weight_decay schedule distill "
-    "mixed_precision".split()
+    "teacher mixed_precision".split()
 )
 _FASTER = 0.97
 """Share of the dense model's time up to which a model is called faster: timings are that uncertain."""

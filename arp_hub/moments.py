@@ -19,9 +19,10 @@ from .shapes import LayerShape
 
 _PATCH_BYTES = 64 * 2**20
 """Unfolded patches are made in chunks of at most this size."""
-_IMAGE_WORK, _LEAST_POSITIONS = 2.5e8, 32
-"""Multiply-accumulates that bound one image's share of a second moment. Where they do not suffice for all positions of
-a large map, a random choice of at least so many stands for them: neighbouring patches tell much the same."""
+_IMAGE_WORK, _ROUGH_WORK, _LEAST_POSITIONS = 2.5e8, 1e8, 32
+"""Multiply-accumulates that bound one image's share of a second moment to fit by, and of one to compare ranks by. Where
+they do not suffice for all positions of a large map, a random choice of at least so many stands for them: neighbouring
+patches tell much the same."""
 LARGE = 1024
 """Moments with more columns than this are held in single precision, and so are the fits by them."""
 _PARTS, _LEAST_PART = 8, 5
@@ -174,7 +175,8 @@ class PatchMoments(Moments):
         y = y.reshape(y.shape[0], 1, -1, y.shape[-1]).mT if shape.kind == "linear" else y.flatten(2)
         y = y.reshape(y.shape[0], shape.groups, shape.group_out, -1)
         length = y.shape[-1]
-        most = max(_LEAST_POSITIONS, int(_IMAGE_WORK / (shape.groups * self.columns**2)))
+        work = _IMAGE_WORK if self.yx is not None else _ROUGH_WORK
+        most = max(_LEAST_POSITIONS, int(work / (shape.groups * self.columns**2)))
         per_image = min(length, most) * shape.in_channels * shape.taps * x.element_size()
         step = max(1, min(_PATCH_BYTES // per_image, self._step(len(x))))
         for x_part, y_part in zip(x.split(step), y.split(step), strict=True):
@@ -247,7 +249,7 @@ class StationaryMoments(Moments):
     def update(self, x: Tensor, y: Tensor, pad: Callable[[Tensor], Tensor] | None = None) -> None:
         """Count an input and an output, all positions of all images or of some."""
         x = x if pad is None else pad(x)
-        most = _IMAGE_WORK / (len(self._products) * self.shape.groups * self.shape.group_in**2)
+        most = _ROUGH_WORK / (len(self._products) * self.shape.groups * self.shape.group_in**2)
         seen = max(1, min(len(x), round(len(x) * most / (x.shape[-2] * x.shape[-1]))))  # whole maps, of fewer images
         x, y = x[:seen], y[:seen]
         for part in x.split(self._step(seen)):

@@ -274,6 +274,14 @@ def test_the_card_says_where_the_model_is_not_faster(folder: Path) -> None:
     assert "latency was not measured" in card_of(folder).text
 
 
+def test_the_card_names_the_teacher(folder: Path) -> None:
+    for teacher, named in (("resnet50", True), ("", False)):  # without one, it is the dense model
+        config = {"epochs": 2, "method": "tracking", "distill": 0.9, "teacher": teacher}
+        card = card_of(folder, config=config).text
+        assert "epochs 2, method tracking, distill 0.9" in card
+        assert ("distill 0.9, teacher resnet50." in card) == named == ("teacher" in card)
+
+
 def test_the_card_shows_what_became_of_every_layer(folder: Path) -> None:
     card = card_of(folder)
     assert re.search(r"\| `layer1.0.conv1` \| 32 -> 32, 3x3, cp \| \d+ \| 9,216 \| [\d,]+ \| \d+ % \|", card.text)
