@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 python benchmarks/stationary.py run 'resnet20/*' --shared ../shared
     python benchmarks/stationary.py table
 
-A row is NETWORK/KEEP. The networks are small, so that their plans use exact moments: here they are planned both ways, and
-decomposed alike. `run` notes top-1 on the test images and the CPU seconds of planning, and writes
+A row is NETWORK/KEEP. The networks are small, so that their plans use exact moments: here they are planned both ways,
+and decomposed alike. `run` notes top-1 on the test images and the CPU seconds of planning, and writes
 results/stationary.json; `table` prints it.
 """
 
@@ -46,10 +46,8 @@ def main() -> None:
     else:
         print("| row | exact: top-1 | planning | stationary: top-1 | planning |\n|---|---|---|---|---|")
         for name, row in load_results(RESULTS).items():
-            ways = (row["exact"], row["stationary"])
-            print(
-                f"| `{name}` | " + " | ".join(f"{way['top1']:.2f} | {way['plan_seconds']:.1f} s" for way in ways) + " |"
-            )
+            cells = [f"{row[way]['top1']:.2f} | {row[way]['plan_seconds']:.1f} s" for way in ("exact", "stationary")]
+            print(f"| `{name}` | {' | '.join(cells)} |")
 
 
 def measure(name: str, keep: float, shared: Path) -> dict[str, Any]:
