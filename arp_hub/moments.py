@@ -122,8 +122,9 @@ class Moments(ABC):
         """The problem by the shrunk moment, a ``share`` of which is the identity times ``scale``."""
 
     def _step(self, images: int) -> int:
-        """Images of one part of a batch of so many."""
-        return max(1, images // _PARTS, min(images, _LEAST_PART) if self.columns > LARGE else 1)
+        """Images of one part of a batch of so many; the first batch, which may be all there is, has two at least."""
+        least = _LEAST_PART if self.columns > LARGE else 1
+        return max(1, images // _PARTS, min(images if self.count else images // 2, least))
 
     def _variance(self, xx: Tensor) -> Tensor:
         """Expected squared error of the moment ``xx`` as an estimate, from the scatter of the parts, ``(G,)``.

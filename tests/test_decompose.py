@@ -241,13 +241,14 @@ def test_patches_at_some_positions_are_those_of_all(stride):
     torch.testing.assert_close(patches(images, shape, positions=positions), patches(images, shape)[..., positions])
 
 
-def test_few_positions_of_a_large_map_stand_for_all():
+@pytest.mark.parametrize(("paired", "images"), [(True, 16), (False, 40)])
+def test_few_positions_of_a_large_map_stand_for_all(paired, images):
     torch.manual_seed(0)
     conv = nn.Conv2d(64, 8, 3, padding=1)
-    smooth = nn.functional.conv2d(torch.randn(16, 3, 68, 68), torch.randn(64, 3, 5, 5))
-    found = PatchMoments(layer_shape(conv), torch.device("cpu"), paired=False)
+    smooth = nn.functional.conv2d(torch.randn(images, 3, 68, 68), torch.randn(64, 3, 5, 5))
+    found = PatchMoments(layer_shape(conv), torch.device("cpu"), paired)
     found.update(smooth, conv(smooth))
-    assert found.count < 16 * 64 * 64
+    assert found.count < images * 64 * 64
     columns = patches(smooth, layer_shape(conv)).permute(1, 2, 0, 3).flatten(2)
     exact = columns @ columns.mT / columns.shape[-1]
     moment = found.regression(conv.weight.detach()).moment
@@ -282,6 +283,17 @@ def test_stationary_moments_are_those_of_patches_everywhere(kernel, dilation, gr
     known = exact.regression(conv.weight.detach())
     torch.testing.assert_close((problem.x_mean, problem.y_mean), (known.x_mean, known.y_mean), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(problem.bias(conv.weight.detach()), torch.zeros(6), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [PatchMoments, StationaryMoments])
+def test_few_images_tell_something_of_a_large_layer(kind):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(128, 8, 3, padding=1, bias=False)
+    images = torch.randn(128, 1, 1) * torch.randn(4, 1, 12, 12) + 0.1 * torch.randn(4, 128, 12, 12)
+    found = kind(layer_shape(conv), torch.device("cpu"))
+    found.update(images, conv(images))
+    moment = found.regression(conv.weight.detach()).moment
+    assert float(moment.triu(1).norm() / moment.norm()) > 0.1  # no mere identity
 
 
 def test_planning_holds_little_of_large_kernels_and_ranks_layers_alike():
