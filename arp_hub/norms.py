@@ -89,7 +89,7 @@ def renormalise(
     exact = {name: InputStatistics() for name in norms}
     found = {name: InputStatistics() for name in norms}
     seen = 0
-    for batch in batches(images, device, layout):
+    for batch in batches(images, device, layout, large=True):  # each goes by what the ones before it have set
         if most is not None and seen >= most:
             break
         seen += len(batch)

@@ -43,7 +43,7 @@ class OutputProbe:
         count = int(min(_IMAGES, max(_LEAST_IMAGES, _WORK / max(work, 1.0))))
         device, layout = next(model.parameters()).device, fast_layout(model, images)
         self._batches: list[Tensor] = []
-        for batch in batches(images, device, layout):
+        for batch in batches(images, device, layout, large=True):  # BatchNorms follow a batch
             self._batches.append(batch[:count])
             count -= len(batch)
             if count <= 0:
