@@ -20,9 +20,9 @@ Images = Tensor | Iterable[Any]
 """Calibration images: one normalised tensor ``(N, C, H, W)``, or batches of them that can be gone through repeatedly
 (a list or a DataLoader; of a batch that is a tuple, the first item counts)."""
 
-_BATCH_SIZE, _CPU_PIXELS, _PIXELS = 128, 3 * 2**16, 2**21
+_BATCH_SIZE, _CPU_PIXELS, _PIXELS = 128, 5 * 2**16, 2**21
 """Images, and their pixels on a CPU and elsewhere, that bound a batch, unless it is to be large. On a CPU maps of more
-would not stay in a cache, nor in memory that the process holds already: with more than three images of 224 pixels, up
+would not stay in a cache, nor in memory that the process holds already: with more than six images of 224 pixels, up
 to a third of the time goes on memory taken from the system and given back."""
 
 

@@ -25,7 +25,7 @@ they do not suffice for all positions of a large map, a random choice of at leas
 patches tell much the same."""
 LARGE = 1024
 """Moments with more columns than this are held in single precision, and so are the fits by them."""
-_PARTS, _LEAST_PART = 8, 5
+_PARTS, _LEAST_PART = 8, 6
 """Parts that a batch of images is counted in, at least, if it has as many, and the least images of one with a large
 moment, to which a part is added at a cost of its own."""
 _BLOCKS, _LEAST_ROWS = 8, 256
