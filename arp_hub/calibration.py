@@ -154,7 +154,8 @@ def all_moments(
         model: The model, in evaluation mode.
         layers: The layers by name.
         images: Calibration images.
-        roughly: Hold those of large kernels as `StationaryMoments`, in a sixth of the memory.
+        roughly: Hold those of large kernels as `StationaryMoments`, in a sixth of the memory, and look at fewer
+            positions of large maps.
     """
     device, layout = next(model.parameters()).device, fast_layout(model, images)
     found: dict[str, Moments] = {}
@@ -163,7 +164,7 @@ def all_moments(
         shape = layer_shape(module)
         if roughly and shape.taps > 1 and shape.group_in * shape.taps > LARGE:
             return StationaryMoments(shape, device)
-        return PatchMoments(shape, device, paired=False)
+        return PatchMoments(shape, device, paired=False, roughly=roughly)
 
     def catch(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if name not in found:

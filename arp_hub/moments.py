@@ -85,7 +85,7 @@ class Moments(ABC):
     """
 
     def __init__(self, shape: LayerShape, device: torch.device) -> None:
-        self.shape, self.device = shape, device
+        self.shape = shape
         self.columns = shape.group_in * shape.taps
         self.x = torch.zeros(shape.groups, self.columns, dtype=torch.float64, device=device)
         self.y = torch.zeros(shape.groups, shape.group_out, dtype=torch.float64, device=device)
@@ -153,10 +153,12 @@ class PatchMoments(Moments):
         shape: The layer.
         device: Where the moments are held.
         paired: Count outputs too. Without them the outputs are those of the layer itself.
+        roughly: Look at fewer positions of a large map: good enough to compare ranks by.
     """
 
-    def __init__(self, shape: LayerShape, device: torch.device, paired: bool = True) -> None:
+    def __init__(self, shape: LayerShape, device: torch.device, paired: bool = True, roughly: bool = False) -> None:
         super().__init__(shape, device)
+        self._work = _ROUGH_WORK if roughly else _IMAGE_WORK
         large = self.columns > LARGE
         zeros = partial(torch.zeros, dtype=torch.float32 if large else torch.float64, device=device)
         self._rows = _row_blocks(self.columns, max(_LEAST_ROWS, -(-self.columns // _BLOCKS)) if large else LARGE)
@@ -176,8 +178,7 @@ class PatchMoments(Moments):
         y = y.reshape(y.shape[0], 1, -1, y.shape[-1]).mT if shape.kind == "linear" else y.flatten(2)
         y = y.reshape(y.shape[0], shape.groups, shape.group_out, -1)
         length = y.shape[-1]
-        work = _IMAGE_WORK if self.yx is not None else _ROUGH_WORK
-        most = max(_LEAST_POSITIONS, int(work / (shape.groups * self.columns**2)))
+        most = max(_LEAST_POSITIONS, int(self._work / (shape.groups * self.columns**2)))
         per_image = min(length, most) * shape.in_channels * shape.taps * x.element_size()
         step = max(1, min(_PATCH_BYTES // per_image, self._step(len(x))))
         for x_part, y_part in zip(x.split(step), y.split(step), strict=True):
