@@ -12,8 +12,11 @@ the same weights and ends with the same weights, without communication.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -22,7 +25,7 @@ from torch import Tensor, nn
 
 from .errors import ArpHubError
 from .plan import RankPlan
-from .schemes import Factors, Scheme, relative_error
+from .schemes import Factors, Scheme, make_scheme, relative_error
 from .structure import check_plan
 
 Phase = Literal["ramp", "hold", "done"]
@@ -33,40 +36,130 @@ _END_OF_RAMP = 1e-4
 _DUAL_RATE, _DUAL_GROWTH, _DUAL_PROGRESS = 0.02, 1.02, 0.99
 """Dual ascent: gain per step, and its growth in steps in which the violation falls by less than 1 %."""
 _METRIC_ITERATIONS = 2
+_SCALARS = ("start", "violation", "strength", "rate")
+"""What is remembered of each layer, beside its factors."""
 _EVERY, _LEAST_PULLS = 8, 10
 """Steps from one pull to the next, and the pulls of a training that is too short for so many steps between them."""
+_STACKED_WEIGHTS = 2**22
+"""Weights of like layers that are pulled together, at most."""
+_STREAMS = 4
+"""Stacks that a GPU works on at once, at most."""
 _CHECK_EVERY = 50
 """Pulls between two looks for NaN on an accelerator, where a look stops the pipeline; on a CPU every pull looks."""
 
 
 @dataclass
 class _Layer:
-    """One planned layer and what the penalty remembers of it."""
+    """One planned layer."""
 
     name: str
     weight: nn.Parameter
     scheme: Scheme
     rank: int
     moment: Tensor | None
-    factors: Factors | None = None
-    start: Tensor | None = None
-    violation: Tensor | None = None
-    strength: Tensor | None = None
-    rate: Tensor | None = None
+    factors: Factors | None
 
-    def dense_weight(self) -> Tensor:
-        weight = self.weight.detach()
-        return (weight if weight.dim() == 4 else weight[..., None, None]).float()
+
+class _Stack:
+    """Layers of one shape, scheme and rank as the groups of one layer, and what the penalty remembers of them.
+
+    A scheme treats the groups of a layer alike and apart, so that one call serves the whole stack: on a GPU a pull
+    of small layers takes as long as its launches.
+
+    Args:
+        layers: The layers, alike; a layer with a moment is alone, because its fit searches for its own sake.
+    """
+
+    def __init__(self, layers: Sequence[_Layer]) -> None:
+        self.layers, first = list(layers), layers[0]
+        shape, count = first.scheme.shape, len(layers)
+        stacked = dataclasses.replace(
+            shape,
+            out_channels=count * shape.out_channels,
+            in_channels=count * shape.in_channels,
+            groups=count * shape.groups,
+        )
+        self.scheme = make_scheme(first.scheme.name, stacked, first.scheme.groups)
+        self.moment = first.moment
+        given = [layer.factors for layer in layers if layer.factors is not None]
+        self.factors: Factors | None = _joined(given) if given else None
+        self.start: Tensor | None = None
+        self.violation: Tensor | None = None
+        self.strength: Tensor | None = None
+        self.rate: Tensor | None = None
+
+    def dense_weights(self) -> Tensor:
+        """The weights one below the other, ``(layers * O, I, kh, kw)``, in single precision."""
+        weight = torch.cat([layer.weight.detach() for layer in self.layers]).float().contiguous()
+        return weight if weight.dim() == 4 else weight[..., None, None]
 
     def project(self, weight: Tensor) -> Tensor:
-        """Bring the factors up to date with ``weight`` and return the point of the set that they stand for."""
-        if self.factors is None:
-            self.factors = self.scheme.nearest(weight, self.rank)
+        """Bring the factors up to date with `dense_weights` and return the point of the set that they stand for."""
+        if self.factors is None:  # each by itself: how long the search for a start goes on depends on the layer
+            parts = zip(self.layers, weight.chunk(len(self.layers)), strict=True)
+            self.factors = _joined([layer.scheme.nearest(part, layer.rank) for layer, part in parts])
         elif self.moment is None:
-            self.factors = self.scheme.nearest(weight, self.rank, start=self.factors)
+            self.factors = self.scheme.nearest(weight, self.layers[0].rank, start=self.factors)
         if self.moment is not None:
             self.factors = self.scheme.fit(weight, self.moment, self.factors, _METRIC_ITERATIONS)
+        self.factors = tuple(factor.contiguous() for factor in self.factors)  # as they come back from a checkpoint
         return self.scheme.compose(self.factors)
+
+    def violations_of(self, weight: Tensor, nearest: Tensor) -> Tensor:
+        """Relative violation of every layer, ``(layers,)``."""
+        if self.moment is not None:
+            return relative_error(weight, nearest, self.moment)[None]
+        apart, whole = (part.view(len(self.layers), -1).square().sum(1) for part in (weight - nearest, weight))
+        return apart / whole.clamp_min(torch.finfo(whole.dtype).tiny)
+
+    def move(self, weight: Tensor, nearest: Tensor, shares: Tensor | None) -> None:
+        """Move each layer by its share of the way to its nearest point, all of it without shares."""
+        if shares is not None:
+            rows = len(weight) // len(shares)
+            nearest = torch.lerp(weight, nearest, shares.repeat_interleave(rows).view(-1, 1, 1, 1))
+        for layer, target in zip(self.layers, nearest.chunk(len(self.layers)), strict=True):
+            layer.weight.copy_(target.view(layer.weight.shape))
+
+    def separate_factors(self) -> list[Factors]:
+        """The factors of each layer; none if there are none yet."""
+        parts = [factor.chunk(len(self.layers)) for factor in self.factors or ()]
+        return list(zip(*parts, strict=True))
+
+
+@contextmanager
+def _side_by_side(streams: Sequence[torch.cuda.Stream]) -> Iterator[Callable[[], AbstractContextManager[object]]]:
+    """Turns that a GPU may take at once, after what it has been given before and before what it is given afterwards.
+
+    Factorisations of small matrices leave most of a GPU idle. Without streams, turns are one after the other.
+    """
+    if not streams:
+        yield nullcontext
+        return
+    current, turns = torch.cuda.current_stream(streams[0].device), itertools.cycle(streams)
+    for stream in streams:
+        stream.wait_stream(current)
+    yield lambda: torch.cuda.stream(next(turns))
+    for stream in streams:
+        current.wait_stream(stream)
+
+
+def _joined(factors: Sequence[Factors]) -> Factors:
+    """The factors of a stack, from those of its layers."""
+    return tuple(torch.cat(parts) for parts in zip(*factors, strict=True))
+
+
+def _stacked(layers: Sequence[_Layer]) -> list[_Stack]:
+    """Layers that are alike in stacks, which hold so many weights that their copies stay small beside the model."""
+    alike: dict[Any, list[_Layer]] = {}
+    for layer in layers:
+        scheme, shape = layer.scheme, layer.scheme.shape
+        kind = scheme.name, scheme.groups, layer.rank, layer.weight.shape, shape.groups, layer.weight.device
+        alike.setdefault(kind if layer.moment is None else layer.name, []).append(layer)
+    stacks = []
+    for group in alike.values():
+        most = max(1, _STACKED_WEIGHTS // group[0].weight.numel())
+        stacks += [_Stack(group[start : start + most]) for start in range(0, len(group), most)]
+    return stacks
 
 
 class AdaptiveRankPenalty:
@@ -132,7 +225,7 @@ class AdaptiveRankPenalty:
         self.step_count = self._pulls = 0
         self._off = False
         """Whether the weights have been trained in the hold since they were last low-rank."""
-        self._layers = []
+        layers = []
         modules = dict(model.named_modules(remove_duplicate=False))
         for name, scheme in check_plan(model, plan).items():
             weight = modules[name].weight
@@ -141,7 +234,7 @@ class AdaptiveRankPenalty:
                     f"layer '{name}' is a {type(modules[name]).__name__}, whose weight is standardised on every pass: "
                     "decompose it without the penalty, or exclude it from the plan"
                 )
-            self._layers.append(
+            layers.append(
                 _Layer(
                     name,
                     weight,
@@ -151,8 +244,13 @@ class AdaptiveRankPenalty:
                     None if factors is None else _start_factors(name, scheme, plan, factors, weight),
                 )
             )
-        if not self._layers:
+        if not layers:
             raise ArpHubError("the plan decomposes no layer: there is nothing to pull")
+        self._names = [layer.name for layer in layers]
+        self._stacks = _stacked(layers)
+        devices = {layer.weight.device for layer in layers}
+        device = devices.pop() if len(devices) == 1 else torch.device("cpu")
+        self._streams = [torch.cuda.Stream(device) for _ in range(_STREAMS)] if device.type == "cuda" else []
 
     @property
     def phase(self) -> Phase:
@@ -178,16 +276,17 @@ class AdaptiveRankPenalty:
     def _pull(self, holding: bool) -> None:
         """Move every layer to its target: all of the way in the hold."""
         self._pulls += 1
-        if self._layers[0].weight.device.type == "cpu" or self._pulls % _CHECK_EVERY == 1:
+        if self._stacks[0].layers[0].weight.device.type == "cpu" or self._pulls % _CHECK_EVERY == 1:
             self._check_finite()
-        for layer in self._layers:
-            weight = layer.dense_weight()
-            nearest = layer.project(weight)
-            violation = relative_error(weight, nearest, layer.moment)
-            share = None if holding else self._share(layer, violation)
-            layer.violation = torch.zeros_like(violation) if holding else violation
-            target = nearest if share is None else torch.lerp(weight, nearest, share)
-            layer.weight.copy_(target.view(layer.weight.shape))
+        with _side_by_side(self._streams) as turn:
+            for stack in self._stacks:
+                with turn():
+                    weight = stack.dense_weights()
+                    nearest = stack.project(weight)
+                    violation = stack.violations_of(weight, nearest)
+                    shares = None if holding else self._shares(stack, violation)
+                    stack.violation = torch.zeros_like(violation) if holding else violation
+                    stack.move(weight, nearest, shares)
         self._off = False
 
     def violations(self) -> dict[str, float]:
@@ -198,7 +297,12 @@ class AdaptiveRankPenalty:
         """
         self._require_steps()
         self._check_finite()
-        return {layer.name: float(cast(Tensor, layer.violation)) for layer in self._layers}
+        found = {
+            layer.name: violation
+            for stack in self._stacks
+            for layer, violation in zip(stack.layers, cast(Tensor, stack.violation).tolist(), strict=True)
+        }
+        return {name: found[name] for name in self._names}
 
     @torch.no_grad()
     def factors(self) -> dict[str, Factors]:
@@ -218,19 +322,23 @@ class AdaptiveRankPenalty:
         self._check_finite()
         if self._off:
             self._pull(holding=True)
-        return {layer.name: cast(Factors, layer.factors) for layer in self._layers}
+        found = {
+            layer.name: layer.scheme.balance(factors)
+            for stack in self._stacks
+            for layer, factors in zip(stack.layers, stack.separate_factors(), strict=True)
+        }
+        return {name: found[name] for name in self._names}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed training needs: tensors and plain numbers only."""
-        layers = {}
-        for layer in self._layers:
-            scalars = {
-                key: getattr(layer, key).clone()
-                for key in ("start", "violation", "strength", "rate")
-                if getattr(layer, key) is not None
-            }
-            factors = {f"factor{k}": factor.clone() for k, factor in enumerate(layer.factors or ())}
-            layers[layer.name] = scalars | factors
+        layers: dict[str, dict[str, Tensor]] = {name: {} for name in self._names}
+        for stack in self._stacks:
+            for number, layer in enumerate(stack.layers):
+                for key in _SCALARS:
+                    if (values := getattr(stack, key)) is not None:
+                        layers[layer.name][key] = values[number].clone()
+            for layer, factors in zip(stack.layers, stack.separate_factors(), strict=False):
+                layers[layer.name] |= {f"factor{k}": factor.clone() for k, factor in enumerate(factors)}
         return {
             "step_count": self.step_count,
             "total_steps": self.total_steps,
@@ -247,43 +355,48 @@ class AdaptiveRankPenalty:
         for key in ("total_steps", "ramp_steps"):
             if state[key] != getattr(self, key):
                 raise ArpHubError(f"the saved penalty has {key}={state[key]}, this one {getattr(self, key)}")
-        if set(state["layers"]) != {layer.name for layer in self._layers}:
-            odd = set(state["layers"]) ^ {layer.name for layer in self._layers}
+        if odd := set(state["layers"]) ^ set(self._names):
             raise ArpHubError(f"the saved penalty is of another plan: it differs in layer '{min(odd)}'")
         self.step_count = state["step_count"]
         self._off = self.step_count > self.ramp_steps
-        for layer in self._layers:
-            saved = {key: value.to(layer.weight.device) for key, value in state["layers"][layer.name].items()}
-            for key in ("start", "violation", "strength", "rate"):
-                setattr(layer, key, saved.get(key))
-            factors = tuple(saved[key] for key in sorted(saved) if key.startswith("factor"))
-            layer.factors = factors or None
+        for stack in self._stacks:
+            device = stack.layers[0].weight.device
+            saved = [
+                {key: value.to(device) for key, value in state["layers"][layer.name].items()} for layer in stack.layers
+            ]
+            for key in _SCALARS:
+                setattr(stack, key, torch.stack([one[key] for one in saved]) if key in saved[0] else None)
+            factors = [tuple(one[key] for key in sorted(one) if key.startswith("factor")) for one in saved]
+            stack.factors = _joined(factors) or None
 
-    def _share(self, layer: _Layer, violation: Tensor) -> Tensor:
-        """The share of the way to the nearest point that a layer moves now, between 0 and 1."""
-        if layer.start is None:
-            layer.start = violation.clamp_min(torch.finfo(violation.dtype).tiny)
-            layer.strength, layer.rate = torch.zeros_like(violation), torch.full_like(violation, _DUAL_RATE)
+    def _shares(self, stack: _Stack, violation: Tensor) -> Tensor:
+        """The share of the way to its nearest point that each layer moves now, between 0 and 1, ``(layers,)``."""
+        tiny = torch.finfo(violation.dtype).tiny
+        if stack.start is None:
+            stack.start = violation.clamp_min(tiny)
+            stack.strength, stack.rate = torch.zeros_like(violation), torch.full_like(violation, _DUAL_RATE)
         if self.method == "tracking":
-            target = layer.start * _END_OF_RAMP ** (self.step_count / self.ramp_steps)
+            target = stack.start * _END_OF_RAMP ** (self.step_count / self.ramp_steps)
             # Moving a share s leaves (1 - s)^2 of the violation, so this share lands on the target.
-            return (1 - (target / violation.clamp_min(torch.finfo(violation.dtype).tiny)).sqrt()).clamp(0, 1)
-        strength, rate = cast(Tensor, layer.strength), cast(Tensor, layer.rate)
-        if layer.violation is not None:
-            stuck = violation > _DUAL_PROGRESS * layer.violation
+            return (1 - (target / violation.clamp_min(tiny)).sqrt()).clamp(0, 1)
+        strength, rate = cast(Tensor, stack.strength), cast(Tensor, stack.rate)
+        if stack.violation is not None:
+            stuck = violation > _DUAL_PROGRESS * stack.violation
             rate = torch.where(stuck, rate * _DUAL_GROWTH**self.every, rate)
-        layer.rate = rate
-        layer.strength = strength + self.every * rate * violation / layer.start
-        return layer.strength / (1 + layer.strength)  # the proximal step of strength/2 times the squared distance
+        stack.rate = rate
+        stack.strength = strength + self.every * rate * violation / stack.start
+        return stack.strength / (1 + stack.strength)  # the proximal step of strength/2 times the squared distance
 
     def _require_steps(self) -> None:
         if self.step_count == 0:
             raise ArpHubError("penalty.step() was never called: call it after every optimizer.step()")
 
     def _check_finite(self) -> None:
-        flags = torch.stack([layer.weight.detach().isfinite().all() for layer in self._layers])
-        if not bool(flags.all()):
-            name = self._layers[int(flags.logical_not().nonzero()[0])].name
+        layers = [layer for stack in self._stacks for layer in stack.layers]
+        finite = torch.stack([layer.weight.detach().isfinite().all() for layer in layers]).tolist()
+        bad = {layer.name for layer, good in zip(layers, finite, strict=True) if not good}
+        if bad:
+            name = next(name for name in self._names if name in bad)
             raise ArpHubError(f"layer '{name}': its weight is NaN or infinite after step {self.step_count}")
 
 

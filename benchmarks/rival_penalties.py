@@ -21,7 +21,7 @@ LR, RAMP = 0.03, 0.65
 class FixedShare(AdaptiveRankPenalty):
     """The same share of the way at every pull of the ramp, whatever the violation."""
 
-    def _share(self, layer: Any, violation: Tensor) -> Tensor:
+    def _shares(self, stack: Any, violation: Tensor) -> Tensor:
         return torch.full_like(violation, 0.1)
 
 
@@ -29,12 +29,14 @@ class KeepsEnergy(AdaptiveRankPenalty):
     """Every projection is scaled back to the norm that the weight had."""
 
     def _pull(self, holding: bool) -> None:
-        before = [layer.weight.norm() for layer in self._layers]
+        before = [_norms(stack) for stack in self._stacks]
         super()._pull(holding)
-        for layer, norm in zip(self._layers, before, strict=True):
-            scale = norm / layer.weight.norm()
-            layer.weight.mul_(scale)
-            layer.factors = (*layer.factors[:-1], layer.factors[-1] * scale)
+        for stack, norms in zip(self._stacks, before, strict=True):
+            scales = norms / _norms(stack)
+            for layer, scale in zip(stack.layers, scales, strict=True):
+                layer.weight.mul_(scale)
+            rows = scales.repeat_interleave(len(stack.factors[-1]) // len(scales)).view(-1, 1, 1, 1)
+            stack.factors = (*stack.factors[:-1], stack.factors[-1] * rows)
 
 
 class NuclearTail(AdaptiveRankPenalty):
@@ -43,18 +45,25 @@ class NuclearTail(AdaptiveRankPenalty):
     def _pull(self, holding: bool) -> None:
         if holding:
             return super()._pull(holding)
-        for layer in self._layers:
-            weight = layer.dense_weight()
-            assert isinstance(layer.scheme, MatrixScheme)
-            u, values, v = torch.linalg.svd(layer.scheme.fold(weight), full_matrices=False)
-            kept, tail = values[:, : layer.rank], values[:, layer.rank :]
-            violation = tail.square().sum() / values.square().sum()
-            left = (1 - self._share(layer, violation)).square() * tail.square().sum()
-            small = torch.cat([kept, (tail - _threshold(tail, left)).clamp_min(0)], 1)
+        for stack in self._stacks:
+            weight, rank = stack.dense_weights(), stack.layers[0].rank
+            assert isinstance(stack.scheme, MatrixScheme)
+            u, values, v = torch.linalg.svd(stack.scheme.fold(weight), full_matrices=False)
+            kept, tail = values[:, :rank], values[:, rank:]
+            violation = tail.square().sum(1) / values.square().sum(1)
+            left = (1 - self._shares(stack, violation)).square() * tail.square().sum(1)
+            thresholds = torch.stack([_threshold(*pair) for pair in zip(tail, left, strict=True)])
+            small = torch.cat([kept, (tail - thresholds[:, None]).clamp_min(0)], 1)
             pulled = (u * small[:, None]) @ v
-            layer.violation = violation
-            layer.factors = layer.scheme.nearest(weight, layer.rank)
-            layer.weight.copy_(pulled.view(layer.weight.shape))
+            stack.violation = violation
+            stack.factors = stack.scheme.nearest(weight, rank)
+            for layer, target in zip(stack.layers, pulled, strict=True):
+                layer.weight.copy_(target.view(layer.weight.shape))
+
+
+def _norms(stack: Any) -> Tensor:
+    """The norm of each layer's weight, ``(layers,)``."""
+    return stack.dense_weights().view(len(stack.layers), -1).norm(dim=1)
 
 
 def _threshold(tail: Tensor, left: Tensor) -> Tensor:
@@ -94,9 +103,11 @@ class InLoss(Pull):
     def before(self, step: int) -> None:
         """Its gradient: the way from the nearest point."""
         if self.penalty.phase == "ramp":
-            for layer in self.penalty._layers:
-                weight = layer.dense_weight()
-                layer.weight.grad += self.strength * (weight - layer.project(weight)).view(layer.weight.shape)
+            for stack in self.penalty._stacks:
+                weight = stack.dense_weights()
+                pulls = self.strength * (weight - stack.project(weight))
+                for layer, pull in zip(stack.layers, pulls.chunk(len(stack.layers)), strict=True):
+                    layer.weight.grad += pull.view(layer.weight.shape)
 
     def after(self, step: int) -> None:
         """Nothing in the ramp."""
@@ -115,7 +126,7 @@ class NuclearNorm(InLoss):
     def before(self, step: int) -> None:
         """Its subgradient, by a full singular value decomposition."""
         if self.penalty.phase == "ramp":
-            for layer in self.penalty._layers:
+            for layer in (layer for stack in self.penalty._stacks for layer in stack.layers):
                 u, _, v = torch.linalg.svd(layer.weight.detach().flatten(1), full_matrices=False)
                 layer.weight.grad += self.strength * (u @ v).view(layer.weight.shape)
 

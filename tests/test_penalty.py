@@ -156,6 +156,106 @@ def test_a_fit_is_taken_over_and_held():
     torch.testing.assert_close(model[0].weight.detach(), fitted[0].weight.detach(), rtol=1e-3, atol=1e-4)
 
 
+ALIKE = {
+    "channel": ("1x1", 3),
+    "cp": ("3x3", 6),
+    "tucker2": ("3x3", 4),
+    "spatial": ("3x3", 5),
+    "group_in": ("3x3", 2),
+    "group_out": ("3x3", 2),
+}
+
+
+def alike(kernel):
+    """Five layers of one shape, of weights of very different size, and one of another."""
+    torch.manual_seed(0)
+    size = int(kernel[0])
+    layers = [nn.Conv2d(8, 8, size, padding=size // 2) for _ in range(5)]
+    with torch.no_grad():
+        for number, layer in enumerate(layers):
+            layer.weight *= 10.0 ** (number - 2)
+    return nn.Sequential(*layers, nn.Conv2d(8, 12, size))
+
+
+@pytest.mark.parametrize("method", ["tracking", "dual"])
+@pytest.mark.parametrize("name", ALIKE)
+def test_like_layers_are_pulled_as_each_by_itself(name, method):
+    kernel, rank = ALIKE[name]
+    groups = 2 if SCHEMES[name].grouped else 1
+    plans = {str(number): LayerPlan(name, rank, groups) for number in range(6)}
+    together = alike(kernel)
+    apart = copy.deepcopy(together)
+    schedule = {"total_steps": 12, "ramp": 0.7, "method": method, "every": 1}
+    penalties = [AdaptiveRankPenalty(together, RankPlan(plans), **schedule)]
+    penalties += [AdaptiveRankPenalty(apart, RankPlan({key: plan}), **schedule) for key, plan in plans.items()]
+    for step in range(12):
+        for model in (together, apart):
+            torch.manual_seed(step)
+            with torch.no_grad():
+                for layer in model:
+                    layer.weight += 0.01 * layer.weight.norm() / 24 * torch.randn_like(layer.weight)
+        for penalty in penalties:
+            penalty.step()
+        found = penalties[0].violations()
+        assert list(found) == list(plans)
+        expected = {key: value for penalty in penalties[1:] for key, value in penalty.violations().items()}
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(
+            one.weight, other.weight, rtol=1e-3, atol=1e-4 * float(other.weight.detach().abs().max())
+        )
+    x = torch.randn(2, 8, 9, 9)
+    with torch.no_grad():
+        expected = together(x)
+        decompose(together, RankPlan(plans), factors=penalties[0].factors())
+        torch.testing.assert_close(together(x), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_like_layers_resume_exactly():
+    plan = RankPlan({str(number): LayerPlan("cp", 6) for number in range(6)})
+    straight = alike("3x3")
+    resumed = copy.deepcopy(straight)
+    whole = AdaptiveRankPenalty(straight, plan, total_steps=12, ramp=0.5, method="dual", every=1)
+    for _ in range(12):
+        whole.step()
+    first = AdaptiveRankPenalty(resumed, plan, total_steps=12, ramp=0.5, method="dual", every=1)
+    for _ in range(5):
+        first.step()
+    second = AdaptiveRankPenalty(resumed, plan, total_steps=12, ramp=0.5, method="dual", every=1)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for _ in range(7):
+        second.step()
+    assert all(torch.equal(one.weight, other.weight) for one, other in zip(straight, resumed, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("method", ["tracking", "dual"])
+def test_a_pull_never_waits_for_a_gpu(method):
+    model = network().cuda()
+    expected = network()
+    penalties = [
+        AdaptiveRankPenalty(one, PLAN, total_steps=20, ramp=0.5, method=method, every=1) for one in (model, expected)
+    ]
+    for penalty in penalties:
+        penalty.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(19):  # through the ramp and the hold
+            penalties[0].step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for _ in range(19):
+        penalties[1].step()
+    for name in PLAN.layers:
+        found, wanted = model.get_submodule(name).weight.cpu(), expected.get_submodule(name).weight
+        assert (found - wanted).norm() < 2e-2 * wanted.norm(), name
+    x = torch.randn(4, 8, 8, 8, device="cuda")
+    with torch.no_grad():
+        before = model(x)
+        decompose(model, PLAN, factors=penalties[0].factors())
+        torch.testing.assert_close(model(x), before, rtol=1e-2, atol=1e-3)
+
+
 def test_errors_say_what_is_wrong():
     model = network()
     for arguments, message in [

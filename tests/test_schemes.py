@@ -10,6 +10,7 @@ from torch import nn
 
 from arp_hub import ArpHubError, LayerPlan
 from arp_hub.layers import count_params, effective_weight, low_rank_layer
+from arp_hub.linalg import orthonormal, solve_spd
 from arp_hub.schemes import SCHEMES, make_scheme, relative_error
 from arp_hub.shapes import LayerShape, chain_macs
 
@@ -51,6 +52,46 @@ def low_rank(dense: nn.Module, name: str, groups: int, rank: int) -> nn.Module:
     layer = low_rank_layer(dense, LayerPlan(name, rank, groups))
     layer.load_factors(layer.scheme.nearest(effective_weight(dense), rank), dense.bias)
     return layer
+
+
+def columns(kind):
+    torch.manual_seed(0)
+    u, s, v = torch.linalg.svd(torch.randn(2, 60, 20), full_matrices=False)
+    if kind == "decaying":
+        s = torch.logspace(0, -3, 20).expand(2, -1)
+    elif kind == "dependent":
+        s = s * (torch.arange(20) < 8)
+    elif kind == "zero":
+        s = torch.zeros(2, 20)
+    return (u * s[:, None]) @ v if kind != "scaled" else u * torch.logspace(-18, 18, 20)
+
+
+@pytest.mark.parametrize("kind", ["random", "decaying", "scaled", "dependent", "zero"])
+def test_an_orthonormal_basis_spans_the_columns(kind):
+    matrix = columns(kind)
+    basis = orthonormal(matrix)
+    assert basis.isfinite().all()
+    norms = matrix.norm(dim=-2, keepdim=True).clamp_min(1e-30)
+    torch.testing.assert_close(basis @ (basis.mT @ (matrix / norms)), matrix / norms, rtol=0, atol=1e-4)
+    if kind in ("random", "decaying", "scaled"):
+        torch.testing.assert_close(basis.mT @ basis, torch.eye(20).expand(2, -1, -1), rtol=0, atol=1e-4)
+    else:
+        assert torch.linalg.svdvals(basis).max() < 1.01
+
+
+@pytest.mark.parametrize("degenerate", [False, True])
+def test_wider_numbers_solve_alike_and_never_fail(degenerate):
+    torch.manual_seed(0)
+    mode = torch.randn(2, 12, 30)
+    if degenerate:
+        mode[:, 6:] = mode[:, :6] + 1e-4 * torch.randn(2, 6, 30)
+    right = torch.randn(2, 12, 5)
+    wide = mode.double() @ mode.double().mT
+    found = solve_spd(wide, right)
+    assert found.dtype == torch.float32
+    ridge = wide.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * 100 * torch.finfo(torch.float32).eps
+    expected = torch.linalg.solve(wide + ridge * torch.eye(12, dtype=torch.float64), right.double())
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("shape", "name", "groups"), CASES)

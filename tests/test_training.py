@@ -274,7 +274,8 @@ def launch(recipe, output, *options, processes=1, wait=True, **settings):
     return said
 
 
-PLAIN = ["--no-pretrained", "--cpu", "--tracker", "none", "--schemes", "channel"]
+ON_GPU = ["--no-pretrained", "--tracker", "none", "--schemes", "channel"]
+PLAIN = [*ON_GPU, "--cpu"]
 
 
 def test_two_processes_and_one_end_in_the_same_weights(tmp_path):
@@ -301,6 +302,47 @@ def test_a_failure_in_one_of_two_processes_ends_both_with_its_message(tmp_path):
     assert child.returncode not in (0, None)
     assert len(re.findall(r"^error: image \d+ of column 'image' cannot be decoded", said, re.M)) == 1, said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({}, "cuda_graphs needs one process on a GPU.*1 on cpu"), ({"accumulation": 2}, "accumulation=2 must be 1")],
+)
+def test_graphs_need_a_gpu_and_whole_batches(tmp_path, changes, message):
+    with pytest.raises(ArpHubError, match=message):
+        run(config(tmp_path, cuda_graphs=True, **changes))
+    assert not (tmp_path / "out-run").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_graphs_train_to_the_same_weights(tmp_path, precision):
+    settings = LONG | {"max_steps": 12, "mixed_precision": precision, "distill": 0.5}
+    for name, options in (("plain", []), ("recorded", ["--cuda-graphs"])):
+        launch("any_backbone.py", tmp_path / name, *ON_GPU, *options, **settings)
+    before, after = (load_file(tmp_path / f"{name}-run" / "dense.safetensors") for name in ("plain", "recorded"))
+    for name in before:  # summed in another order here and there
+        apart = (before[name].double() - after[name].double()).norm()
+        assert apart < 0.02 * before[name].double().norm().clamp_min(1), name
+
+
+LOOKING = """
+import torch
+from arp_hub.training.graphs import recorded_training
+
+class Looking(torch.nn.Conv2d):
+    def forward(self, images):
+        found = super().forward(images)
+        return found if float(found.mean()) > 0 else -found
+
+recorded_training(Looking(3, 4, 1).cuda(), torch.randn(2, 3, 8, 8, device="cuda"))
+"""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_model_that_looks_at_values_cannot_be_recorded():
+    done = subprocess.run([sys.executable, "-c", LOOKING], env=ENVIRONMENT, capture_output=True, text=True)
+    assert "cuda_graphs: this model cannot be recorded" in done.stderr  # apart, because CUDA is of no use afterwards
 
 
 def test_several_processes_need_cpu_said(tmp_path):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..linalg import singular_values, truncated
+from ..linalg import orthonormal, singular_values, truncated
 from ..shapes import ConvSpec, LayerShape
 from .base import Factors, Scheme
 
@@ -42,7 +42,7 @@ class MatrixScheme(Scheme):
             return self.unfold(left * even[:, None, :], right / even[..., None])
         right = self.right(start)
         for _ in range(sweeps or 1):  # orthogonal iteration: one multiplication by M M^T a sweep
-            left = torch.linalg.qr(matrix @ right.mT).Q
+            left = orthonormal(matrix @ right.mT)
             right = left.mT @ matrix
         return self.balance(self.unfold(left, right))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..linalg import als, even_norms, leading_vectors, slice_triplets, tail_shares
+from ..linalg import als, even_norms, leading_vectors, orthonormal, slice_triplets, tail_shares
 from ..shapes import ConvSpec, LayerShape, Pair
 from .base import Factors, Scheme
 
@@ -146,12 +146,18 @@ class Tucker2(Scheme):
         tensor = weight.reshape(s.groups, s.group_out, s.group_in, s.taps)
         if start is None:
             inputs = leading_vectors(tensor.transpose(1, 2).flatten(2), r_in)
-            sweeps = min(sweeps or _TUCKER_SWEEPS, _TUCKER_SWEEPS)
-        else:
-            inputs = torch.linalg.qr(start[0].reshape(s.groups, -1, s.group_in).mT).Q
-        for _ in range(sweeps or 1):  # higher-order orthogonal iteration (De Lathauwer et al. 2000)
-            outputs = leading_vectors(torch.einsum("gois,gir->gors", tensor, inputs).flatten(2), r_out)
-            inputs = leading_vectors(torch.einsum("gois,gor->girs", tensor, outputs).flatten(2), r_in)
+            for _ in range(min(sweeps or _TUCKER_SWEEPS, _TUCKER_SWEEPS)):
+                # higher-order orthogonal iteration (De Lathauwer et al. 2000)
+                outputs = leading_vectors(_seen_through(tensor, inputs), r_out)
+                inputs = leading_vectors(_seen_through(tensor.transpose(1, 2), outputs), r_in)
+            return self.balance(self._factors(_core(tensor, outputs, inputs), outputs, inputs))
+        inputs = orthonormal(start[0].reshape(s.groups, -1, s.group_in).mT)
+        outputs = start[-1].reshape(s.groups, s.group_out, -1)
+        for _ in range(sweeps or 1):  # one multiplication for each basis in place of its eigenvectors
+            matrix = _seen_through(tensor, inputs)
+            outputs = orthonormal(matrix @ (matrix.mT @ outputs))
+            matrix = _seen_through(tensor.transpose(1, 2), outputs)
+            inputs = orthonormal(matrix @ (matrix.mT @ inputs))
         return self.balance(self._factors(_core(tensor, outputs, inputs), outputs, inputs))
 
     def cold_start(self, weight: Tensor, rank: int) -> tuple[Factors, Tensor]:
@@ -175,6 +181,11 @@ class Tucker2(Scheme):
             core.reshape(-1, inputs.shape[-1], *s.kernel_size),
             outputs.reshape(s.out_channels, -1, 1, 1),
         )
+
+
+def _seen_through(tensor: Tensor, inputs: Tensor) -> Tensor:
+    """The tensor ``(G, O, I, S)`` with its third mode on a basis ``(G, I, r)``, as a matrix ``(G, O, r S)``."""
+    return torch.einsum("gois,gir->gors", tensor, inputs).flatten(2)
 
 
 def _core(tensor: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:

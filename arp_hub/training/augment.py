@@ -68,6 +68,11 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
     return max(1, images // batch_size)
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on its way to a device, which nobody waits for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def crop_and_flip(pixels: Tensor, share: slice, batch_size: int, seed: int, *, padding: int, flip: bool) -> Tensor:
     """Random shifts (zero padding, then a crop of the old size) and horizontal flips of a whole batch at once.
 
@@ -84,12 +89,13 @@ def crop_and_flip(pixels: Tensor, share: slice, batch_size: int, seed: int, *, p
     shifts = torch.randint(0, 2 * padding + 1, (2, batch_size), generator=generator)[:, share]
     mirrored = (torch.rand(batch_size, generator=generator) < 0.5)[share]
     count, channels, height, width = pixels.shape
-    rows = shifts[0, :, None] + torch.arange(height)
-    columns = torch.arange(width).expand(count, width)
+    device = pixels.device
+    shifts, mirrored = sent(shifts, device), sent(mirrored, device)
+    rows = shifts[0, :, None] + torch.arange(height, device=device)
+    columns = torch.arange(width, device=device).expand(count, width)
     if flip:
         columns = torch.where(mirrored[:, None], width - 1 - columns, columns)
     columns = columns + shifts[1, :, None]
-    rows, columns = rows.to(pixels.device), columns.to(pixels.device)
     padded = F.pad(pixels, (padding,) * 4)
     padded = padded.gather(2, rows[:, None, :, None].expand(-1, channels, -1, width + 2 * padding))
     return padded.gather(3, columns[:, None, None, :].expand(-1, channels, height, -1))

@@ -112,6 +112,9 @@ class TrainConfig:
     clip_grad: float = _setting("optimisation", 0.0, "largest gradient norm; 0: off", low=0)
     channels_last: bool = _setting("optimisation", True, "memory layout in which convolutions run faster")
     mixed_precision: str = _setting("optimisation", "no", "numbers of the forward pass", choices=("no", "bf16", "fp16"))
+    cuda_graphs: bool = _setting(
+        "optimisation", False, "replay recorded passes, for small networks on one GPU, which waits for launches"
+    )
 
     distill: float = _setting(
         "regularisation",
@@ -163,6 +166,8 @@ class TrainConfig:
             raise ArpHubError(f"teacher_checkpoint='{self.teacher_checkpoint}' needs the teacher's name: set teacher")
         if self.epochs == 0 and self.start_from == "dense":
             raise ArpHubError("epochs=0 trains with no penalty, so that start_from must be 'fit', or raise epochs")
+        if self.cuda_graphs and self.accumulation > 1:
+            raise ArpHubError(f"cuda_graphs records a whole batch, so accumulation={self.accumulation} must be 1")
         if self.optimizer.lower() not in (optimizers := [str(name) for name in timm.optim.list_optimizers()]):
             raise ArpHubError(f"optimizer: timm has no '{self.optimizer}'{nearest(self.optimizer, optimizers)}")
         if not self.output:

@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from ..errors import ArpHubError
-from .augment import crop_and_flip, keyed_seed, seeded
+from .augment import crop_and_flip, keyed_seed, seeded, sent
 
 _logger = logging.getLogger(__name__)
 
@@ -50,8 +50,9 @@ class InputFormat:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Bytes ``(N, 3, H, W)`` as normalised floats."""
-        mean = torch.tensor(self.mean, device=pixels.device).mul(255)[:, None, None]
-        std = torch.tensor(self.std, device=pixels.device).mul(255)[:, None, None]
+        mean, std = (
+            sent(torch.tensor(values), pixels.device).mul(255)[:, None, None] for values in (self.mean, self.std)
+        )
         return pixels.float().sub_(mean).div_(std)
 
 
@@ -163,7 +164,7 @@ class DecodedImages:
         """Shifted by up to an eighth of the size, mirrored unless ``flip`` is off, and what ``auto_augment`` adds."""
         pixels = self.pixels(device)
         for batch in batches:
-            chosen = pixels[batch.indices[batch.share].to(device)]
+            chosen = pixels[sent(batch.indices[batch.share], device)]
             if self.auto_augment:
                 chosen = self._auto_augmented(chosen, batch.image_seeds().tolist())
             padding = max(self.form.size) // 8

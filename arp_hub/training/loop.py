@@ -22,12 +22,13 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from ..errors import ArpHubError
 from ..penalty import AdaptiveRankPenalty
-from .augment import epoch_batches, keyed_seed, seed_everything, steps_per_epoch
+from .augment import epoch_batches, keyed_seed, seed_everything, sent, steps_per_epoch
 from .checkpoint import Checkpoint, find_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .data import ImageData
 from .evaluate import evaluate
 from .finite import first_not_finite, weights_not_finite
+from .graphs import Forward, recorded_inference, recorded_training
 from .images import TrainBatch
 from .preemption import Preempted, listening
 from .runlog import RunLog
@@ -132,6 +133,9 @@ class _Loop:
                 accelerator.scaler.load_state_dict(start.state["scaler"])
         self.raw_optimizer = optimizer
         self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
+        self.forward: Forward = self.wrapped
+        self.guide: Forward | None = self.teach if phase.teacher and config.distill else None
+        self.recorded = not config.cuda_graphs
         self.mixup = _mixup(config, run.data.num_classes)
         self.checkpoints = config.run_folder / "checkpoints"
         self.totals = torch.zeros(3, device=accelerator.device)  # of the epoch: summed loss, hits, images
@@ -179,6 +183,8 @@ class _Loop:
 
     def anyone_told_to_stop(self) -> bool:
         """Whether SIGTERM has come to any process, so that all stop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return self.told_to_stop()
         heard = torch.tensor(float(self.told_to_stop()), device=self.accelerator.device)
         return bool(self.accelerator.reduce(heard, "sum") > 0)
 
@@ -197,14 +203,17 @@ class _Loop:
         for part in range(config.accumulation):
             images, labels = next(micro)
             images = images.contiguous(memory_format=self.layout)
+            if not self.recorded:
+                self.record(images)
             seed_everything(config.seed, self.phase.name, self.step, part, accelerator.process_index)
             with accelerator.accumulate(self.wrapped):
                 loss = self.loss(images, labels)
-                if not math.isfinite(loss.item()):  # before the step, so that the weights stay what they are
+                number = _fetched(loss)
+                accelerator.backward(loss)
+                if not math.isfinite(number()):  # before the step, so that the weights stay what they are
                     with accelerator.autocast():
                         where = first_not_finite(self.model, images)
                     raise self.diverged(f"the loss is {loss.item()}", self.step + 1, where)
-                accelerator.backward(loss)
                 if accelerator.sync_gradients and config.clip_grad:
                     accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad)
                 self.optimizer.step()
@@ -222,19 +231,30 @@ class _Loop:
         config, target = self.config, labels
         if self.mixup:
             images, target = self.mixup(images, labels)
-        logits = self.wrapped(images).float()
+        logits = self.forward(images).float()
         loss = F.cross_entropy(logits, target, label_smoothing=config.smoothing)
         hits = (logits.argmax(1) == labels).sum()
-        self.totals += torch.stack([loss.detach() * len(labels), hits, hits.new_tensor(len(labels))])
-        if self.phase.teacher is None or not config.distill:
+        self.totals += torch.stack([loss.detach() * len(labels), hits, hits.new_full((), len(labels))])
+        if self.guide is None:
             return loss
-        with torch.no_grad(), self.accelerator.autocast():
-            guide = self.phase.teacher(images).float()
+        guide = self.guide(images)
         heat = config.temperature
         divergence = F.kl_div(
             F.log_softmax(logits / heat, 1), F.log_softmax(guide / heat, 1), reduction="batchmean", log_target=True
         )
         return (1 - config.distill) * loss + config.distill * heat**2 * divergence
+
+    @torch.no_grad()
+    def teach(self, images: Tensor) -> Tensor:
+        """The teacher's logits."""
+        with self.accelerator.autocast():
+            return cast(nn.Module, self.phase.teacher)(images).float()
+
+    def record(self, images: Tensor) -> None:
+        """Replay from now on what passes over batches like this one do."""
+        self.forward = recorded_training(self.wrapped, images)
+        self.guide = recorded_inference(self.guide, images) if self.guide else None
+        self.recorded = True
 
     def micro_batches(self, epoch: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share of the batches from the present step to ``end``, in parts for accumulation."""
@@ -255,7 +275,7 @@ class _Loop:
         )
         images = split.images.training(jobs, accelerator.device, config.workers)
         known = cast(Tensor, split.labels)
-        labels = (known[batches[step - first][share]].to(accelerator.device) for step, share in places)
+        labels = (sent(known[batches[step - first][share]], accelerator.device) for step, share in places)
         return zip(images, labels, strict=True)
 
     def report(self, loss: Tensor, lr: float, bar: Any) -> None:
@@ -337,6 +357,21 @@ def _freeze_statistics(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, BatchNorm):
             module.eval()
+
+
+def _fetched(value: Tensor) -> Callable[[], float]:
+    """A number on its way to the CPU; the call waits for it, and for nothing that a GPU is given after this."""
+    if value.device.type != "cuda":
+        return value.item
+    here = torch.empty((), pin_memory=True).copy_(value.detach(), non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def number() -> float:
+        copied.synchronize()
+        return here.item()
+
+    return number
 
 
 def _mean(violations: Mapping[str, float]) -> float:

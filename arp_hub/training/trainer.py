@@ -46,7 +46,7 @@ from .runlog import RunLog, read_log, tracker_name
 _logger = logging.getLogger(__name__)
 
 _FREE = {"workers", "resume", "overwrite", "log_every", "keep_checkpoints", "checkpoint_every", "tracker", "output"}
-_FREE |= {"max_bad_images", "push_to_hub", "hub_private"}
+_FREE |= {"max_bad_images", "push_to_hub", "hub_private", "cuda_graphs"}
 """Settings that a resumed run may change, because no number depends on them."""
 _TRIAL_TEST_IMAGES, _TRIAL_CALIBRATION_IMAGES = 32, 4
 """Images per step of ``max_steps`` that a trial run evaluates and calibrates on, at most."""
@@ -112,6 +112,11 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         raise ArpHubError(
             f"{launched} processes were launched, but each would train by itself: add --cpu to train on CPUs "
             "with several processes"
+        )
+    if config.cuda_graphs and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
+        raise ArpHubError(
+            f"cuda_graphs needs one process on a GPU of CUDA, this run has {accelerator.num_processes} on "
+            f"{accelerator.device.type}: leave cuda_graphs out"
         )
     parts = accelerator.num_processes * config.accumulation
     if config.batch_size % parts:

@@ -1,0 +1,86 @@
+"""CUDA graphs: the kernels of a pass, recorded once and replayed.
+
+For small networks on a GPU, where launching kernels one by one takes longer than their work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArpHubError
+
+Forward = Callable[[Tensor], Tensor]
+
+_WARM_UP = 3
+"""Passes before the recording, in which libraries choose their kernels."""
+
+
+def recorded_training(model: nn.Module, images: Tensor) -> Forward:
+    """A model's forward pass as a graph, its backward pass as another; parameters are read and trained in place.
+
+    Args:
+        model: The model in training mode, on a GPU. It is left as it is and may be called by itself beside.
+        images: A batch like all that will come.
+
+    Raises:
+        ArpHubError: If the model cannot be recorded, because it looks at values on its way, for one.
+    """
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    try:
+        forward = torch.cuda.make_graphed_callables(_Apart(model), (images,), num_warmup_iters=_WARM_UP)
+    except RuntimeError as error:
+        raise _refusal(error) from error
+    for buffer, before in zip(model.buffers(), buffers, strict=True):  # the statistics that warming up has moved
+        buffer.copy_(before)
+    return cast(Forward, forward)
+
+
+@torch.no_grad()
+def recorded_inference(forward: Forward, images: Tensor) -> Forward:
+    """A pass without gradients as a graph; every call overwrites what the one before gave.
+
+    Args:
+        forward: The pass.
+        images: A batch like all that will come.
+
+    Raises:
+        ArpHubError: If it cannot be recorded.
+    """
+    given, graph, stream = images.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                forward(given)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            found = forward(given)
+    except RuntimeError as error:
+        raise _refusal(error) from error
+
+    def replay(images: Tensor) -> Tensor:
+        given.copy_(images)
+        graph.replay()
+        return found
+
+    return replay
+
+
+class _Apart(nn.Module):
+    """A module around the model, so that recording changes the forward of this one alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+
+def _refusal(error: RuntimeError) -> ArpHubError:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return ArpHubError(f"cuda_graphs: this model cannot be recorded ({reason}): leave cuda_graphs out")
