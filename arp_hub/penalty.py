@@ -38,11 +38,11 @@ _DUAL_RATE, _DUAL_GROWTH, _DUAL_PROGRESS = 0.02, 1.02, 0.99
 _METRIC_ITERATIONS = 2
 _SCALARS = ("start", "violation", "strength", "rate")
 """What is remembered of each layer, beside its factors."""
-_EVERY, _LEAST_PULLS = 8, 10
+_EVERY, _LEAST_PULLS = 32, 10
 """Steps from one pull to the next, and the pulls of a training that is too short for so many steps between them."""
 _STACKED_WEIGHTS = 2**22
 """Weights of like layers that are pulled together, at most."""
-_STREAMS = 4
+_STREAMS = 8
 """Stacks that a GPU works on at once, at most."""
 _CHECK_EVERY = 50
 """Pulls between two looks for NaN on an accelerator, where a look stops the pipeline; on a CPU every pull looks."""
@@ -178,7 +178,7 @@ class AdaptiveRankPenalty:
         moments: Second moments of the layers' inputs, ``(G, I kh kw, I kh kw)`` by name: measure distances in the
             layers' outputs instead of in the weights. By default the weight metric.
         factors: Factors to start from, as a fit of the same plan gives them; by default the nearest point.
-        every: Steps from one pull to the next; by default 8, or a tenth of a shorter training. A pull makes up for the
+        every: Steps from one pull to the next; by default 32, or a tenth of a shorter training. A pull makes up for the
             steps left out, so that only the cost changes; the hold always begins and ends with one.
 
     Raises:

@@ -96,6 +96,7 @@ VARIANTS = {
     "fit-every-32": Variant("the fit, then the hold, a pull every 32nd step", **FIT, every=32),
     "fit-every-64": Variant("the fit, then the hold, a pull every 64th step", **FIT, every=64),
     "fit-every-1": Variant("the fit, then the hold, a pull every step", **FIT, every=1),
+    "dense-every-32": Variant("the trained network, ramp 0.65, a pull every 32nd step", every=32),
     "dense-short-hold": Variant("ramp 0.9: a short hold", ramp=0.9),
     "dense-long-hold": Variant("ramp 0.3: a long hold", ramp=0.3),
     "dense-replanned": Variant("ranks chosen anew in the middle of the ramp", pull=Replanned),

@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="timm name")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--every", type=int, default=8, help="steps from one pull to the next")
+    parser.add_argument("--every", type=int, default=32, help="steps from one pull to the next")
     parser.add_argument("--seconds", type=float, default=30.0, help="how long to measure")
     parser.add_argument("--alone", action="store_true", help="leave out the rivals, which take minutes on large models")
     parser.add_argument("--device", default="cpu")

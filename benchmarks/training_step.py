@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/training_step.py cifar_resnet20 --data ../shared/data/cifar10
     OMP_NUM_THREADS=1 python -m torch.distributed.run --nproc_per_node 2 benchmarks/training_step.py cifar_resnet20 \
         --data ../shared/data/cifar10
+    python benchmarks/training_step.py cifar_resnet20 --data ../shared/data/cifar10 --gpu --recorded
 
 Blocks of steps with the penalty and without take turns in one run; medians of wall time, so the machine should have
 nothing else to do. The row goes into results/training_step.json.
@@ -26,6 +27,7 @@ import arp_hub
 from arp_hub._env import environment
 from arp_hub.training import load_data
 from arp_hub.training.augment import epoch_batches
+from arp_hub.training.graphs import recorded_training
 from arp_hub.training.images import TrainBatch
 
 RESULTS = Path(__file__).parent / "results" / "training_step.json"
@@ -37,9 +39,10 @@ def main() -> None:
     parser.add_argument("model", help="timm name")
     parser.add_argument("--data", default="digits", help="as in the recipes")
     parser.add_argument("--batch-size", type=int, default=128, help="over all processes")
-    parser.add_argument("--every", type=int, default=8, help="steps from one pull to the next")
+    parser.add_argument("--every", type=int, default=32, help="steps from one pull to the next")
     parser.add_argument("--blocks", type=int, default=8, help="pairs of blocks; a block is two rounds of pulls")
     parser.add_argument("--gpu", action="store_true", help="use a GPU")
+    parser.add_argument("--recorded", action="store_true", help="replay CUDA graphs, as the recipes' --cuda-graphs")
     args = parser.parse_args()
     accelerator = Accelerator(cpu=not args.gpu)
     torch.manual_seed(0)
@@ -49,7 +52,7 @@ def main() -> None:
     size = args.batch_size // processes
     length, rounds = 2 * args.every, args.blocks + 1
     order = [batch for epoch in range(99) for batch in epoch_batches(len(split), args.batch_size, 0, epoch)]
-    order = order[: 2 * length * rounds]
+    order = order[: 2 * length * rounds + 1]
     jobs = (
         TrainBatch(split.indices[batch], step, slice(rank * size, (rank + 1) * size))
         for step, batch in enumerate(order)
@@ -60,6 +63,7 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
     penalty = arp_hub.AdaptiveRankPenalty(model, plan, total_steps=10**6, ramp=0.9, every=args.every)
+    forward = recorded_training(wrapped, next(images)) if args.recorded else wrapped
 
     def now() -> float:
         if accelerator.device.type == "cuda":
@@ -73,7 +77,7 @@ def main() -> None:
             started = now()
             x, y = next(images), next(labels)
             loading += now() - started
-            loss = cross_entropy(wrapped(x), y)
+            loss = cross_entropy(forward(x), y)
             optimizer.zero_grad()
             accelerator.backward(loss)
             optimizer.step()
@@ -91,6 +95,7 @@ def main() -> None:
         "seed": 0,
         "processes": processes,
         "device": accelerator.device.type,
+        "recorded": args.recorded,
         "batch_size": args.batch_size,
         "every": args.every,
         "step_seconds": round(plain, 5),
@@ -103,8 +108,8 @@ def main() -> None:
     if accelerator.is_main_process:
         print(json.dumps({key: row[key] for key in list(row)[2:]}, indent=1))
         rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-        same = ("model", "processes", "device", "batch_size")
-        rows = [old for old in rows if any(old[key] != row[key] for key in same)] + [row]
+        same = ("model", "processes", "device", "batch_size", "recorded")
+        rows = [old for old in rows if any(old.get(key, False) != row[key] for key in same)] + [row]
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     accelerator.end_training()
 
