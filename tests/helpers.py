@@ -1,7 +1,8 @@
-"""Decomposed models for tests of what happens to a model after its decomposition."""
+"""Decomposed models, and the way of child processes to the repository, for several tests."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import timm
@@ -11,6 +12,11 @@ from torch import Tensor, nn
 import arp_hub
 from arp_hub.layers import layer_shape
 from arp_hub.schemes import make_scheme
+
+
+def search_path(root: Path) -> str:
+    """``PYTHONPATH`` of a child process: the repository, and then what its parent has there."""
+    return os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def half_rank_plan(model: nn.Module, layers: dict[str, str]) -> arp_hub.RankPlan:

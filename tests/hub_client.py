@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helpers import search_path
+
 ROOT = Path(__file__).parents[1]
 
 QUICK = """
@@ -38,8 +40,7 @@ def environment(home: Path, endpoint: str, token: str | None) -> dict[str, str]:
     """The environment of a fresh client: its own home, the loopback Hub, no settings of the machine."""
     plain = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     ours = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**plain, **ours, "PYTHONPATH": path, **({"HF_TOKEN": token} if token else {})}
+    return {**plain, **ours, "PYTHONPATH": search_path(ROOT), **({"HF_TOKEN": token} if token else {})}
 
 
 class Client:

@@ -14,6 +14,7 @@ from typing import Any
 import hostile
 import pytest
 import torch
+from helpers import search_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 def outcomes(tmp_path_factory) -> dict[str, Any]:
     """Every hostile folder, loaded in one process."""
     command = [sys.executable, str(Path(hostile.__file__)), str(tmp_path_factory.mktemp("hostile"))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr[-2000:]
     return {found["case"]: found for found in map(json.loads, done.stdout.splitlines())}

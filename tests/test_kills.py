@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import search_path
 
 KILLING = Path(__file__).with_name("killing.py")
 FILES = {"README.md", "config.json", "metrics.json", "model.safetensors"}
@@ -19,7 +20,7 @@ FILES = {"README.md", "config.json", "metrics.json", "model.safetensors"}
 def killing(folder: Path, *words: object) -> list[Any]:
     """What `killing.py` reports, one JSON value a line."""
     command = [sys.executable, KILLING, folder, *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(KILLING.parents[1])}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(KILLING.parents[1])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers import search_path
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,7 +24,7 @@ from arp_hub.training.checkpoint import Checkpoint, find_checkpoint, list_checkp
 from arp_hub.training.runlog import read_log
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RECIPES.parent)}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(RECIPES.parent)}
 TINY = {
     "model": "cifar_resnet20",
     "data": "digits",
