@@ -124,7 +124,7 @@ def _weight_curve(scheme: Scheme, weight: Tensor) -> Floats:
     sweeps = _sweeps(scheme, weight, rank)
     if sweeps < _LEAST_SWEEPS:  # a single one gains too little
         return bound
-    found = scheme.nearest(weight, rank, start, sweeps)
+    found = scheme.nearest(weight, rank, scheme.basis(start), sweeps)
     return below(bound, rank, float(relative_error(weight, scheme.compose(found))))
 
 

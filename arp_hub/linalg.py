@@ -121,32 +121,35 @@ def tail_shares(energies: Tensor) -> Tensor:
     return torch.cat([tails[1:], tails.new_zeros(1)]) / tails[0].clamp_min(torch.finfo(tails.dtype).tiny)
 
 
-def als(tensor: Tensor, modes: list[Tensor], sweeps: int) -> list[Tensor]:
+def als(tensor: Tensor, outputs: Tensor, taps: Tensor, sweeps: int) -> list[Tensor]:
     """Alternating least squares over the three modes ``(G, r, n)`` of ``tensor (G, O, I, S)``; the error never rises.
+
+    It starts from two of them, because the first update is that of the third, and makes at least one sweep.
 
     Each sweep starts from an extrapolation of the last two results, as in Nesterov's method, and one that makes the
     error larger is undone and starts the extrapolation anew (Mitchell, Ye and De Sterck 2020). That takes about half
     the sweeps of plain alternation.
     """
-    earlier, error, age = modes, tensor.new_full((), float("inf")), 1
-    for _ in range(sweeps):
-        ahead = (age - 1) / (age + 2)
-        start = [mode + ahead * (mode - old) for mode, old in zip(modes, earlier, strict=True)]
-        found, found_error = _als_sweep(tensor, start)
+    modes, error = _als_sweep(tensor, outputs, taps)
+    earlier, age = (outputs, taps), 2
+    for _ in range(sweeps - 1):
+        ahead, latest = (age - 1) / (age + 2), (modes[0], modes[2])
+        start = [mode + ahead * (mode - old) for mode, old in zip(latest, earlier, strict=True)]
+        found, found_error = _als_sweep(tensor, *start)
+        earlier = latest
         if age > 1 and found_error > error:
-            earlier, age = modes, 1
+            age = 1
         else:
-            earlier, modes, error, age = modes, found, found_error, age + 1
+            modes, error, age = found, found_error, age + 1
     return modes
 
 
-def _als_sweep(tensor: Tensor, modes: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+def _als_sweep(tensor: Tensor, outputs: Tensor, taps: Tensor) -> tuple[list[Tensor], Tensor]:
     """One sweep, and its squared error up to the squared norm of the tensor.
 
     The first two updates share the product of the tensor with the mode that neither changes. No intermediate is larger
     than the components' own kernels, ``(G, r, I, S)``.
     """
-    outputs, inputs, taps = modes
     shared = torch.einsum("gois,gro->gris", tensor, outputs)
     outputs_gram = _mode_gram(outputs)
     inputs = solve_spd(outputs_gram * _mode_gram(taps), torch.einsum("gris,grs->gri", shared, taps))

@@ -82,7 +82,8 @@ class _Stack:
         self.scheme = make_scheme(first.scheme.name, stacked, first.scheme.groups)
         self.moment = first.moment
         given = [layer.factors for layer in layers if layer.factors is not None]
-        self.factors: Factors | None = _joined(given) if given else None
+        self.basis: Factors | None = self.kept_of(_joined(given)) if given else None
+        self.factors: Factors | None = None
         self.start: Tensor | None = None
         self.violation: Tensor | None = None
         self.strength: Tensor | None = None
@@ -95,15 +96,22 @@ class _Stack:
 
     def project(self, weight: Tensor) -> Tensor:
         """Bring the factors up to date with `dense_weights` and return the point of the set that they stand for."""
-        if self.factors is None:  # each by itself: how long the search for a start goes on depends on the layer
+        if self.basis is None:  # each by itself: how long the search for a start goes on depends on the layer
             parts = zip(self.layers, weight.chunk(len(self.layers)), strict=True)
-            self.factors = _joined([layer.scheme.nearest(part, layer.rank) for layer, part in parts])
+            factors = _joined([layer.scheme.nearest(part, layer.rank) for layer, part in parts])
         elif self.moment is None:
-            self.factors = self.scheme.nearest(weight, self.layers[0].rank, start=self.factors)
+            factors = self.scheme.nearest(weight, self.layers[0].rank, start=self.basis)
+        else:
+            factors = self.basis
         if self.moment is not None:
-            self.factors = self.scheme.fit(weight, self.moment, self.factors, _METRIC_ITERATIONS)
-        self.factors = tuple(factor.contiguous() for factor in self.factors)  # as they come back from a checkpoint
-        return self.scheme.compose(self.factors)
+            factors = self.scheme.fit(weight, self.moment, factors, _METRIC_ITERATIONS)
+        self.basis, self.factors = self.kept_of(factors), factors
+        return self.scheme.compose(factors)
+
+    def kept_of(self, factors: Factors) -> Factors:
+        """What the next pull starts from: a part of the factors, but all of them for a fit."""
+        kept = factors if self.moment is not None else self.scheme.basis(factors)
+        return tuple(part.contiguous() for part in kept)  # as it comes back from a checkpoint
 
     def violations_of(self, weight: Tensor, nearest: Tensor) -> Tensor:
         """Relative violation of every layer, ``(layers,)``."""
@@ -120,9 +128,9 @@ class _Stack:
         for layer, target in zip(self.layers, nearest.chunk(len(self.layers)), strict=True):
             layer.weight.copy_(target.view(layer.weight.shape))
 
-    def separate_factors(self) -> list[Factors]:
-        """The factors of each layer; none if there are none yet."""
-        parts = [factor.chunk(len(self.layers)) for factor in self.factors or ()]
+    def apart(self, joined: Factors | None) -> list[Factors]:
+        """The factors, or bases, of each layer; none if there are none yet."""
+        parts = [part.chunk(len(self.layers)) for part in joined or ()]
         return list(zip(*parts, strict=True))
 
 
@@ -144,7 +152,7 @@ def _side_by_side(streams: Sequence[torch.cuda.Stream]) -> Iterator[Callable[[],
 
 
 def _joined(factors: Sequence[Factors]) -> Factors:
-    """The factors of a stack, from those of its layers."""
+    """The factors, or the basis, of a stack, from those of its layers."""
     return tuple(torch.cat(parts) for parts in zip(*factors, strict=True))
 
 
@@ -271,10 +279,10 @@ class AdaptiveRankPenalty:
         self.step_count += 1
         self._off |= holding
         if due:
-            self._pull(holding)
+            self._pull(holding, keep=self.step_count == self.total_steps)
 
-    def _pull(self, holding: bool) -> None:
-        """Move every layer to its target: all of the way in the hold."""
+    def _pull(self, holding: bool, keep: bool = False) -> None:
+        """Move every layer to its target: all of the way in the hold; keep all of its factors or only their basis."""
         self._pulls += 1
         if self._stacks[0].layers[0].weight.device.type == "cpu" or self._pulls % _CHECK_EVERY == 1:
             self._check_finite()
@@ -287,6 +295,7 @@ class AdaptiveRankPenalty:
                     shares = None if holding else self._shares(stack, violation)
                     stack.violation = torch.zeros_like(violation) if holding else violation
                     stack.move(weight, nearest, shares)
+                    stack.factors = stack.factors if keep else None
         self._off = False
 
     def violations(self) -> dict[str, float]:
@@ -308,7 +317,7 @@ class AdaptiveRankPenalty:
     def factors(self) -> dict[str, Factors]:
         """The factors of every planned layer, which reproduce its weight exactly. For `decompose`.
 
-        Between two pulls of the hold the weights are brought back onto the low-rank set first.
+        The weights are brought onto the low-rank set first, unless the last step was the last of all.
 
         Raises:
             ArpHubError: If the hold has not begun, so that there are no exact factors yet.
@@ -320,12 +329,12 @@ class AdaptiveRankPenalty:
                 "train into the hold first"
             )
         self._check_finite()
-        if self._off:
-            self._pull(holding=True)
+        if self._off or any(stack.factors is None for stack in self._stacks):
+            self._pull(holding=True, keep=True)
         found = {
             layer.name: layer.scheme.balance(factors)
             for stack in self._stacks
-            for layer, factors in zip(stack.layers, stack.separate_factors(), strict=True)
+            for layer, factors in zip(stack.layers, stack.apart(stack.factors), strict=True)
         }
         return {name: found[name] for name in self._names}
 
@@ -337,8 +346,8 @@ class AdaptiveRankPenalty:
                 for key in _SCALARS:
                     if (values := getattr(stack, key)) is not None:
                         layers[layer.name][key] = values[number].clone()
-            for layer, factors in zip(stack.layers, stack.separate_factors(), strict=False):
-                layers[layer.name] |= {f"factor{k}": factor.clone() for k, factor in enumerate(factors)}
+            for layer, basis in zip(stack.layers, stack.apart(stack.basis), strict=False):
+                layers[layer.name] |= {f"basis{k}": part.clone() for k, part in enumerate(basis)}
         return {
             "step_count": self.step_count,
             "total_steps": self.total_steps,
@@ -366,8 +375,8 @@ class AdaptiveRankPenalty:
             ]
             for key in _SCALARS:
                 setattr(stack, key, torch.stack([one[key] for one in saved]) if key in saved[0] else None)
-            factors = [tuple(one[key] for key in sorted(one) if key.startswith("factor")) for one in saved]
-            stack.factors = _joined(factors) or None
+            bases = [tuple(one[key] for key in sorted(one) if key.startswith("basis")) for one in saved]
+            stack.basis, stack.factors = _joined(bases) or None, None
 
     def _shares(self, stack: _Stack, violation: Tensor) -> Tensor:
         """The share of the way to its nearest point that each layer moves now, between 0 and 1, ``(layers,)``."""

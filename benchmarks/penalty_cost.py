@@ -91,7 +91,7 @@ def main() -> None:
     spread = {name: Spread.of(times) for name, times in samples.items()}
     amortised = spread["pull"].median / args.every
     in_training = {} if device.type == "cpu" else share_in_training(trained, plan, step, args.every, args.seconds)
-    bases = sum(factor.numel() for stack in penalty._stacks for factor in stack.factors)
+    bases = sum(factor.numel() for stack in penalty._stacks for factor in stack.basis)
     row = {
         **environment(),
         "model": args.model,
@@ -193,7 +193,7 @@ def captured(name: str, every: int, device: torch.device, steps: int = 20) -> fl
     for stack in penalty._stacks:
         weight, rank = stack.dense_weights(), stack.layers[0].rank
         exact = torch.linalg.svdvals(stack.scheme.fold(weight))[:, :rank].square().sum(1)
-        kept = stack.scheme.compose(stack.scheme.nearest(weight, rank, start=stack.factors))
+        kept = stack.scheme.compose(stack.scheme.nearest(weight, rank, start=stack.basis))
         kept = kept.view(len(exact), -1).square().sum(1)
         gaps.append(float(((exact - kept) / exact).max()))
     return round(max(gaps), 6)

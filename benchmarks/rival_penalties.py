@@ -28,23 +28,24 @@ class FixedShare(AdaptiveRankPenalty):
 class KeepsEnergy(AdaptiveRankPenalty):
     """Every projection is scaled back to the norm that the weight had."""
 
-    def _pull(self, holding: bool) -> None:
+    def _pull(self, holding: bool, keep: bool = False) -> None:
         before = [_norms(stack) for stack in self._stacks]
-        super()._pull(holding)
+        super()._pull(holding, keep)
         for stack, norms in zip(self._stacks, before, strict=True):
             scales = norms / _norms(stack)
             for layer, scale in zip(stack.layers, scales, strict=True):
                 layer.weight.mul_(scale)
-            rows = scales.repeat_interleave(len(stack.factors[-1]) // len(scales)).view(-1, 1, 1, 1)
-            stack.factors = (*stack.factors[:-1], stack.factors[-1] * rows)
+            if keep:
+                rows = scales.repeat_interleave(len(stack.factors[-1]) // len(scales)).view(-1, 1, 1, 1)
+                stack.factors = (*stack.factors[:-1], stack.factors[-1] * rows)
 
 
 class NuclearTail(AdaptiveRankPenalty):
     """In the ramp, soft thresholds on the singular values behind the rank, instead of one factor for all of them."""
 
-    def _pull(self, holding: bool) -> None:
+    def _pull(self, holding: bool, keep: bool = False) -> None:
         if holding:
-            return super()._pull(holding)
+            return super()._pull(holding, keep)
         for stack in self._stacks:
             weight, rank = stack.dense_weights(), stack.layers[0].rank
             assert isinstance(stack.scheme, MatrixScheme)
@@ -56,7 +57,7 @@ class NuclearTail(AdaptiveRankPenalty):
             small = torch.cat([kept, (tail - thresholds[:, None]).clamp_min(0)], 1)
             pulled = (u * small[:, None]) @ v
             stack.violation = violation
-            stack.factors = stack.scheme.nearest(weight, rank)
+            stack.basis = stack.kept_of(stack.scheme.nearest(weight, rank))
             for layer, target in zip(stack.layers, pulled, strict=True):
                 layer.weight.copy_(target.view(layer.weight.shape))
 

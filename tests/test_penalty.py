@@ -211,6 +211,24 @@ def test_like_layers_are_pulled_as_each_by_itself(name, method):
         torch.testing.assert_close(together(x), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize(
+    ("layer", "scheme", "rank", "most"),
+    [
+        (nn.Conv2d(64, 64, 3), "channel", 32, 0.06),
+        (nn.Conv2d(64, 256, 1), "channel", 32, 0.13),
+        (nn.Conv2d(256, 64, 1), "channel", 32, 0.13),
+        (nn.Conv2d(64, 64, 3), "spatial", 48, 0.26),
+        (nn.Conv2d(64, 64, 3), "tucker2", 32, 0.12),
+        (nn.Conv2d(64, 64, 3), "cp", 120, 0.24),
+    ],
+)
+def test_between_pulls_a_part_of_the_factors_is_kept(layer, scheme, rank, most):
+    penalty = AdaptiveRankPenalty(nn.Sequential(layer), RankPlan({"0": LayerPlan(scheme, rank)}), total_steps=10)
+    penalty.step()
+    kept = sum(tensor.numel() for tensor in penalty.state_dict()["layers"]["0"].values() if tensor.dim() > 1)
+    assert 0 < kept < most * layer.weight.numel()
+
+
 def test_like_layers_resume_exactly():
     plan = RankPlan({str(number): LayerPlan("cp", 6) for number in range(6)})
     straight = alike("3x3")

@@ -137,7 +137,7 @@ def test_warm_start_settles_on_a_point_of_the_set(shape, name, groups):
     scheme = make_scheme(name, shape, groups)
     rank = max(1, scheme.max_rank // 2)
     on_set = scheme.compose(scheme.nearest(weight, rank))
-    start = scheme.nearest(weight + 0.05 * weight.std() * torch.randn_like(weight), rank)
+    start = scheme.basis(scheme.nearest(weight + 0.05 * weight.std() * torch.randn_like(weight), rank))
     error = float(relative_error(on_set, scheme.compose(scheme.nearest(on_set, rank, start=start, sweeps=50))))
     assert error < 5e-3
 

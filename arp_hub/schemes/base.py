@@ -80,9 +80,16 @@ class Scheme(ABC):
         Args:
             weight: Dense weight ``(G * O, I, kh, kw)``.
             rank: Rank per block.
-            start: Factors to start from, of this rank. Without it, the best start there is, which is exact for the
-                matrix schemes.
+            start: What `basis` keeps of factors of this rank, to start from. Without it, the best start there is,
+                which is exact for the matrix schemes.
             sweeps: Iterations; by default one with a ``start``, and enough to settle without.
+        """
+
+    @abstractmethod
+    def basis(self, factors: Sequence[Tensor]) -> Factors:
+        """What `nearest` starts from: the smaller part of factors, of which the rest follows from the weight.
+
+        Blocks come first, so that the bases of like layers, joined, are the basis of the layers as groups of one.
         """
 
     def spectrum(self, weight: Tensor, moment: Tensor | None = None) -> Tensor | None:

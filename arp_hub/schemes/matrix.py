@@ -28,8 +28,16 @@ class MatrixScheme(Scheme):
         return singular_values(self.fold(weight)) if moment is None else None
 
     @abstractmethod
+    def left(self, factors: Sequence[Tensor]) -> Tensor:
+        """The left factor ``(blocks, m, r)`` of given factors."""
+
+    @abstractmethod
     def right(self, factors: Sequence[Tensor]) -> Tensor:
         """The right factor ``(blocks, r, n)`` of given factors."""
+
+    def basis(self, factors: Sequence[Tensor]) -> Factors:
+        left, right = self.left(factors), self.right(factors)
+        return (left,) if left.shape[-2] <= right.shape[-1] else (right.mT,)
 
     def nearest(
         self, weight: Tensor, rank: int, start: Sequence[Tensor] | None = None, sweeps: int | None = None
@@ -40,7 +48,8 @@ class MatrixScheme(Scheme):
             tiny = torch.finfo(matrix.dtype).tiny ** 0.25
             even = (right.norm(dim=-1).clamp_min(tiny) / left.norm(dim=-2).clamp_min(tiny)).sqrt()
             return self.unfold(left * even[:, None, :], right / even[..., None])
-        right = self.right(start)
+        (basis,) = start
+        right = basis.mT @ matrix if matrix.shape[-2] <= matrix.shape[-1] else basis.mT
         for _ in range(sweeps or 1):  # orthogonal iteration: one multiplication by M M^T a sweep
             left = orthonormal(matrix @ right.mT)
             right = left.mT @ matrix
@@ -78,6 +87,10 @@ class Channel(MatrixScheme):
         rank, s = left.shape[-1], self.shape
         first = right.reshape(self.blocks * rank, s.group_in, *s.kernel_size)
         return first, left.reshape(s.out_channels, rank, 1, 1)
+
+    def left(self, factors: Sequence[Tensor]) -> Tensor:
+        last = factors[-1]
+        return last.reshape(self.blocks, -1, last.shape[1])
 
     def right(self, factors: Sequence[Tensor]) -> Tensor:
         return self.design(factors[:-1])
@@ -161,6 +174,11 @@ class GroupIn(MatrixScheme):
         last = left.unflatten(0, (s.groups, self.groups)).transpose(1, 2)
         return first, last.reshape(s.out_channels, self.groups * rank, 1, 1)
 
+    def left(self, factors: Sequence[Tensor]) -> Tensor:
+        s = self.shape
+        split = factors[-1].reshape(s.groups, s.group_out, self.groups, -1).transpose(1, 2)
+        return split.reshape(s.groups * self.groups, s.group_out, -1)
+
     def right(self, factors: Sequence[Tensor]) -> Tensor:
         return factors[0].reshape(
             self.shape.groups * self.groups, -1, self.shape.group_in // self.groups * self.shape.taps
@@ -217,6 +235,11 @@ class Spatial(MatrixScheme):
         first = right.reshape(s.groups * rank, s.group_in, s.kernel_size[0], 1)
         last = left.reshape(s.groups, s.group_out, s.kernel_size[1], rank).transpose(2, 3)
         return first, last.reshape(s.out_channels, rank, 1, s.kernel_size[1])
+
+    def left(self, factors: Sequence[Tensor]) -> Tensor:
+        s = self.shape
+        split = factors[-1].reshape(s.groups, s.group_out, -1, s.kernel_size[1]).transpose(2, 3)
+        return split.reshape(s.groups, s.group_out * s.kernel_size[1], -1)
 
     def right(self, factors: Sequence[Tensor]) -> Tensor:
         s = self.shape

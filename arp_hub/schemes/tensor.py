@@ -61,14 +61,21 @@ class Cp(Scheme):
         work = 2 * rank * weight.numel()
         dtype = torch.float32 if work > _SINGLE_WORK and rank < self.max_rank else weight.dtype
         if start is None:
-            start, _ = self.cold_start(weight.to(dtype), rank)
+            cold, _ = self.cold_start(weight.to(dtype), rank)
+            if rank >= self.max_rank:  # it is exact
+                return tuple(factor.to(weight.dtype) for factor in cold)
+            start = self.basis(cold)
             least = min(_LEAST_SWEEPS, int(_MOST_SWEEP_WORK / work))
             sweeps = min(_SWEEPS, max(least, int(_SWEEP_WORK / work))) if sweeps is None else sweeps
-            sweeps = 0 if rank >= self.max_rank else sweeps  # the start is exact
-        elif sweeps is None:
-            sweeps = 1
-        modes = [mode.to(dtype) for mode in self._all_modes(start)]
-        return self._factors([mode.to(weight.dtype) for mode in als(tensor.to(dtype), modes, sweeps)])
+            if sweeps == 0:
+                return tuple(factor.to(weight.dtype) for factor in cold)
+        outputs, taps = (mode.to(dtype) for mode in start)
+        modes = als(tensor.to(dtype), outputs, taps, 1 if sweeps is None else sweeps)
+        return self._factors([mode.to(weight.dtype) for mode in modes])
+
+    def basis(self, factors: Sequence[Tensor]) -> Factors:
+        outputs, _, taps = self._all_modes(factors)
+        return outputs, taps
 
     def cold_start(self, weight: Tensor, rank: int) -> tuple[Factors, Tensor]:
         """The singular triplets of the slices, which are orthogonal to each other."""
@@ -151,14 +158,18 @@ class Tucker2(Scheme):
                 outputs = leading_vectors(_seen_through(tensor, inputs), r_out)
                 inputs = leading_vectors(_seen_through(tensor.transpose(1, 2), outputs), r_in)
             return self.balance(self._factors(_core(tensor, outputs, inputs), outputs, inputs))
-        inputs = orthonormal(start[0].reshape(s.groups, -1, s.group_in).mT)
-        outputs = start[-1].reshape(s.groups, s.group_out, -1)
+        outputs, inputs = start
+        inputs = orthonormal(inputs)
         for _ in range(sweeps or 1):  # one multiplication for each basis in place of its eigenvectors
             matrix = _seen_through(tensor, inputs)
             outputs = orthonormal(matrix @ (matrix.mT @ outputs))
             matrix = _seen_through(tensor.transpose(1, 2), outputs)
             inputs = orthonormal(matrix @ (matrix.mT @ inputs))
         return self.balance(self._factors(_core(tensor, outputs, inputs), outputs, inputs))
+
+    def basis(self, factors: Sequence[Tensor]) -> Factors:
+        s = self.shape
+        return factors[-1].reshape(s.groups, s.group_out, -1), factors[0].reshape(s.groups, -1, s.group_in).mT
 
     def cold_start(self, weight: Tensor, rank: int) -> tuple[Factors, Tensor]:
         """The higher-order SVD (De Lathauwer et al. 2000)."""
