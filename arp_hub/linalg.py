@@ -52,8 +52,8 @@ def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def orthonormal(matrix: Tensor) -> Tensor:
     """An orthonormal basis of the span of the columns ``(.., m, r)``, by Cholesky QR (Stathopoulos and Wu 2002).
 
-    In double precision, because the Gram matrix squares the condition number. On a GPU it takes a tenth of the time of
-    Householder's QR, and nothing in it waits for the device. Where columns depend on others, theirs are short.
+    In double precision, because the Gram matrix squares the condition number. Nothing in it waits for a GPU, or goes
+    on column by column there. Where columns (nearly) depend on others, theirs are short.
     """
     columns = matrix.double()
     columns = columns / columns.norm(dim=-2, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)

@@ -44,7 +44,7 @@ _STACKED_WEIGHTS = 2**22
 """Weights of like layers that are pulled together, at most."""
 _STREAMS = 8
 """Stacks that a GPU works on at once, at most."""
-_CHECK_EVERY = 50
+_CHECK_EVERY = 20
 """Pulls between two looks for NaN on an accelerator, where a look stops the pipeline; on a CPU every pull looks."""
 
 
