@@ -120,7 +120,8 @@ def _rows() -> dict[str, Row]:
         rows[f"factors/resnet56/{keep}"] = Row("resnet56", keep, train=TRAIN | FACTORS | {"finetune_epochs": 2})
         rows[f"long/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | {"epochs": 30})
         rows[f"long-teacher/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | {"epochs": 20} | TEACHER)
-        rows[f"long/resnet56/{keep}"] = Row("resnet56", keep, train=TRAIN | {"epochs": 10})
+    rows["long/resnet56/0.35"] = Row("resnet56", 0.35, train=TRAIN | {"epochs": 25, "mixed_precision": "bf16"})
+    rows["long/resnet56/0.2"] = Row("resnet56", 0.2, train=TRAIN | {"epochs": 10})
     return rows
 
 
