@@ -62,10 +62,10 @@ CIFAR-10: calibration on 1,024 training images without their labels, top-1 on al
 ImageNet has 1,000 images, very likely of the training set: 256 of them calibrate, the other 744 are judged, and the
 numbers compare a network with its own dense form, no more. One seed, the last epoch, and no choice made on these test
 images. The rows `fit/*`, `schemes/*` and `long/resnet56/0.35` are of the present planning, `long-teacher/*` of the
-one before; the others with images were planned by the errors of layers alone, `long/resnet56/0.2` by those and by what a
-layer, decomposed alone, does to the output of the network. `long/resnet56/0.35` was planned on a CPU, trained up to step
-7,649 of 9,750 on an H200 (`--cuda-graphs`) and to its end on a CPU, with a pull of the penalty every 32nd step, which is
-the default now; the other rows of training were run with one every eighth.
+one before; the others with images were planned by the errors of layers alone, `long/resnet56/0.2` by those and by
+what a layer, decomposed alone, does to the output of the network. `long/resnet56/0.35` was planned on a CPU, trained
+up to step 7,649 of 9,750 on an H200 (`--cuda-graphs`) and to its end on a CPU, with a pull of the penalty every 32nd
+step, which is the default now; the other rows of training were run with one every eighth.
 
 ![Points of top-1 lost over the share of parameters kept](img/accuracy.png)
 """
