@@ -375,8 +375,13 @@ class AdaptiveRankPenalty:
             ]
             for key in _SCALARS:
                 setattr(stack, key, torch.stack([one[key] for one in saved]) if key in saved[0] else None)
-            bases = [tuple(one[key] for key in sorted(one) if key.startswith("basis")) for one in saved]
+            bases, factors = (
+                [tuple(one[key] for key in sorted(one) if key.startswith(kind)) for one in saved]
+                for kind in ("basis", "factor")
+            )
             stack.basis, stack.factors = _joined(bases) or None, None
+            if factors[0]:  # a checkpoint of the time when all of them were kept
+                stack.basis = stack.kept_of(_joined(factors))
 
     def _shares(self, stack: _Stack, violation: Tensor) -> Tensor:
         """The share of the way to its nearest point that each layer moves now, between 0 and 1, ``(layers,)``."""

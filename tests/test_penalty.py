@@ -246,6 +246,23 @@ def test_like_layers_resume_exactly():
     assert all(torch.equal(one.weight, other.weight) for one, other in zip(straight, resumed, strict=True))
 
 
+def test_a_checkpoint_with_whole_factors_goes_on_where_it_was():
+    model = network()
+    penalty = AdaptiveRankPenalty(model, PLAN, total_steps=STEPS, ramp=0.5)
+    train(model, penalty, 18)
+    factors, state = penalty.factors(), penalty.state_dict()
+    for name, saved in state["layers"].items():
+        kept = {key: value for key, value in saved.items() if not key.startswith("basis")}
+        state["layers"][name] = kept | {f"factor{k}": factor for k, factor in enumerate(factors[name])}
+    before = copy.deepcopy(model.state_dict())
+    resumed = AdaptiveRankPenalty(model, PLAN, total_steps=STEPS, ramp=0.5)
+    resumed.load_state_dict(state)
+    resumed.factors()  # brings the weights onto the set, where they are already
+    for name in PLAN.layers:
+        was, now = before[f"{name}.weight"], model.get_submodule(name).weight.detach()
+        assert (now - was).norm() < 1e-3 * was.norm(), name
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("method", ["tracking", "dual"])
 def test_a_pull_never_waits_for_a_gpu(method):
