@@ -97,21 +97,30 @@ def ratio_of(
     return {key: found[key] for key in keys} | {"params_kept": round(count_params(small) / count_params(dense), 4)}
 
 
-def under_budget(name: str, workload: Workload) -> dict[str, Any]:
-    """A plan for 70 % of the time; where that is not to be had, for the least that the refusal names."""
-    dense = fresh(name)
-    asked, refusal = BUDGET, None
-    while True:
+def least_plan(
+    dense: nn.Module, asked: float, by: float, workload: Workload, **options: Any
+) -> tuple[arp_hub.RankPlan | None, dict[str, Any]]:
+    """A plan for a share of the time, or the least above it, in steps, that is to be had; none if nothing is.
+
+    With it what was asked for in the end, and the refusal of what was asked for first.
+    """
+    refusal = None
+    while asked < 1:
         try:
-            plan = arp_hub.make_plan(dense, keep_latency=asked, workload=workload)
-            break
+            plan = arp_hub.make_plan(dense, keep_latency=asked, workload=workload, **options)
+            return plan, {"asked": asked, "refused": refusal, "layers": len(plan.layers)}
         except arp_hub.ArpHubError as error:
-            refusal = refusal or str(error)
-            asked = round(asked + 0.05, 2)
-            if asked >= 1:
-                return {"asked": BUDGET, "refused": refusal, "ratio": None}
-    small = arp_hub.decompose(copy.deepcopy(dense), plan)
-    return {"asked": asked, "refused": refusal, "layers": len(plan.layers), **ratio_of(small, dense, workload)}
+            refusal, asked = refusal or str(error), round(asked + by, 2)
+    return None, {"asked": asked, "refused": refusal, "ratio": None}
+
+
+def under_budget(name: str, workload: Workload) -> dict[str, Any]:
+    """A plan for 70 % of the time; where that is not to be had, for the least that is."""
+    dense = fresh(name)
+    plan, row = least_plan(dense, BUDGET, 0.05, workload)
+    if plan is None:
+        return row
+    return row | ratio_of(arp_hub.decompose(copy.deepcopy(dense), plan), dense, workload)
 
 
 def half(scheme: str, batch: int) -> dict[str, Any]:
@@ -150,22 +159,10 @@ def vgg_quarter(batch: int) -> dict[str, Any]:
 def vgg_third(batch: int) -> dict[str, Any]:
     """The convolutions of VGG-16 planned for a third of their time, or the least above it that can be had."""
     dense = fresh("vgg16").features
-    asked, refusal = 0.33, None
-    while True:
-        try:
-            plan = arp_hub.make_plan(
-                dense, keep_latency=asked, workload=Workload(batch_size=batch), input_size=(3, 224, 224)
-            )
-            break
-        except arp_hub.ArpHubError as error:
-            refusal, asked = refusal or str(error), round(asked + 0.03, 2)
-    small = arp_hub.decompose(copy.deepcopy(dense), plan)
-    return {
-        "asked": asked,
-        "refused": refusal,
-        "layers": len(plan.layers),
-        **convolutions_ratio(small, dense, batch),
-    }
+    plan, row = least_plan(dense, 0.33, 0.03, Workload(batch_size=batch), input_size=(3, 224, 224))
+    if plan is None:
+        return row
+    return row | convolutions_ratio(arp_hub.decompose(copy.deepcopy(dense), plan), dense, batch)
 
 
 def convolutions_ratio(small: nn.Module, dense: nn.Module, batch: int) -> dict[str, Any]:
@@ -187,11 +184,12 @@ def gpu_half(name: str, batch: int, compiled: bool = False) -> dict[str, Any]:
 
 
 def gpu_budget(name: str, batch: int) -> dict[str, Any]:
-    """A plan for 70 % of the time of a GPU, by `channel`."""
+    """As `under_budget`, on a GPU, by `channel`."""
     dense, workload = fresh(name).cuda(), Workload(batch, "bfloat16", channels_last=True)
-    plan = arp_hub.make_plan(dense, keep_latency=BUDGET, workload=workload, schemes=("channel",))
-    small = arp_hub.decompose(copy.deepcopy(dense), plan)
-    return {"asked": BUDGET, "layers": len(plan.layers), **ratio_of(small, dense, workload, seconds=GPU_SECONDS)}
+    plan, row = least_plan(dense, BUDGET, 0.05, workload, schemes=("channel",))
+    if plan is None:
+        return row
+    return row | ratio_of(arp_hub.decompose(copy.deepcopy(dense), plan), dense, workload, seconds=GPU_SECONDS)
 
 
 def in_form(form: str) -> dict[str, Any]:
