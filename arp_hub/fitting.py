@@ -45,13 +45,14 @@ def fit_layer(
     columns = problem.moment.shape[-1]
     features = scheme.convs(rank)[-1].weight_shape[1] * scheme.blocks
     affordable = int(min(iterations, max(least, work / (features * columns**2))))
-    dtype = torch.float32 if affordable < iterations else weight.dtype
     rows = scale.view(-1, 1, 1, 1)
-    factors = scheme.nearest(weight * rows, rank, sweeps=sweeps)
     if affordable:
-        start = [factor.to(dtype) for factor in factors]
+        dtype = torch.float32 if affordable < iterations else weight.dtype
+        start = [factor.to(dtype) for factor in scheme.fit_start(weight * rows, rank, sweeps)]
         fitted = scheme.fit((problem.target * rows).to(dtype), problem.moment.to(dtype), start, affordable)
         factors = tuple(factor.to(weight.dtype) for factor in fitted)
+    else:
+        factors = scheme.nearest(weight * rows, rank, sweeps=sweeps)
     return scheme.balance((*factors[:-1], factors[-1] / rows))
 
 

@@ -46,7 +46,7 @@ class Network:
 
     Attributes:
         model: timm name.
-        checkpoint: File under ``weights/``.
+        checkpoint: File under ``weights/``; empty: its rows train it first.
         data: Folder under ``data/``.
         images: Unlabelled images to calibrate on.
         one_split: Whether the data has a single split, from which the calibration images are taken out of the test.
@@ -62,6 +62,7 @@ class Network:
 NETWORKS = {
     "resnet20": Network("cifar_resnet20", "resnet20_cifar10.safetensors", "cifar10", 1024),
     "resnet56": Network("cifar_resnet56", "resnet56_cifar10.safetensors", "cifar10", 1024),
+    "resnet110": Network("cifar_resnet110", "", "cifar10", 1024),
     "lite0": Network(
         "tf_efficientnet_lite0", "tf_efficientnet_lite0_imagenet.safetensors", "imagenet-sample", 256, one_split=True
     ),
@@ -122,10 +123,22 @@ def _rows() -> dict[str, Row]:
         rows[f"long-teacher/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | {"epochs": 20} | TEACHER)
     rows["long/resnet56/0.35"] = Row("resnet56", 0.35, train=TRAIN | {"epochs": 25, "mixed_precision": "bf16"})
     rows["long/resnet56/0.2"] = Row("resnet56", 0.2, train=TRAIN | {"epochs": 10})
+    rows["long/resnet110/0.35"] = Row("resnet110", 0.35, train=TRAIN | FROM_NOTHING)
     return rows
 
 
 TRAIN: dict[str, Any] = {"ramp": 0.0, "lr": 0.03, "distill": 0.9, "clip_grad": 5.0}
+FROM_NOTHING: dict[str, Any] = {
+    "dense_epochs": 60,
+    "dense_lr": 0.2,
+    "warmup_epochs": 1,
+    "epochs": 40,
+    "batch_size": 256,
+    "weight_decay": 5e-4,
+    "mixed_precision": "bf16",
+    "checkpoint_every": 0,
+}
+"""The dense network is trained first, in fewer epochs than is usual."""
 RAMP: dict[str, Any] = {"start_from": "dense", "ramp": 0.65}
 """The same epochs from the dense network, which the penalty pulls over."""
 TEACHER: dict[str, Any] = {"teacher": "cifar_resnet56", "teacher_checkpoint": "weights/resnet56_cifar10.safetensors"}
@@ -139,6 +152,7 @@ KEPT = (
     "long/resnet20/0.2",
     "long/resnet56/0.35",
     "long/resnet56/0.2",
+    "long/resnet110/0.35",
 )
 """Rows of training whose finished models stay in models/: of each network and budget the one that ended best."""
 
@@ -147,25 +161,26 @@ def main() -> None:
     """Parse the command line and do what it asks for."""
     parser, runner = row_parser(__doc__, table="write docs/results.md, its figure and the table of the README")
     runner.add_argument("--shared", type=Path, required=True, help="folder with weights/ and data/")
+    runner.add_argument("--cuda-graphs", action="store_true", help="record the passes of rows that train, on a GPU")
     args = parser.parse_args()
     if args.command == "list":
         print_rows(ROWS, load_results(RESULTS), lambda row: f"{row['top1']:.2f}")
     elif args.command == "run":
-        measure(chosen(ROWS, args.rows), args.shared, args.again)
+        measure(chosen(ROWS, args.rows), args.shared, args.again, args.cuda_graphs)
     else:
         from accuracy_report import write_report
 
         write_report(load_results(RESULTS))
 
 
-def measure(names: list[str], shared: Path, again: bool = False) -> None:
+def measure(names: list[str], shared: Path, again: bool = False, cuda_graphs: bool = False) -> None:
     """Measure rows one after the other; each is written as soon as it is known."""
     for name in names:
         if name in load_results(RESULTS) and not again:
             continue
         row = ROWS[name]
         began = time.perf_counter()
-        found = measure_trained(name, row, shared) if row.train else measure_fit(row, shared)
+        found = measure_trained(name, row, shared, cuda_graphs) if row.train else measure_fit(row, shared)
         seconds = round(time.perf_counter() - began, 1)
         result = {"network": row.network, "keep": row.keep, "row": _plain(row), "seed": SEED, "seconds": seconds}
         write_result(RESULTS, name, {**environment(), **result, **found})
@@ -228,21 +243,21 @@ def uniform_plan(model: nn.Module, keep: float, scheme: str) -> RankPlan:
     return RankPlan(plans, {})
 
 
-def measure_trained(name: str, row: Row, shared: Path) -> dict[str, Any]:
+def measure_trained(name: str, row: Row, shared: Path, cuda_graphs: bool = False) -> dict[str, Any]:
     """Run the recipe's trainer; the finished model stays in ``models/``, and a run that was stopped goes on."""
     network = NETWORKS[row.network]
     output = Path("runs") / "accuracy" / name.replace("/", "-")
-    settings = dict(row.train)
+    settings = {"checkpoint_every": 100, **row.train}
     if "teacher_checkpoint" in settings:
         settings["teacher_checkpoint"] = str(shared / settings["teacher_checkpoint"])
     config = TrainConfig(
         model=network.model,
-        checkpoint=str(shared / "weights" / network.checkpoint),
+        checkpoint=str(shared / "weights" / network.checkpoint) if network.checkpoint else "",
         data=str(shared / "data" / network.data),
         keep_params=row.keep,
         output=str(output),
         resume="auto",
-        checkpoint_every=100,
+        cuda_graphs=cuda_graphs,
         seed=SEED,
         overwrite=True,
         **settings,

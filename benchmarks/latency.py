@@ -159,20 +159,23 @@ def vgg_quarter(batch: int) -> dict[str, Any]:
 def vgg_third(batch: int) -> dict[str, Any]:
     """The convolutions of VGG-16 planned for a third of their time, or the least above it that can be had."""
     dense = fresh("vgg16").features
-    plan, row = least_plan(dense, 0.33, 0.03, Workload(batch_size=batch), input_size=(3, 224, 224))
+    workload = Workload(batch_size=batch, channels_last=True)
+    plan, row = least_plan(dense, 0.33, 0.03, workload, input_size=(3, 224, 224))
     if plan is None:
         return row
     return row | convolutions_ratio(arp_hub.decompose(copy.deepcopy(dense), plan), dense, batch)
 
 
 def convolutions_ratio(small: nn.Module, dense: nn.Module, batch: int) -> dict[str, Any]:
-    """As `ratio_of`, of models that are no classifiers."""
-    workload, images = Workload(batch_size=batch), torch.randn(batch, 3, 224, 224)
+    """As `ratio_of`, channels last, of models that are no classifiers."""
+    layout = torch.channels_last
+    images = torch.randn(batch, 3, 224, 224).to(memory_format=layout)
+    small, dense = (copy.deepcopy(model).to(memory_format=layout) for model in (small, dense))
     with torch.inference_mode():
         samples = take_turns({"small": lambda: small(images), "dense": lambda: dense(images)}, images.device, SECONDS)
     ratio = paired_ratio(samples["small"], samples["dense"]).to_dict()
     kept = round(count_params(small) / count_params(dense), 4)
-    return {"batch_size": workload.batch_size, "channels_last": False, "ratio": ratio, "params_kept": kept}
+    return {"batch_size": batch, "channels_last": True, "ratio": ratio, "params_kept": kept}
 
 
 def gpu_half(name: str, batch: int, compiled: bool = False) -> dict[str, Any]:

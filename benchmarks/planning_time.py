@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/planning_time.py resnet50
     OMP_NUM_THREADS=1 python benchmarks/planning_time.py resnet50 --images 256
+    python benchmarks/planning_time.py resnet50 --images 256 --device cuda
 
 The row in results/planning_time.json holds wall time, CPU time (which other processes do not add to), and the peak of
-the process's memory beyond what it held before planning, in multiples of the weights. The images are smooth noise: what
-they show does not matter for the time.
+the process's memory, or of the GPU's, beyond what it held before planning, in multiples of the weights. The images are
+smooth noise: what they show does not matter for the time.
 """
 
 from __future__ import annotations
@@ -28,10 +29,19 @@ from arp_hub.tracing import input_size_of
 RESULTS = Path(__file__).parent / "results" / "planning_time.json"
 
 
-def timed(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+def memory(device: torch.device) -> int:
+    """The most memory held so far, in bytes: the process's, or its tensors' on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, dict[str, float]]:
     """What the work gives, and its wall and CPU seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
     result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return result, {"wall": round(time.perf_counter() - wall, 2), "cpu": round(time.process_time() - cpu, 2)}
 
 
@@ -41,25 +51,27 @@ def main() -> None:
     parser.add_argument("model", help="timm name")
     parser.add_argument("--images", type=int, default=0, help="calibration images")
     parser.add_argument("--keep", type=float, default=0.5, help="share of the parameters to keep")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     args = parser.parse_args()
     torch.manual_seed(0)
-    model = timm.create_model(args.model).eval()
+    model = timm.create_model(args.model).eval().to(args.device)
     weights = sum(p.numel() for p in model.parameters())
     size = input_size_of(model)
     images = None
     if args.images:
         coarse = torch.randn(args.images, size[0], size[1] // 4, size[2] // 4)
         images = torch.nn.functional.interpolate(coarse, size=size[1:], mode="bilinear")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    plan, planning = timed(lambda: arp_hub.make_plan(model, keep_params=args.keep, calibration=images))
-    _, decomposing = timed(lambda: arp_hub.decompose(model, plan, images))
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    before = memory(args.device)
+    plan, planning = timed(lambda: arp_hub.make_plan(model, keep_params=args.keep, calibration=images), args.device)
+    _, decomposing = timed(lambda: arp_hub.decompose(model, plan, images), args.device)
+    peak = memory(args.device) - before
     row = {
         **environment(),
         "model": args.model,
         "seed": 0,
         "keep_params": args.keep,
         "images": args.images,
+        "device": args.device.type,
         "params": weights,
         "layers": len(plan.layers),
         "plan_seconds": planning,
@@ -68,7 +80,8 @@ def main() -> None:
     }
     print(json.dumps({key: row[key] for key in list(row)[3:]}))
     rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-    rows = [old for old in rows if (old["model"], old["images"]) != (args.model, args.images)] + [row]
+    measured = ("model", "images", "device")
+    rows = [old for old in rows if any(old[key] != row[key] for key in measured)] + [row]
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 

@@ -450,6 +450,15 @@ def test_old_checkpoints_go_and_half_written_ones_do_not_count(tmp_path):
     assert find_checkpoint("auto", tmp_path / "nowhere") is None
 
 
+def test_a_copied_run_goes_on_from_the_checkpoint_that_was_written_last(tmp_path):
+    for age, (phase, step) in enumerate([("compress", 2), ("dense", 9), ("compress", 1)]):
+        path = save_checkpoint(tmp_path, Checkpoint(phase, step, {}, {}, None, 0.0, {"x": torch.zeros(2)}), keep=9)
+        os.utime(path / "state.json", (1e9 - age, 1e9 - age))  # as if the files had been copied in another order
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        "compress-00000002", "dense-00000009", "compress-00000001"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("damage", ["cut tensors", "no tensors", "cut json", "newer"])
 def test_damaged_checkpoints_are_refused(tmp_path, damage):
     path = save_checkpoint(tmp_path, Checkpoint("dense", 1, {}, {}, None, 0.0, {"x": torch.zeros(200)}), keep=1)

@@ -92,6 +92,10 @@ class Scheme(ABC):
         Blocks come first, so that the bases of like layers, joined, are the basis of the layers as groups of one.
         """
 
+    def fit_start(self, weight: Tensor, rank: int, sweeps: int | None = None) -> Factors:
+        """Factors for `fit` to start from: those of `nearest`, or any where it needs no start but their rank."""
+        return self.nearest(weight, rank, sweeps=sweeps)
+
     def spectrum(self, weight: Tensor, moment: Tensor | None = None) -> Tensor | None:
         """Singular values of every block, ``(blocks, n)``, where the nearest point is a truncated SVD, else None.
 
@@ -148,7 +152,7 @@ class Scheme(ABC):
         Args:
             target: Dense weight to come near to, ``(G * O, I, kh, kw)``.
             moment: Second moment of the input patches, ``(G, I * kh * kw, I * kh * kw)``, positive definite.
-            start: Factors to start from, as `nearest` gives them.
+            start: Factors to start from, as `fit_start` gives them.
             iterations: L-BFGS iterations at most.
         """
         problem = _Projected(self, target, moment)

@@ -100,6 +100,9 @@ class Channel(MatrixScheme):
             return super().spectrum(weight)
         return torch.linalg.eigvalsh(self._output_gram(weight, moment)).clamp_min(0).sqrt().flip(-1)
 
+    def fit_start(self, weight: Tensor, rank: int, sweeps: int | None = None) -> Factors:
+        return tuple(weight.new_zeros(conv.weight_shape) for conv in self.convs(rank))
+
     def fit(self, target: Tensor, moment: Tensor, start: Sequence[Tensor], iterations: int = 100) -> Factors:
         """Reduced-rank regression, in closed form: a truncated SVD in the whitened metric; ``start`` gives the rank."""
         rank = start[-1].shape[1]

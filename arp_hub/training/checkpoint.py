@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     tree = _flatten(checkpoint.state, "", tensors)
     save_file(tensors, temporary / "state.safetensors")
     meta = {name: getattr(checkpoint, name) for name in ("phase", "step", "settings", "scores", "plan", "seconds")}
-    text = json.dumps({"format_version": FORMAT_VERSION, **meta, "state": tree})
+    text = json.dumps({"format_version": FORMAT_VERSION, "saved": time.time(), **meta, "state": tree})
     (temporary / "state.json").write_text(text, encoding="utf-8")
     if target.exists():
         target.replace(folder / f".{target.name}.old.tmp")
@@ -102,8 +103,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    found = [path for path in folder.glob("[!.]*") if (path / "state.json").is_file()]
-    return sorted(found, key=lambda path: (path / "state.json").stat().st_mtime_ns)
+    return sorted((path for path in folder.glob("[!.]*") if (path / "state.json").is_file()), key=_saved)
+
+
+def _saved(path: Path) -> float:
+    """When a checkpoint was written, in seconds; copies of a folder have other times than its files had."""
+    file = path / "state.json"
+    try:
+        return float(json.loads(file.read_text(encoding="utf-8"))["saved"])
+    except (OSError, ValueError, KeyError, TypeError):  # of an earlier version, or damaged: loading it will tell
+        return file.stat().st_mtime
 
 
 def find_checkpoint(resume: str, folder: Path) -> Path | None:
