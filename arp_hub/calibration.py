@@ -31,6 +31,7 @@ def batches(
     device: torch.device | None = None,
     layout: torch.memory_format = torch.contiguous_format,
     large: bool = False,
+    most: int | None = None,
 ) -> Iterator[Tensor]:
     """Go through calibration images in batches.
 
@@ -39,6 +40,7 @@ def batches(
         device: Where to put them; by default they stay where they are.
         layout: Memory layout to put them in, as `fast_layout` finds it.
         large: Make batches that statistics can be taken of, whatever memory their maps take.
+        most: Images to stop at; by default all.
 
     Raises:
         ArpHubError: If they are not images, or there are none.
@@ -54,8 +56,11 @@ def batches(
         if not isinstance(batch, Tensor) or batch.dim() != 4 or not batch.is_floating_point():
             found = f"{tuple(batch.shape)} {batch.dtype}" if isinstance(batch, Tensor) else type(batch).__name__
             raise ArpHubError(f"calibration images must be normalised float tensors (N, C, H, W), got {found}")
+        batch = batch if most is None else batch[: most - count]
         count += len(batch)
         yield batch if device is None else batch.to(device, memory_format=layout)
+        if count == most:
+            return
     if not count:
         raise ArpHubError("there are no calibration images: pass at least one batch")
 
@@ -121,8 +126,17 @@ def paired_moments(
     teacher: nn.Module,
     teacher_layers: Mapping[str, nn.Module],
     images: Images,
+    most: int,
 ) -> dict[str, PatchMoments]:
     """Moments of the student's inputs to some layers against the teacher's outputs of them, in one pass.
+
+    Args:
+        student: The model that is being decomposed.
+        student_layers: Its layers in question by name.
+        teacher: The dense model.
+        teacher_layers: The same layers of it.
+        images: Calibration images.
+        most: How many of them to look at, at most.
 
     Raises:
         ArpHubError: If a model never calls one of its layers.
@@ -137,7 +151,7 @@ def paired_moments(
     def count(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         found[name].update(inputs.pop(name, x), _without_bias(layer, y), padder(layer))
 
-    for batch in batches(images, device, layout):
+    for batch in batches(images, device, layout, most=most):
         if student is not teacher:
             _visit(student, student_layers, batch, keep)
         _visit(teacher, teacher_layers, batch, count)
@@ -146,7 +160,7 @@ def paired_moments(
 
 @torch.no_grad()
 def all_moments(
-    model: nn.Module, layers: Mapping[str, nn.Module], images: Images, roughly: bool = False
+    model: nn.Module, layers: Mapping[str, nn.Module], images: Images, roughly: bool = False, most: int | None = None
 ) -> dict[str, Moments]:
     """Moments of many layers of one model in a single pass over the images, layers never called left out.
 
@@ -156,6 +170,7 @@ def all_moments(
         images: Calibration images.
         roughly: Hold those of large kernels as `StationaryMoments`, in a sixth of the memory, and look at fewer
             positions of large maps.
+        most: Images to look at, at most; by default all.
     """
     device, layout = next(model.parameters()).device, fast_layout(model, images)
     found: dict[str, Moments] = {}
@@ -173,7 +188,7 @@ def all_moments(
 
     hooks = [layer.register_forward_hook(partial(catch, name)) for name, layer in layers.items()]
     try:
-        for batch in batches(images, device, layout):
+        for batch in batches(images, device, layout, most=most):
             model(batch)
     finally:
         for hook in hooks:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from .calibration import Images, all_moments, following_norms
+from .calibration import Images, all_moments, batches, following_norms
 from .costs import Floats, rank_at, useful_rank
 from .fitting import fit_layer, output_scale
 from .layers import effective_weight, low_rank_layer
@@ -38,6 +38,8 @@ _ITERATIONS, _WORK = 25, 2e9
 """Iterations of a fit, and the multiply-accumulates that bound them."""
 _PROBED_SHARE, _LARGE_PROBED_SHARE = _SHARES[2], _FEW_SHARES[1]
 """Parameter share at which a layer alone is put into the network: one of those at which it is fitted anyway."""
+_MOMENT_WORK, _LEAST_PIXELS = 3e11, 64 * 224**2
+"""Multiply-accumulates that bound the pass that second moments are taken in, and pixels that it takes in any case."""
 _LEAST_ERROR, _LEAST_DIVERGENCE = 1e-6, 1e-12
 """The least error of its own, and divergence of the network, that are believed of a layer."""
 _GROUP_CHOICES = (2, 4, 8)
@@ -211,7 +213,9 @@ class OutputErrors:
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], images: Images, macs: float) -> None:
         self._layers = layers
-        self._moments = all_moments(model, layers, images, roughly=True)
+        pixels = math.prod(next(batches(images)).shape[2:])
+        most = max(math.ceil(_LEAST_PIXELS / pixels), int(_MOMENT_WORK / max(macs, 1.0)))
+        self._moments = all_moments(model, layers, images, roughly=True, most=most)
         self._norms = following_norms(model, layers, images)
         self._probe = OutputProbe(model, images, macs * len(layers))
         self._at_hand: tuple[str, _LayerProblem] | None = None

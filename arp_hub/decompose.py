@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -16,18 +16,30 @@ from ._modes import evaluating
 from .calibration import Images, batches, following_norms, paired_moments
 from .errors import ArpHubError
 from .fitting import fit_layer, output_scale
-from .layers import LowRankLayer, effective_weight, layers_called, low_rank_layer, low_rank_layers, replace_layers
+from .layers import (
+    LowRankLayer,
+    effective_weight,
+    layer_shape,
+    layers_called,
+    low_rank_layer,
+    low_rank_layers,
+    replace_layers,
+)
 from .moments import LARGE, PatchMoments
 from .norms import norms_with_statistics, renormalise
 from .plan import LayerPlan, RankPlan
 from .schemes import Factors, Scheme, relative_error
+from .shapes import LayerShape, Pair
 from .structure import check_plan
 from .tracing import InputSize, Trace, trace
 
-_FORWARD_WORK = 5e12
-"""Multiply-accumulates that bound all forward passes together. Where they do not suffice for one pass for every layer,
-neighbouring layers share one, and are then fitted to the same inputs."""
-_NORM_WORK, _LEAST_NORM_IMAGES = 5e11, 64
+_FORWARD_WORK, _WORK_AN_IMAGE = 5e12, 8e9
+"""Multiply-accumulates that bound all forward passes together, and the same for each image that there is. Where they do
+not suffice for a pass over all images for every layer, layers make do with fewer, by what they need; and if they do not
+suffice for that either, neighbouring layers share a pass, and are then fitted to the same inputs."""
+_SAMPLES, _LEAST_PIXELS = 16, 64 * 224**2
+"""Positions that a layer needs for every column of its second moment, and pixels of all its images in any case."""
+_NORM_WORK, _LEAST_NORM_IMAGES = 6e11, 64
 """Multiply-accumulates that bound the pass after which BatchNorms follow, and images that it takes in any case: their
 statistics need few, of which every position counts."""
 _EXACT = 1e-8
@@ -129,12 +141,12 @@ def _decompose_by_data(
         teachers = {name: model.get_submodule(name) for name in plan.layers}
         norms = following_norms(student, {name: student.get_submodule(name) for name in plan.layers}, images)
         bar = tqdm(total=len(plan.layers), desc="decompose", disable=not progress, leave=False)
-        counts = [(len(batch), tuple(batch.shape[1:])) for batch in batches(images)]
-        traced = trace(model, cast(InputSize, counts[0][1]))  # images are (N, C, H, W)
-        for k, names in enumerate(_layers_by_pass(model, plan, traced, sum(count for count, _ in counts))):
+        shapes = [cast(InputSize, tuple(batch.shape[1:])) for batch in batches(images) for _ in batch]
+        traced = trace(model, shapes[0])
+        for k, (names, most) in enumerate(_passes(model, plan, traced, shapes)):
             old = {name: student.get_submodule(name) for name in names}
             pupils = (student, old) if k else (model, teachers)  # nothing is decomposed yet before the first pass
-            found = paired_moments(*pupils, model, {name: teachers[name] for name in names}, images)
+            found = paired_moments(*pupils, model, {name: teachers[name] for name in names}, images, most)
             for name in names:
                 # taken out, so that memory is given back layer by layer
                 new = _fitted_layer(schemes[name], plan.layers[name], teachers[name], found.pop(name), norms.get(name))
@@ -179,14 +191,46 @@ def _shift_mean(layer: LowRankLayer, norm: BatchNorm | None, bias: Tensor) -> No
         mean.sub_(bias.to(mean))
 
 
-def _layers_by_pass(model: nn.Module, plan: RankPlan, traced: Trace, images: int) -> list[list[str]]:
-    """The planned layers in the order of their use, in groups that share a pass over so many images."""
-    by_module = {id(model.get_submodule(name)): place for place, name in enumerate(traced.sizes)}
-    places = {name: by_module.get(id(model.get_submodule(name))) for name in plan.layers}
-    if silent := [name for name, place in places.items() if place is None]:
+def _passes(
+    model: nn.Module, plan: RankPlan, traced: Trace, images: Sequence[InputSize]
+) -> list[tuple[list[str], int]]:
+    """The planned layers in the order of their use, in groups that share a pass, each with the images that it takes."""
+    by_module = {id(model.get_submodule(name)): name for name in traced.sizes}
+    modules = {name: model.get_submodule(name) for name in plan.layers}
+    if silent := [name for name, module in modules.items() if id(module) not in by_module]:
         raise ArpHubError(f"the model never calls '{silent[0]}' (it may use its weight alone): take it out of the plan")
-    ordered = sorted(plan.layers, key=lambda name: cast(int, places[name]))
-    # a pass goes half-way on average, but through two models
-    passes = max(1, int(_FORWARD_WORK / (traced.macs * images)) - 1)
-    size = math.ceil(len(ordered) / passes)
-    return [ordered[k : k + size] for k in range(0, len(ordered), size)]
+    places = {module: place for place, module in enumerate(by_module)}
+    ordered = sorted(plan.layers, key=lambda name: places[id(modules[name])])
+    calls = {name: traced.sizes[by_module[id(module)]] for name, module in modules.items()}
+    least = math.ceil(_LEAST_PIXELS / math.prod(images[0][1:]))
+    needs = {name: max(least, _images_needed(layer_shape(modules[name]), calls[name][0])) for name in ordered}
+    work = min(_FORWARD_WORK, _WORK_AN_IMAGE * len(images))
+    return passes_within(work / max(traced.macs, 1), needs, len(images))  # a pass goes half-way, through two models
+
+
+def passes_within(affordable: float, needs: Mapping[str, int], images: int) -> list[tuple[list[str], int]]:
+    """Share so many looks at images out among layers.
+
+    Args:
+        affordable: Images that all passes together look at, at most; a single pass over all layers is made anyway.
+        needs: The images that each layer needs, in the order of the layers' use.
+        images: Images that there are.
+
+    Returns:
+        Passes: the layers of each, and the images that it takes. Each layer has its own, over all images or as many
+        times those it needs as are affordable; where it would not have even those, neighbours share one.
+    """
+    times, shared = 2 ** max(0, math.ceil(math.log2(images))), 1
+    while True:
+        counts = [min(images, times * need) for need in needs.values()]
+        groups = [slice(k, k + shared) for k in range(0, len(counts), shared)]
+        passes = [(list(needs)[group], max(counts[group])) for group in groups]
+        if sum(count for _, count in passes) <= affordable or len(passes) == 1:
+            return passes
+        times, shared = (times // 2, 1) if times > 1 else (1, shared + 1)
+
+
+def _images_needed(shape: LayerShape, size: Pair) -> int:
+    """Images whose patches suffice for a layer's second moment, by the size of its input map."""
+    positions = size[0] if shape.kind == "linear" else math.prod(shape.as_conv().output_size(size))
+    return math.ceil(_SAMPLES * shape.group_in * shape.taps / positions)

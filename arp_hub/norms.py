@@ -88,11 +88,9 @@ def renormalise(
     device, layout = next(teacher.parameters()).device, fast_layout(teacher, images)
     exact = {name: InputStatistics() for name in norms}
     found = {name: InputStatistics() for name in norms}
-    seen = 0
-    for batch in batches(images, device, layout, large=True):  # each goes by what the ones before it have set
-        if most is not None and seen >= most:
-            break
-        seen += len(batch)
+    for batch in batches(
+        images, device, layout, large=True, most=most
+    ):  # each goes by what the ones before it have set
         with observed({originals[name]: statistics for name, statistics in exact.items()}):
             teacher(batch)
         followers = [(norms[name], originals[name], exact[name], found[name]) for name in norms]

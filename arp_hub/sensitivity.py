@@ -42,12 +42,7 @@ class OutputProbe:
         self._model = model
         count = int(min(_IMAGES, max(_LEAST_IMAGES, _WORK / max(work, 1.0))))
         device, layout = next(model.parameters()).device, fast_layout(model, images)
-        self._batches: list[Tensor] = []
-        for batch in batches(images, device, layout, large=True):  # BatchNorms follow a batch
-            self._batches.append(batch[:count])
-            count -= len(batch)
-            if count <= 0:
-                break
+        self._batches = list(batches(images, device, layout, large=True, most=count))  # BatchNorms follow a batch
         self._originals = {norm: copy.deepcopy(norm) for norm in norms_with_statistics(model).values()}
         self.norms = frozenset(self._originals)
         self._statistics = [{norm: InputStatistics() for norm in self.norms} for _ in self._batches]

@@ -5,12 +5,15 @@ import copy
 import pytest
 import timm
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
 from arp_hub import ArpHubError, LayerPlan, RankPlan, decompose, make_plan, to_dense
 from arp_hub.calibration import all_moments, batches
 from arp_hub.curves import OutputErrors
+from arp_hub.decompose import passes_within
 from arp_hub.dense import refusal
 from arp_hub.layers import count_params, layer_shape, low_rank_layers, weight_layers
 from arp_hub.moments import PatchMoments, StationaryMoments, patches
@@ -314,6 +317,27 @@ def test_planning_holds_little_of_large_kernels_and_ranks_layers_alike():
 def test_batches_of_a_loader():
     loader = [(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1])), (torch.zeros(1, 3, 8, 8), torch.tensor([1]))]
     assert [len(batch) for batch in batches(loader)] == [2, 1]
+    assert [len(batch) for batch in batches(loader, most=1)] == [1]
+    assert [len(batch) for batch in batches(loader, most=9)] == [2, 1]
+
+
+@given(
+    needs=st.lists(st.integers(1, 300), min_size=1, max_size=30),
+    images=st.integers(1, 5000),
+    affordable=st.floats(0, 1e6),
+)
+def test_passes_look_at_as_many_images_as_are_affordable(needs, images, affordable):
+    names = {f"layer{k}": need for k, need in enumerate(needs)}
+    passes = passes_within(affordable, names, images)
+    assert [name for group, _ in passes for name in group] == list(names)
+    looked_at = sum(count for _, count in passes)
+    assert looked_at <= affordable or len(passes) == 1
+    for group, count in passes:
+        assert min(images, max(names[name] for name in group)) <= count <= images
+    if len(names) * images <= affordable:
+        assert passes == [([name], images) for name in names]
+    elif len(passes) == len(names) and looked_at < len(names) * images:  # with twice as many it would be too much
+        assert sum(min(images, 2 * count) for _, count in passes) > affordable
 
 
 def test_merging_gives_the_decomposed_model_back(resnet20, cifar_test):
