@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from typing import cast
 
 import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 
 from ._modes import evaluating
-from .calibration import Images
+from .calibration import Images, batches
 from .costs import CountedCosts, Floats
 from .curves import Candidate, OutputErrors, candidate_schemes, shape_candidates, weight_candidates
 from .dense import refusal
@@ -123,6 +124,8 @@ def make_plan(
             what = "keep_latency" if calibration is None else "calibration"
             raise ArpHubError(f"{what} needs a model with weights, and this one is on the meta device: load them first")
         warnings.warn("the model has no weights (meta device): its ranks are chosen by shape alone", stacklevel=2)
+    if input_size is None and calibration is not None:
+        input_size = cast(InputSize, tuple(next(batches(calibration)).shape[1:]))
     traced = trace(model, input_size)
     layers, dense = _eligible(model, traced, names, exclude)
     total = float(traced.params if cost == "params" else traced.macs)

@@ -21,7 +21,7 @@ Images = Tensor | Iterable[Any]
 (a list or a DataLoader; of a batch that is a tuple, the first item counts)."""
 
 _BATCH_SIZE, _CPU_PIXELS, _PIXELS = 128, 5 * 2**16, 2**21
-"""Images, and their pixels on a CPU and elsewhere, that bound a batch, unless it is to be large. On a CPU maps of more
+"""Images, and their pixels on a CPU and elsewhere, that bound a batch, unless told. On a CPU maps of more
 would not stay in a cache, nor in memory that the process holds already: with more than six images of 224 pixels, up
 to a third of the time goes on memory taken from the system and given back."""
 
@@ -30,7 +30,7 @@ def batches(
     images: Images,
     device: torch.device | None = None,
     layout: torch.memory_format = torch.contiguous_format,
-    large: bool = False,
+    pixels: int | None = None,
     most: int | None = None,
 ) -> Iterator[Tensor]:
     """Go through calibration images in batches.
@@ -39,7 +39,8 @@ def batches(
         images: The images.
         device: Where to put them; by default they stay where they are.
         layout: Memory layout to put them in, as `fast_layout` finds it.
-        large: Make batches that statistics can be taken of, whatever memory their maps take.
+        pixels: Pixels that bound a batch of a tensor, such that statistics can be taken of it; by default as many as
+            passes are fast with.
         most: Images to stop at; by default all.
 
     Raises:
@@ -51,7 +52,7 @@ def batches(
             f"got a one-pass {type(images).__name__}: wrap it in list(...)"
         )
     count = 0
-    for item in _split(images, device, large) if isinstance(images, Tensor) else images:
+    for item in _split(images, device, pixels) if isinstance(images, Tensor) else images:
         batch = item[0] if isinstance(item, (tuple, list)) else item
         if not isinstance(batch, Tensor) or batch.dim() != 4 or not batch.is_floating_point():
             found = f"{tuple(batch.shape)} {batch.dtype}" if isinstance(batch, Tensor) else type(batch).__name__
@@ -65,10 +66,9 @@ def batches(
         raise ArpHubError("there are no calibration images: pass at least one batch")
 
 
-def _split(images: Tensor, device: torch.device | None, large: bool) -> Iterable[Tensor]:
-    pixels = max(1, math.prod(images.shape[2:]))
-    most = _CPU_PIXELS if not large and (device or images.device).type == "cpu" else _PIXELS
-    return images.split(max(1, min(_BATCH_SIZE, most // pixels)))
+def _split(images: Tensor, device: torch.device | None, pixels: int | None) -> Iterable[Tensor]:
+    most = pixels or (_CPU_PIXELS if (device or images.device).type == "cpu" else _PIXELS)
+    return images.split(max(1, min(_BATCH_SIZE, most // max(1, math.prod(images.shape[2:])))))
 
 
 @torch.no_grad()

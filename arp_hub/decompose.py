@@ -232,5 +232,6 @@ def passes_within(affordable: float, needs: Mapping[str, int], images: int) -> l
 
 def _images_needed(shape: LayerShape, size: Pair) -> int:
     """Images whose patches suffice for a layer's second moment, by the size of its input map."""
-    positions = size[0] if shape.kind == "linear" else math.prod(shape.as_conv().output_size(size))
+    sides = (size[0],) if shape.kind == "linear" else shape.as_conv().output_size(size)
+    positions = math.prod(max(1, side) for side in sides)  # a layer that pads by itself makes more than is counted
     return math.ceil(_SAMPLES * shape.group_in * shape.taps / positions)

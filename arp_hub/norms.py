@@ -22,6 +22,8 @@ from .layers import low_rank_layers
 
 _MOST_CHANGE = 16.0
 """Factor by which a channel's variance is believed to have changed at most."""
+_PIXELS = 2**20
+"""Pixels that bound a batch: statistics of few images mislead the BatchNorms behind, and many take much memory."""
 
 
 class InputStatistics:
@@ -88,9 +90,8 @@ def renormalise(
     device, layout = next(teacher.parameters()).device, fast_layout(teacher, images)
     exact = {name: InputStatistics() for name in norms}
     found = {name: InputStatistics() for name in norms}
-    for batch in batches(
-        images, device, layout, large=True, most=most
-    ):  # each goes by what the ones before it have set
+    # each batch goes by what the ones before it have set
+    for batch in batches(images, device, layout, pixels=_PIXELS, most=most):
         with observed({originals[name]: statistics for name, statistics in exact.items()}):
             teacher(batch)
         followers = [(norms[name], originals[name], exact[name], found[name]) for name in norms]

@@ -18,6 +18,8 @@ from .norms import InputStatistics, following, norms_with_statistics, observed
 _IMAGES, _LEAST_IMAGES, _WORK = 64, 4, 1.3e12
 """Images that are looked at, at most and at least, and the multiply-accumulates that bound them. A few do, since layers
 differ a hundredfold."""
+_PIXELS = 2**21
+"""Pixels that bound a batch: BatchNorms follow it, and statistics of few images mislead them."""
 
 Substitute = Callable[[Tensor], Tensor]
 """What stands in the place of a layer: makes its output of its input."""
@@ -42,7 +44,7 @@ class OutputProbe:
         self._model = model
         count = int(min(_IMAGES, max(_LEAST_IMAGES, _WORK / max(work, 1.0))))
         device, layout = next(model.parameters()).device, fast_layout(model, images)
-        self._batches = list(batches(images, device, layout, large=True, most=count))  # BatchNorms follow a batch
+        self._batches = list(batches(images, device, layout, pixels=_PIXELS, most=count))
         self._originals = {norm: copy.deepcopy(norm) for norm in norms_with_statistics(model).values()}
         self.norms = frozenset(self._originals)
         self._statistics = [{norm: InputStatistics() for norm in self.norms} for _ in self._batches]

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from timm.layers import Conv2dSame
 from torch import nn
 
 from arp_hub import ArpHubError, LayerPlan, RankPlan, decompose, make_plan, to_dense
@@ -338,6 +339,19 @@ def test_passes_look_at_as_many_images_as_are_affordable(needs, images, affordab
         assert passes == [([name], images) for name in names]
     elif len(passes) == len(names) and looked_at < len(names) * images:  # with twice as many it would be too much
         assert sum(min(images, 2 * count) for _, count in passes) > affordable
+
+
+@pytest.mark.parametrize("pixels", [2, 5])
+def test_a_model_that_says_no_size_is_planned_at_that_of_the_images(pixels):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, padding=1), Conv2dSame(16, 32, 3, stride=2), nn.ReLU(), Conv2dSame(32, 32, 3)]
+    model, images = nn.Sequential(*layers).eval(), torch.randn(64, 3, pixels, pixels)
+    before = model(images)
+    plan = make_plan(model, keep_params=0.5, calibration=images, exclude=["0"])
+    assert list(plan.layers) == ["1", "3"]  # of which a map of two pixels is less than a kernel
+    after = decompose(model, plan, images)(images)
+    assert after.shape == before.shape
+    assert (after - before).square().sum() < before.square().sum()
 
 
 def test_merging_gives_the_decomposed_model_back(resnet20, cifar_test):
