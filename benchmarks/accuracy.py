@@ -7,8 +7,8 @@
 
 `--shared` is a folder with `weights/` (trained checkpoints) and `data/` (CIFAR-10 and a sample of ImageNet, as
 parquet). `run` writes results/accuracy.json, one entry a row; rows that are there already are left out unless `--again`
-is given. The rows of training in `KEPT` keep their finished models in models/. `table` writes the tables of
-docs/results.md and the figure beside it.
+is given, and `--cuda-graphs` records the passes of those that train, on a GPU. The rows of training in `KEPT` keep
+their finished models in models/. `table` writes the tables of docs/results.md and the figure beside it.
 """
 
 from __future__ import annotations

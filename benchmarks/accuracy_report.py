@@ -16,6 +16,7 @@ PAGE, FIGURE = DOCS / "results.md", DOCS / "img" / "accuracy.png"
 NETWORKS = {
     "resnet20": "ResNet-20, CIFAR-10",
     "resnet56": "ResNet-56, CIFAR-10",
+    "resnet110": "ResNet-110, CIFAR-10",
     "lite0": "tf_efficientnet_lite0, sample of ImageNet",
 }
 METHODS = {
