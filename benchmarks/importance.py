@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import torch
 from accuracy import NETWORKS, SEED, Network, images_and_test
-from rows import chosen, load_results, print_rows, row_parser, write_result
+from rows import chosen, load_results, print_rows, row_parser, run_rows
 from torch import Tensor, nn
 
 import arp_hub
@@ -48,13 +48,9 @@ def main() -> None:
     runner.add_argument("--shared", type=Path, required=True, help="folder with weights/ and data/")
     args = parser.parse_args()
     if args.command == "list":
-        print_rows(ROWS, load_results(RESULTS), lambda row: f"{row['top1']:.2f}")
+        print_rows(ROWS, load_results(RESULTS), _short)
     elif args.command == "run":
-        for name in chosen(ROWS, args.rows):
-            if name not in load_results(RESULTS) or args.again:
-                result = measure(*ROWS[name], args.shared)
-                write_result(RESULTS, name, {**environment(), "seed": SEED, **result})
-                print(f"{name}: top-1 {result['top1']:.2f}, {result['seconds']:.0f} s", flush=True)
+        run_rows(chosen(ROWS, args.rows), RESULTS, args.again, lambda name: measure(*ROWS[name], args.shared), _short)
     else:
         print("| row | divergence in the trial | decomposed | top-1 |\n|---|---|---|---|")
         for name, row in load_results(RESULTS).items():
@@ -84,6 +80,8 @@ def measure(name: str, keep: float, power: float, shared: Path) -> dict[str, Any
         plan = arp_hub.make_plan(model, keep_params=keep, calibration=images)
     small = arp_hub.decompose(copy.deepcopy(model), plan, images)
     return {
+        **environment(),
+        "seed": SEED,
         "tried": tried[-1],
         "divergence": _divergence(model, small, judged),
         "judged_images": len(judged),
@@ -108,6 +106,10 @@ def _divergence(dense: nn.Module, small: nn.Module, images: Tensor) -> float:
         exact, found = dense(batch).log_softmax(-1), small(batch).log_softmax(-1)
         total += float((exact.exp() * (exact - found)).sum())
     return total / len(images)
+
+
+def _short(row: dict[str, Any]) -> str:
+    return f"top-1 {row['top1']:.2f}, {row['seconds']:.0f} s"
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any
 
 import timm
 import torch
-from rows import chosen, load_results, print_rows, row_parser, write_result
+from rows import chosen, load_results, print_rows, row_parser, run_rows
 from torch import nn
 
 import arp_hub
@@ -256,18 +256,13 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure rows one after the other; each is written as soon as it is known."""
+    """Measure the rows that were asked for."""
     names = chosen(ROWS, args.rows)
     if args.shared is None and any(name.startswith("curve/") for name in names):
         raise SystemExit("'curve' needs --shared, a folder with weights/ and data/")
     if not torch.cuda.is_available() and any(name.startswith("gpu/") for name in names):
         raise SystemExit("'gpu' needs a GPU of CUDA")
-    for name in names:
-        if name in load_results(RESULTS) and not args.again:
-            continue
-        result = {**environment(), "seed": 0, **ROWS[name](args)}
-        write_result(RESULTS, name, result)
-        print(f"{name}: {_short(result)}", flush=True)
+    run_rows(names, RESULTS, args.again, lambda name: {**environment(), "seed": 0, **ROWS[name](args)}, _short)
 
 
 def print_tables(found: dict[str, Any]) -> None:

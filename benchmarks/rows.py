@@ -46,6 +46,21 @@ def write_result(path: Path, name: str, result: Mapping[str, Any]) -> None:
     temporary.replace(path)
 
 
+def run_rows(
+    names: Iterable[str],
+    path: Path,
+    again: bool,
+    measure: Callable[[str], Mapping[str, Any]],
+    number: Callable[[dict[str, Any]], str],
+) -> None:
+    """Measure rows one after the other, those with a result only ``again``; each is written as soon as it is known."""
+    for name in names:
+        if again or name not in load_results(path):
+            result = dict(measure(name))
+            write_result(path, name, result)
+            print(f"{name}: {number(result)}", flush=True)
+
+
 def print_rows(rows: Iterable[str], found: Results, number: Callable[[dict[str, Any]], str]) -> None:
     """All names, one a line, with the number of those that have a result."""
     for name in rows:

@@ -18,7 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 from accuracy import NETWORKS, SEED, images_and_test
-from rows import chosen, load_results, print_rows, row_parser, write_result
+from rows import chosen, load_results, print_rows, row_parser, run_rows
 
 import arp_hub
 from arp_hub import calibration
@@ -38,11 +38,7 @@ def main() -> None:
     if args.command == "list":
         print_rows(ROWS, load_results(RESULTS), _short)
     elif args.command == "run":
-        for name in chosen(ROWS, args.rows):
-            if name not in load_results(RESULTS) or args.again:
-                result = measure(*ROWS[name], args.shared)
-                write_result(RESULTS, name, {**environment(), "seed": SEED, **result})
-                print(f"{name}: {_short(result)}", flush=True)
+        run_rows(chosen(ROWS, args.rows), RESULTS, args.again, lambda name: measure(*ROWS[name], args.shared), _short)
     else:
         print("| row | exact: top-1 | planning | stationary: top-1 | planning |\n|---|---|---|---|---|")
         for name, row in load_results(RESULTS).items():
@@ -55,7 +51,7 @@ def measure(name: str, keep: float, shared: Path) -> dict[str, Any]:
     network = NETWORKS[name]
     model = load_model(network.model, str(shared / "weights" / network.checkpoint)).eval()
     images, test = images_and_test(network, model, shared)
-    result = {}
+    result: dict[str, Any] = {**environment(), "seed": SEED}
     for way, large in (("exact", calibration.LARGE), ("stationary", 0)):
         with patch.object(calibration, "LARGE", large):  # columns beyond which a kernel's patches are stationary
             began = time.process_time()
