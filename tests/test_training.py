@@ -450,6 +450,14 @@ def test_old_checkpoints_go_and_half_written_ones_do_not_count(tmp_path):
     assert find_checkpoint("auto", tmp_path / "nowhere") is None
 
 
+def test_a_resumed_run_clears_away_what_a_killed_one_left(tmp_path):
+    run(config(tmp_path))
+    checkpoints = config(tmp_path).run_folder / "checkpoints"
+    (checkpoints / ".compress-00000002.old.tmp").mkdir()  # of the last phase, which saves no checkpoint any more
+    run(config(tmp_path, resume="auto", overwrite=True))
+    assert not list(checkpoints.glob(".*"))
+
+
 def test_a_copied_run_goes_on_from_the_checkpoint_that_was_written_last(tmp_path):
     for age, (phase, step) in enumerate([("compress", 2), ("dense", 9), ("compress", 1)]):
         path = save_checkpoint(tmp_path, Checkpoint(phase, step, {}, {}, None, 0.0, {"x": torch.zeros(2)}), keep=9)

@@ -55,7 +55,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{checkpoint.phase}-{checkpoint.step:08d}"
     temporary = folder / f".{target.name}.{os.getpid()}.tmp"
-    _remove_unfinished(folder)
+    remove_unfinished_checkpoints(folder)
     temporary.mkdir()
     tensors: dict[str, Tensor] = {}
     tree = _flatten(checkpoint.state, "", tensors)
@@ -68,7 +68,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     temporary.replace(target)
     for old in list_checkpoints(folder)[:-keep]:
         old.replace(folder / f".{old.name}.old.tmp")  # so that a kill leaves no half of it under its name
-    _remove_unfinished(folder)
+    remove_unfinished_checkpoints(folder)
     return target
 
 
@@ -171,7 +171,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     temporary.replace(path)
 
 
-def _remove_unfinished(folder: Path) -> None:
+def remove_unfinished_checkpoints(folder: Path) -> None:
     """Clear away what a killed run left half-written."""
     for path in folder.glob(".*.tmp"):
         shutil.rmtree(path)

@@ -36,7 +36,15 @@ from ..run_report import write_report
 from ..schemes import Factors
 from ..spectra import decays
 from ..structure import apply_plan
-from .checkpoint import Checkpoint, check_same, find_checkpoint, load_checkpoint, save_tensors, write_atomically
+from .checkpoint import (
+    Checkpoint,
+    check_same,
+    find_checkpoint,
+    load_checkpoint,
+    remove_unfinished_checkpoints,
+    save_tensors,
+    write_atomically,
+)
 from .config import TrainConfig
 from .data import ImageData, calibration_images, input_format, load_data
 from .evaluate import Scores, evaluate
@@ -152,6 +160,7 @@ def _open_folder(config: TrainConfig, accelerator: Accelerator, start: Checkpoin
         if start is None and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished_checkpoints(folder / "checkpoints")  # here, because a finished phase saves none any more
         config.save(folder / "config.yaml")
     accelerator.wait_for_everyone()
 
