@@ -100,7 +100,8 @@ class _Stack:
             parts = zip(self.layers, weight.chunk(len(self.layers)), strict=True)
             factors = _joined([layer.scheme.nearest(part, layer.rank) for layer, part in parts])
         elif self.moment is None:
-            factors = self.scheme.nearest(weight, self.layers[0].rank, start=self.basis)
+            start = tuple(part.float() for part in self.basis)
+            factors = self.scheme.nearest(weight, self.layers[0].rank, start=start)
         else:
             factors = self.basis
         if self.moment is not None:
@@ -109,9 +110,15 @@ class _Stack:
         return self.scheme.compose(factors)
 
     def kept_of(self, factors: Factors) -> Factors:
-        """What the next pull starts from: a part of the factors, but all of them for a fit."""
-        kept = factors if self.moment is not None else self.scheme.basis(factors)
-        return tuple(part.contiguous() for part in kept)  # as it comes back from a checkpoint
+        """What the next pull starts from: a part of the factors, but all of them for a fit.
+
+        A start need be no more precise than the weights' way from one pull to the next, nor of any scale.
+        """
+        if self.moment is not None:
+            return factors
+        basis = self.scheme.basis(factors)
+        largest = [part.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(part.dtype).tiny) for part in basis]
+        return tuple((part / most).half().contiguous() for part, most in zip(basis, largest, strict=True))
 
     def violations_of(self, weight: Tensor, nearest: Tensor) -> Tensor:
         """Relative violation of every layer, ``(layers,)``."""

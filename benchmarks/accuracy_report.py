@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def _summary(results: Results) -> str:
             numbers = ["" if row is None else f"{row['top1']:.2f}" for row in at_budget]
             longer = [own.get(f"{method}/{network}/{keep}") for method in ("long", "long-teacher")]
             if found := [f"{row['top1']:.2f}" for row in longer if row is not None]:
-                numbers[-1] += f" ({'; '.join(found)})"
+                numbers[-1] = f"{numbers[-1]} ({'; '.join(found)})".lstrip()
             dense = next(iter(own.values()))["dense"]["top1"]
             rows.append([title, f"{100 * keep:.0f} %", f"{dense:.2f}", *numbers])
     return _table(["network", "parameters kept", "dense", *columns.values()], rows)
@@ -173,8 +174,9 @@ def _size(counts: Mapping[str, Any]) -> str:
 
 
 def _figure(results: Results) -> Figure:
-    """Points lost over the share kept, one panel a network; both axes grow towards better."""
-    networks = [network for network in NETWORKS if any(row["network"] == network for row in results.values())]
+    """Points lost over the share kept, a panel for each network of several rows; both axes grow towards better."""
+    rows = Counter(row["network"] for row in results.values())
+    networks = [network for network in NETWORKS if rows[network] > 1]
     figure = Figure(figsize=(max(6.5, 4.6 * len(networks)), 5.2), layout="constrained")
     peers = json.loads((HERE / "published.json").read_text())["rows"]
     for axes, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):

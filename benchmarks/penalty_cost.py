@@ -91,7 +91,7 @@ def main() -> None:
     spread = {name: Spread.of(times) for name, times in samples.items()}
     amortised = spread["pull"].median / args.every
     in_training = {} if device.type == "cpu" else share_in_training(trained, plan, step, args.every, args.seconds)
-    bases = sum(factor.numel() for stack in penalty._stacks for factor in stack.basis)
+    bases = sum(part.nbytes for stack in penalty._stacks for part in stack.basis or ())
     row = {
         **environment(),
         "model": args.model,
@@ -107,7 +107,7 @@ def main() -> None:
         "penalty_share_of_step": round(amortised / spread["step"].median, 4),
         "nuclear_norm_share_of_step": nuclear_share(spread),
         "torchao_share_of_step": torchao_share(spread),
-        "bases_share_of_weights": round(bases / sum(weight.numel() for weight in weights), 4),
+        "bases_share_of_weights": round(bases / sum(weight.nbytes for weight in weights), 4),
         "energy_gap": None if args.alone else captured(args.model, args.every, device),
         **in_training,
     }
@@ -193,7 +193,8 @@ def captured(name: str, every: int, device: torch.device, steps: int = 20) -> fl
     for stack in penalty._stacks:
         weight, rank = stack.dense_weights(), stack.layers[0].rank
         exact = torch.linalg.svdvals(stack.scheme.fold(weight))[:, :rank].square().sum(1)
-        kept = stack.scheme.compose(stack.scheme.nearest(weight, rank, start=stack.basis))
+        start = tuple(part.float() for part in stack.basis or ())
+        kept = stack.scheme.compose(stack.scheme.nearest(weight, rank, start=start))
         kept = kept.view(len(exact), -1).square().sum(1)
         gaps.append(float(((exact - kept) / exact).max()))
     return round(max(gaps), 6)

@@ -89,12 +89,10 @@ def test_compiled_models_are_timed():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_latency_on_a_gpu():
-    model = resnet().cuda()
-    plan = make_plan(
-        model, keep_latency=0.9, workload=Workload(64, "bfloat16", channels_last=True), schemes=["channel"]
-    )
-    arp_hub.decompose(model, plan)
-    assert benchmark(model, Workload(64, "bfloat16", channels_last=True)).ratio.median < 0.95
+    model = timm.create_model("vgg16").cuda()  # smaller networks are a matter of launches there
+    workload = Workload(64, "bfloat16", channels_last=True)
+    arp_hub.decompose(model, make_plan(model, keep_latency=0.7, workload=workload, schemes=["channel"]))
+    assert benchmark(model, workload).ratio.median < 0.735
 
 
 BAD = {

@@ -246,6 +246,16 @@ def test_like_layers_resume_exactly():
     assert all(torch.equal(one.weight, other.weight) for one, other in zip(straight, resumed, strict=True))
 
 
+@pytest.mark.parametrize("scheme", ["cp", "channel"])
+def test_little_is_kept_from_one_pull_to_the_next(scheme):
+    model = timm.create_model("cifar_resnet20")
+    plan = make_plan(model, keep_params=0.5, schemes=[scheme])
+    penalty = AdaptiveRankPenalty(model, plan, total_steps=100, every=1)
+    penalty.step()
+    kept = sum(part.nbytes for layer in penalty.state_dict()["layers"].values() for part in layer.values())
+    assert kept <= 0.15 * sum(model.get_submodule(name).weight.nbytes for name in plan.layers)
+
+
 def test_a_checkpoint_with_whole_factors_goes_on_where_it_was():
     model = network()
     penalty = AdaptiveRankPenalty(model, PLAN, total_steps=STEPS, ramp=0.5)

@@ -107,6 +107,7 @@ def test_decomposition_changes_nothing_after_the_hold(finished):
 def test_the_saved_model_is_the_one_that_was_measured(finished):
     settings, metrics = finished
     model = timm.create_model(f"local-dir:{settings.output}", pretrained=True)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # as the run, so that no image tips over by rounding
     scores = evaluate(model, load_data("digits", model).test, max_images=4 * 32)
     assert scores["top1"] == metrics["top1"] == metrics["scores"]["finetuned"]["top1"]
     assert count_params(model) == metrics["params"] <= 0.5 * metrics["dense"]["params"]
@@ -262,7 +263,9 @@ def test_a_run_under_way_is_not_overwritten(tmp_path):
 
 def launch(recipe, output, *options, processes=1, wait=True, **settings):
     """Start a recipe as a user would."""
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+    # by address, because not every machine's own name can be looked up
+    two = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost", "--nproc_per_node", "2"]
+    start = two if processes == 2 else []
     words = [f"--{name.replace('_', '-')}" for name in settings]
     values = [str(value) for value in settings.values()]
     pairs = [word for pair in zip(words, values, strict=True) for word in pair]
