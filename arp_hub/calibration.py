@@ -20,6 +20,8 @@ Images = Tensor | Iterable[Any]
 """Calibration images: one normalised tensor ``(N, C, H, W)``, or batches of them that can be gone through repeatedly
 (a list or a DataLoader; of a batch that is a tuple, the first item counts)."""
 
+LEAST_PIXELS = 64 * 224**2
+"""Pixels of all images together that second moments are taken of in any case, if there are so many."""
 _BATCH_SIZE, _CPU_PIXELS, _PIXELS = 128, 5 * 2**16, 2**21
 """Images, and their pixels on a CPU and elsewhere, that bound a batch, unless told. On a CPU maps of more
 would not stay in a cache, nor in memory that the process holds already: with more than six images of 224 pixels, up
@@ -142,7 +144,7 @@ def paired_moments(
         ArpHubError: If a model never calls one of its layers.
     """
     device, layout = next(teacher.parameters()).device, fast_layout(teacher, images)
-    found = {name: PatchMoments(layer_shape(layer), device) for name, layer in teacher_layers.items()}
+    found = {name: PatchMoments(layer_shape(layer), device, images=most) for name, layer in teacher_layers.items()}
     inputs: dict[str, Tensor] = {}
 
     def keep(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from .calibration import Images, all_moments, batches, following_norms
+from .calibration import LEAST_PIXELS, Images, all_moments, batches, following_norms
 from .costs import Floats, rank_at, useful_rank
 from .fitting import fit_layer, output_scale
 from .layers import effective_weight, low_rank_layer
@@ -34,12 +34,12 @@ it gains on its bound grows linearly, so that it tells as much), and the least s
 _SHORTLIST_SHARE = 0.3
 _LEAST_SWEEPS, _SWEEP_WORK, _MOST_SWEEP_WORK = 2, 5e8, 2e10
 """Multiply-accumulates that bound the sweeps of a nearest point, but to no fewer than so many, and a bound on these."""
-_ITERATIONS, _WORK = 25, 2e9
-"""Iterations of a fit, and the multiply-accumulates that bound them."""
+_ITERATIONS, _WORK, _LARGE_WORK = 25, 2e9, 5e8
+"""Iterations of a fit, and the multiply-accumulates that bound them, also of one with so many columns."""
 _PROBED_SHARE, _LARGE_PROBED_SHARE = _SHARES[2], _FEW_SHARES[1]
 """Parameter share at which a layer alone is put into the network: one of those at which it is fitted anyway."""
-_MOMENT_WORK, _LEAST_PIXELS = 3e11, 64 * 224**2
-"""Multiply-accumulates that bound the pass that second moments are taken in, and pixels that it takes in any case."""
+_MOMENT_WORK = 3e11
+"""Multiply-accumulates that bound the pass that second moments are taken in."""
 _LEAST_ERROR, _LEAST_DIVERGENCE = 1e-6, 1e-12
 """The least error of its own, and divergence of the network, that are believed of a layer."""
 _GROUP_CHOICES = (2, 4, 8)
@@ -159,7 +159,8 @@ class _LayerProblem:
         """The layer roughly decomposed."""
         sweeps = _sweeps(scheme, self.weight, rank)
         weight, problem, scale = self.weight, self.regression, self.scale
-        return fit_layer(scheme, rank, weight, problem, scale, _ITERATIONS, _WORK, least=0, sweeps=sweeps)
+        work = _LARGE_WORK if problem.moment.shape[-1] > _LARGE else _WORK
+        return fit_layer(scheme, rank, weight, problem, scale, _ITERATIONS, work, least=0, sweeps=sweeps)
 
     def error(self, composed: Tensor) -> float:
         """Relative error in the metric of the layer's inputs, output channels scaled as the BatchNorm behind does."""
@@ -214,7 +215,7 @@ class OutputErrors:
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], images: Images, macs: float) -> None:
         self._layers = layers
         pixels = math.prod(next(batches(images)).shape[2:])
-        most = max(math.ceil(_LEAST_PIXELS / pixels), int(_MOMENT_WORK / max(macs, 1.0)))
+        most = max(math.ceil(LEAST_PIXELS / pixels), int(_MOMENT_WORK / max(macs, 1.0)))
         self._moments = all_moments(model, layers, images, roughly=True, most=most)
         self._norms = following_norms(model, layers, images)
         self._probe = OutputProbe(model, images, macs * len(layers))

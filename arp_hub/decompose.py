@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from tqdm.auto import tqdm
 
 from ._modes import evaluating
-from .calibration import Images, batches, following_norms, paired_moments
+from .calibration import LEAST_PIXELS, Images, batches, following_norms, paired_moments
 from .errors import ArpHubError
 from .fitting import fit_layer, output_scale
 from .layers import (
@@ -25,7 +25,7 @@ from .layers import (
     low_rank_layers,
     replace_layers,
 )
-from .moments import LARGE, PatchMoments
+from .moments import LARGE, SAMPLES, PatchMoments
 from .norms import norms_with_statistics, renormalise
 from .plan import LayerPlan, RankPlan
 from .schemes import Factors, Scheme, relative_error
@@ -37,8 +37,6 @@ _FORWARD_WORK, _WORK_AN_IMAGE = 5e12, 8e9
 """Multiply-accumulates that bound all forward passes together, and the same for each image that there is. Where they do
 not suffice for a pass over all images for every layer, layers make do with fewer, by what they need; and if they do not
 suffice for that either, neighbouring layers share a pass, and are then fitted to the same inputs."""
-_SAMPLES, _LEAST_PIXELS = 16, 64 * 224**2
-"""Positions that a layer needs for every column of its second moment, and pixels of all its images in any case."""
 _NORM_WORK, _LEAST_NORM_IMAGES = 6e11, 64
 """Multiply-accumulates that bound the pass after which BatchNorms follow, and images that it takes in any case: their
 statistics need few, of which every position counts."""
@@ -137,7 +135,8 @@ def _decompose_by_data(
 ) -> nn.Module:
     """Fit layer after layer on a copy; put the new layers into ``model`` once all of them are there."""
     with evaluating(model):
-        student = copy.deepcopy(model)
+        # with weights in common: only buffers are changed in place, and whole layers exchanged
+        student = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
         teachers = {name: model.get_submodule(name) for name in plan.layers}
         norms = following_norms(student, {name: student.get_submodule(name) for name in plan.layers}, images)
         bar = tqdm(total=len(plan.layers), desc="decompose", disable=not progress, leave=False)
@@ -202,7 +201,7 @@ def _passes(
     places = {module: place for place, module in enumerate(by_module)}
     ordered = sorted(plan.layers, key=lambda name: places[id(modules[name])])
     calls = {name: traced.sizes[by_module[id(module)]] for name, module in modules.items()}
-    least = math.ceil(_LEAST_PIXELS / math.prod(images[0][1:]))
+    least = math.ceil(LEAST_PIXELS / math.prod(images[0][1:]))
     needs = {name: max(least, _images_needed(layer_shape(modules[name]), calls[name][0])) for name in ordered}
     work = min(_FORWARD_WORK, _WORK_AN_IMAGE * len(images))
     return passes_within(work / max(traced.macs, 1), needs, len(images))  # a pass goes half-way, through two models
@@ -234,4 +233,4 @@ def _images_needed(shape: LayerShape, size: Pair) -> int:
     """Images whose patches suffice for a layer's second moment, by the size of its input map."""
     sides = (size[0],) if shape.kind == "linear" else shape.as_conv().output_size(size)
     positions = math.prod(max(1, side) for side in sides)  # a layer that pads by itself makes more than is counted
-    return math.ceil(_SAMPLES * shape.group_in * shape.taps / positions)
+    return math.ceil(SAMPLES * shape.group_in * shape.taps / positions)

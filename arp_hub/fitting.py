@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from .moments import Regression
 from .schemes import Factors, Scheme
 
-_WORK, _ITERATIONS = 3e10, 150
+_WORK, _ITERATIONS = 1.5e10, 150
 """Multiply-accumulates and iterations that bound the fit of one layer; a small layer needs far less work. A fit that
 work bounds is made in single precision, since it does not come near to its end."""
 _LEAST_SCALE = 1e-3

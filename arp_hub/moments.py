@@ -6,6 +6,7 @@ stationary, however many images there are.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,11 +24,13 @@ _IMAGE_WORK, _ROUGH_WORK, _LEAST_POSITIONS = 2.5e8, 1e8, 32
 """Multiply-accumulates that bound one image's share of a second moment to fit by, and of one to compare ranks by. Where
 they do not suffice for all positions of a large map, a random choice of at least so many stands for them: neighbouring
 patches tell much the same."""
+_ENOUGH_WORK, SAMPLES = 2.5e7, 16
+"""The same where all images together have so many positions for every column of the moment, which suffice."""
 LARGE = 1024
 """Moments with more columns than this are held in single precision, and so are the fits by them."""
-_PARTS, _LEAST_PART = 8, 6
+_PARTS, _LEAST_PART, _SMALL, _LEAST_SMALL_PART = 8, 6, 256, 3
 """Parts that a batch of images is counted in, at least, if it has as many, and the least images of one with a large
-moment, to which a part is added at a cost of its own."""
+moment, to which a part is added at a cost of its own; and of one that has more than so few columns."""
 _BLOCKS, _LEAST_ROWS = 8, 256
 """Blocks of rows that the upper triangle of a large moment is held in, and the least rows of one."""
 _MIN_SHRINKAGE = 1e-4
@@ -123,7 +126,7 @@ class Moments(ABC):
 
     def _step(self, images: int) -> int:
         """Images of one part of a batch of so many; the first batch, which may be all there is, has two at least."""
-        least = _LEAST_PART if self.columns > LARGE else 1
+        least = _LEAST_PART if self.columns > LARGE else _LEAST_SMALL_PART if self.columns > _SMALL else 1
         return max(1, images // _PARTS, min(images if self.count else images // 2, least))
 
     def _variance(self, xx: Tensor) -> Tensor:
@@ -154,11 +157,22 @@ class PatchMoments(Moments):
         device: Where the moments are held.
         paired: Count outputs too. Without them the outputs are those of the layer itself.
         roughly: Look at fewer positions of a large map: good enough to compare ranks by.
+        images: Images that will be counted, if that is known: with many of them a few positions of each suffice.
     """
 
-    def __init__(self, shape: LayerShape, device: torch.device, paired: bool = True, roughly: bool = False) -> None:
+    def __init__(
+        self,
+        shape: LayerShape,
+        device: torch.device,
+        paired: bool = True,
+        roughly: bool = False,
+        images: int | None = None,
+    ) -> None:
         super().__init__(shape, device)
-        self._work = _ROUGH_WORK if roughly else _IMAGE_WORK
+        square = shape.groups * self.columns**2
+        affordable = (_ROUGH_WORK if roughly else _IMAGE_WORK) / square
+        enough = math.inf if images is None else max(_ENOUGH_WORK / square, SAMPLES * self.columns / images)
+        self._positions = max(_LEAST_POSITIONS, int(min(affordable, enough)))
         large = self.columns > LARGE
         zeros = partial(torch.zeros, dtype=torch.float32 if large else torch.float64, device=device)
         self._rows = _row_blocks(self.columns, max(_LEAST_ROWS, -(-self.columns // _BLOCKS)) if large else LARGE)
@@ -178,13 +192,12 @@ class PatchMoments(Moments):
         y = y.reshape(y.shape[0], 1, -1, y.shape[-1]).mT if shape.kind == "linear" else y.flatten(2)
         y = y.reshape(y.shape[0], shape.groups, shape.group_out, -1)
         length = y.shape[-1]
-        most = max(_LEAST_POSITIONS, int(self._work / (shape.groups * self.columns**2)))
-        per_image = min(length, most) * shape.in_channels * shape.taps * x.element_size()
+        per_image = min(length, self._positions) * shape.in_channels * shape.taps * x.element_size()
         step = max(1, min(_PATCH_BYTES // per_image, self._step(len(x))))
         for x_part, y_part in zip(x.split(step), y.split(step), strict=True):
             positions = None
-            if length > most:
-                positions = torch.randperm(length, generator=self._generator)[:most].to(x.device)
+            if length > self._positions:
+                positions = torch.randperm(length, generator=self._generator)[: self._positions].to(x.device)
                 y_part = y_part[..., positions]
             self._add(patches(x_part, shape, pad, positions), y_part)
 

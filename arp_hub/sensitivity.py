@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from .calibration import Images, batches, fast_layout
 from .norms import InputStatistics, following, norms_with_statistics, observed
 
-_IMAGES, _LEAST_IMAGES, _WORK = 64, 4, 1.3e12
+_IMAGES, _LEAST_IMAGES, _WORK = 64, 4, 2e12
 """Images that are looked at, at most and at least, and the multiply-accumulates that bound them. A few do, since layers
 differ a hundredfold."""
 _PIXELS = 2**21

@@ -245,14 +245,15 @@ def test_patches_at_some_positions_are_those_of_all(stride):
     torch.testing.assert_close(patches(images, shape, positions=positions), patches(images, shape)[..., positions])
 
 
-@pytest.mark.parametrize(("roughly", "images"), [(False, 16), (True, 40)])
-def test_few_positions_of_a_large_map_stand_for_all(roughly, images):
+@pytest.mark.parametrize(("roughly", "known", "images"), [(False, False, 16), (True, False, 40), (False, True, 150)])
+def test_few_positions_of_a_large_map_stand_for_all(roughly, known, images):
     torch.manual_seed(0)
     conv = nn.Conv2d(64, 8, 3, padding=1)
     smooth = nn.functional.conv2d(torch.randn(images, 3, 68, 68), torch.randn(64, 3, 5, 5))
-    found = PatchMoments(layer_shape(conv), torch.device("cpu"), paired=False, roughly=roughly)
+    shape, device = layer_shape(conv), torch.device("cpu")
+    found = PatchMoments(shape, device, paired=False, roughly=roughly, images=images if known else None)
     found.update(smooth, conv(smooth))
-    assert found.count < images * 64 * 64
+    assert found.count < images * 64 * 64 * (0.1 if known else 1)
     columns = patches(smooth, layer_shape(conv)).permute(1, 2, 0, 3).flatten(2)
     exact = columns @ columns.mT / columns.shape[-1]
     moment = found.regression(conv.weight.detach()).moment
