@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
+from ._memory import give_back_memory
 from .dense import padder
 from .errors import ArpHubError
 from .layers import layer_shape
@@ -157,6 +158,7 @@ def paired_moments(
         if student is not teacher:
             _visit(student, student_layers, batch, keep)
         _visit(teacher, teacher_layers, batch, count)
+    give_back_memory()
     return found
 
 
@@ -195,6 +197,7 @@ def all_moments(
     finally:
         for hook in hooks:
             hook.remove()
+    give_back_memory()
     return found
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
+from ._memory import give_back_memory
 from .calibration import LEAST_PIXELS, Images, all_moments, batches, following_norms
 from .costs import Floats, rank_at, useful_rank
 from .fitting import fit_layer, output_scale
@@ -155,11 +156,16 @@ class _LayerProblem:
     scale: Tensor
     centred: bool
 
+    @property
+    def large(self) -> bool:
+        """Whether the few shares and less work must do."""
+        return self.regression.moment.shape[-1] > _LARGE
+
     def fit(self, scheme: Scheme, rank: int) -> Factors:
         """The layer roughly decomposed."""
         sweeps = _sweeps(scheme, self.weight, rank)
         weight, problem, scale = self.weight, self.regression, self.scale
-        work = _LARGE_WORK if problem.moment.shape[-1] > _LARGE else _WORK
+        work = _LARGE_WORK if self.large else _WORK
         return fit_layer(scheme, rank, weight, problem, scale, _ITERATIONS, work, least=0, sweeps=sweeps)
 
     def error(self, composed: Tensor) -> float:
@@ -178,7 +184,7 @@ class _LayerProblem:
         spectrum = scheme.spectrum(self.weight * self.scale.view(-1, 1, 1, 1), moment)
         if spectrum is not None:
             return _tail(spectrum)[:last], None
-        shares = _SHARES if moment.shape[-1] <= _LARGE else _FEW_SHARES
+        shares = _FEW_SHARES if self.large else _SHARES
         ranks, values, probed = sorted({rank_at(scheme, share) for share in shares}), [], None
         for rank in ranks:
             factors = self.fit(scheme, rank)
@@ -188,8 +194,7 @@ class _LayerProblem:
 
     def probed_rank(self, scheme: Scheme) -> int:
         """The rank at which the layer alone is put into the network."""
-        large = self.regression.moment.shape[-1] > _LARGE
-        return rank_at(scheme, _LARGE_PROBED_SHARE if large else _PROBED_SHARE)
+        return rank_at(scheme, _LARGE_PROBED_SHARE if self.large else _PROBED_SHARE)
 
     def substitute(self, scheme: Scheme, rank: int, factors: Factors) -> Substitute:
         """What does the layer's work by its factors; the mean output stays right if something will see to that."""
@@ -270,7 +275,10 @@ class OutputErrors:
     def _problem(self, name: str) -> _LayerProblem:
         """What there is to fit of a layer, made anew unless it is at hand: all of them together take much memory."""
         if self._at_hand is None or self._at_hand[0] != name:
+            was_large = self._at_hand is not None and self._at_hand[1].large
             self._at_hand = None
+            if was_large:
+                give_back_memory()
             layer, norm = self._layers[name], self._norms.get(name)
             centred = norm is not None or layer.bias is not None
             weight = effective_weight(layer).float()

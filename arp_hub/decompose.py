@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from tqdm.auto import tqdm
 
+from ._memory import give_back_memory
 from ._modes import evaluating
 from .calibration import LEAST_PIXELS, Images, batches, following_norms, paired_moments
 from .errors import ArpHubError
@@ -134,6 +135,7 @@ def _decompose_by_data(
     model: nn.Module, plan: RankPlan, schemes: Mapping[str, Scheme], images: Images, progress: bool
 ) -> nn.Module:
     """Fit layer after layer on a copy; put the new layers into ``model`` once all of them are there."""
+    give_back_memory()  # what planning has left
     with evaluating(model):
         # with weights in common: only buffers are changed in place, and whole layers exchanged
         student = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
@@ -147,9 +149,10 @@ def _decompose_by_data(
             pupils = (student, old) if k else (model, teachers)  # nothing is decomposed yet before the first pass
             found = paired_moments(*pupils, model, {name: teachers[name] for name in names}, images, most)
             for name in names:
-                # taken out, so that memory is given back layer by layer
+                # taken out, so that memory is free layer by layer
                 new = _fitted_layer(schemes[name], plan.layers[name], teachers[name], found.pop(name), norms.get(name))
                 replace_layers(student, {old[name]: new})
+                give_back_memory()
                 bar.update()
         bar.close()
         most = max(_LEAST_NORM_IMAGES, int(_NORM_WORK / (2 * max(traced.macs, 1))))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
+from ._memory import give_back_memory
 from .calibration import Images, batches, fast_layout
 from .layers import low_rank_layers
 
@@ -97,6 +98,7 @@ def renormalise(
         followers = [(norms[name], originals[name], exact[name], found[name]) for name in norms]
         with following(followers, low_rank_layers(student).values()):
             student(batch)
+    give_back_memory()
 
 
 @contextmanager

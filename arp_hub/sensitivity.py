@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ._memory import give_back_memory
 from .calibration import Images, batches, fast_layout
 from .norms import InputStatistics, following, norms_with_statistics, observed
 
@@ -80,6 +81,7 @@ class OutputProbe:
                 ]
                 with following(followers, substitutes):
                     found.append(self._run(batch))
+        give_back_memory()
         if self._classifies():
             return _divergence(torch.cat(self._outputs), torch.cat(found))
         error = sum(float((one - exact).square().sum()) for one, exact in zip(found, self._outputs, strict=True))

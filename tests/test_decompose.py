@@ -1,6 +1,9 @@
 """Budgets and decompositions on real models and data: promises kept, floors held, errors before any harm."""
 
 import copy
+import os
+import platform
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,6 +15,7 @@ from timm.layers import Conv2dSame
 from torch import nn
 
 from arp_hub import ArpHubError, LayerPlan, RankPlan, decompose, make_plan, to_dense
+from arp_hub._memory import give_back_memory
 from arp_hub.calibration import all_moments, batches
 from arp_hub.curves import OutputErrors
 from arp_hub.decompose import passes_within
@@ -243,6 +247,19 @@ def test_patches_at_some_positions_are_those_of_all(stride):
     images, positions = torch.randn(3, 4, 13, 14), torch.tensor([0, 5, 17, 2])
     shape = layer_shape(conv)
     torch.testing.assert_close(patches(images, shape, positions=positions), patches(images, shape)[..., positions])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
+def test_memory_freed_between_pieces_in_use_goes_back_to_the_system():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    pieces = [torch.ones(2**14) for _ in range(3000)]  # 64 KiB each
+    del pieces[1::2]
+    before = resident()
+    give_back_memory()
+    assert before - resident() > 1000 * 2**16
+    assert len(pieces) == 1500
 
 
 @pytest.mark.parametrize(("roughly", "known", "images"), [(False, False, 16), (True, False, 40), (False, True, 150)])
