@@ -36,7 +36,7 @@ _SHORTLIST_SHARE = 0.3
 _LEAST_SWEEPS, _SWEEP_WORK, _MOST_SWEEP_WORK = 2, 5e8, 2e10
 """Multiply-accumulates that bound the sweeps of a nearest point, but to no fewer than so many, and a bound on these."""
 _ITERATIONS, _WORK, _LARGE_WORK = 25, 2e9, 5e8
-"""Iterations of a fit, and the multiply-accumulates that bound them, also of one with so many columns."""
+"""Iterations of a fit, and the multiply-accumulates that bound them: of a small layer, and of a large one."""
 _PROBED_SHARE, _LARGE_PROBED_SHARE = _SHARES[2], _FEW_SHARES[1]
 """Parameter share at which a layer alone is put into the network: one of those at which it is fitted anyway."""
 _MOMENT_WORK = 3e11

@@ -25,7 +25,8 @@ _IMAGE_WORK, _ROUGH_WORK, _LEAST_POSITIONS = 2.5e8, 1e8, 32
 they do not suffice for all positions of a large map, a random choice of at least so many stands for them: neighbouring
 patches tell much the same."""
 _ENOUGH_WORK, SAMPLES = 2.5e7, 16
-"""The same where all images together have so many positions for every column of the moment, which suffice."""
+"""Multiply-accumulates that an image may take in any case, and positions for every column of a moment that suffice, of
+all images together."""
 LARGE = 1024
 """Moments with more columns than this are held in single precision, and so are the fits by them."""
 _PARTS, _LEAST_PART, _SMALL, _LEAST_SMALL_PART = 8, 6, 256, 3

@@ -115,7 +115,7 @@ class _Stack:
         A start need be no more precise than the weights' way from one pull to the next, nor of any scale.
         """
         if self.moment is not None:
-            return factors
+            return tuple(part.contiguous() for part in factors)  # as it comes back from a checkpoint
         basis = self.scheme.basis(factors)
         largest = [part.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(part.dtype).tiny) for part in basis]
         return tuple((part / most).half().contiguous() for part, most in zip(basis, largest, strict=True))

@@ -17,8 +17,8 @@ from .calibration import Images, batches, fast_layout
 from .norms import InputStatistics, following, norms_with_statistics, observed
 
 _IMAGES, _LEAST_IMAGES, _WORK = 64, 4, 2e12
-"""Images that are looked at, at most and at least, and the multiply-accumulates that bound them. A few do, since layers
-differ a hundredfold."""
+"""Images that are looked at, at most and at least, and the multiply-accumulates that bound them. Layers differ a
+hundredfold, but very few images tell of themselves more than of the layers."""
 _PIXELS = 2**21
 """Pixels that bound a batch: BatchNorms follow it, and statistics of few images mislead them."""
 
