@@ -111,6 +111,7 @@ def main() -> None:
         same = ("model", "processes", "device", "batch_size", "recorded")
         rows = [old for old in rows if any(old.get(key, False) != row[key] for key in same)] + [row]
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    wrapped, forward, optimizer = accelerator.free_memory(wrapped, forward, optimizer)  # they hold the process group
     accelerator.end_training()
 
 

@@ -69,4 +69,5 @@ if accelerator.is_main_process:
     arp_hub.save_pretrained(plain, args.output, metrics={**after, "data": args.data, "seed": args.seed})
     if args.push_to_hub:
         arp_hub.push_to_hub(args.output, args.push_to_hub)
+model, optimizer, loader = accelerator.free_memory(model, optimizer, loader)  # they hold the process group
 accelerator.end_training()

@@ -8,6 +8,7 @@ from pathlib import Path
 import timm
 import torch
 from torch import Tensor, nn
+from watched import NONE_LEFT
 
 import arp_hub
 from arp_hub.layers import layer_shape
@@ -17,6 +18,17 @@ from arp_hub.schemes import make_scheme
 def search_path(root: Path) -> str:
     """``PYTHONPATH`` of a child process: the repository, and then what its parent has there."""
     return os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+# by address, because not every machine's own name can be looked up
+ON_TWO = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost", "--nproc_per_node", "2",
+          str(Path(__file__).with_name("watched.py"))]  # fmt: skip
+"""Options of Python that start the script after them on two processes, and have them say what is left of Gloo."""
+
+
+def both_ended_clean(said: str) -> bool:
+    """Whether both processes say, on stderr, that no thread of their process group outlives them."""
+    return said.count(NONE_LEFT) == 2
 
 
 def half_rank_plan(model: nn.Module, layers: dict[str, str]) -> arp_hub.RankPlan:

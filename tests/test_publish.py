@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import load, low_rank_model, outputs
+from helpers import ON_TWO, both_ended_clean, load, low_rank_model, outputs
 from hub_client import ROOT, Client, Done, environment
 from hub_server import ALICE, BOB, ME, HubServer
 from huggingface_hub import ModelCard
@@ -389,12 +389,11 @@ def test_a_recipe_whose_push_fails_has_its_model(hub: HubServer, client: Client,
 
 
 def test_of_two_processes_one_publishes(hub: HubServer, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(ROOT / "recipes" / "custom_loop.py"), "--cpu", "--max-steps", "4", "--batch-size", "16",
-               "--output", str(tmp_path / "out"), "--push-to-hub", NAME]  # fmt: skip
+    command = [sys.executable, *ON_TWO, str(ROOT / "recipes" / "custom_loop.py"), "--cpu", "--max-steps", "4",
+               "--batch-size", "16", "--output", str(tmp_path / "out"), "--push-to-hub", NAME]  # fmt: skip
     env = environment(tmp_path / "home", hub.endpoint, ALICE)
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and both_ended_clean(done.stderr), done.stderr
     assert hub.asked("POST /api/repos/create") == 1 and hub.asked("POST .*/commit/main") == 1
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import search_path
+from helpers import ON_TWO, both_ended_clean, search_path
 
 import arp_hub
 from arp_hub.layers import count_params, low_rank_layers
@@ -33,11 +33,12 @@ def recipe(monkeypatch, capsys):
 
 def launch(name, *options, processes=1, timeout=240):
     """Start a recipe as a user would; its standard output."""
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+    start = ON_TWO if processes == 2 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(RECIPES.parent)}
     command = [sys.executable, *start, str(RECIPES / name), *map(str, options)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr
+    assert processes == 1 or both_ended_clean(done.stderr), done.stderr
     return done.stdout
 
 

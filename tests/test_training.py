@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import search_path
+from helpers import ON_TWO, both_ended_clean, search_path
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -263,9 +263,7 @@ def test_a_run_under_way_is_not_overwritten(tmp_path):
 
 def launch(recipe, output, *options, processes=1, wait=True, **settings):
     """Start a recipe as a user would."""
-    # by address, because not every machine's own name can be looked up
-    two = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost", "--nproc_per_node", "2"]
-    start = two if processes == 2 else []
+    start = ON_TWO if processes == 2 else []
     words = [f"--{name.replace('_', '-')}" for name in settings]
     values = [str(value) for value in settings.values()]
     pairs = [word for pair in zip(words, values, strict=True) for word in pair]
@@ -275,6 +273,7 @@ def launch(recipe, output, *options, processes=1, wait=True, **settings):
         return child
     _, said = child.communicate(timeout=240)
     assert child.returncode == 0, said
+    assert processes == 1 or both_ended_clean(said), said
     return said
 
 
@@ -401,6 +400,8 @@ def test_sigterm_saves_and_ends_with_a_code_of_its_own(tmp_path, processes):
     assert "--resume auto" in said
     if processes == 1:
         assert child.returncode == 75
+    else:
+        assert both_ended_clean(said), said
     saved = load_checkpoint(find_checkpoint("auto", checkpoints))
     assert f"step {saved.step} of phase 'compress'" in said
     assert 0 < saved.step < 500

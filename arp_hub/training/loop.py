@@ -148,14 +148,21 @@ class _Loop:
         bar = self.run.log.bar(self.phase.name, self.total, self.step)
         if self.step == 0:
             self.save()
-        with listening() as self.told_to_stop:
-            while self.step < self.total:
-                epoch = self.step // spe
-                self.epoch(epoch, min((epoch + 1) * spe, self.total), bar)
-        bar.close()
-        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-        self.accelerator.free_memory()
+        try:
+            with listening() as self.told_to_stop:
+                while self.step < self.total:
+                    epoch = self.step // spe
+                    self.epoch(epoch, min((epoch + 1) * spe, self.total), bar)
+        finally:
+            bar.close()
+            self.release()
         return self.ema.module if self.ema else None
+
+    def release(self) -> None:
+        """Let go of what Accelerate prepared, gradients and process group with it, whatever keeps this object."""
+        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        del self.wrapped, self.forward, self.optimizer
+        self.accelerator.free_memory()
 
     def epoch(self, epoch: int, end: int, bar: Any) -> None:
         """Steps up to ``end``, then the numbers of the epoch and a checkpoint."""

@@ -49,6 +49,7 @@ from .config import TrainConfig
 from .data import ImageData, calibration_images, input_format, load_data
 from .evaluate import Scores, evaluate
 from .loop import Phase, Run, phase_steps, train
+from .preemption import Preempted
 from .runlog import RunLog, read_log, tracker_name
 
 _logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
     Raises:
         ArpHubError: If the settings, the data, the weights or the folders do not fit, before any training.
+        Preempted: If SIGTERM has come while it trained; the state is saved.
     """
     accelerator = _accelerator(config)
     found = find_checkpoint(config.resume, config.run_folder / "checkpoints")
@@ -92,8 +94,12 @@ def run(config: TrainConfig) -> dict[str, Any]:
         this.scores, this.plan, this.began = dict(start.scores), start.plan, this.began - start.seconds
         log.note("resumed from '%s'", found)
 
-    dense = _dense_model(this, model, start)
-    result, plan = _low_rank_model(this, dense, teacher or dense, start)
+    try:
+        dense = _dense_model(this, model, start)
+        result, plan = _low_rank_model(this, dense, teacher or dense, start)
+    except Preempted:
+        accelerator.end_training()  # they all stop together, and no thread of Gloo may outlive Python
+        raise
     metrics = _save(this, dense, result, _metrics(this, plan))
     accelerator.end_training()
     _publish(this)
