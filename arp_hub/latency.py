@@ -40,8 +40,9 @@ _MODEL_SECONDS, _CLOSELY = 4.0, 4
 """How long a model is timed, and how many times as long a plan that seems to keep the promise: of many, one may have
 seemed to by luck."""
 _TOLERANCE, _ROUNDS = 0.05, 8
-_AIM = 0.98
-"""Where between the budget and its tolerance a correction aims."""
+_NEAR, _AIM = 0.975, 0.985
+"""Share of the budget that a plan has to use before no slower one is looked for, and where a correction aims: what is
+left unused is accuracy."""
 
 
 class LatencyTable:
@@ -222,12 +223,13 @@ def meet(
         if plan in tried:
             break
         tried[plan] = ratio_of(plan, False)
-        if (1 - _TOLERANCE) * share <= tried[plan] <= share and confirm(plan) <= share:
+        if _NEAR * share <= tried[plan] <= share and _NEAR * share <= confirm(plan) <= share:
             return plan
         aim = _AIM * share * learn(plan) / tried[plan]
-    for plan in sorted(tried, key=lambda plan: -tried[plan]):  # the slowest that is fast enough
-        if tried[plan] <= most and confirm(plan) <= most:
-            return plan
+    for limit in (share, most):
+        for plan in sorted(tried, key=lambda plan: -tried[plan]):  # the slowest that is fast enough
+            if tried[plan] <= limit and confirm(plan) <= limit:
+                return plan
     raise ArpHubError(
         f"keep_latency={share:g} cannot be met: measured end to end, the fastest plan takes {min(tried.values()):.3f} "
         "of the dense latency on this device. Ask for more, allow more schemes, or time a larger batch_size"

@@ -170,6 +170,20 @@ def test_a_budget_is_met_though_layers_do_not_add_up():
         meet(0.125, plan_at, lucky, by_layers)
 
 
+@pytest.mark.parametrize("factor", [0.94, 0.96, 1.0, 1.03])
+def test_a_budget_is_used_up(factor):
+    """Where layers promise too little or too much, and where many ranks can be had, nearly all of it."""
+
+    def plan_at(share: float) -> RankPlan:
+        return RankPlan({"layer1.0.conv1": LayerPlan("channel", int(share * 1000))})
+
+    def by_layers(plan: RankPlan) -> float:
+        return plan.layers["layer1.0.conv1"].rank / 1000
+
+    plan = meet(0.9, plan_at, lambda plan, closely: factor * by_layers(plan), by_layers)
+    assert 0.97 * 0.9 <= factor * by_layers(plan) <= 0.9
+
+
 def test_a_budget_is_met_though_some_ranks_are_slower_than_their_neighbours(cache):
     scheme = make_scheme("channel", LayerShape(64, 64, (3, 3), padding=(1, 1)))
     sizes = [(16, 16)]
