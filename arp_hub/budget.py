@@ -31,12 +31,13 @@ from .tracing import InputSize, Trace, input_size_of, trace
 _WEIGHT_POWER = 2.0
 """A layer's loss in the weight metric is its relative squared error to this power: such errors say little of the
 network's output, and are best kept even among layers. Errors in the output metric add up."""
-_POWERS = (0.25, 0.5, 0.75)
+_POWERS = (0.25, 0.5, 0.75, 1.0, 1.25)
 """A layer's loss in the output metric is its error alone, or that times its importance to one of these powers: the one
 whose plan, as a whole, does the least to the network's output. At 0 it does not count how much a layer matters, at 1
 it is trusted that no other changes. Which is best depends on the network and the budget."""
 _CLEARLY = 0.05
-"""Share by which a later one has to be better: where nothing is left of the network, no plan tells from another."""
+"""Share by which a later one has to be better: where nothing is left of the network, no plan tells from another. One
+that is so much worse is the last that is tried."""
 
 
 _Losses = dict[str, list[tuple[Scheme, Floats]]]
@@ -161,7 +162,7 @@ def _plan_by_latency(
     def costs(name: str, scheme: Scheme) -> Floats:
         return table.costs(scheme, traced.sizes[name], shares[name])
 
-    def plan_by(losses: _Losses, aim: float = share) -> RankPlan:
+    def plan_by(losses: _Losses, aim: float) -> RankPlan:
         choices = _choices(losses, costs, multiple)
         lowest = 1 - sum(layer.costs[0] - layer.costs.min() for layer in choices) + 1e-9
         return _plan(choices, max(aim, lowest), 1.0, "latency", dense)
@@ -174,8 +175,21 @@ def _plan_by_latency(
         table.save()
         return 1 - saved
 
-    losses = measure(layers=layers, plan_by=plan_by)
-    return meet(share, partial(plan_by, losses), watch.ratio, learn)
+    aim: float | None = None
+
+    def met(losses: _Losses) -> RankPlan:
+        return meet(share, partial(plan_by, losses), watch.ratio, learn, aim)
+
+    def try_out(losses: _Losses) -> RankPlan:
+        """The first plan meets the budget; from then on it is known what layers timed alone have to add up to."""
+        nonlocal aim
+        if aim is not None:
+            return plan_by(losses, aim)
+        first = met(losses)
+        aim = learn(first)
+        return first
+
+    return met(measure(layers=layers, plan_by=try_out))
 
 
 def _plan(choices: Sequence[_Choices], share: float, total: float, cost: str, dense: Mapping[str, str]) -> RankPlan:
@@ -299,6 +313,8 @@ def _losses_of_best_plan(
         divergence = errors.divergence(plan)
         if divergence < (1 - _CLEARLY) * least:
             least, best = divergence, losses
+        elif divergence > (1 + _CLEARLY) * least:
+            break
     return best
 
 

@@ -197,6 +197,7 @@ def meet(
     plan_at: Callable[[float], RankPlan],
     ratio_of: Callable[[RankPlan, bool], float],
     learn: Callable[[RankPlan], float],
+    aim: float | None = None,
 ) -> RankPlan:
     """The plan whose measured latency meets a budget, though layers timed alone do not quite add up.
 
@@ -205,11 +206,12 @@ def meet(
         plan_at: Makes a plan for a share, by layers timed alone, or the fastest if none is so fast.
         ratio_of: Measures a plan end to end, closely or not.
         learn: Times a plan's layers at their own ranks, which `plan_at` knows from then on, and gives their sum.
+        aim: The share to make the first plan for; by default ``share``.
 
     Raises:
         ArpHubError: If no plan comes within 5 % of the budget.
     """
-    aim, most = share, share * (1 + _TOLERANCE)
+    aim, most = share if aim is None else aim, share * (1 + _TOLERANCE)
     tried, confirmed = dict[RankPlan, float](), set[RankPlan]()
 
     def confirm(plan: RankPlan) -> float:

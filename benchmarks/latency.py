@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -267,24 +268,32 @@ def run(args: argparse.Namespace) -> None:
 
 def print_tables(found: dict[str, Any]) -> None:
     """Markdown, one table a kind of row."""
-    print("| model | batch | budget | latency | parameters kept | layers decomposed |\n|---|---|---|---|---|---|")
-    for name, row in found.items():
-        if name.startswith("budget/"):
-            _, model, batch = name.split("/")
-            kept = "" if row["ratio"] is None else f"{row['params_kept']:.2f} | {row['layers']}"
-            budget = f"{row['asked']:g}" + (" (0.7 refused)" if row["refused"] else "")
-            print(f"| {model} | {batch} | {budget} | {_short(row)} | {kept or ' | '} |")
-    print("\n| row | latency | parameters kept |\n|---|---|---|")
+    print("| model | batch | budget | latency, measured anew | parameters kept |" + "\n" + "|---" * 5 + "|")
+    for name in ROWS:
+        if name.startswith("budget/") and name in found:
+            row, (_, model, batch) = found[name], name.split("/")
+            budget = f"{row['asked']:g}" + (f"; {BUDGET} is refused" if row["refused"] else "")
+            print(f"| {model} | {batch} | {budget} | {_median(row)} | {_kept(row)} |")
+    print("\n| budget | latency, measured anew | parameters kept | top-1 |" + "\n" + "|---" * 4 + "|")
+    for name in ROWS:
+        if name.startswith("curve/") and name in found:
+            row = found[name]
+            print(f"| {row['asked']:g} | {_median(row)} | {_kept(row)} | {row.get('top1', math.nan):.1f} |")
+    print("\n| row | latency | parameters kept |" + "\n" + "|---" * 3 + "|")
     for name, row in found.items():
         if name.split("/")[0] in ("half", "quarter", "forms", "gpu"):
-            print(f"| `{name}` | {_short(row)} | {row.get('params_kept', '')} |")
-    print("\n| budget | latency | top-1 | dense | parameters kept |\n|---|---|---|---|---|")
-    for name, row in found.items():
-        if name.startswith("curve/") and row["ratio"] is not None:
-            tops = f"{row['top1']:.1f} | {row['dense_top1']:.1f}"
-            print(f"| {row['asked']:g} | {_short(row)} | {tops} | {row['params_kept']:.2f} |")
-        elif name.startswith("curve/"):
-            print(f"| {row['asked']:g} | refused | | | |")
+            print(f"| `{name}` | {_short(row)} | {_kept(row)} |")
+
+
+def _median(row: dict[str, Any]) -> str:
+    return "refused" if row["ratio"] is None else f"{row['ratio']['median']:.2f}"
+
+
+def _kept(row: dict[str, Any]) -> str:
+    if "params_kept" not in row:
+        return ""
+    percent = 100 * row["params_kept"]
+    return f"{percent:.0f} %" if percent < 99.5 else f"{percent:.2f} %"
 
 
 def _short(row: dict[str, Any]) -> str:

@@ -211,7 +211,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
                 found = f"{row['top1']:.2f} | {row['macs'] / 1e6:.1f} M | {row['latency_ratio']['median']:.2f}"
                 found += f" | {row['seconds']['cpu']:.1f} | {'yes' if row['one_line_reload'] else 'no'}"
             else:
-                found = f"{row.get('missing') or row['failed']} | | | |"
+                found = f"{'not installed' if 'missing' in row else 'fails'} | | | |"
             print(f"| {row['keep_params']:g} | {name} | {found} |")
         print()
 

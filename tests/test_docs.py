@@ -100,6 +100,17 @@ def test_every_scheme_is_explained():
     assert [name for name in SCHEMES if f"`{name}`" not in PAGES["docs/concepts.md"]] == []
 
 
+@pytest.mark.parametrize("command", ["peers.py --table", "latency.py table"])
+def test_tables_are_those_of_the_results(command):
+    script, option = command.split()
+    printed = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), option], capture_output=True, text=True, check=True
+    ).stdout
+    rows = [line for line in printed.partition("| row |")[0].splitlines() if line]  # what follows, the page groups anew
+    assert len(rows) > 15
+    assert [row for row in rows if row not in PAGES["docs/speed.md"].splitlines()] == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_pictures_exist(page):
     links = re.findall(r"\]\(([^)\s]+)\)", PAGES[page])
