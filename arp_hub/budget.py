@@ -20,7 +20,7 @@ from .costs import CountedCosts, Floats
 from .curves import Candidate, OutputErrors, candidate_schemes, shape_candidates, weight_candidates
 from .dense import refusal
 from .errors import ArpHubError
-from .latency import RANK_MULTIPLE, LatencyTable, Stopwatch, meet
+from .latency import RANK_MULTIPLE, LatencyTable, Stopwatch, corrected_aim, meet
 from .layers import effective_weight, layer_shape, layers_called, low_rank_layers, other_parameters, weight_layers
 from .plan import LayerPlan, RankPlan
 from .schemes import SCHEMES, Scheme
@@ -35,9 +35,9 @@ _POWERS = (0.25, 0.5, 0.75, 1.0, 1.25)
 """A layer's loss in the output metric is its error alone, or that times its importance to one of these powers: the one
 whose plan, as a whole, does the least to the network's output. At 0 it does not count how much a layer matters, at 1
 it is trusted that no other changes. Which is best depends on the network and the budget."""
-_CLEARLY = 0.05
-"""Share by which a later one has to be better: where nothing is left of the network, no plan tells from another. One
-that is so much worse is the last that is tried."""
+_CLEARLY, _HOPELESS = 0.05, 0.5
+"""Share by which a later one has to be better, where nothing is left of the network, no plan tells from another, and by
+which one is worse after which no more are tried."""
 
 
 _Losses = dict[str, list[tuple[Scheme, Floats]]]
@@ -177,19 +177,16 @@ def _plan_by_latency(
 
     aim: float | None = None
 
-    def met(losses: _Losses) -> RankPlan:
-        return meet(share, partial(plan_by, losses), watch.ratio, learn, aim)
-
     def try_out(losses: _Losses) -> RankPlan:
-        """The first plan meets the budget; from then on it is known what layers timed alone have to add up to."""
+        """From the first plan on it is known, roughly, what layers timed alone have to add up to."""
         nonlocal aim
-        if aim is not None:
-            return plan_by(losses, aim)
-        first = met(losses)
-        aim = learn(first)
-        return first
+        if aim is None:
+            plan = plan_by(losses, share)
+            aim = corrected_aim(share, learn(plan), watch.ratio(plan))
+        return plan_by(losses, aim)
 
-    return met(measure(layers=layers, plan_by=try_out))
+    losses = measure(layers=layers, plan_by=try_out)
+    return meet(share, partial(plan_by, losses), watch.ratio, learn, aim)
 
 
 def _plan(choices: Sequence[_Choices], share: float, total: float, cost: str, dense: Mapping[str, str]) -> RankPlan:
@@ -313,7 +310,7 @@ def _losses_of_best_plan(
         divergence = errors.divergence(plan)
         if divergence < (1 - _CLEARLY) * least:
             least, best = divergence, losses
-        elif divergence > (1 + _CLEARLY) * least:
+        elif divergence > (1 + _HOPELESS) * least:
             break
     return best
 

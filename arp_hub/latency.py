@@ -192,6 +192,17 @@ def _spread_out(layer: LowRankLayer) -> None:
         weight.normal_(0, weight[0].numel() ** -0.5)
 
 
+def corrected_aim(share: float, by_layers: float, ratio: float) -> float:
+    """What layers timed alone have to add up to for a budget, by a plan whose layers do to ``by_layers``.
+
+    Args:
+        share: The budget.
+        by_layers: The sum of that plan's layers.
+        ratio: What it takes end to end.
+    """
+    return _AIM * share * by_layers / ratio
+
+
 def meet(
     share: float,
     plan_at: Callable[[float], RankPlan],
@@ -227,7 +238,7 @@ def meet(
         tried[plan] = ratio_of(plan, False)
         if _NEAR * share <= tried[plan] <= share and _NEAR * share <= confirm(plan) <= share:
             return plan
-        aim = _AIM * share * learn(plan) / tried[plan]
+        aim = corrected_aim(share, learn(plan), tried[plan])
     for limit in (share, most):
         for plan in sorted(tried, key=lambda plan: -tried[plan]):  # the slowest that is fast enough
             if tried[plan] <= limit and confirm(plan) <= limit:
