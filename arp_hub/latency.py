@@ -239,8 +239,8 @@ def meet(
         if _NEAR * share <= tried[plan] <= share and _NEAR * share <= confirm(plan) <= share:
             return plan
         aim = corrected_aim(share, learn(plan), tried[plan])
-    for limit in (share, most):
-        for plan in sorted(tried, key=lambda plan: -tried[plan]):  # the slowest that is fast enough
+    for limit, slowest_first in ((share, True), (most, False)):  # what uses the budget up, or exceeds it least
+        for plan in sorted(tried, key=tried.__getitem__, reverse=slowest_first):
             if tried[plan] <= limit and confirm(plan) <= limit:
                 return plan
     raise ArpHubError(
