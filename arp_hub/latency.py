@@ -244,8 +244,9 @@ def meet(
             if tried[plan] <= limit and confirm(plan) <= limit:
                 return plan
     raise ArpHubError(
-        f"keep_latency={share:g} cannot be met: measured end to end, the fastest plan takes {min(tried.values()):.3f} "
-        "of the dense latency on this device. Ask for more, allow more schemes, or time a larger batch_size"
+        f"keep_latency={share:g} cannot be met: measured end to end, the fastest plan that was tried takes "
+        f"{min(tried.values()):.3f} of the dense latency on this device. Ask for more, allow more schemes, or time a "
+        "larger batch_size"
     )
 
 
