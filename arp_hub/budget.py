@@ -35,9 +35,9 @@ _POWERS = (0.25, 0.5, 0.75, 1.0, 1.25)
 """A layer's loss in the output metric is its error alone, or that times its importance to one of these powers: the one
 whose plan, as a whole, does the least to the network's output. At 0 it does not count how much a layer matters, at 1
 it is trusted that no other changes. Which is best depends on the network and the budget."""
-_CLEARLY, _HOPELESS = 0.05, 0.5
-"""Share by which a later one has to be better, where nothing is left of the network, no plan tells from another, and by
-which one is worse after which no more are tried."""
+_CLEARLY, _PATIENCE = 0.05, 2
+"""Share by which a later one has to be better, since no plan tells from another where nothing is left of the network,
+and trials in a row that are not, after which no more are made."""
 
 
 _Losses = dict[str, list[tuple[Scheme, Floats]]]
@@ -302,6 +302,7 @@ def _losses_of_best_plan(
     least = errors.divergence(plans[0])
     names = tqdm(found, "see what layers matter", disable=not progress, leave=False)
     importance = {name: errors.importance(name, plans[0]) for name in names}
+    in_vain = 0
     for power in _POWERS:
         losses = _losses_by(found, {name: value**power for name, value in importance.items()})
         if (plan := plan_by(losses)) in plans:
@@ -309,8 +310,8 @@ def _losses_of_best_plan(
         plans.append(plan)
         divergence = errors.divergence(plan)
         if divergence < (1 - _CLEARLY) * least:
-            least, best = divergence, losses
-        elif divergence > (1 + _HOPELESS) * least:
+            least, best, in_vain = divergence, losses, 0
+        elif (in_vain := in_vain + 1) == _PATIENCE:
             break
     return best
 
