@@ -193,11 +193,11 @@ def _spread_out(layer: LowRankLayer) -> None:
 
 
 def corrected_aim(share: float, by_layers: float, ratio: float) -> float:
-    """What layers timed alone have to add up to for a budget, by a plan whose layers do to ``by_layers``.
+    """What layers timed alone have to add up to for a budget, as one plan tells.
 
     Args:
         share: The budget.
-        by_layers: The sum of that plan's layers.
+        by_layers: What the layers of that plan add up to.
         ratio: What it takes end to end.
     """
     return _AIM * share * by_layers / ratio

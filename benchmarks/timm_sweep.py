@@ -28,13 +28,13 @@ from typing import Any
 import matplotlib.pyplot  # noqa: F401 - imported before the forks, so that no process has to again
 import timm
 import torch
-import torch._dynamo  # noqa: F401 - as matplotlib
+import torch._dynamo  # noqa: F401 - imported before the forks, as matplotlib is
 from timm_checks import CHECKS, EXPORTS, Case, feasible_plan, flat, make_case, random_model, run_check, smallest_size
 from torch import nn
 
 import arp_hub
 import arp_hub.plots
-import arp_hub.report  # noqa: F401 - as matplotlib
+import arp_hub.report  # noqa: F401 - imported before the forks, as matplotlib is
 from arp_hub._env import environment
 from arp_hub.layers import count_params
 

@@ -10,13 +10,13 @@ import signal
 import sys
 import traceback
 
-import accelerate  # noqa: F401 - imported before the forks
-import huggingface_hub  # noqa: F401 - imported before the forks
-import timm  # noqa: F401 - imported before the forks
+import accelerate  # noqa: F401 - imported before the forks, so that no child has to
+import huggingface_hub  # noqa: F401 - imported before the forks, so that no child has to
+import timm  # noqa: F401 - imported before the forks, so that no child has to
 import torch
 
-import arp_hub  # noqa: F401 - imported before the forks
-import arp_hub.cli  # noqa: F401 - imported before the forks
+import arp_hub  # noqa: F401 - imported before the forks, so that no child has to
+import arp_hub.cli  # noqa: F401 - imported before the forks, so that no child has to
 
 torch.set_num_threads(1)
 
