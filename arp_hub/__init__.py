@@ -1,16 +1,15 @@
 """Shrink vision models: adaptive rank penalty, low-rank decomposition, one-line loading through timm."""
 
-__version__ = "0.1.0"
-
 from . import models  # registers the architectures with timm
-from .bench import benchmark
-from .budget import make_plan
-from .decompose import decompose, to_dense
+from ._version import __version__  # noqa: F401 - a name of the package, which `import *` leaves out
+from .decomposition import decompose, to_dense
 from .errors import ArpHubError
-from .hub import save_pretrained
+from .hub.push import download, push_to_hub
+from .hub.save import save_pretrained
 from .penalty import AdaptiveRankPenalty
 from .plan import LayerPlan, RankPlan
-from .publish import download, push_to_hub
+from .planning.make_plan import make_plan
+from .reports.benchmark import benchmark
 from .timing import Workload
 
 __all__ = [

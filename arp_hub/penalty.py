@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArpHubError
+from .layers.apply_plan import check_plan
 from .plan import RankPlan
 from .schemes import Factors, Scheme, make_scheme, relative_error
-from .structure import check_plan
 
 Phase = Literal["ramp", "hold", "done"]
 Method = Literal["tracking", "dual"]

@@ -40,15 +40,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import arp_hub
-from arp_hub._env import environment
-from arp_hub.calibration import all_moments
-from arp_hub.layers import count_params, effective_weight, low_rank_layers
-from arp_hub.loading import load_model
+from arp_hub._utils.environment import environment
+from arp_hub.calibration.passes import all_moments
+from arp_hub.hub.load import load_model
+from arp_hub.layers.low_rank import effective_weight
+from arp_hub.layers.model import count_params, low_rank_layers
 from arp_hub.penalty import AdaptiveRankPenalty
 from arp_hub.schemes import Factors
 from arp_hub.training import ImageData, calibration_images, evaluate, load_data
-from arp_hub.training.augment import epoch_batches, keyed_seed, steps_per_epoch
-from arp_hub.training.images import TrainBatch
+from arp_hub.training.data.augment import epoch_batches, steps_per_epoch
+from arp_hub.training.data.images import TrainBatch
+from arp_hub.training.seeds import keyed_seed
 
 HERE = Path(__file__).parent
 RESULTS, PAGE, CACHE = (

@@ -26,12 +26,13 @@ from rows import chosen, load_results, print_rows, row_parser, write_result
 from torch import Tensor, nn
 
 import arp_hub
-from arp_hub._env import environment
-from arp_hub.layers import count_params, layer_shape
-from arp_hub.loading import load_model
+from arp_hub._utils.environment import environment
+from arp_hub.hub.load import load_model
+from arp_hub.layers.low_rank import layer_shape
+from arp_hub.layers.model import count_params
+from arp_hub.layers.trace import count_macs
 from arp_hub.plan import LayerPlan, RankPlan
 from arp_hub.schemes import make_scheme
-from arp_hub.tracing import count_macs
 from arp_hub.training import Split, TrainConfig, calibration_images, evaluate, load_data
 from arp_hub.training import run as train
 

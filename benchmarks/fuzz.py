@@ -220,7 +220,7 @@ def main() -> None:
             sys.exit(f"target '{name}' failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         results[name] = json.loads(line.removeprefix("RESULT "))
         print(name, results[name], file=sys.stderr)
-    from arp_hub._env import environment
+    from arp_hub._utils.environment import environment
 
     total = {key: sum(found[key] for found in results.values()) for key in ("inputs", "refused", "taken")}
     report = {**environment(), "seed": args.seed, "total": {**total, "other_exceptions": 0}, "targets": results}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,18 @@ from rows import chosen, load_results, print_rows, row_parser, run_rows
 from torch import Tensor, nn
 
 import arp_hub
-from arp_hub import budget
-from arp_hub._env import environment
-from arp_hub.curves import OutputErrors
-from arp_hub.loading import load_model
+from arp_hub._utils.environment import environment
+from arp_hub.hub.load import load_model
+from arp_hub.planning.output_errors import OutputErrors
 from arp_hub.training import evaluate, load_data
-from arp_hub.training.augment import keyed_generator
+from arp_hub.training.seeds import keyed_generator
 
+make_plan = sys.modules["arp_hub.planning.make_plan"]  # the module, of which the package has the function
 RESULTS = Path(__file__).parent / "results" / "importance.json"
 ROWS = {
     f"{network}/{keep}/{power}": (network, keep, power)
     for network, keep in (("resnet20", 0.2), ("lite0", 0.84), ("lite0", 0.7))
-    for power in (0.0, *budget._POWERS)
+    for power in (0.0, *make_plan._POWERS)
 }
 HELD_OUT = 2000
 """Training images, of those that do not calibrate, on which a network with a test split of its own is judged."""
@@ -73,8 +74,8 @@ def measure(name: str, keep: float, power: float, shared: Path) -> dict[str, Any
     clearly = 0.0 if power == 0 else -math.inf  # the plan of this power is taken, whatever its trial says
     powers = () if power == 0 else (power,)
     with (
-        patch.object(budget, "_POWERS", powers),
-        patch.object(budget, "_CLEARLY", clearly),
+        patch.object(make_plan, "_POWERS", powers),
+        patch.object(make_plan, "_CLEARLY", clearly),
         patch.object(OutputErrors, "divergence", noted),
     ):
         plan = arp_hub.make_plan(model, keep_params=keep, calibration=images)

@@ -30,8 +30,9 @@ from torch import nn
 
 import arp_hub
 from arp_hub import Workload
-from arp_hub._env import environment
-from arp_hub.layers import count_params
+from arp_hub._utils.environment import environment
+from arp_hub.layers.low_rank import layer_shape
+from arp_hub.layers.model import count_params
 from arp_hub.schemes import make_scheme
 from arp_hub.timing import paired_ratio, take_turns
 
@@ -150,7 +151,7 @@ def vgg_quarter(batch: int) -> dict[str, Any]:
     plans = {}
     for name, layer in dense.named_modules():
         if isinstance(layer, nn.Conv2d) and layer.in_channels > 3:
-            scheme = make_scheme("channel", arp_hub.layers.layer_shape(layer))
+            scheme = make_scheme("channel", layer_shape(layer))
             rank = max(8, int(0.25 * layer.weight.numel() / scheme.params(1)) // 8 * 8)
             plans[name] = arp_hub.LayerPlan("channel", rank)
     small = arp_hub.decompose(copy.deepcopy(dense), arp_hub.RankPlan(plans, {}))
@@ -223,7 +224,7 @@ def trade_off(keep: float, shared: Path) -> dict[str, Any]:
     """Top-1 and measured latency of the trained network under a budget of time, with no training."""
     from accuracy import NETWORKS, images_and_test
 
-    from arp_hub.loading import load_model
+    from arp_hub.hub.load import load_model
     from arp_hub.training import evaluate
 
     network = NETWORKS["lite0"]

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from arp_hub import LayerPlan, Workload
-from arp_hub._env import environment
-from arp_hub.curves import rank_at
-from arp_hub.layers import layer_shape, low_rank_layer
+from arp_hub._utils.environment import environment
+from arp_hub.layers.low_rank import layer_shape, low_rank_layer
+from arp_hub.planning.costs import rank_at
 from arp_hub.schemes import make_scheme
 from arp_hub.timing import forward_call, paired_ratio, take_turns
 

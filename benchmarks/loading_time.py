@@ -19,7 +19,7 @@ import timm
 import torch
 
 import arp_hub
-from arp_hub._env import environment
+from arp_hub._utils.environment import environment
 from arp_hub.timing import Spread, paired_ratio, take_turns
 
 RESULTS = Path(__file__).parent / "results" / "loading_time.json"

@@ -34,13 +34,14 @@ from accuracy import NETWORKS, images_and_test
 from torch import Tensor, nn
 
 import arp_hub
-from arp_hub._env import environment
-from arp_hub.bench import benchmark
-from arp_hub.costs import rank_at
-from arp_hub.layers import count_params, layer_shape
-from arp_hub.loading import load_model
+from arp_hub._utils.environment import environment
+from arp_hub.hub.load import load_model
+from arp_hub.layers.low_rank import layer_shape
+from arp_hub.layers.model import count_params
+from arp_hub.layers.trace import count_macs, input_size_of
+from arp_hub.planning.costs import rank_at
+from arp_hub.reports.benchmark import benchmark
 from arp_hub.schemes import make_scheme
-from arp_hub.tracing import count_macs, input_size_of
 from arp_hub.training import Split, evaluate
 
 RESULTS = Path(__file__).parent / "results" / "peers.json"

@@ -25,13 +25,14 @@ import torch
 from torch import nn
 
 import arp_hub
-from arp_hub._env import environment
-from arp_hub.costs import rank_at
-from arp_hub.dense import refusal
-from arp_hub.layers import layer_shape, weight_layers
+from arp_hub._utils.environment import environment
+from arp_hub.layers.dense import refusal
+from arp_hub.layers.low_rank import layer_shape
+from arp_hub.layers.model import weight_layers
+from arp_hub.layers.trace import input_size_of
+from arp_hub.planning.costs import rank_at
 from arp_hub.schemes import make_scheme
 from arp_hub.timing import Spread, paired_ratio, take_turns
-from arp_hub.tracing import input_size_of
 
 RESULTS = Path(__file__).parent / "results" / "penalty_cost.json"
 SHARE = 0.45

@@ -23,8 +23,8 @@ import timm
 import torch
 
 import arp_hub
-from arp_hub._env import environment
-from arp_hub.tracing import input_size_of
+from arp_hub._utils.environment import environment
+from arp_hub.layers.trace import input_size_of
 
 RESULTS = Path(__file__).parent / "results" / "planning_time.json"
 

@@ -21,9 +21,9 @@ from accuracy import NETWORKS, SEED, images_and_test
 from rows import chosen, load_results, print_rows, row_parser, run_rows
 
 import arp_hub
-from arp_hub import calibration
-from arp_hub._env import environment
-from arp_hub.loading import load_model
+from arp_hub._utils.environment import environment
+from arp_hub.calibration import passes
+from arp_hub.hub.load import load_model
 from arp_hub.training import evaluate
 
 RESULTS = Path(__file__).parent / "results" / "stationary.json"
@@ -52,8 +52,8 @@ def measure(name: str, keep: float, shared: Path) -> dict[str, Any]:
     model = load_model(network.model, str(shared / "weights" / network.checkpoint)).eval()
     images, test = images_and_test(network, model, shared)
     result: dict[str, Any] = {**environment(), "seed": SEED}
-    for way, large in (("exact", calibration.LARGE), ("stationary", 0)):
-        with patch.object(calibration, "LARGE", large):  # columns beyond which a kernel's patches are stationary
+    for way, large in (("exact", passes.LARGE), ("stationary", 0)):
+        with patch.object(passes, "LARGE", large):  # columns beyond which a kernel's patches are stationary
             began = time.process_time()
             plan = arp_hub.make_plan(model, keep_params=keep, calibration=images)
             taken = time.process_time() - began

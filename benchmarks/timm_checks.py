@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 import arp_hub
-from arp_hub.dense import refusal
-from arp_hub.layers import count_params, layer_shape, low_rank_layers, weight_layers
+from arp_hub.layers.dense import refusal
+from arp_hub.layers.low_rank import layer_shape
+from arp_hub.layers.model import count_params, low_rank_layers, weight_layers
+from arp_hub.layers.trace import input_size_of, trace
 from arp_hub.schemes import SCHEMES, make_scheme
-from arp_hub.tracing import input_size_of, trace
 
 TOLERANCE = 1e-3
 """Largest relative error of a feature map at full rank."""

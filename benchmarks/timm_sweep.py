@@ -25,6 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import arp_hub.reports.plots
+import arp_hub.reports.summary  # noqa: F401 - imported before the forks, as matplotlib is
 import matplotlib.pyplot  # noqa: F401 - imported before the forks, so that no process has to again
 import timm
 import torch
@@ -33,10 +35,8 @@ from timm_checks import CHECKS, EXPORTS, Case, feasible_plan, flat, make_case, r
 from torch import nn
 
 import arp_hub
-import arp_hub.plots
-import arp_hub.report  # noqa: F401 - imported before the forks, as matplotlib is
-from arp_hub._env import environment
-from arp_hub.layers import count_params
+from arp_hub._utils.environment import environment
+from arp_hub.layers.model import count_params
 
 RESULTS = Path(__file__).parent / "results" / "timm_sweep.json"
 DOCS = Path(__file__).parents[1] / "docs" / "supported-models.md"

@@ -24,11 +24,11 @@ from penalty_cost import plan_of
 from torch.nn.functional import cross_entropy
 
 import arp_hub
-from arp_hub._env import environment
+from arp_hub._utils.environment import environment
 from arp_hub.training import load_data
-from arp_hub.training.augment import epoch_batches
+from arp_hub.training.data.augment import epoch_batches
+from arp_hub.training.data.images import TrainBatch
 from arp_hub.training.graphs import recorded_training
-from arp_hub.training.images import TrainBatch
 
 RESULTS = Path(__file__).parent / "results" / "training_step.json"
 

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 import arp_hub
-from arp_hub.loading import load_model
-from arp_hub.publish import check_push
+from arp_hub.hub.load import load_model
+from arp_hub.hub.push import check_push
 from arp_hub.training import evaluate, load_data
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

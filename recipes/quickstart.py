@@ -8,7 +8,7 @@ import timm
 from accelerate import PartialState
 
 import arp_hub
-from arp_hub.layers import count_params
+from arp_hub.layers.model import count_params
 from arp_hub.training import evaluate, load_data, main
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from watched import NONE_LEFT
 
 import arp_hub
-from arp_hub.layers import layer_shape
+from arp_hub.layers.low_rank import layer_shape
 from arp_hub.schemes import make_scheme
 
 

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import arp_hub
-from arp_hub.loading import load_model
+from arp_hub.hub.load import load_model
 
 BIG = 10**9
 NO_PLAN: dict[str, Any] = {"format_version": 1, "layers": {}}

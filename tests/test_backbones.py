@@ -20,9 +20,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 import arp_hub
-from arp_hub.cli import app
-from arp_hub.layers import count_params, low_rank_layers
-from arp_hub.loading import load_model
+from arp_hub.cli.app import app
+from arp_hub.hub.load import load_model
+from arp_hub.layers.model import count_params, low_rank_layers
 from arp_hub.training import evaluate, load_data
 
 # One small model for every oddity; entrypoints of timm take the arguments that make them small.
@@ -132,7 +132,7 @@ def test_the_largest_models_are_planned_by_shape() -> None:
         plan = arp_hub.make_plan(model, keep_params=0.5)
     with pytest.raises(arp_hub.ArpHubError, match="no weight .meta device"):
         arp_hub.decompose(model, plan)
-    kept = count_params(arp_hub.structure.apply_plan(model, plan))
+    kept = count_params(arp_hub.layers.apply_plan.apply_plan(model, plan))
     assert total > 4e9 and 0.49 * total < kept <= 0.5 * total
     with pytest.raises(arp_hub.ArpHubError, match="calibration needs a model with weights"):
         arp_hub.make_plan(
@@ -210,7 +210,7 @@ def test_a_trained_model_is_the_same_here_in_a_fresh_process_and_in_onnx(shared:
     here = evaluate(model, data.test, batch_size=batch)
 
     command = ["evaluate", "--model", f"local-dir:{folder}", "--data", source, "--json"]
-    run = [sys.executable, "-c", "from arp_hub.cli import app; app()", *command]
+    run = [sys.executable, "-c", "from arp_hub.cli.app import app; app()", *command]
     fresh = json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
 
     torch.onnx.export(model, (torch.zeros(batch, 3, 224, 224),), tmp_path / "model.onnx", dynamo=True, verbose=False)

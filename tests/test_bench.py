@@ -10,11 +10,12 @@ import torch
 
 import arp_hub
 from arp_hub import ArpHubError, LayerPlan, RankPlan, Workload, benchmark, make_plan
-from arp_hub.latency import LatencyTable, meet
-from arp_hub.layers import low_rank_layers
+from arp_hub.layers.apply_plan import apply_plan
+from arp_hub.layers.model import low_rank_layers
+from arp_hub.planning.latency_plan import meet
+from arp_hub.planning.latency_table import LatencyTable
 from arp_hub.schemes import make_scheme
-from arp_hub.shapes import LayerShape
-from arp_hub.structure import apply_plan
+from arp_hub.schemes.shapes import LayerShape
 from arp_hub.timing import layer_shares, paired_ratio, take_turns
 
 SIZE = (3, 64, 64)

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from arp_hub.errors import ArpHubError
-from arp_hub.loading import load_model
+from arp_hub.hub.load import load_model
 from arp_hub.training import calibration_images, evaluate, load_data
-from arp_hub.training.augment import crop_and_flip, epoch_batches, seeded
-from arp_hub.training.images import InputFormat, StreamedImages, TrainBatch, as_rgb
+from arp_hub.training.data.augment import crop_and_flip, epoch_batches
+from arp_hub.training.data.images import InputFormat, StreamedImages, TrainBatch, as_rgb
+from arp_hub.training.seeds import seeded
 
 CPU = torch.device("cpu")
 

@@ -14,17 +14,20 @@ from safetensors.torch import load_file
 from timm.layers import Conv2dSame
 from torch import nn
 
-from arp_hub import ArpHubError, LayerPlan, RankPlan, decompose, make_plan, to_dense
-from arp_hub._memory import give_back_memory
-from arp_hub.calibration import all_moments, batches
-from arp_hub.curves import OutputErrors
-from arp_hub.decompose import passes_within
-from arp_hub.dense import refusal
-from arp_hub.layers import count_params, layer_shape, low_rank_layers, weight_layers
-from arp_hub.moments import PatchMoments, StationaryMoments, patches
-from arp_hub.norms import renormalise
+from arp_hub import ArpHubError, LayerPlan, RankPlan, make_plan, to_dense
+from arp_hub import decomposition as decompose
+from arp_hub._utils.torch_utils import give_back_memory
+from arp_hub.calibration.batchnorm import renormalise
+from arp_hub.calibration.images import batches
+from arp_hub.calibration.moments import PatchMoments, StationaryMoments, patches
+from arp_hub.calibration.passes import all_moments
+from arp_hub.decomposition import passes_within
+from arp_hub.layers.dense import refusal
+from arp_hub.layers.low_rank import layer_shape
+from arp_hub.layers.model import count_params, low_rank_layers, weight_layers
+from arp_hub.layers.trace import count_macs, trace
+from arp_hub.planning.output_errors import OutputErrors
 from arp_hub.schemes import SCHEMES
-from arp_hub.tracing import count_macs, trace
 
 SIZE = (3, 64, 64)
 

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import arp_hub
-from arp_hub.cli import app
+from arp_hub.cli.app import app
 from arp_hub.schemes import SCHEMES
 from arp_hub.training import TrainConfig
 from arp_hub.training.preemption import EXIT_CODE

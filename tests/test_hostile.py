@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arp_hub import ArpHubError
-from arp_hub.loading import read_weights
+from arp_hub.hub.load import read_weights
 from arp_hub.models._untrusted import check_args, check_cfg, read_config, read_header
 
 ROOT = Path(__file__).parents[1]

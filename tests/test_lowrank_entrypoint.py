@@ -16,8 +16,8 @@ from timm.models import FeatureListNet
 from torch import nn
 
 import arp_hub
-from arp_hub.layers import low_rank_layers
-from arp_hub.structure import plan_of
+from arp_hub.layers.apply_plan import plan_of
+from arp_hub.layers.model import low_rank_layers
 
 # Backbone: its decomposed layers (always the stem and the classifier, and a spread of schemes), and an image side.
 BACKBONES: dict[str, tuple[dict[str, str], int]] = {

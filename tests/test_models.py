@@ -13,7 +13,7 @@ from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-from arp_hub.layers import count_params
+from arp_hub.layers.model import count_params
 from arp_hub.models.cifar_resnet import BasicBlock
 
 NAMES = ["cifar_resnet20", "cifar_vgg16"]

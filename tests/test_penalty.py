@@ -9,8 +9,9 @@ import timm.optim
 import torch
 from torch import nn
 
-from arp_hub import AdaptiveRankPenalty, ArpHubError, LayerPlan, RankPlan, decompose, make_plan
-from arp_hub.calibration import all_moments
+from arp_hub import AdaptiveRankPenalty, ArpHubError, LayerPlan, RankPlan, make_plan
+from arp_hub import decomposition as decompose
+from arp_hub.calibration.passes import all_moments
 from arp_hub.schemes import SCHEMES
 
 STEPS = 24

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arp_hub import ArpHubError, LayerPlan, RankPlan
+from arp_hub.layers.apply_plan import apply_plan, check_plan, plan_of
 from arp_hub.schemes import SCHEMES
-from arp_hub.structure import apply_plan, check_plan, plan_of
 
 layer_plans = st.builds(
     lambda scheme, rank, groups: LayerPlan(scheme, rank, groups if SCHEMES[scheme].grouped else 1),

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import arp_hub
-from arp_hub.card import keep_by_hand, model_card
+from arp_hub.hub.card import keep_by_hand, model_card
 
 NAME = "alice/model"
 NUMBERS = {
@@ -291,7 +291,7 @@ def test_the_card_shows_what_became_of_every_layer(folder: Path) -> None:
 
 
 def test_pictures_of_spectra_and_violations(tmp_path: Path) -> None:
-    from arp_hub.spectra import decays
+    from arp_hub.reports.spectra import decays
 
     model = low_rank_model("test_resnet", {"layer1.0.conv1": "cp", "layer4.0.conv2": "channel"})
     after = decays(model)

@@ -11,7 +11,7 @@ import torch
 from helpers import ON_TWO, both_ended_clean, search_path
 
 import arp_hub
-from arp_hub.layers import count_params, low_rank_layers
+from arp_hub.layers.model import count_params, low_rank_layers
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.name for path in RECIPES.glob("*.py"))

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arp_hub import ArpHubError
-from arp_hub._svg import bars, heatmap, line_chart
-from arp_hub.cli import app
-from arp_hub.run_report import render, write_report
+from arp_hub.cli.app import app
+from arp_hub.reports.run_page import render, write_report
+from arp_hub.reports.svg import bars, heatmap, line_chart
 
 EVIL = "\"><script>alert('x')</script><img src=x onerror=y>&"
 

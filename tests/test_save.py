@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import arp_hub
-from arp_hub.hub import check_folder
-from arp_hub.layers import count_params
-from arp_hub.structure import plan_of
-from arp_hub.tracing import count_macs
+from arp_hub.hub.save import check_folder
+from arp_hub.layers.apply_plan import plan_of
+from arp_hub.layers.model import count_params
+from arp_hub.layers.trace import count_macs
 
 FILES = ["README.md", "config.json", "metrics.json", "model.safetensors"]
 PICTURED = [*FILES, "ranks.png"]
@@ -322,15 +322,15 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 # What fails, at which call, and whether the system can swap two folders in one step.
 FAULTS = [
-    ("arp_hub._config.save_config_for_hf", 1, True),
-    ("arp_hub.hub.check_rebuilds", 1, True),
-    ("arp_hub.hub.model_figures", 1, True),
-    ("arp_hub.hub.model_card", 1, True),
-    ("arp_hub.hub.save_file", 1, True),
+    ("arp_hub.hub.config.save_config_for_hf", 1, True),
+    ("arp_hub.hub.save.check_rebuilds", 1, True),
+    ("arp_hub.hub.save.model_figures", 1, True),
+    ("arp_hub.hub.save.model_card", 1, True),
+    ("arp_hub.hub.save.save_file", 1, True),
     ("pathlib.Path.write_text", 1, True),
     ("pathlib.Path.write_text", 2, True),
     ("pathlib.Path.chmod", 1, True),
-    ("arp_hub._folder._exchange", 1, True),
+    ("arp_hub._utils.files._exchange", 1, True),
     ("pathlib.Path.rename", 1, False),
     ("pathlib.Path.rename", 2, False),
 ]
@@ -353,7 +353,7 @@ def test_a_failure_leaves_the_old_folder_whole(
         return original(*args, **kwargs)
 
     if not swap:
-        monkeypatch.setattr("arp_hub._folder._exchange", lambda a, b: False)
+        monkeypatch.setattr("arp_hub._utils.files._exchange", lambda a, b: False)
     original = pkgutil.resolve_name(target)
     monkeypatch.setattr(target, fail)
     with pytest.raises((arp_hub.ArpHubError, KeyboardInterrupt)):

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from arp_hub import ArpHubError, LayerPlan
-from arp_hub.layers import count_params, effective_weight, low_rank_layer
-from arp_hub.linalg import orthonormal, solve_spd
+from arp_hub.layers.low_rank import effective_weight, low_rank_layer
+from arp_hub.layers.model import count_params
 from arp_hub.schemes import SCHEMES, make_scheme, relative_error
-from arp_hub.shapes import LayerShape, chain_macs
+from arp_hub.schemes.linalg import orthonormal, solve_spd
+from arp_hub.schemes.shapes import LayerShape, chain_macs
 
 SHAPES = {
     "3x3": LayerShape(12, 8, (3, 3), padding=(1, 1)),

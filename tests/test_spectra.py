@@ -13,14 +13,16 @@ from rich.console import Console
 from torch import nn
 
 from arp_hub.errors import ArpHubError
-from arp_hub.layers import count_params, layer_shape
+from arp_hub.layers.apply_plan import apply_plan
+from arp_hub.layers.low_rank import layer_shape
+from arp_hub.layers.model import count_params
+from arp_hub.layers.trace import count_macs
 from arp_hub.plan import LayerPlan, RankPlan
-from arp_hub.plots import save_figure, spectra_figure
-from arp_hub.report import dense_table, plan_report, plan_table, spectrum_reports, spectrum_table
+from arp_hub.reports.plots import save_figure, spectra_figure
+from arp_hub.reports.spectra import MATRIX_SCHEMES, Spectrum, decomposable_layers, output_spectra, spectrum, violation
+from arp_hub.reports.summary import plan_report, spectrum_reports
+from arp_hub.reports.tables import dense_table, plan_table, spectrum_table
 from arp_hub.schemes import make_scheme, relative_error
-from arp_hub.spectra import MATRIX_SCHEMES, Spectrum, decomposable_layers, output_spectra, spectrum, violation
-from arp_hub.structure import apply_plan
-from arp_hub.tracing import count_macs
 
 
 @given(st.lists(st.floats(0, 100, width=32), min_size=1, max_size=12), st.floats(0.01, 1))

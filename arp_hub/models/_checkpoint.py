@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ArpHubError
-from ..layers import layer_shape
+from ..layers.low_rank import layer_shape
 from ..plan import RankPlan
 from ..schemes import make_scheme
 from ._untrusted import check_tensors

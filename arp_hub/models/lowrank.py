@@ -28,8 +28,8 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from ..errors import ArpHubError
+from ..layers.apply_plan import apply_plan
 from ..plan import RankPlan
-from ..structure import apply_plan
 from ._checkpoint import CheckpointAdapter, names_of, weights_source
 from ._skip_init import SkipInit
 from ._untrusted import check_args, check_build, check_cfg, read_header

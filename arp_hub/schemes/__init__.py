@@ -10,9 +10,9 @@ A new scheme is one subclass of `Scheme` and one entry of `SCHEMES`.
 """
 
 from ..errors import ArpHubError
-from ..shapes import LayerShape
 from .base import Factors, Scheme, energy, relative_error
 from .matrix import Channel, GroupIn, GroupOut, MatrixScheme, Spatial
+from .shapes import LayerShape
 from .tensor import Cp, Tucker2
 
 __all__ = ["SCHEMES", "Factors", "MatrixScheme", "Scheme", "energy", "make_scheme", "relative_error"]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArpHubError
-from ..linalg import solve_spd
-from ..shapes import ConvSpec, LayerShape, chain_params
+from .linalg import solve_spd
+from .shapes import ConvSpec, LayerShape, chain_params
 
 Factors = tuple[Tensor, ...]
 """Convolution weights in the order in which the input meets them."""

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..linalg import orthonormal, singular_values, truncated
-from ..shapes import ConvSpec, LayerShape
 from .base import Factors, Scheme
+from .linalg import orthonormal, singular_values, truncated
+from .shapes import ConvSpec, LayerShape
 
 
 class MatrixScheme(Scheme):

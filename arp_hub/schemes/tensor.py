@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..linalg import als, even_norms, leading_vectors, orthonormal, slice_triplets, tail_shares
-from ..shapes import ConvSpec, LayerShape, Pair
 from .base import Factors, Scheme
+from .linalg import als, even_norms, leading_vectors, orthonormal, slice_triplets, tail_shares
+from .shapes import ConvSpec, LayerShape, Pair
 
 _SWEEPS, _SWEEP_WORK = 60, 5e9
 """Sweeps of a cold start of CP, and the multiply-accumulates that bound them; a warm start needs one sweep."""

@@ -2,7 +2,7 @@
 
 from .command import main
 from .config import TrainConfig
-from .data import ImageData, Split, calibration_images, load_data
+from .data.dataset import ImageData, Split, calibration_images, load_data
 from .evaluate import Scores, evaluate
 from .trainer import run
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from .._modes import evaluating
+from .._utils.torch_utils import evaluating
 from ..errors import ArpHubError
-from .data import Split
-from .images import progress
+from .data.dataset import Split
+from .data.images import progress
 
 
 class Scores(TypedDict):

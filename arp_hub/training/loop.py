@@ -22,16 +22,17 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from ..errors import ArpHubError
 from ..penalty import AdaptiveRankPenalty
-from .augment import epoch_batches, keyed_seed, seed_everything, sent, steps_per_epoch
 from .checkpoint import Checkpoint, find_checkpoint, save_checkpoint
 from .config import TrainConfig
-from .data import ImageData
+from .data.augment import epoch_batches, sent, steps_per_epoch
+from .data.dataset import ImageData
+from .data.images import TrainBatch
 from .evaluate import evaluate
 from .finite import first_not_finite, weights_not_finite
 from .graphs import Forward, recorded_inference, recorded_training
-from .images import TrainBatch
 from .preemption import Preempted, listening
 from .runlog import RunLog
+from .seeds import keyed_seed, seed_everything
 
 _LISTEN_EVERY = 10
 """Steps between two exchanges of whether to stop, with several processes."""

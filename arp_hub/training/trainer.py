@@ -21,21 +21,21 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast
 from torch import Tensor, nn
 
-from .._env import environment
-from .._folder import remove_unfinished
-from ..budget import make_plan
-from ..decompose import decompose, to_dense
+from .._utils.environment import environment
+from .._utils.files import remove_unfinished
+from ..decomposition import decompose, to_dense
 from ..errors import ArpHubError
-from ..hub import METRICS, check_folder, save_pretrained
-from ..layers import count_params, low_rank_layers
-from ..loading import hub_dataset, is_saved_model, load_model, published_name, read_weights
+from ..hub.load import hub_dataset, is_saved_model, load_model, published_name, read_weights
+from ..hub.push import check_push, push_to_hub
+from ..hub.save import METRICS, check_folder, save_pretrained
+from ..layers.apply_plan import apply_plan
+from ..layers.model import count_params, low_rank_layers
 from ..penalty import AdaptiveRankPenalty
 from ..plan import RankPlan
-from ..publish import check_push, push_to_hub
-from ..run_report import write_report
+from ..planning.make_plan import make_plan
+from ..reports.run_page import write_report
+from ..reports.spectra import decays
 from ..schemes import Factors
-from ..spectra import decays
-from ..structure import apply_plan
 from .checkpoint import (
     Checkpoint,
     check_same,
@@ -46,7 +46,7 @@ from .checkpoint import (
     write_atomically,
 )
 from .config import TrainConfig
-from .data import ImageData, calibration_images, input_format, load_data
+from .data.dataset import ImageData, calibration_images, input_format, load_data
 from .evaluate import Scores, evaluate
 from .loop import Phase, Run, phase_steps, train
 from .preemption import Preempted

@@ -1,0 +1,1 @@
+"""Helpers that know nothing of models: the process's environment, secrets, files, torch."""

@@ -1,0 +1,67 @@
+"""What stands behind a number: the command, the hardware and the versions of the process that measured it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .secrets import redact
+
+_PACKAGES = ("arp-hub", "torch", "timm", "accelerate", "safetensors")
+
+
+def environment() -> dict[str, Any]:
+    """The facts of this process, as ``metrics.json`` holds them.
+
+    Returns:
+        ``command`` (absent where there is none, as in a notebook), ``hardware`` and ``versions``.
+
+    Example:
+        >>> sorted(environment()["hardware"])[:2]
+        ['cores', 'cpu']
+    """
+    facts: dict[str, Any] = {"hardware": _hardware(), "versions": _versions()}
+    if command := _command():
+        facts["command"] = command
+    return facts
+
+
+def _command() -> str | None:
+    """The command line, without the folder of its program, and without tokens."""
+    program = Path(sys.argv[0]).name if sys.argv else ""
+    if program in ("", "-c", "-m") or hasattr(sys, "ps1") or "ipykernel" in program:
+        return None
+    return redact(shlex.join([program, *sys.argv[1:]]))
+
+
+def _hardware() -> dict[str, Any]:
+    hardware: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        hardware["gpu"] = torch.cuda.get_device_name()
+    return hardware
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

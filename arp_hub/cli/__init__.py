@@ -1,0 +1,1 @@
+"""The command ``arp-hub``."""

@@ -1,0 +1,437 @@
+"""The command ``arp-hub``: plan, compress, evaluate, bench, inspect, push, doctor."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from huggingface_hub.utils import disable_progress_bars
+from torch import nn
+
+from .._utils.environment import environment
+from ..decomposition import decompose
+from ..errors import ArpHubError
+from ..hub.load import hub_dataset, published_name
+from ..hub.push import push_to_hub
+from ..hub.save import check_folder, save_pretrained
+from ..layers.apply_plan import check_plan, plan_of
+from ..layers.model import count_params
+from ..layers.trace import count_macs
+from ..plan import RankPlan
+from ..planning.make_plan import make_plan
+from ..reports import spectra, summary, tables
+from ..reports.benchmark import benchmark
+from ..reports.plots import check_picture_path, save_figure, spectra_figure
+from ..reports.run_page import write_report
+from ..timing import Workload
+from ..training import ImageData, Split, evaluate, load_data
+from ..training.data.dataset import calibration_counts
+from . import doctor
+from .options import (
+    AsJson,
+    BatchSize,
+    Calibration,
+    ChannelsLast,
+    Checkpoint,
+    Copies,
+    Data,
+    Device,
+    Dtype,
+    Exclude,
+    ImageKey,
+    InputSize,
+    KeepLatency,
+    KeepMacs,
+    KeepParams,
+    LabelKey,
+    Model,
+    NumClasses,
+    Overwrite,
+    RankMultiple,
+    Schemes,
+    Seed,
+    Workers,
+    batch_sizes,
+    check_plan_file,
+    open_data,
+    open_images,
+    open_model,
+    plan_options,
+)
+from .terminal import Group, interactive, note, print_json, print_tables, progress
+
+app = typer.Typer(
+    cls=Group,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Shrink vision models by low-rank decomposition. "
+    "Exit codes: 0 fine; 1 doctor found a problem; 2 bad input, with one line on stderr that says what to do; "
+    "130 interrupted.",
+)
+
+
+@app.command("plan")
+def plan_command(
+    model: Model,
+    checkpoint: Checkpoint = None,
+    num_classes: NumClasses = None,
+    keep_params: KeepParams = None,
+    keep_macs: KeepMacs = None,
+    keep_latency: KeepLatency = None,
+    batch_size: BatchSize = 1,
+    dtype: Dtype = "float32",
+    channels_last: ChannelsLast = False,
+    data: Data = None,
+    image_key: ImageKey = None,
+    label_key: LabelKey = None,
+    schemes: Schemes = None,
+    rank_multiple: RankMultiple = 1,
+    exclude: Exclude = None,
+    calibration: Calibration = None,
+    copies: Copies = None,
+    input_size: InputSize = None,
+    workers: Workers = 0,
+    device: Device = None,
+    seed: Seed = 0,
+    output: Annotated[Path, typer.Option(help="Plan file to write.")] = Path("plan.json"),
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Choose scheme, groups and rank of every layer under one budget: print the table, write the plan.
+
+    Example: arp-hub plan --model resnet50 --keep-params 0.4 --output plan.json
+    """
+    workload = Workload(batch_size, dtype, channels_last)
+    options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude)
+    check_plan_file(output, overwrite)
+    network = open_model(model, checkpoint, num_classes, input_size, device, seed)
+    images = open_images(open_data(data, network, image_key, label_key), calibration, copies, seed, workers)
+    made = make_plan(network, **options, calibration=images, progress=interactive())
+    counted = summary.plan_report(network, made)
+    made.save(output)
+    if as_json:
+        print_json({"plan": made.to_dict(), "output": str(output), **counted.to_dict()})
+    else:
+        print_tables(tables.plan_table(counted, f"Plan of {model}"), tables.dense_table(counted))
+        note(f"plan written to {output}")
+
+
+@app.command()
+def compress(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="Folder to save the decomposed model in.")],
+    checkpoint: Checkpoint = None,
+    num_classes: NumClasses = None,
+    keep_params: KeepParams = None,
+    keep_macs: KeepMacs = None,
+    keep_latency: KeepLatency = None,
+    batch_size: BatchSize = 1,
+    dtype: Dtype = "float32",
+    channels_last: ChannelsLast = False,
+    plan: Annotated[Path | None, typer.Option(help="A plan file, instead of a budget.")] = None,
+    data: Data = None,
+    image_key: ImageKey = None,
+    label_key: LabelKey = None,
+    schemes: Schemes = None,
+    rank_multiple: RankMultiple = 1,
+    exclude: Exclude = None,
+    calibration: Calibration = None,
+    copies: Copies = None,
+    input_size: InputSize = None,
+    max_images: Annotated[int | None, typer.Option(help="Measure accuracy on so many test images only.", min=1)] = None,
+    workers: Workers = 0,
+    device: Device = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Plan and decompose with no training, and save the result.
+
+    Without --data on the weights alone. With --data each layer is fitted to its output on calibration images, and where
+    there are labels, top-1 and top-5 are measured on the test split before and after.
+
+    Example: arp-hub compress --model resnet50 --data path/to/images --keep-params 0.5 --output out
+    """
+    workload = Workload(batch_size, dtype, channels_last)
+    options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude, plan)
+    check_folder(output, overwrite=overwrite)
+    given = None if plan is None else RankPlan.load(plan)
+    network = open_model(model, checkpoint, num_classes, input_size, device, seed)
+    if given is not None:
+        check_plan(network, given)
+    found = open_data(data, network, image_key, label_key)
+    images = open_images(found, calibration, copies, seed, workers)
+    counts = calibration_counts(found, calibration, copies) if found else (0, 0)
+    test = _test_split(network, found)
+    before, falls = _figures(network, test, max_images, workers), spectra.decays(network)
+    start = time.perf_counter()
+    made = given or make_plan(network, **options, calibration=images, progress=interactive())
+    decompose(network, made, images, progress=interactive())
+    seconds = time.perf_counter() - start
+    after = _figures(network, test, max_images, workers)
+    result: dict[str, Any] = {
+        "model": model,
+        "data": data,
+        **({"split": test.name} if test else {}),
+        "calibration_images": counts[0],
+        "calibration_copies": counts[1],
+        "trained": False,
+        "seconds": round(seconds, 2),
+        "seed": seed,
+        "dense": before,
+        **after,
+    }
+    names = found.class_names if found and test else ()
+    metrics = {
+        **result,
+        "base_model": None if checkpoint else published_name(model, network),
+        "dataset": hub_dataset(data),
+        "shared_images": bool(test and found and found.train.name == found.test.name),
+        "plan": made.to_dict(),
+        "dense": {**before, "spectra": falls},
+        "spectra": spectra.decays(network),
+    }
+    save_pretrained(network, output, metrics=metrics, label_names=names or None, overwrite=overwrite)
+    if as_json:
+        print_json({**result, "output": str(output)})
+    else:
+        title = f"{model}, no training, {seconds:.0f} s"
+        print_tables(tables.figures_table({"dense": before, "decomposed": after}, title))
+        note(f'saved; load it with timm.create_model("local-dir:{output}", pretrained=True) after `import arp_hub`')
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: Model,
+    data: Annotated[str, typer.Option(help="digits, a folder of parquet files or of class folders, or a Hub id.")],
+    split: Annotated[str, typer.Option(help="Which images: test, train, or a split of the data's own.")] = "test",
+    checkpoint: Checkpoint = None,
+    num_classes: NumClasses = None,
+    image_key: ImageKey = None,
+    label_key: LabelKey = None,
+    input_size: InputSize = None,
+    batch_size: Annotated[int, typer.Option(help="Images a forward pass.", min=1)] = 256,
+    max_images: Annotated[int | None, typer.Option(help="Stop after so many images.", min=1)] = None,
+    workers: Workers = 0,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure top-1 and top-5 (per cent), loss (nats), parameters and multiply-accumulates.
+
+    Example: arp-hub evaluate --model local-dir:out --data uoft-cs/cifar10 --json
+    """
+    network = open_model(model, checkpoint, num_classes, input_size, device)
+    found = load_data(data, network, image_key=image_key, label_key=label_key)
+    if reason := _class_mismatch(network, found):
+        raise ArpHubError(f"{reason}: choose the model that was trained on this data")
+    scores = evaluate(network, found.split(split), batch_size=batch_size, workers=workers, max_images=max_images)
+    result = {**scores, "params": count_params(network), "macs": count_macs(network)}
+    if as_json:
+        print_json({"model": model, "data": data, "split": split, **result})
+    else:
+        print_tables(tables.figures_table({model: result}, f"{data}, split {split}"))
+
+
+@app.command()
+def bench(
+    model: Model,
+    checkpoint: Checkpoint = None,
+    num_classes: NumClasses = None,
+    batch_size: Annotated[str, typer.Option(help="Images a forward pass; several with commas.")] = "1,32",
+    dtype: Dtype = "float32",
+    channels_last: ChannelsLast = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Time through torch.compile.")] = False,
+    seconds: Annotated[float, typer.Option(help="How long to measure each batch size.")] = 10.0,
+    input_size: InputSize = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time a model against its own dense form: warmed up, in turns, medians with quartiles.
+
+    A ratio below 1 is faster than dense. On one thread times are the process's own, so that other processes do not
+    count; set the number of threads with OMP_NUM_THREADS.
+
+    Example: arp-hub bench --model local-dir:out --batch-size 1,32 --json
+    """
+    workloads = [Workload(size, dtype, channels_last) for size in batch_sizes(batch_size)]
+    network = open_model(model, checkpoint, num_classes, input_size, device)
+    found = [benchmark(network, workload, compiled=compiled, seconds=seconds) for workload in workloads]
+    if as_json:
+        print_json({"model": model, **environment(), "latency": [one.to_dict() for one in found]})
+    else:
+        print_tables(tables.latency_table(found, model))
+
+
+@app.command()
+def inspect(
+    model: Model,
+    checkpoint: Checkpoint = None,
+    num_classes: NumClasses = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan: shows how far each layer is from it.")] = None,
+    data: Data = None,
+    image_key: ImageKey = None,
+    calibration: Calibration = 64,
+    input_size: InputSize = None,
+    workers: Workers = 0,
+    device: Device = None,
+    seed: Seed = 0,
+    plot: Annotated[Path | None, typer.Option(help="Picture to write: .png, .svg or .pdf.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show singular-value spectra, ranks and violations, layer by layer.
+
+    Columns: full rank; the ranks that keep 90 and 99 % of the energy; the stable rank; scheme and rank of a decomposed
+    layer or of --plan; and the relative squared distance from that plan. All for the fold of scheme 'channel'. With
+    --data the spectrum is the one of the layer's output, on calibration images.
+
+    Example: arp-hub inspect --model resnet50 --plot spectra.png
+    """
+    given = None if plan is None else RankPlan.load(plan)
+    if plot is not None:
+        check_picture_path(plot)
+    network = open_model(model, checkpoint, num_classes, input_size, device, seed)
+    schemes = {} if given is None else check_plan(network, given)
+    images = open_images(open_data(data, network, image_key, None), calibration, 0, seed, workers)
+    layers = spectra.decomposable_layers(network)
+    if images is None:
+        found = {name: spectra.spectrum(layer) for name, layer in progress(layers, "spectra")}
+    else:
+        found = spectra.output_spectra(network, layers, images)
+    shown = given or plan_of(network)
+    distances = {
+        name: spectra.violation(layers[name], scheme, shown.layers[name].rank)
+        for name, scheme in progress(schemes, "violations")
+    }
+    rows = summary.spectrum_reports(network, found, shown, distances)
+    metric = "weights" if images is None else "outputs"
+    if plot is not None:
+        ranks = {name: entry.rank for name, entry in shown.layers.items()}
+        save_figure(spectra_figure(found, ranks, f"{model}: spectra of {metric}"), plot)
+    if as_json:
+        listed = [row.to_dict() for row in rows]
+        print_json({"model": model, "metric": metric, "layers": listed, "plot": plot and str(plot)})
+    else:
+        print_tables(tables.spectrum_table(rows, f"{model}, {metric}"))
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder with a saved model.", show_default=False)],
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="Where to; it is made if there is none.")],
+    token: Annotated[str | None, typer.Option(help="By default HF_TOKEN or the one of `hf auth login`.")] = None,
+    private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to write to; by default main.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Tag for this version, such as v1.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    dense_revision: Annotated[str, typer.Option(help="Branch for the merged model, plain timm.")] = "dense",
+    no_dense: Annotated[bool, typer.Option("--no-dense", help="No such branch.")] = False,
+    base_model: Annotated[str | None, typer.Option(help="For the card: the dense model on the Hub.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="For the card: the data set on the Hub.")] = None,
+    license: Annotated[str | None, typer.Option(help="For the card; by default the backbone's.")] = None,
+    with_latency: Annotated[
+        bool, typer.Option("--bench", help="For the card: measure the latency here, at batch sizes 1 and 32.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Publish a saved model with its card: whole or not at all.
+
+    One commit on each branch. What you write between the owner's marks of the card is kept by the next push.
+
+    Example: arp-hub push out me/resnet50-arp --tag v1
+    """
+    if not interactive():
+        disable_progress_bars()
+    latency = _latency(folder) if with_latency else None
+    about = {"base_model": base_model, "dataset": dataset, "license": license, "latency": latency}
+    done = push_to_hub(
+        folder,
+        repo_id,
+        token=token,
+        private=private,
+        revision=revision,
+        tag=tag,
+        create_pr=create_pr,
+        commit_message=message,
+        metrics={key: value for key, value in about.items() if value},
+        dense_revision=None if no_dense else dense_revision,
+    )
+    if as_json:
+        print_json(asdict(done))
+    else:
+        at = "" if done.revision == "main" and not tag else f"@{tag or done.revision}"
+        note(f"published: {done.url}")
+        note(f'load it with timm.create_model("hf-hub:{done.repo_id}{at}", pretrained=True) after `import arp_hub`')
+
+
+@app.command("report")
+def report_command(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, finished or under way: OUTPUT-run.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write report.html into a run's folder: curves, violations, ranks, spectra, accuracy and size.
+
+    A finished run has one already; this is for looking at one under way.
+
+    Example: arp-hub report runs/quickstart-run
+    """
+    path = write_report(folder)
+    if as_json:
+        print_json({"report": str(path)})
+    else:
+        note(f"report written to {path}")
+
+
+@app.command("doctor")
+def doctor_command(as_json: AsJson = False) -> None:
+    """Print versions, devices, and whether the Hub can be reached and who is logged in; then what is wrong.
+
+    Exit code 1 if anything is.
+
+    Example: arp-hub doctor
+    """
+    found = doctor.examine()
+    if as_json:
+        print_json(found)
+    else:
+        print_tables(doctor.table(found))
+    for problem in found["problems"]:
+        note(f"problem: {problem}")
+    if found["problems"]:
+        raise typer.Exit(1)
+    note("no problem found")
+
+
+def _latency(folder: Path) -> list[dict[str, Any]]:
+    """Latency of a saved model against its dense form, on the device at hand."""
+    network = open_model(f"local-dir:{folder}", None, None, None, None)
+    hardware = environment()["hardware"]
+    place = {"hardware": hardware.get("gpu", hardware["cpu"])}
+    return [{**benchmark(network, Workload(size)).to_dict(), **place} for size in (1, 32)]
+
+
+def _figures(model: nn.Module, test: Split | None, max_images: int | None, workers: int) -> dict[str, Any]:
+    """Size, and accuracy where it can be measured."""
+    size = {"params": count_params(model), "macs": count_macs(model)}
+    return {**(evaluate(model, test, workers=workers, max_images=max_images) if test else {}), **size}
+
+
+def _test_split(model: nn.Module, data: ImageData | None) -> Split | None:
+    """The test images, if they have labels that the model was trained for."""
+    if data is None or data.test.labels is None:
+        return None
+    if reason := _class_mismatch(model, data):
+        note(f"accuracy is not measured: {reason}")
+        return None
+    return data.test
+
+
+def _class_mismatch(model: nn.Module, data: ImageData) -> str | None:
+    """Why the labels are not those that the model was trained for, where the data tells its classes."""
+    classes = getattr(model, "num_classes", None)
+    if not data.class_names or classes in (None, data.num_classes):
+        return None
+    return f"the model has {classes} classes, the data '{data.name}' has {data.num_classes}"

@@ -1,0 +1,149 @@
+"""What this machine has, and what of it stands in the way: versions, devices, the Hub."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.utils import get_session
+from packaging.requirements import Requirement
+from rich.markup import escape
+from rich.table import Table
+
+from .._utils.environment import environment
+
+_TIMEOUT = 5.0
+"""Seconds to wait for the Hub."""
+_LOW_DISK = 5 * 2**30
+
+
+def examine(endpoint: str | None = None) -> dict[str, Any]:
+    """Look at everything that a run depends on.
+
+    Args:
+        endpoint: Address of the Hub; by default the one that huggingface_hub uses (``HF_ENDPOINT``).
+
+    Returns:
+        ``versions``, ``hardware``, ``devices``, ``hub`` and ``extras``; and ``problems``, one line each, none where all
+        is well.
+
+    Example:
+        >>> sorted(examine())  # doctest: +SKIP
+        ['devices', 'extras', 'hardware', 'hub', 'problems', 'versions']
+    """
+    facts = environment()
+    hub, hub_problems = _hub(endpoint or huggingface_hub.constants.ENDPOINT)
+    missing, extras = _requirements()
+    return {
+        "versions": facts["versions"],
+        "hardware": facts["hardware"],
+        "devices": _devices(),
+        "extras": extras,
+        "hub": hub,
+        "problems": [*missing, *hub_problems, *_disk(), *_threads()],
+    }
+
+
+def _requirements() -> tuple[list[str], dict[str, bool]]:
+    """Requirements that are not met, and for every extra whether it is installed."""
+    problems: list[str] = []
+    extras: dict[str, bool] = {}
+    try:
+        lines = requires("arp-hub") or []
+    except PackageNotFoundError:
+        return ["arp_hub is not installed, only imported: pip install arp-hub"], {}
+    for line in lines:
+        needed = Requirement(line)
+        extra = needed.marker and str(needed.marker).partition("extra == ")[2].strip("\"'")
+        try:
+            found = version(needed.name)
+        except PackageNotFoundError:
+            found = ""
+        met = bool(found) and needed.specifier.contains(found, prereleases=True)
+        if extra:
+            extras[extra] = extras.get(extra, True) and met
+        elif not met:
+            problems.append(
+                f"{needed.name} is {found or 'missing'}, needed is {needed.name}{needed.specifier}: "
+                f'pip install --upgrade "{needed.name}{needed.specifier}"'
+            )
+    return problems, extras
+
+
+def _devices() -> list[str]:
+    """What models can run on, the best last."""
+    found = ["cpu"]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(f"cuda:{index} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)")
+    return found
+
+
+def _hub(endpoint: str) -> tuple[dict[str, Any], list[str]]:
+    """Whether the Hub can be reached, and who is logged in. The token itself goes nowhere but to the Hub."""
+    token = huggingface_hub.get_token()
+    state: dict[str, Any] = {"endpoint": endpoint, "reachable": None, "user": None, "token": token is not None}
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return state, ["the Hub is switched off by HF_HUB_OFFLINE=1: only cached models load; unset it to push or pull"]
+    try:
+        get_session().get(f"{endpoint}/api/models?limit=1", timeout=_TIMEOUT)
+        state["reachable"] = True
+    except Exception as error:  # every client raises its own kinds
+        state["reachable"] = False
+        return state, [
+            f"the Hub at {endpoint} cannot be reached ({type(error).__name__}): check the network, HF_ENDPOINT and "
+            "proxies; local folders and cached models still load"
+        ]
+    if token is None:
+        return state, []
+    try:
+        state["user"] = HfApi(endpoint=endpoint, token=token).whoami()["name"]
+    except Exception as error:  # of the HTTP library that this version of the client uses
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status not in (401, 403):  # such as a connection that broke between the two calls
+            return state, [f"the Hub did not say who is logged in ({status or type(error).__name__}): try again"]
+        return state, [f"the Hub refuses the stored token ({status}): log in again with `hf auth login`"]
+    return state, []
+
+
+def _disk() -> Iterator[str]:
+    """Places that are written to: the cache of the Hub and the current directory."""
+    for what, place in (("the cache", Path(huggingface_hub.constants.HF_HOME)), ("the current directory", Path.cwd())):
+        there = next(path for path in (place, *place.parents) if path.exists())
+        if not os.access(there, os.W_OK):
+            yield f"{what} '{place}' cannot be written: set HF_HOME, or work in a folder of your own"
+        elif (free := shutil.disk_usage(there).free) < _LOW_DISK:
+            yield f"{what} '{place}' has {free / 2**30:.1f} GiB left: make room, or set HF_HOME to another disk"
+
+
+def _threads() -> Iterator[str]:
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    if threads > cores:
+        yield f"torch uses {threads} threads on {cores} cores: set OMP_NUM_THREADS={cores}"
+
+
+def table(found: Mapping[str, Any]) -> Table:
+    """What `examine` found, for people; the problems are not in it."""
+    hub, hardware = found["hub"], found["hardware"]
+    reach = {True: "reachable", False: "not reachable", None: "switched off"}[hub["reachable"]]
+    user = f"logged in as {hub['user']}" if hub["user"] else "a token is stored" if hub["token"] else "not logged in"
+    rows = {
+        "versions": ", ".join(f"{name} {number}" for name, number in found["versions"].items()),
+        "processor": f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} threads in use",
+        "devices": ", ".join(found["devices"]),
+        "extras": ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in sorted(found["extras"].items())),
+        "Hub": f"{hub['endpoint']}, {reach}, {user}",
+    }
+    result = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in rows.items():
+        result.add_row(name, escape(value))
+    return result

@@ -1,0 +1,70 @@
+"""How ``arp-hub`` talks: tables and JSON on stdout; progress, notes and errors on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar, cast
+
+import typer
+from rich.console import Console, RenderableType
+from tqdm import tqdm
+from typer.core import TyperGroup
+
+from ..errors import ArpHubError
+
+Item = TypeVar("Item")
+
+_UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
+"""What typer raises for a wrong option: it has no public name of its own."""
+_PIPE_WIDTH = 140
+"""Width of a table that goes into a file or a pipe."""
+
+
+class Group(TyperGroup):
+    """Commands whose user errors are one line on stderr and exit code 2."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command line, then exit."""
+        plain = warnings.formatwarning
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except (ArpHubError, _UsageError) as error:
+            message = error.format_message() if hasattr(error, "format_message") else str(error)
+            note("error: " + " ".join(message.split()))
+            code = 2
+        except typer.Abort:
+            code = 130
+        finally:
+            warnings.formatwarning = plain
+        sys.exit(code)
+
+
+def interactive() -> bool:
+    """Whether somebody watches stderr, so that a progress bar makes sense."""
+    return sys.stderr.isatty()
+
+
+def progress(items: Mapping[str, Item], title: str) -> Iterable[tuple[str, Item]]:
+    """The items of a mapping, with a progress bar."""
+    return tqdm(items.items(), title, disable=not interactive(), leave=False)
+
+
+def print_tables(*tables: RenderableType) -> None:
+    """Tables to stdout."""
+    console = Console() if sys.stdout.isatty() else Console(width=_PIPE_WIDTH)
+    for table in tables:
+        console.print(table)
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """One JSON object to stdout."""
+    print(json.dumps(value, indent=2))
+
+
+def note(text: str) -> None:
+    """One line to stderr."""
+    print(text, file=sys.stderr)

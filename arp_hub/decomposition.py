@@ -1,0 +1,232 @@
+"""Decompose a model by a plan, and merge it back: closed forms and small fits, no training."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from tqdm.auto import tqdm
+
+from ._utils.torch_utils import evaluating, give_back_memory
+from .calibration.batchnorm import following_norms, norms_with_statistics, renormalise
+from .calibration.images import LEAST_PIXELS, Images, batches
+from .calibration.moments import LARGE, SAMPLES, PatchMoments
+from .calibration.passes import paired_moments
+from .calibration.regression import fit_layer, output_scale
+from .errors import ArpHubError
+from .layers.apply_plan import check_plan
+from .layers.low_rank import LowRankLayer, effective_weight, layer_shape, low_rank_layer
+from .layers.model import layers_called, low_rank_layers, replace_layers
+from .layers.trace import InputSize, Trace, trace
+from .plan import LayerPlan, RankPlan
+from .schemes import Factors, Scheme, relative_error
+from .schemes.shapes import LayerShape, Pair
+
+_FORWARD_WORK, _WORK_AN_IMAGE = 5e12, 8e9
+"""Multiply-accumulates that bound all forward passes together, and the same for each image that there is. Where they do
+not suffice for a pass over all images for every layer, layers make do with fewer, by what they need; and if they do not
+suffice for that either, neighbouring layers share a pass, and are then fitted to the same inputs."""
+_NORM_WORK, _LEAST_NORM_IMAGES = 6e11, 64
+"""Multiply-accumulates that bound the pass after which BatchNorms follow, and images that it takes in any case: their
+statistics need few, of which every position counts."""
+_EXACT = 1e-8
+"""Largest relative squared error at which given factors count as the weight itself."""
+
+
+def decompose(
+    model: nn.Module,
+    plan: RankPlan,
+    calibration: Images | None = None,
+    *,
+    factors: Mapping[str, Factors] | None = None,
+    progress: bool = False,
+) -> nn.Module:
+    """Replace the planned layers by their low-rank factors, in place. No labels, no back-propagation.
+
+    Without ``calibration`` every weight goes to its nearest point in the scheme's set. With it, the layers are
+    fitted one after the other, in the order in which the model uses them: each to the dense model's output, from the
+    input that the already decomposed model gives it, in the metric of that input's second moment. Biases and the
+    means of a BatchNorm that follows are set in closed form so that every layer's mean output stays right. At the end
+    the statistics of the BatchNorms behind dense layers follow what goes into them.
+
+    Args:
+        model: A model with dense layers, on the device on which to work.
+        plan: A plan made for it.
+        calibration: Unlabelled images, normalised as for the model: a tensor ``(N, C, H, W)`` or batches.
+        factors: Factors found already, as `AdaptiveRankPenalty.factors` gives them after the hold. They must
+            reproduce the weights; then the decomposition is exact.
+        progress: Show a progress bar.
+
+    Returns:
+        ``model`` itself. On an error it is left as it was.
+
+    Raises:
+        ArpHubError: If the plan does not fit the model, a weight is not finite, or ``factors`` do not reproduce
+            the weights.
+
+    Example:
+        >>> model = timm.create_model("resnet18")
+        >>> plan = make_plan(model, keep_params=0.5)
+        >>> decompose(model, plan)
+    """
+    schemes = check_plan(model, plan)
+    if factors is not None and calibration is not None:
+        raise ArpHubError("pass either calibration images or factors, not both: given factors are not fitted again")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in plan.layers:
+        if effective_weight(modules[name]).is_meta:
+            raise ArpHubError(f"layer '{name}' has no weight (meta device): load the model's weights first")
+        if not torch.isfinite(effective_weight(modules[name])).all():
+            raise ArpHubError(f"layer '{name}': its weight holds NaN or infinite values")
+    if calibration is not None:
+        with layers_called(model):
+            return _decompose_by_data(model, plan, schemes, calibration, progress)
+    new = {}
+    for name, layer_plan in tqdm(plan.layers.items(), "decompose", disable=not progress, leave=False):
+        weight = effective_weight(modules[name])
+        if factors is None:
+            found = schemes[name].nearest(weight.double(), layer_plan.rank)
+        else:
+            found = _given_factors(name, schemes[name], weight, factors)
+        new[name] = low_rank_layer(modules[name], layer_plan)
+        new[name].load_factors(found, modules[name].bias)
+    replace_layers(model, {modules[name]: layer for name, layer in new.items()})
+    return model
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Merge every decomposed layer's factors into one dense layer, in place: the same outputs, plain modules.
+
+    A weight-standardised convolution comes back as a plain one that holds the standardised weight.
+
+    Returns:
+        ``model`` itself.
+    """
+    replace_layers(model, {layer: layer.dense_layer() for layer in low_rank_layers(model).values()})
+    return model
+
+
+def _given_factors(name: str, scheme: Scheme, weight: Tensor, factors: Mapping[str, Factors]) -> Factors:
+    if name not in factors:
+        raise ArpHubError(f"layer '{name}' is planned, but there are no factors for it")
+    found = tuple(factor.detach() for factor in factors[name])
+    error = relative_error(weight.double(), scheme.compose([factor.double() for factor in found]))
+    if not error <= _EXACT:
+        raise ArpHubError(
+            f"layer '{name}': the given factors miss its weight by a relative squared error of {float(error):.1e}; "
+            "they are exact only after the penalty's hold phase: train to its end, or leave factors out"
+        )
+    return found
+
+
+def _decompose_by_data(
+    model: nn.Module, plan: RankPlan, schemes: Mapping[str, Scheme], images: Images, progress: bool
+) -> nn.Module:
+    """Fit layer after layer on a copy; put the new layers into ``model`` once all of them are there."""
+    give_back_memory()  # what planning has left
+    with evaluating(model):
+        # with weights in common: only buffers are changed in place, and whole layers exchanged
+        student = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+        teachers = {name: model.get_submodule(name) for name in plan.layers}
+        norms = following_norms(student, {name: student.get_submodule(name) for name in plan.layers}, images)
+        bar = tqdm(total=len(plan.layers), desc="decompose", disable=not progress, leave=False)
+        shapes = [cast(InputSize, tuple(batch.shape[1:])) for batch in batches(images) for _ in batch]
+        traced = trace(model, shapes[0])
+        for k, (names, most) in enumerate(_passes(model, plan, traced, shapes)):
+            old = {name: student.get_submodule(name) for name in names}
+            pupils = (student, old) if k else (model, teachers)  # nothing is decomposed yet before the first pass
+            found = paired_moments(*pupils, model, {name: teachers[name] for name in names}, images, most)
+            for name in names:
+                # taken out, so that memory is free layer by layer
+                new = _fitted_layer(schemes[name], plan.layers[name], teachers[name], found.pop(name), norms.get(name))
+                replace_layers(student, {old[name]: new})
+                give_back_memory()
+                bar.update()
+        bar.close()
+        most = max(_LEAST_NORM_IMAGES, int(_NORM_WORK / (2 * max(traced.macs, 1))))
+        renormalise(student, model, images, set(norms.values()), most)
+    student_modules = dict(student.named_modules())
+    replace_layers(model, {old: student_modules[name].train(old.training) for name, old in teachers.items()})
+    for name, norm in norms_with_statistics(model).items():
+        changed = cast(BatchNorm, student_modules[name])
+        cast(Tensor, norm.running_mean).copy_(cast(Tensor, changed.running_mean))
+        cast(Tensor, norm.running_var).copy_(cast(Tensor, changed.running_var))
+    return model
+
+
+def _fitted_layer(
+    scheme: Scheme, plan: LayerPlan, dense: nn.Module, moments: PatchMoments, norm: BatchNorm | None
+) -> LowRankLayer:
+    """The decomposed form of one layer; the mean of ``norm``, the BatchNorm behind it, takes up its change of mean."""
+    bias = cast("Tensor | None", dense.bias)
+    can_shift = norm is not None or bias is not None
+    weight = effective_weight(dense)
+    weight = weight.double() if weight[0].numel() <= LARGE else weight.float()
+    problem = moments.regression(weight, centred=can_shift)
+    factors = fit_layer(scheme, plan.rank, weight, problem, output_scale(norm, weight))
+    new = low_rank_layer(dense, plan)
+    new.load_factors(factors, bias)
+    if can_shift:
+        _shift_mean(new, norm, problem.bias(scheme.compose(factors)))
+    return new
+
+
+@torch.no_grad()
+def _shift_mean(layer: LowRankLayer, norm: BatchNorm | None, bias: Tensor) -> None:
+    """Let the layer's bias, or the mean of the BatchNorm behind it, take up the ``bias`` of a fit."""
+    if layer.bias is not None:
+        layer.bias.add_(bias.to(layer.bias))
+    else:
+        mean = cast(Tensor, cast(BatchNorm, norm).running_mean)
+        mean.sub_(bias.to(mean))
+
+
+def _passes(
+    model: nn.Module, plan: RankPlan, traced: Trace, images: Sequence[InputSize]
+) -> list[tuple[list[str], int]]:
+    """The planned layers in the order of their use, in groups that share a pass, each with the images that it takes."""
+    by_module = {id(model.get_submodule(name)): name for name in traced.sizes}
+    modules = {name: model.get_submodule(name) for name in plan.layers}
+    if silent := [name for name, module in modules.items() if id(module) not in by_module]:
+        raise ArpHubError(f"the model never calls '{silent[0]}' (it may use its weight alone): take it out of the plan")
+    places = {module: place for place, module in enumerate(by_module)}
+    ordered = sorted(plan.layers, key=lambda name: places[id(modules[name])])
+    calls = {name: traced.sizes[by_module[id(module)]] for name, module in modules.items()}
+    least = math.ceil(LEAST_PIXELS / math.prod(images[0][1:]))
+    needs = {name: max(least, _images_needed(layer_shape(modules[name]), calls[name][0])) for name in ordered}
+    work = min(_FORWARD_WORK, _WORK_AN_IMAGE * len(images))
+    return passes_within(work / max(traced.macs, 1), needs, len(images))  # a pass goes half-way, through two models
+
+
+def passes_within(affordable: float, needs: Mapping[str, int], images: int) -> list[tuple[list[str], int]]:
+    """Share so many looks at images out among layers.
+
+    Args:
+        affordable: Images that all passes together look at, at most; a single pass over all layers is made anyway.
+        needs: The images that each layer needs, in the order of the layers' use.
+        images: Images that there are.
+
+    Returns:
+        Passes: the layers of each, and the images that it takes. Each layer has its own, over all images or as many
+        times those it needs as are affordable; where it would not have even those, neighbours share one.
+    """
+    times, shared = 2 ** max(0, math.ceil(math.log2(images))), 1
+    while True:
+        counts = [min(images, times * need) for need in needs.values()]
+        groups = [slice(k, k + shared) for k in range(0, len(counts), shared)]
+        passes = [(list(needs)[group], max(counts[group])) for group in groups]
+        if sum(count for _, count in passes) <= affordable or len(passes) == 1:
+            return passes
+        times, shared = (times // 2, 1) if times > 1 else (1, shared + 1)
+
+
+def _images_needed(shape: LayerShape, size: Pair) -> int:
+    """Images whose patches suffice for a layer's second moment, by the size of its input map."""
+    sides = (size[0],) if shape.kind == "linear" else shape.as_conv().output_size(size)
+    positions = math.prod(max(1, side) for side in sides)  # a layer that pads by itself makes more than is counted
+    return math.ceil(SAMPLES * shape.group_in * shape.taps / positions)

@@ -1,0 +1,1 @@
+"""Saved folders, their cards, and the Hub."""

@@ -1,0 +1,180 @@
+"""The model card: how to load the model, what it is, and the numbers of ``metrics.json``; nothing that is not there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..reports.plots import can_draw, decays_figure, ranks_figure, save_figure, violation_figure
+from . import card_text as text
+
+TEMPLATE = Path(__file__).with_name("templates") / "card.md"
+PICTURES = {
+    "ranks.png": "Rank and parameters of each decomposed layer",
+    "spectra.png": "Singular values of the layers, before and after decomposition",
+    "violation.png": "Distance of the layers from their ranks during training",
+}
+"""Files that `draw_pictures` may write, with what they show."""
+_OWNER = re.compile(r"(<!-- owner: [^>]*-->\n)(.*?)(\n?<!-- /owner -->)", re.S)
+_GENERATED = frozenset(ModelCardData(model_name="").__dict__) - {"language", "license_name", "license_link"}
+"""Keys of the card's head that are written anew on every push; what else an owner adds is kept."""
+
+
+def model_card(
+    config: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    name: str,
+    *,
+    pictures: Sequence[str] = (),
+    dense: str | None = None,
+    tag: str | None = None,
+) -> str:
+    """Render the card.
+
+    Args:
+        config: The model's ``config.json``.
+        metrics: Its ``metrics.json``. A number that is not there has no line on the card.
+        name: What to load the model by: ``local-dir:FOLDER`` or ``hf-hub:USER/NAME``.
+        pictures: Names of pictures that lie beside the card, of `PICTURES`.
+        dense: Revision with the merged model, if there is one.
+        tag: Tag of this version, if there is one.
+
+    Returns:
+        Markdown with a YAML head, as the Hub takes it.
+    """
+    args = config.get("model_args", {})
+    plan = args.get("plan")
+    backbone = args.get("backbone", config["architecture"])
+    card = ModelCard.from_template(
+        card_data(config, metrics, name),
+        template_path=str(TEMPLATE),
+        title=_title(name),
+        name=name,
+        backbone=backbone,
+        stock=not backbone.startswith("cifar_"),
+        decomposed=plan is not None,
+        merged_from=metrics.get("merged_from"),
+        summary=text.summary(metrics),
+        classes=config["num_classes"],
+        dense=dense,
+        tag=tag,
+        numbers=text.numbers(metrics, plan is not None),
+        notes=text.notes(metrics),
+        stages=text.stages(metrics),
+        layers=len(plan["layers"]) if plan else 0,
+        schemes=text.schemes(plan) if plan else "",
+        decomposed_layers=text.decomposed_layers(metrics),
+        dense_layers=text.dense_layers(metrics),
+        pictures=[(file, PICTURES[file]) for file in PICTURES if file in pictures],
+        facts=list(text.facts(metrics)),
+        recipe=text.recipe(metrics),
+        command=metrics.get("command"),
+        limits=text.limits(metrics, plan is not None),
+    )
+    return str(card.content).rstrip() + "\n"
+
+
+def card_data(config: Mapping[str, Any], metrics: Mapping[str, Any], name: str) -> ModelCardData:
+    """The card's head. Results are listed only where accuracy was measured and the data is known."""
+    decomposed = "plan" in config.get("model_args", {})
+    base, dataset = metrics.get("base_model"), metrics.get("dataset")
+    results = _results(metrics)
+    return ModelCardData(
+        model_name=_title(name) if results else None,
+        eval_results=results or None,
+        library_name="timm",
+        license=metrics.get("license") or config["pretrained_cfg"].get("license"),
+        pipeline_tag="image-classification" if config["num_classes"] else "image-feature-extraction",
+        base_model=base,
+        base_model_relation="finetune" if base else None,
+        datasets=[dataset] if dataset else None,
+        metrics=["accuracy"] if results else None,
+        tags=["arp-hub", "timm", *(["low-rank", "model-compression"] if decomposed else [])],
+    )
+
+
+def draw_pictures(folder: Path, metrics: Mapping[str, Any]) -> list[str]:
+    """Draw what the metrics have numbers for; nothing where matplotlib is missing.
+
+    Returns:
+        The names of the pictures.
+    """
+    if not can_draw():
+        return []
+    figures = {}
+    if rows := [row for row in metrics.get("layers", ()) if row["scheme"]]:
+        figures["ranks.png"] = ranks_figure(rows)
+    if (before := metrics.get("dense", {}).get("spectra")) and (after := metrics.get("spectra")):
+        figures["spectra.png"] = decays_figure(before, after)
+    if len(history := metrics.get("history", ())) > 1:
+        figures["violation.png"] = violation_figure(history)
+    for file, figure in figures.items():
+        save_figure(figure, folder / file)
+    return list(figures)
+
+
+def keep_by_hand(card: str, earlier: str) -> str:
+    """The new card with what the owner wrote by hand into an earlier one.
+
+    Kept are the text between the two owner's marks, and keys of the head that arp_hub does not write.
+    """
+    found = _OWNER.search(earlier)
+    if found and found[2].strip():
+        card = _OWNER.sub(lambda new: new[1] + found[2] + new[3], card)
+    before, head = _head(earlier), _head(card)
+    kept = {key: value for key, value in before.items() if key not in head and key not in _GENERATED}
+    extra = [tag for tag in _tags(before) if tag not in _tags(head)]
+    if not kept and not extra:
+        return card
+    head = {**head, **kept, "tags": [*_tags(head), *extra]}
+    new = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
+    return f"---\n{new}---\n{card.split('---', 2)[2].lstrip()}"
+
+
+def by_hand(card: str) -> str:
+    """What the owner wrote between the marks of a card."""
+    found = _OWNER.search(card)
+    return found[2].strip() if found else ""
+
+
+def _title(name: str) -> str:
+    return name.partition(":")[2].rpartition("/")[2]
+
+
+def _results(metrics: Mapping[str, Any]) -> list[EvalResult]:
+    data = metrics.get("dataset") or metrics.get("data")
+    if not data:
+        return []
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=str(data) if metrics.get("dataset") else "imagefolder",
+            dataset_name=str(data).rstrip("/").rpartition("/")[2],
+            dataset_split=metrics.get("split"),
+            metric_type="accuracy",
+            metric_name=label,
+            metric_value=round(metrics[key], 4),
+        )
+        for key, label in (("top1", "top-1 accuracy, %"), ("top5", "top-5 accuracy, %"))
+        if key in metrics
+    ]
+
+
+def _head(card: str) -> dict[str, Any]:
+    """The YAML head of a card, empty if it cannot be read."""
+    parts = card.split("---\n", 2)
+    try:
+        head = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
+    except yaml.YAMLError:
+        head = {}
+    return head if isinstance(head, dict) else {}
+
+
+def _tags(head: Mapping[str, Any]) -> list[str]:
+    tags = head.get("tags")
+    return [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []

@@ -1,0 +1,189 @@
+"""Calls to a Hub, which may fail: one retry policy, one sentence for every failure, and no token in any of them."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import get_session
+from safetensors import SafetensorError
+
+from .._utils.secrets import holds_secret, redact
+from ..errors import ArpHubError
+
+_logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+ATTEMPTS = 4
+"""How often a call is tried in all."""
+FIRST_WAIT, LONGEST_WAIT = 1.0, 8.0
+"""Seconds before the second attempt, doubled for each further one, and their limit."""
+PATIENCE = 30.0
+"""Seconds after which no new attempt is made: some calls are retried by the client itself, so one can take as long."""
+
+SILENCE = 60.0
+"""Seconds without a byte after which an answer counts as lost; the client itself would wait for ever."""
+
+_TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
+_HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]
+"""What the client's HTTP library raises. The client has changed libraries before, and lets their errors through."""
+FAILURES = (OSError, RuntimeError, ValueError, SafetensorError, _HTTP_ERROR)
+"""What a call to the client may raise where a Hub, the network or a disk is at fault."""
+
+
+class HubFailure(ArpHubError):
+    """A call failed for good.
+
+    Attributes:
+        status: The HTTP status, None if there was no answer.
+        transient: Whether it may work later.
+    """
+
+    def __init__(self, message: str, status: int | None = None, transient: bool = False) -> None:
+        super().__init__(message)
+        self.status, self.transient = status, transient
+
+
+def call(what: str, function: Callable[..., Result], *args: Any, again: bool = True, **kwargs: Any) -> Result:
+    """Call the Hub's client; what is transient is tried again, a limited number of times, with a message.
+
+    Args:
+        what: What is being done, for messages: "cannot {what}".
+        function: A function of the client.
+        *args: Its arguments.
+        again: Whether a second attempt does no harm even if the first one arrived.
+        **kwargs: Its keyword arguments.
+
+    Raises:
+        HubFailure: If it failed, with the reason and the way out.
+    """
+    began, wait = time.monotonic(), FIRST_WAIT
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            with _no_endless_silence():
+                return function(*args, **kwargs)
+        except ArpHubError:
+            raise
+        except FAILURES as failed:
+            error = _root(failed)
+            last = attempt == ATTEMPTS or time.monotonic() - began > PATIENCE
+            if not again or last or not is_transient(error):
+                tries = f" ({attempt} attempts)" if attempt > 1 else ""
+                failure = HubFailure(f"cannot {what}: {explain(error)}{tries}", _status(error), is_transient(error))
+                raise failure from (None if holds_secret(str(error)) else error)
+            _logger.warning("cannot %s yet: %s; attempt %d of %d", what, explain(error), attempt + 1, ATTEMPTS)
+        time.sleep(wait)
+        wait = min(2 * wait, LONGEST_WAIT)
+    raise AssertionError  # the last attempt returns or raises
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same call may work a moment later."""
+    error = _root(error)
+    if (status := _status(error)) is not None:
+        return status in _TRANSIENT
+    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
+        return False
+    return isinstance(error, (_HTTP_ERROR, ConnectionError, TimeoutError, json.JSONDecodeError))
+
+
+def explain(error: BaseException) -> str:
+    """A failure in words: the reason, then the way out. Never with a token."""
+    return redact(" ".join(_explain(_root(error)).split()))
+
+
+@contextmanager
+def _no_endless_silence() -> Iterator[None]:
+    """While the block runs, the client gives up on a connection where nothing moves."""
+    session: Any = get_session()
+    before = getattr(session, "timeout", None)
+    session.timeout = SILENCE
+    try:
+        yield
+    finally:
+        session.timeout = before
+
+
+def uses_xet() -> bool:
+    """Whether the client uploads large files through Xet."""
+    return not constants.HF_HUB_DISABLE_XET and importlib.util.find_spec("hf_xet") is not None
+
+
+@contextmanager
+def plain_uploads() -> Iterator[None]:
+    """While the block runs, the client uploads through plain LFS instead of Xet."""
+    before = constants.HF_HUB_DISABLE_XET
+    constants.HF_HUB_DISABLE_XET = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = before
+
+
+def _root(error: BaseException) -> BaseException:
+    """What is behind the client's own "error while uploading"."""
+    cause = error.__cause__
+    return _root(cause) if isinstance(error, RuntimeError) and isinstance(cause, FAILURES) else error
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    codes = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    if isinstance(error, SafetensorError):  # it has the system's code in its text only
+        return any(f"(os error {code})" in str(error) for code in codes)
+    return isinstance(error, OSError) and error.errno in codes
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _explain(error: BaseException) -> str:
+    status = _status(error)
+    if isinstance(error, RevisionNotFoundError):
+        return "the repository has no such revision: choose one of its branches or tags"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such repository, or it is private: check the name, or log in with `hf auth login`"
+    if status in _ANSWERS:
+        return f"{_ANSWERS[status]} ({status})"
+    if status is not None:
+        return f"the Hub answered {status}{': try again later' if status in _TRANSIENT else f': {error}'}"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set: unset it to reach the Hub"
+    if isinstance(error, LocalEntryNotFoundError):
+        return (
+            "the Hub cannot be reached, and the cache does not hold all of this revision: connect, or name a tag that "
+            "was downloaded before (`arp_hub.download` fetches all of it)"
+        )
+    if isinstance(error, HFValidationError):
+        return f"{error}: names look like user/name"
+    if _is_disk_full(error):
+        return f"{error}: make room on that disk"
+    if is_transient(error):
+        return f"no answer from {constants.ENDPOINT} ({type(error).__name__}: {error}): check the network"
+    return f"{type(error).__name__}: {error}"
+
+
+_ANSWERS = {
+    401: "the Hub does not know this token: log in with `hf auth login`, set HF_TOKEN or pass token=",
+    403: "this token may not write there: use one with write access (https://huggingface.co/settings/tokens)",
+    409: "it exists already",
+    412: "somebody else changed the repository meanwhile: look at it, then push again",
+    413: "the files are too large for the Hub",
+    429: "too many requests: wait some minutes",
+}

@@ -1,0 +1,190 @@
+"""Models with their weights, from wherever they are: a timm name, a saved folder, the Hub, a checkpoint file."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .. import models  # noqa: F401  (registers our models with timm)
+from ..errors import ArpHubError
+from ..models._untrusted import BAD_CONFIG, check_args, check_build, check_cfg, read_config, read_header
+from .client import FAILURES, explain
+
+_PREFIXES = ("local-dir:", "hf-hub:", "hf_hub:")
+
+
+def load_model(
+    name: str,
+    checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    pretrained: bool | None = None,
+    num_classes: int | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a model and give it its weights.
+
+    Args:
+        name: Any timm name (``resnet50``, ``resnet50.a1_in1k``), ``local-dir:folder`` or ``hf-hub:user/name``.
+        checkpoint: A weights file (safetensors, or a torch file that holds tensors only); wins over ``pretrained``.
+        pretrained: Whether to load the weights that belong to the name. By default: where there are any and no
+            checkpoint is given.
+        num_classes: Classes of a new classifier; by default the model's own.
+        **kwargs: Further arguments of ``timm.create_model``.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ArpHubError: If the name is unknown, its weights cannot be had, or the checkpoint does not fit.
+
+    Example:
+        >>> model = load_model("cifar_resnet20", "resnet20_cifar10.safetensors")  # doctest: +SKIP
+    """
+    _check_name(name)
+    if pretrained is None:
+        pretrained = checkpoint is None and (is_saved_model(name) or timm.models.is_model_pretrained(name))
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    try:
+        model = timm.create_model(name, pretrained=pretrained and checkpoint is None, **kwargs)
+    except ArpHubError:
+        raise
+    except (*FAILURES, *BAD_CONFIG) as error:
+        raise ArpHubError(f"cannot load the model '{name}': {explain(error)}") from error
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+    return model.eval()
+
+
+def is_saved_model(name: str) -> bool:
+    """Whether a name stands for a saved folder or a model on the Hub, whose weights belong to it."""
+    return name.startswith(_PREFIXES)
+
+
+def published_name(name: str, model: nn.Module) -> str | None:
+    """The repository on the Hub that the weights of ``load_model(name)`` come from, or None if there is none.
+
+    Example:
+        >>> published_name("hf-hub:user/name@v1", model)  # doctest: +SKIP
+        'user/name'
+    """
+    kind, _, rest = name.partition(":")
+    if kind in ("hf-hub", "hf_hub"):
+        return rest.partition("@")[0]
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    return cfg.get("hf_hub_id") if timm.is_model(name) and timm.models.is_model_pretrained(name) else None
+
+
+def hub_dataset(source: str | None) -> str | None:
+    """The id of a data set on the Hub, None if ``source`` names anything else, such as a folder here."""
+    return source if source and re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists() else None
+
+
+def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load a weights file into a model, every tensor of it.
+
+    Raises:
+        ArpHubError: If the file cannot be read without executing what is in it, or a tensor is missing, unknown or of
+            another shape.
+    """
+    state = read_weights(path)
+    own = model.state_dict()
+    optional = {key for key in own if key.endswith("num_batches_tracked")}
+    missing = [key for key in own if key not in state and key not in optional]
+    unknown = [key for key in state if key not in own]
+    wrong = [key for key in state if key in own and state[key].shape != own[key].shape]
+    kind = type(model).__name__
+    if wrong:
+        key = wrong[0]
+        raise ArpHubError(
+            f"checkpoint '{path}': tensor '{key}' has the shape {tuple(state[key].shape)}, this {kind} needs "
+            f"{tuple(own[key].shape)} ({len(wrong)} such in all): choose the model that the checkpoint was made with"
+        )
+    if missing or unknown:
+        parts = [f"lacks {_some(missing)}"] if missing else []
+        parts += [f"holds {_some(unknown)}, which the model lacks"] if unknown else []
+        raise ArpHubError(
+            f"checkpoint '{path}' does not fit this {kind}: it {' and '.join(parts)}: "
+            "choose the model that the checkpoint was made with"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a weights file by name, on the CPU. Nothing in the file is executed.
+
+    A training checkpoint that holds its weights under ``state_dict``, ``model`` or ``state_dict_ema`` is looked into,
+    and a common ``module.`` prefix (of a parallel wrapper) is dropped.
+
+    Raises:
+        ArpHubError: If there is no such file, or it holds anything but tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ArpHubError(f"no checkpoint file at '{path}': give the path of a .safetensors or torch weights file")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            # weights_only: tensors and plain containers; a file that asks for any other object is refused, not run
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise ArpHubError(f"checkpoint '{path}' is not a whole safetensors file: {error}") from error
+    except Exception as error:  # torch raises many kinds, and all of them mean this
+        raise ArpHubError(
+            f"checkpoint '{path}' cannot be read as a file of tensors: {error}. "
+            "Files that need unpickling are refused: save the state_dict with safetensors.torch.save_file"
+        ) from error
+    for key in ("state_dict_ema", "state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+            break
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ArpHubError(f"checkpoint '{path}' does not hold a state_dict (names with tensors)")
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return dict(state)
+
+
+def _check_name(name: str) -> None:
+    """Refuse names that timm would answer with a bare assert, KeyError or RuntimeError."""
+    if name.startswith("local-dir:"):
+        config = Path(name.removeprefix("local-dir:")) / "config.json"
+        if not config.is_file():
+            raise ArpHubError(f"no model at '{name}': the folder has no config.json (save_pretrained writes one)")
+        _check_dense(read_config(config), config.parent)
+    elif not is_saved_model(name) and not timm.is_model(name):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        raise ArpHubError(
+            f"unknown model '{name}'{hint}: give a timm name (timm.list_models() lists them), local-dir:FOLDER or "
+            "hf-hub:USER/NAME"
+        )
+
+
+def _check_dense(config: Mapping[str, Any], folder: Path) -> None:
+    """Check a saved dense model before timm builds it; for decomposed ones the entrypoint does that itself."""
+    name, weights = config["architecture"].partition(".")[0], folder / "model.safetensors"
+    if name == "arp_lowrank" or not timm.is_model(name):
+        return
+    args, cfg = check_args(config.get("model_args", {}), str(folder)), dict(config.get("pretrained_cfg", {}))
+    cfg.update({key: config[key] for key in ("num_classes",) if key in config})
+    check_cfg(cfg, str(folder))
+    if weights.is_file():
+        args.setdefault("num_classes", cfg.get("num_classes"))
+        check_build(lambda: timm.create_model(name, **args), read_header(weights), str(folder))
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

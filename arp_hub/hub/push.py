@@ -1,0 +1,206 @@
+"""Publishing: a saved model goes to the Hub, whole or not at all, and comes back."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+
+from ..errors import ArpHubError
+from .client import HubFailure, call
+from .load import load_model
+from .repository import Published, Repository, check_name, open_repository
+from .save import CARD, CONFIG, METRICS, WEIGHTS, is_saved_folder, save_pretrained
+from .staging import MAIN, dense_name, stage
+
+_logger = logging.getLogger(__name__)
+
+
+def push_to_hub(
+    model_or_folder: nn.Module | str | os.PathLike[str],
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    tag: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    dense_revision: str | None = "dense",
+) -> Published:
+    """Publish a model with its card, so that ``timm.create_model("hf-hub:USER/NAME", pretrained=True)`` loads it.
+
+    One commit on each branch: config, safetensors, card, metrics, pictures. What can be refused is refused before
+    anything is uploaded; what is transient is tried again a few times; and a push that fails leaves the repository as
+    it was. A second push replaces all of it, but what the owner wrote between the two marks of the card stays.
+
+    Args:
+        model_or_folder: A timm model, decomposed or dense, or a folder written by `save_pretrained`.
+        repo_id: ``user/name`` or ``organisation/name``; it is made if there is none. Without a namespace: the user's.
+        token: A token that may write; by default ``HF_TOKEN`` or the one of ``hf auth login``.
+        private: Whether a new repository is private; by default as the account has it.
+        revision: Branch to write to, ``main`` by default; it is made from ``main`` if there is none.
+        tag: Tag for this version, such as ``v1``; the merged model gets the tag ``v1-dense``.
+        create_pr: Open a pull request instead, also in a repository of somebody else. No tag, no merged model.
+        commit_message: Title of the commit.
+        metrics: Numbers as for `save_pretrained`, over those that a folder holds.
+        dense_revision: Branch for the merged model in its plain timm architecture, which loads without arp_hub; on
+            another ``revision`` it is called ``REVISION-DENSE_REVISION``. None: no such branch.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        ArpHubError: With the reason, what is on the Hub now, and what to run next.
+
+    Example:
+        >>> arp_hub.push_to_hub("out", "me/resnet50-arp", tag="v1")  # doctest: +SKIP
+    """
+    branch = revision or MAIN
+    dense = None if create_pr else dense_revision
+    with open_repository(repo_id, token, create_pr) as target:
+        target.check(branch, [tag, *([dense_name(tag, dense)] if dense else [])] if tag else [], create_pr)
+        options = _options(private, revision, tag, create_pr, dense_revision)
+        with _folder_of(model_or_folder, target.repo_id, metrics) as folder:
+            with _next_step(folder, target, options, kept=isinstance(model_or_folder, nn.Module)):
+                uploads = call(
+                    "prepare the upload",
+                    stage,
+                    folder,
+                    target.scratch,
+                    target.repo_id,
+                    branch,
+                    dense,
+                    metrics=metrics,
+                    tag=tag,
+                    earlier_card=target.earlier_card,
+                )
+                message = commit_message or f"Publish {target.repo_id.partition('/')[2]}{f' {tag}' if tag else ''}"
+                return target.publish(uploads, message, private=private, create_pr=create_pr)
+
+
+def check_push(repo_id: str, *, token: str | None = None) -> str:
+    """Check that `push_to_hub` may write to a repository, for use before long work. Nothing is made or changed.
+
+    Returns:
+        The full name of the repository.
+
+    Raises:
+        ArpHubError: If the name is not valid or belongs to others, or the token is missing, unknown or may not write.
+    """
+    with open_repository(repo_id, token, create_pr=False) as target:
+        return target.repo_id
+
+
+def download(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_dir: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Download a published model: a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads.
+
+    Only what `save_pretrained` writes is fetched, and never a pickle. Without a network, it comes from the cache.
+
+    Args:
+        repo_id: ``user/name``, with or without ``hf-hub:`` before and ``@revision`` after it.
+        revision: Branch, tag or commit, ``main`` by default.
+        token: For private repositories; by default ``HF_TOKEN`` or the one of ``hf auth login``.
+        cache_dir: Where the client keeps its cache; by default under ``HF_HOME``.
+        local_dir: A folder to fill instead of one in the cache.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ArpHubError: If it cannot be had, or does not hold a model that this version can build.
+
+    Example:
+        >>> folder = arp_hub.download("me/resnet50-arp@v1")  # doctest: +SKIP
+    """
+    name, _, at = repo_id.removeprefix("hf-hub:").partition("@")
+    check_name(name)
+    folder = Path(
+        call(
+            f"download '{name}'",
+            snapshot_download,
+            name,
+            revision=revision or at or None,
+            token=token,
+            cache_dir=cache_dir,
+            local_dir=local_dir,
+            allow_patterns=[CONFIG, WEIGHTS, CARD, METRICS, "*.png", "*.svg"],
+        )
+    )
+    if not (folder / WEIGHTS).is_file():
+        raise ArpHubError(f"'{repo_id}' holds no {WEIGHTS}: choose a model that arp_hub or timm has published")
+    with torch.device("meta"):
+        load_model(f"local-dir:{folder}", pretrained=False)
+    return folder
+
+
+@contextmanager
+def _folder_of(
+    model_or_folder: nn.Module | str | os.PathLike[str], repo_id: str, metrics: Mapping[str, Any] | None
+) -> Iterator[Path]:
+    """The saved folder; a model is saved first, in a temporary folder that stays if the push fails."""
+    if not isinstance(model_or_folder, nn.Module):
+        folder = Path(model_or_folder)
+        if not is_saved_folder(folder) or not (folder / WEIGHTS).is_file():
+            raise ArpHubError(f"'{folder}' is no folder with a saved model: write it with arp_hub.save_pretrained")
+        yield folder
+        return
+    place = Path(tempfile.mkdtemp(prefix="arp-hub-"))
+    try:
+        saved = save_pretrained(model_or_folder, place / repo_id.partition("/")[2], metrics=metrics)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    yield saved
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _options(
+    private: bool | None, revision: str | None, tag: str | None, create_pr: bool, dense: str | None
+) -> list[str]:
+    """The options of ``arp-hub push`` that say the same."""
+    words = [] if private is None else ["--private" if private else "--no-private"]
+    for option, value in (("--revision", revision), ("--tag", tag)):
+        words += [option, value] if value else []
+    words += ["--create-pr"] if create_pr else []
+    return words + ([] if dense == "dense" else ["--dense-revision", dense] if dense else ["--no-dense"])
+
+
+@contextmanager
+def _next_step(folder: Path, target: Repository, options: list[str], kept: bool) -> Iterator[None]:
+    """Say, when a push fails or is interrupted, what is on the Hub now and what to run next."""
+    words = shlex.join(["arp-hub", "push", str(folder), target.repo_id, *options])
+
+    def state() -> str:
+        on_hub = f"Changed on the Hub: {', '.join(target.changed)}" if target.changed else "Nothing changed on the Hub"
+        return f"{on_hub}; the model is whole in '{folder}'. To go on: {words}"
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        _logger.warning("interrupted. %s", state())
+        raise
+    except ArpHubError as error:
+        if isinstance(error, HubFailure):
+            raise HubFailure(f"{error}. {state()}", error.status, error.transient) from error.__cause__
+        if kept:  # it was never a matter of the Hub, and the caller still has the model
+            shutil.rmtree(folder.parent, ignore_errors=True)
+        raise

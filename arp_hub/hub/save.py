@@ -1,0 +1,168 @@
+"""Saving: a folder that timm loads, with the numbers, the card and the pictures of the model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .._utils.environment import environment
+from .._utils.files import replacing
+from .._utils.secrets import redact
+from ..errors import ArpHubError
+from ..layers.trace import input_size_of
+from ..reports.summary import layer_figures, model_figures
+from .card import draw_pictures, model_card
+from .config import check_rebuilds, write_config
+
+CONFIG, WEIGHTS, CARD, METRICS = "config.json", "model.safetensors", "README.md", "metrics.json"
+_FILES = frozenset({CONFIG, WEIGHTS, CARD, METRICS})
+_PICTURES = frozenset({".png", ".svg"})
+FAILED_WRITES = (OSError, SafetensorError)
+"""What a full disk or a folder that may not be written raises."""
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    label_names: Sequence[str] | None = None,
+    backbone: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Save a model so that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it.
+
+    The folder is replaced whole: at any moment it is what it was, or finished. It holds ``config.json``,
+    ``model.safetensors``, ``metrics.json``, and the model card ``README.md`` with its pictures (where matplotlib is
+    installed).
+
+    Args:
+        model: A timm model, decomposed or dense, bare (``accelerator.unwrap_model(model)``).
+        folder: Where to save. An earlier saved model is replaced.
+        metrics: Numbers for ``metrics.json`` and the card: those of this model on top (``top1`` and ``top5`` in per
+            cent, ``loss`` in nats), those of the dense model under ``dense``, and what stands behind them (``data``,
+            ``split``, ``images``, ``seed``, ``command``). ``base_model`` and ``dataset``, both ids on the Hub,
+            ``license``, ``latency``, ``spectra`` and ``history`` have their places on the card, too
+            (docs/publishing.md). Sizes and MACs are counted here.
+        label_names: Names of the classes, in order.
+        backbone: timm name of the dense model; needed only if timm did not create the model.
+        model_args: Arguments that the model was made with, to add to those that timm noted or to replace them.
+        overwrite: Replace the folder even if it holds something else. All that is in it is lost.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ArpHubError: If the folder holds something else, or the model could not be loaded from what would be saved.
+
+    Example:
+        >>> model = timm.create_model("resnet18", pretrained=True)  # doctest: +SKIP
+        >>> arp_hub.decompose(model, arp_hub.make_plan(model, keep_params=0.5))  # doctest: +SKIP
+        >>> arp_hub.save_pretrained(model, "out", metrics={"top1": 70.1})  # doctest: +SKIP
+    """
+    folder = Path(folder)
+    check_folder(folder, overwrite=overwrite)
+    given = plain_metrics(metrics or {})
+    tensors = _tensors(model)
+    try:
+        with replacing(folder) as new:
+            config = write_config(
+                model, new / CONFIG, backbone=backbone, model_args=model_args, label_names=label_names
+            )
+            check_rebuilds(config, model)
+            numbers = _numbers(model, config, given)
+            write_json(new / METRICS, numbers)
+            pictures = draw_pictures(new, numbers)
+            card = model_card(config, numbers, f"local-dir:{folder.name}", pictures=pictures)
+            (new / CARD).write_text(card, encoding="utf-8")
+            save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+            (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode)  # safetensors lets nobody else read it
+    except FAILED_WRITES as error:
+        raise ArpHubError(f"cannot save in '{folder}': {error} (what was there is untouched)") from error
+    return folder
+
+
+def check_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Check that `save_pretrained` may save in a folder, for use before long work.
+
+    Raises:
+        ArpHubError: If it is a file, the current directory, or (unless ``overwrite``) holds anything but a saved model.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ArpHubError(f"'{folder}' is a file: choose a folder to save the model in")
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise ArpHubError(f"'{folder}' holds the current directory and cannot be replaced: choose a folder of its own")
+    names = [entry.name for entry in folder.iterdir()]
+    strange = sorted(name for name in names if name not in _FILES and Path(name).suffix not in _PICTURES)
+    if names and not overwrite and (strange or not is_saved_folder(folder)):
+        shown = f"'{strange[0]}'" if strange else "another model"
+        raise ArpHubError(
+            f"'{folder}' holds {shown}, not saved by arp_hub: choose another folder, or replace all of it with "
+            "overwrite=True"
+        )
+
+
+def is_saved_folder(folder: Path) -> bool:
+    """Whether `save_pretrained` wrote a folder."""
+    try:
+        return "arp_hub" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The weights as safetensors takes them: contiguous, on the CPU, and no two in one place."""
+    tensors: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise ArpHubError(f"the weight '{name}' is on the meta device: load the model's weights before saving it")
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        alone = storage.data_ptr() not in places and storage.nbytes() == tensor.nbytes
+        tensors[name] = tensor if alone else tensor.clone()
+        places.add(storage.data_ptr())
+    return tensors
+
+
+def _numbers(model: nn.Module, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that ``metrics.json`` holds: the facts of this process under the given metrics, the counts on top."""
+    own = getattr(model, "pretrained_cfg", None) or {}
+    size = input_size_of(model, None if own.get("input_size") else tuple(config["pretrained_cfg"]["input_size"]))
+    figures = model_figures(model, size)
+    dense = {**given.get("dense", {}), **figures.pop("dense", {})}
+    numbers = {**environment(), **given, **figures}
+    if "plan" in config["model_args"]:
+        numbers["layers"] = layer_figures(model, size, (given.get("plan") or {}).get("dense", {}))
+    return {**numbers, "dense": dense} if dense else numbers
+
+
+def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics as JSON gives them back, without tokens.
+
+    Raises:
+        ArpHubError: If JSON cannot hold them.
+    """
+    try:
+        plain = json.loads(redact(json.dumps(dict(metrics), allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise ArpHubError(f"metrics must be what JSON holds (finite numbers, texts, objects): {error}") from error
+    if not isinstance(plain.get("dense", {}), dict):
+        raise ArpHubError(f"metrics['dense'] must hold the dense model's metrics by name, got {plain['dense']!r}")
+    return plain
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON that people can read."""
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

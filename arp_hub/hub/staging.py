@@ -1,0 +1,149 @@
+"""What a push will upload: every file of every branch, made and checked before the Hub is told anything."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .._utils.secrets import holds_secret
+from ..decomposition import to_dense
+from ..errors import ArpHubError
+from ..layers.model import low_rank_layers
+from .card import PICTURES, by_hand, draw_pictures, keep_by_hand, model_card
+from .load import load_model
+from .save import CARD, CONFIG, FAILED_WRITES, METRICS, WEIGHTS, plain_metrics, save_pretrained, write_json
+
+_logger = logging.getLogger(__name__)
+
+MAIN = "main"
+_ABOUT = ("base_model", "dataset", "license")
+"""Metrics that hold for the merged model as well."""
+
+
+@dataclass
+class Upload:
+    """What one branch will hold.
+
+    Attributes:
+        branch: Its name.
+        tag: The tag that its commit gets, if any.
+        files: Names in the repository, and where the files are here.
+    """
+
+    branch: str
+    tag: str | None
+    files: dict[str, Path]
+
+
+def stage(
+    folder: Path,
+    scratch: Path,
+    repo_id: str,
+    branch: str,
+    dense_revision: str | None,
+    *,
+    metrics: Mapping[str, Any] | None,
+    tag: str | None,
+    earlier_card: Callable[[str], str],
+) -> list[Upload]:
+    """Make everything that will be uploaded.
+
+    Args:
+        folder: A saved model; it is read only.
+        scratch: An empty folder for what is made.
+        repo_id: Where the model goes.
+        branch: The branch of the model.
+        dense_revision: The branch of the merged model beside ``main``, None if there is to be none.
+        metrics: Numbers over those of the folder.
+        tag: Tag of this version, for the card.
+        earlier_card: Gives the card that is on a branch now, or an empty text.
+
+    Returns:
+        One entry for each branch, the model's first.
+
+    Raises:
+        ArpHubError: If the folder does not hold a whole model, or a text holds what looks like a token.
+    """
+    model = load_model(f"local-dir:{folder}").eval()
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    numbers = _merge(_read_metrics(folder), plain_metrics(metrics or {}))
+    merged = None
+    if dense_revision and low_rank_layers(model):
+        to = dense_name(branch, dense_revision)
+        files = _merged(model, scratch / "dense", repo_id, to, numbers, earlier_card)
+        merged = files and Upload(to, tag and dense_name(tag, dense_revision), files)
+    made = scratch / "main"
+    made.mkdir()
+    write_json(made / METRICS, numbers)
+    pictures = draw_pictures(made, numbers) if metrics else []
+    pictures += [path.name for path in folder.iterdir() if path.name in PICTURES and path.name not in pictures]
+    name = f"hf-hub:{repo_id}" + ("" if branch == MAIN else f"@{branch}")
+    dense = merged.branch if merged else None
+    card = model_card(config, numbers, name, pictures=pictures, dense=dense, tag=tag)
+    here = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
+    _write_card(made / CARD, card, here, earlier_card(branch))
+    own = [path for path in folder.iterdir() if path.suffix in (".png", ".svg")]
+    files = {path.name: path for path in (folder / CONFIG, folder / WEIGHTS, *own, *made.iterdir())}
+    uploads = [Upload(branch, tag, files), *([merged] if merged else [])]
+    _check_texts(uploads)
+    return uploads
+
+
+def dense_name(name: str, dense: str) -> str:
+    """The branch or tag of the merged model that goes with another one."""
+    return dense if name == MAIN else f"{name}-{dense}"
+
+
+def _merged(
+    model: nn.Module,
+    folder: Path,
+    repo_id: str,
+    branch: str,
+    numbers: Mapping[str, Any],
+    earlier_card: Callable[[str], str],
+) -> dict[str, Path] | None:
+    """The model with its factors merged, in the plain architecture; None where that would be another model."""
+    about = {key: numbers[key] for key in _ABOUT if numbers.get(key)}
+    try:
+        save_pretrained(to_dense(model), folder, metrics={**about, "merged_from": repo_id, "command": None})
+    except ArpHubError as error:
+        if isinstance(error.__cause__, FAILED_WRITES):
+            raise error.__cause__ from None
+        _logger.warning("the merged model is left out: %s", error)
+        return None
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    card = model_card(config, _read_metrics(folder), f"hf-hub:{repo_id}@{branch}")
+    _write_card(folder / CARD, card, "", earlier_card(branch))
+    return {path.name: path for path in folder.iterdir()}
+
+
+def _write_card(path: Path, card: str, here: str, there: str) -> None:
+    """Write a card with what was written by hand into the one on the Hub or, if there is none, into the local one."""
+    if by_hand(here) and by_hand(there) and by_hand(here) != by_hand(there):
+        _logger.warning("the owner's notes here and on the Hub differ: those on the Hub are kept, edit them there")
+    path.write_text(keep_by_hand(card, there if by_hand(there) or not by_hand(here) else here), encoding="utf-8")
+
+
+def _read_metrics(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / METRICS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ArpHubError(f"cannot read '{folder / METRICS}': {error}: save the model again") from error
+
+
+def _merge(numbers: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    dense = {**numbers.get("dense", {}), **given.get("dense", {})}
+    return {**numbers, **given, **({"dense": dense} if dense else {})}
+
+
+def _check_texts(uploads: Sequence[Upload]) -> None:
+    for upload in uploads:
+        for file in (CONFIG, CARD, METRICS):
+            if holds_secret(upload.files[file].read_text(encoding="utf-8")):
+                raise ArpHubError(f"{file} holds what looks like a token: take it out before you publish the model")

@@ -1,0 +1,116 @@
+"""What one forward pass on the meta device tells: the layers in order of use, their map sizes, and the MACs.
+
+Nothing is computed and no weight is copied, so that the largest models are traced in seconds.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from timm.models import get_model_input_config
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import ArpHubError
+from ..schemes.shapes import Pair
+from .low_rank import LowRankLayer
+from .model import count_params, layers_called, weight_layers
+
+InputSize = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One forward pass of one image.
+
+    Attributes:
+        sizes: For every layer that was called, in order of its first call: the height and width of its input map
+            (tokens x 1 for a linear layer), once per call.
+        macs: Multiply-accumulates of the whole model.
+        params: Parameters of the whole model.
+    """
+
+    sizes: Mapping[str, tuple[Pair, ...]]
+    macs: int
+    params: int
+
+
+def input_size_of(model: nn.Module, input_size: InputSize | None = None) -> InputSize:
+    """``input_size`` if given, else the one that the model was made for.
+
+    Raises:
+        ArpHubError: If neither is known, or the given one is not three positive numbers.
+    """
+    if input_size is None:
+        config: Any = getattr(model, "pretrained_cfg", None) or {}
+        if not config.get("input_size"):
+            raise ArpHubError("the model does not say its input size: pass input_size=(channels, height, width)")
+        input_size = cast(InputSize, get_model_input_config(model)["input_size"])  # with img_size= and in_chans= in it
+    if len(input_size) != 3 or not all(isinstance(n, int) and n > 0 for n in input_size):
+        raise ArpHubError(f"input_size must be (channels, height, width), got {input_size!r}")
+    channels, height, width = input_size
+    return channels, height, width
+
+
+def trace(model: nn.Module, input_size: InputSize | None = None) -> Trace:
+    """Follow one image through the model on the meta device.
+
+    Args:
+        model: Any timm model, dense or decomposed.
+        input_size: ``(channels, height, width)``; by default the model's own.
+
+    Raises:
+        ArpHubError: If the model cannot run on an input of this size.
+    """
+    size = input_size_of(model, input_size)
+    twin = meta_copy(model).eval().requires_grad_(False)  # the counter stumbles over gradients of views
+    names = {id(module): name for name, module in weight_layers(twin)}
+    names.update({id(m): name for name, m in twin.named_modules() if isinstance(m, LowRankLayer)})
+    sizes: dict[str, list[Pair]] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            sizes.setdefault(names[id(module)], []).append(_map_size(module, args[0]))
+
+    for module in twin.modules():
+        if id(module) in names:
+            module.register_forward_pre_hook(record)
+    try:
+        with layers_called(twin):
+            macs = _macs(twin, size)
+    except Exception as error:
+        raise ArpHubError(f"the model cannot run on an input of size {size}: {error}") from error
+    return Trace({name: tuple(calls) for name, calls in sizes.items()}, macs, count_params(model))
+
+
+def count_macs(model: nn.Module, input_size: InputSize | None = None) -> int:
+    """Multiply-accumulates of one image, counted on the model as it is (attention included)."""
+    return trace(model, input_size).macs
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model on the meta device: all of its structure, shared modules included, and none of its weights."""
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): _on_meta(tensor) for tensor in tensors})
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    meta = tensor.detach().to("meta")
+    return nn.Parameter(meta, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+
+
+def _map_size(module: nn.Module, x: Tensor) -> Pair:
+    linear = isinstance(module, nn.Linear) or hasattr(module, "in_features")
+    return (x.numel() // x.shape[-1], 1) if linear or x.dim() != 4 else (x.shape[-2], x.shape[-1])
+
+
+@torch.no_grad()
+def _macs(model: nn.Module, size: InputSize) -> int:
+    dtype = next((t.dtype for t in model.parameters() if t.is_floating_point()), torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *size, dtype=dtype, device="meta"))
+    return counter.get_total_flops() // 2

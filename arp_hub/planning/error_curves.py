@@ -1,0 +1,135 @@
+"""How much error each way to decompose a layer makes, over its rank: what a budget is spent by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from torch import Tensor
+
+from ..schemes import Scheme, relative_error
+from ..schemes.linalg import tail_shares
+from ..schemes.shapes import LayerShape, degrees_of_freedom
+from .costs import Floats, rank_at, useful_rank
+
+LARGE = 1024
+"""Columns of a weight, and of its second moment, beyond which the few shares must do."""
+_MEASURED_SHARE, _LARGE_MEASURED_SHARE, _LEAST_SHARE = 0.4, 0.15, 0.05
+"""The one share at which it is measured in the weight metric, that for so many columns, where a rank costs more (what
+it gains on its bound grows linearly, so that it tells as much), and the least share of the bound that is believed."""
+_SHORTLIST_SHARE = 0.3
+_LEAST_SWEEPS, _SWEEP_WORK, _MOST_SWEEP_WORK = 2, 5e8, 2e10
+"""Multiply-accumulates that bound the sweeps of a nearest point, but to no fewer than so many, and a bound on these."""
+_GROUP_CHOICES = (2, 4, 8)
+_TINY = 1e-9
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One scheme for one layer with its error at every rank from 1 to ``len(errors)``.
+
+    Attributes:
+        scheme: The scheme, bound to the layer and its groups.
+        errors: Relative squared error, falling with the rank.
+    """
+
+    scheme: Scheme
+    errors: Floats
+
+
+def candidate_schemes(shape: LayerShape, names: Sequence[str], schemes: Mapping[str, type[Scheme]]) -> list[Scheme]:
+    """All schemes, with all choices of groups, that apply to a layer and can make it smaller."""
+    found = []
+    for name in names:
+        kind = schemes[name]
+        for groups in _GROUP_CHOICES if kind.grouped else (1,):
+            if kind.refusal(shape, groups) is None:
+                scheme = kind(shape, groups)
+                if scheme.params(1) < shape.params:
+                    found.append(scheme)
+    return found
+
+
+def interpolate(ranks: Sequence[int], values: Sequence[float], last: int) -> Floats:
+    """A falling curve through measured points, for every rank from 1 to ``last``: straight in log-log, and beyond."""
+    points = dict(sorted(zip(ranks, values, strict=True)))
+    log_rank = np.log(list(points))
+    log_value = np.log(np.maximum(np.minimum.accumulate(list(points.values())), _TINY))
+    query = np.log(np.arange(1, last + 1))
+    curve = np.interp(query, log_rank, log_value)
+    if len(points) > 1:
+        slopes = np.minimum(np.diff(log_value) / np.diff(log_rank), 0)
+        curve = np.where(query < log_rank[0], log_value[0] + slopes[0] * (query - log_rank[0]), curve)
+        curve = np.where(query > log_rank[-1], log_value[-1] + slopes[-1] * (query - log_rank[-1]), curve)
+    return cast(Floats, np.exp(np.minimum(curve, 0)))
+
+
+def below(bound: Floats, rank: int, value: float) -> Floats:
+    """A curve below ``bound``, of which one point is measured: its share of the bound falls linearly from 1 at rank 0.
+
+    So the error of CP behaves beside that of the slices that it starts from, within a few per cent.
+    """
+    slope = (1 - min(value / max(bound[rank - 1], _TINY), 1)) / rank
+    share = np.maximum(1 - slope * np.arange(1, len(bound) + 1), _LEAST_SHARE)
+    return cast(Floats, np.minimum.accumulate(bound * share))
+
+
+def shape_candidates(schemes: Sequence[Scheme]) -> list[Candidate]:
+    """What stands for the error curves of a layer whose weight is not there: the degrees of freedom that a rank costs.
+
+    As if all weights of the layer's shape were equally likely.
+    """
+    return [Candidate(scheme, _shape_curve(scheme)) for scheme in schemes]
+
+
+def _shape_curve(scheme: Scheme) -> Floats:
+    freedom = [degrees_of_freedom(scheme.convs(rank)) for rank in range(1, useful_rank(scheme) + 1)]
+    return np.clip(1 - np.array(freedom) / scheme.shape.params, 0.0, 1.0)
+
+
+def weight_candidates(weight: Tensor, schemes: Sequence[Scheme]) -> list[Candidate]:
+    """The error curves of a layer in the metric of its weights."""
+    return [Candidate(scheme, _weight_curve(scheme, weight)) for scheme in schemes]
+
+
+def _weight_curve(scheme: Scheme, weight: Tensor) -> Floats:
+    last = useful_rank(scheme)
+    spectrum = scheme.spectrum(weight)
+    if spectrum is not None:
+        return truncation_errors(spectrum)[:last]
+    rank = rank_at(scheme, _MEASURED_SHARE if weight[0].numel() <= LARGE else _LARGE_MEASURED_SHARE)
+    known = scheme.cold_start(weight, rank)
+    assert known is not None  # a scheme has a spectrum or a cold start
+    start, bound = known[0], _floats(known[1])[:last]
+    sweeps = rough_sweeps(scheme, weight, rank)
+    if sweeps < _LEAST_SWEEPS:  # a single one gains too little
+        return bound
+    found = scheme.nearest(weight, rank, scheme.basis(start), sweeps)
+    return below(bound, rank, float(relative_error(weight, scheme.compose(found))))
+
+
+def truncation_errors(spectrum: Tensor) -> Floats:
+    """Share of the energy that a truncation to rank 1, 2, .. loses."""
+    return _floats(tail_shares(spectrum.double().square().sum(0)))
+
+
+def _floats(errors: Tensor) -> Floats:
+    return np.maximum(errors.double().cpu().numpy(), 0.0)
+
+
+def rough_sweeps(scheme: Scheme, weight: Tensor, rank: int) -> int:
+    """Sweeps of a nearest point that is good enough to plan by."""
+    work = 2 * rank * weight.numel()
+    least = max(1, min(_LEAST_SWEEPS, int(_MOST_SWEEP_WORK / work)))
+    return max(1, min(scheme.rough_sweeps, max(least, int(_SWEEP_WORK / work))))
+
+
+def shortlist(weight: Tensor, schemes: Sequence[Scheme], keep: int) -> list[Scheme]:
+    """The schemes with the least error in the weight metric, at one common cost."""
+
+    def error(scheme: Scheme) -> float:
+        return float(_weight_curve(scheme, weight)[rank_at(scheme, _SHORTLIST_SHARE) - 1])
+
+    return sorted(schemes, key=error)[:keep] if len(schemes) > keep else list(schemes)

@@ -1,0 +1,197 @@
+"""Measured latency as a budget: what layers take, dense and decomposed, and plans that keep their promise end to end.
+
+Every layer is timed at its true shape, on the device, beside its own decomposed forms. What was measured is kept on
+disk, by device, threads, workload and version of torch, so that a second plan takes no measuring.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .._utils.environment import environment
+from ..layers.low_rank import LowRankLayer, low_rank_layer
+from ..plan import LayerPlan
+from ..schemes import Scheme
+from ..schemes.shapes import LayerShape, Pair
+from ..timing import Workload, forward_call, take_turns
+from .costs import Floats, rank_at, useful_rank
+
+RANK_MULTIPLE = 8
+"""What ranks are held to multiples of under a latency budget, unless told: matrix kernels work in such tiles."""
+_SHARES = (0.15, 0.4, 0.75)
+"""Parameter shares at which a decomposed layer is timed; in between, latency is linear in the rank."""
+_WORTH_IT = 0.97
+"""A layer that is decomposed takes at most this share of its dense latency."""
+_LAYER_SECONDS, _LAYER_ROUNDS = 0.1, 2
+
+
+class LatencyTable:
+    """What decomposed layers take of the time of dense ones, measured when first asked for.
+
+    Args:
+        workload: What is timed.
+        device: Where.
+        file: Where measurements are kept; by default ``latency.json`` in the user's cache folder.
+    """
+
+    def __init__(self, workload: Workload, device: torch.device, file: Path | None = None) -> None:
+        self.workload, self.device = workload, device
+        self._file = file or cache_folder() / "latency.json"
+        self._known = _read(self._file)
+        self._new: dict[str, float] = {}
+        self._place = f"{_device_name(device)}|{torch.__version__}|{workload}"
+        self._curves: dict[tuple[Any, ...], dict[int, float]] = {}
+
+    def costs(self, scheme: Scheme, sizes: Sequence[Pair], share: float) -> Floats:
+        """What a layer costs dense, and at rank 1, 2, .. of a scheme; infinite at ranks that are not worth it.
+
+        Args:
+            scheme: The scheme.
+            sizes: The layer's input map at each call.
+            share: The dense layer's share of the model's latency, all calls together.
+        """
+        ranks = np.arange(1, useful_rank(scheme) + 1)
+        ratios = np.mean([self._ratios(scheme, ranks, size) for size in sizes], axis=0)
+        return np.concatenate([[share], np.where(ratios <= _WORTH_IT, share * ratios, np.inf)])
+
+    def timed(self, scheme: Scheme, rank: int, sizes: Sequence[Pair]) -> float:
+        """A layer's latency over that of the dense one, measured at just this rank, all calls together.
+
+        Kernels change with the rank, so that it may lie far from what measurements at other ranks promise. From here on
+        it is one of them.
+        """
+        ratios = []
+        for size in sizes:
+            known = self._measured(scheme, size)
+            if rank not in known:
+                known[rank] = self._timed_ratio(scheme, rank, size)
+            ratios.append(known[rank])
+        return float(np.mean(ratios))
+
+    def faster(self, schemes: Sequence[Scheme], sizes: Sequence[Pair]) -> list[Scheme]:
+        """The schemes that are worth it at some measured rank."""
+        return [scheme for scheme in schemes if min(self._measured(scheme, sizes[0]).values()) <= _WORTH_IT]
+
+    def save(self) -> None:
+        """Add what was measured to the file, atomically; a cache that cannot be written is done without."""
+        if not self._new:
+            return
+        temporary = self._file.with_name(f".{self._file.name}.{os.getpid()}.tmp")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps({**_read(self._file), **self._new}), encoding="utf-8")
+            temporary.replace(self._file)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+        else:
+            self._new = {}
+
+    def _ratios(self, scheme: Scheme, ranks: NDArray[np.int64], size: Pair) -> Floats:
+        """Latency over that of the dense layer: linear between measured ranks, never falling, and on beyond them."""
+        known = self._measured(scheme, size)
+        points = np.array(sorted(known))
+        ratios = np.maximum.accumulate([known[rank] for rank in points])
+        found = np.interp(ranks, points, ratios)
+        if len(points) == 1:
+            return found
+        slope = (ratios[1] - ratios[0]) / (points[1] - points[0])
+        below = np.maximum(ratios[0] + slope * (ranks - points[0]), ratios[0] / 2)
+        found = np.where(ranks < points[0], below, found)
+        return np.where(ranks > points[-1], ratios[-1] * ranks / points[-1], found)
+
+    def _measured(self, scheme: Scheme, size: Pair) -> dict[int, float]:
+        """Measured ranks, each with the latency over that of the dense layer."""
+        key = (scheme.shape, scheme.name, scheme.groups, size)
+        if key not in self._curves:
+            found: dict[int, float] = {}
+            for rank in sorted({_rank_at(scheme, share) for share in _SHARES}):
+                found[rank] = self._timed_ratio(scheme, rank, size)
+                if min(found.values()) > 1:  # slower than dense at its smallest: no use to look further
+                    break
+            self._curves[key] = found
+        return self._curves[key]
+
+    def _timed_ratio(self, scheme: Scheme, rank: int, size: Pair) -> float:
+        """The fastest time of a decomposed layer over that of the dense one: whatever else runs only adds to times."""
+        key = f"{self._place}|{scheme.shape}|{size}|{scheme.name}|{scheme.groups}|{rank}"
+        if key not in self._known:
+            dense = _dense_layer(scheme.shape, self.device)
+            small = low_rank_layer(dense, LayerPlan(scheme.name, rank, scheme.groups))
+            spread_out(small)
+            x = _input(scheme.shape, size, self.workload.batch_size, self.device)
+            calls = {"dense": forward_call(dense, x, self.workload), "small": forward_call(small, x, self.workload)}
+            with torch.inference_mode():
+                samples = take_turns(calls, self.device, _LAYER_SECONDS, _LAYER_ROUNDS)
+            self._known[key] = self._new[key] = min(samples["small"]) / min(samples["dense"])
+        return self._known[key]
+
+
+@torch.no_grad()
+def spread_out(layer: LowRankLayer) -> None:
+    """Random factors that keep the size of what they act on, far from the tiny numbers that slow a CPU down."""
+    for factor in layer.factors:
+        weight = cast(Tensor, factor.weight)
+        weight.normal_(0, weight[0].numel() ** -0.5)
+
+
+def cache_folder() -> Path:
+    """Where measurements are kept: ``ARP_HUB_CACHE``, or ``arp_hub`` in the user's cache folder."""
+    if own := os.environ.get("ARP_HUB_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "arp_hub"
+
+
+def _read(file: Path) -> dict[str, float]:
+    """The measurements in a file; one that is missing or damaged holds none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {key: value for key, value in found.items() if isinstance(value, float) and 0 < value < float("inf")}
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    hardware = environment()["hardware"]
+    return f"{device.type} {hardware['cpu']}, {hardware['threads']} threads"
+
+
+def _rank_at(scheme: Scheme, share: float) -> int:
+    """A rank near a share of the dense weights, held to multiples for the hardware."""
+    rank = rank_at(scheme, share)
+    return min(max(RANK_MULTIPLE, rank // RANK_MULTIPLE * RANK_MULTIPLE), scheme.max_rank)
+
+
+def _dense_layer(shape: LayerShape, device: torch.device) -> nn.Module:
+    if shape.kind == "linear":
+        return nn.Linear(shape.in_channels, shape.out_channels, device=device)
+    return nn.Conv2d(
+        shape.in_channels,
+        shape.out_channels,
+        shape.kernel_size,
+        shape.stride,
+        shape.padding,
+        shape.dilation,
+        shape.groups,
+        bias=False,
+        device=device,
+    )
+
+
+def _input(shape: LayerShape, size: Pair, batch: int, device: torch.device) -> Tensor:
+    if shape.kind == "linear":
+        tokens = (batch,) if size[0] == 1 else (batch, size[0])
+        return torch.randn(*tokens, shape.in_channels, device=device)
+    return torch.randn(batch, shape.in_channels, *size, device=device)

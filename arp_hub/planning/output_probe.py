@@ -1,0 +1,115 @@
+"""What replaced layers do to a network: the divergence of its predictions, over a few images."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .._utils.torch_utils import give_back_memory
+from ..calibration.batchnorm import InputStatistics, following, norms_with_statistics, observed
+from ..calibration.images import Images, batches, fast_layout
+
+_IMAGES, _LEAST_IMAGES, _WORK = 64, 4, 2e12
+"""Images that are looked at, at most and at least, and the multiply-accumulates that bound them. Layers differ a
+hundredfold, but very few images tell of themselves more than of the layers."""
+_PIXELS = 2**21
+"""Pixels that bound a batch: BatchNorms follow it, and statistics of few images mislead them."""
+
+Substitute = Callable[[Tensor], Tensor]
+"""What stands in the place of a layer: makes its output of its input."""
+
+
+class OutputProbe:
+    """Divergences at the output of a network with some of its layers replaced. Nothing is back-propagated.
+
+    For a classifier (``num_classes`` logits an image) it is the Kullback-Leibler divergence of the predictions, in
+    nats; for any other network the relative squared error of all that it puts out.
+
+    Args:
+        model: The dense network, in evaluation mode for as long as this is used.
+        images: Calibration images; the first few are used.
+        work: Multiply-accumulates of one image through the network, for all layers that are to be replaced.
+
+    Attributes:
+        norms: The model's BatchNorms, those that normalise by stored statistics.
+    """
+
+    def __init__(self, model: nn.Module, images: Images, work: float) -> None:
+        self._model = model
+        count = int(min(_IMAGES, max(_LEAST_IMAGES, _WORK / max(work, 1.0))))
+        device, layout = next(model.parameters()).device, fast_layout(model, images)
+        self._batches = list(batches(images, device, layout, pixels=_PIXELS, most=count))
+        self._originals = {norm: copy.deepcopy(norm) for norm in norms_with_statistics(model).values()}
+        self.norms = frozenset(self._originals)
+        self._statistics = [{norm: InputStatistics() for norm in self.norms} for _ in self._batches]
+        self._outputs = []
+        for batch, statistics in zip(self._batches, self._statistics, strict=True):
+            with observed(statistics):
+                self._outputs.append(self._run(batch))
+
+    def divergence(
+        self, substitutes: Mapping[nn.Module, Substitute], adapting: Collection[nn.Module] = frozenset()
+    ) -> float:
+        """How far the network's output is from the dense one's with ``substitutes`` in the place of layers.
+
+        Args:
+            substitutes: What stands for which layers.
+            adapting: BatchNorms whose statistics follow what goes into them, as they do behind dense layers once the
+                model is decomposed.
+        """
+
+        def replace(substitute: Substitute, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            return substitute(args[0])
+
+        with ExitStack() as stack:
+            for layer, new in substitutes.items():
+                stack.callback(layer.register_forward_hook(partial(replace, new)).remove)
+            stack.callback(self._reset_norms)
+            found = []
+            for batch, statistics in zip(self._batches, self._statistics, strict=True):
+                followers = [
+                    (norm, original, statistics[norm], InputStatistics())
+                    for norm, original in self._originals.items()
+                    if norm in adapting
+                ]
+                with following(followers, substitutes):
+                    found.append(self._run(batch))
+        give_back_memory()
+        if self._classifies():
+            return _divergence(torch.cat(self._outputs), torch.cat(found))
+        error = sum(float((one - exact).square().sum()) for one, exact in zip(found, self._outputs, strict=True))
+        return error / max(sum(float(exact.square().sum()) for exact in self._outputs), torch.finfo(torch.float32).tiny)
+
+    def _reset_norms(self) -> None:
+        for norm, original in self._originals.items():
+            norm.load_state_dict(original.state_dict())
+
+    def _classifies(self) -> bool:
+        classes = getattr(self._model, "num_classes", 0)
+        return (
+            isinstance(classes, int)
+            and classes > 1
+            and all(
+                output.shape == (len(batch), classes)
+                for output, batch in zip(self._outputs, self._batches, strict=True)
+            )
+        )
+
+    @torch.no_grad()
+    def _run(self, batch: Tensor) -> Tensor:
+        """The output, in double precision; one that is not a single tensor comes as a flat one."""
+        leaves = [leaf for leaf in tree_leaves(self._model(batch)) if isinstance(leaf, Tensor)]
+        return leaves[0].double() if len(leaves) == 1 else torch.cat([leaf.flatten().double() for leaf in leaves])
+
+
+def _divergence(exact: Tensor, found: Tensor) -> float:
+    """Mean Kullback-Leibler divergence of the predictions by logits ``found`` from those by ``exact``."""
+    exact, found = exact.log_softmax(-1), found.log_softmax(-1)
+    return float((exact.exp() * (exact - found)).sum(-1).mean())

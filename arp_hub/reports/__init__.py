@@ -1,0 +1,1 @@
+"""What a plan, a model or a run comes to: counted, timed, in tables and pictures."""

@@ -1,0 +1,241 @@
+"""Pictures of a model: spectra, ranks, violations. Needs the extra ``plots``."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArpHubError
+from .spectra import Spectrum
+
+_SURFACE, _INK, _MUTED, _GRID = "#fcfcfb", "#0b0b0b", "#52514e", "#e1e0d9"
+_FULL, _HIGH, _LOW, _PLANNED = "#e1e0d9", "#86b6ef", "#2a78d6", "#0b0b0b"
+_SCHEMES = ("#2a78d6", "#e08a1e", "#3f9c6b", "#a05cc0", "#c94f4f", "#7a7a72")
+"""Colours of the schemes, in the order in which they appear."""
+_FEW = 12
+"""Layers below which bars are not made wider to fill the picture."""
+_FLOOR = 1e-7
+"""Relative singular values below this are rounding error in float32 and are not drawn."""
+
+
+def spectra_figure(
+    spectra: Mapping[str, Spectrum], ranks: Mapping[str, int] | None = None, title: str = "Singular values"
+) -> Any:
+    """Draw the spectra by depth, log scale, and below them the ranks of every layer.
+
+    Args:
+        spectra: Spectra by layer, first layer first, all of one fold.
+        ranks: Ranks to mark, of a plan or of a decomposed model, each of its own scheme: one of ``cp`` may exceed
+            the full rank of the fold that is drawn.
+        title: Title of the figure.
+
+    Returns:
+        A ``matplotlib.figure.Figure``.
+
+    Raises:
+        ArpHubError: If there is nothing to draw, or matplotlib is missing.
+    """
+    if not spectra:
+        raise ArpHubError("there are no spectra to draw: the model has no layer that can be decomposed")
+    figure = _figure(width=10 + max(0, len(spectra) - 60) * 0.08)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=_INK)
+    decay, bars = figure.subplots(2, 1)
+    _draw_decay(figure, decay, spectra)
+    _draw_ranks(bars, spectra, ranks or {})
+    return figure
+
+
+def ranks_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Draw the rank and the parameters, before and after, of every decomposed layer.
+
+    Args:
+        rows: The decomposed ones of a model's layers, as ``metrics.json`` lists them under ``layers``.
+
+    Returns:
+        A ``matplotlib.figure.Figure``.
+    """
+    figure = _figure(width=10, height=6)
+    ranks, sizes = figure.subplots(2, 1, sharex=True)
+    names, positions = [row["name"] for row in rows], range(len(rows))
+    schemes = list(dict.fromkeys(row["scheme"] for row in rows))
+    for scheme, colour in zip(schemes, _SCHEMES, strict=False):
+        mine = [(k, row["rank"] * row["groups"]) for k, row in enumerate(rows) if row["scheme"] == scheme]
+        x, y = zip(*mine, strict=True)
+        ranks.bar(x, y, width=0.8, color=colour, label=scheme)
+    ranks.set(ylabel="rank, all groups")
+    ranks.set_title("Rank of each decomposed layer", loc="left", fontsize=10, color=_MUTED)
+    before, after = ([row[key] for row in rows] for key in ("params", "params_after"))
+    sizes.bar(positions, before, width=0.8, color=_FULL, label="dense")
+    sizes.bar(positions, after, width=0.8, color=_LOW, label="decomposed")
+    sizes.set(ylabel="parameters", xlim=(-0.6, max(len(rows), _FEW) - 0.4))
+    sizes.yaxis.set_major_formatter("{x:,.0f}")
+    sizes.set_xticks(positions, names, rotation=90, fontsize=7 if len(names) <= 60 else 5)
+    sizes.set_title("Its parameters", loc="left", fontsize=10, color=_MUTED)
+    for axes in (ranks, sizes):
+        axes.legend(fontsize=8, frameon=False, ncols=6, loc="lower right", bbox_to_anchor=(1, 1))
+        _style(axes)
+    return figure
+
+
+def decays_figure(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]) -> Any:
+    """Draw the decay of every layer's singular values in the dense model and in the decomposed one, side by side.
+
+    Args:
+        before: As `arp_hub.spectra.decays` gives them of the dense model.
+        after: The same of the decomposed one.
+
+    Returns:
+        A ``matplotlib.figure.Figure``.
+    """
+    figure = _figure(width=10, height=4)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, title, falls in zip(panels, ("dense", "decomposed"), (before, after), strict=True):
+        ramp, norm = _depths(len(falls))
+        for depth, values in enumerate(falls.values(), start=1):
+            _draw_fall(axes, values, ramp(norm(depth)))
+        axes.set(yscale="log", xlim=(0, 1), xlabel="index / full rank")
+        axes.set_title(f"Singular values, {title}", loc="left", fontsize=10, color=_MUTED)
+        _style(axes)
+    panels[0].set_ylabel("singular value / largest")
+    _depth_bar(figure, panels[1], *_depths(len(before)))
+    return figure
+
+
+def violation_figure(history: Sequence[Mapping[str, Any]]) -> Any:
+    """Draw the violation of the rank constraints over training: every layer faintly, their mean boldly.
+
+    Args:
+        history: Epochs with ``step``, ``stage``, ``violation`` and ``violations``, as ``metrics.json`` lists them.
+
+    Returns:
+        A ``matplotlib.figure.Figure``.
+    """
+    figure = _figure(width=10, height=4)
+    axes = figure.subplots()
+    steps = [entry["step"] for entry in history]
+    for name in history[0].get("violations", {}):
+        values = [max(entry["violations"][name], _FLOOR) for entry in history]
+        axes.plot(steps, values, color=_HIGH, linewidth=0.7, alpha=0.7)
+    means = [max(entry["violation"], _FLOOR) for entry in history]
+    axes.plot(steps, means, color=_LOW, linewidth=2, marker="o", markersize=4, label="mean over layers")
+    if hold := next((entry["step"] for entry in history if entry.get("stage") == "hold"), None):
+        axes.axvline(hold, color=_MUTED, linewidth=1, linestyle=":", label="hold: exactly low rank")
+    axes.set(yscale="log", xlabel="optimiser step", ylabel="relative violation")
+    axes.set_title("Distance of the layers from their ranks during training", loc="left", fontsize=10, color=_MUTED)
+    axes.legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    _style(axes)
+    return figure
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a figure atomically, in the format that the path's suffix names.
+
+    Raises:
+        ArpHubError: If the suffix is none of a picture, or the folder does not exist.
+    """
+    path = Path(path)
+    check_picture_path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        figure.savefig(temporary, dpi=150)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_picture_path(path: str | os.PathLike[str]) -> None:
+    """Check that a picture can be written to ``path``, and that matplotlib is there to draw it.
+
+    Raises:
+        ArpHubError: If not.
+    """
+    path = Path(path)
+    suffixes = (".png", ".svg", ".pdf")
+    if path.suffix.lower() not in suffixes:
+        raise ArpHubError(f"a picture's name ends in {', '.join(suffixes)}, got '{path}'")
+    if not path.parent.is_dir():
+        raise ArpHubError(f"cannot write '{path}': there is no folder '{path.parent}'")
+    _figure(width=1)
+
+
+def _figure(width: float, height: float = 8) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ArpHubError("pictures need matplotlib: pip install 'arp-hub[plots]'") from error
+    return Figure(figsize=(width, height), layout="constrained", facecolor=_SURFACE)
+
+
+def _draw_decay(figure: Any, axes: Any, spectra: Mapping[str, Spectrum]) -> None:
+    ramp, norm = _depths(len(spectra))
+    for depth, spectrum in enumerate(spectra.values(), start=1):
+        values = spectrum.values.double()
+        _draw_fall(axes, (values / values[:, :1].clamp_min(1e-30)).mean(0).tolist(), ramp(norm(depth)))
+    axes.set(yscale="log", xlim=(0, 1), xlabel="index / full rank", ylabel="singular value / largest")
+    axes.set_title("Decay of each layer's singular values", loc="left", fontsize=10, color=_MUTED)
+    _depth_bar(figure, axes, ramp, norm)
+    _style(axes)
+
+
+def _draw_fall(axes: Any, values: Sequence[float], colour: Any) -> None:
+    """One layer's singular values over the largest, against their place between the first and the last."""
+    x = [k / max(1, len(values) - 1) for k in range(len(values))]
+    axes.plot(x, [max(value, _FLOOR) for value in values], color=colour, linewidth=1.2)
+
+
+def _depths(count: int) -> tuple[Any, Any]:
+    """Colours for so many layers by depth."""
+    from matplotlib import colormaps
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+
+    # The palest blues would vanish on the surface, so the ramp starts part of the way in.
+    ramp = LinearSegmentedColormap.from_list("depth", colormaps["Blues"]([0.35 + 0.65 * k / 255 for k in range(256)]))
+    return ramp, Normalize(1, max(2, count))
+
+
+def _depth_bar(figure: Any, axes: Any, ramp: Any, norm: Any) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.ticker import MaxNLocator
+
+    ticks = MaxNLocator(integer=True)
+    figure.colorbar(ScalarMappable(norm, ramp), ax=axes, label="depth, first layer to last", pad=0.01, ticks=ticks)
+
+
+def _draw_ranks(axes: Any, spectra: Mapping[str, Spectrum], ranks: Mapping[str, int]) -> None:
+    names = list(spectra)
+    positions = range(len(names))
+    heights = (
+        ("full rank", _FULL, [1.0] * len(names)),
+        ("99 % of the energy", _HIGH, [s.energy_rank(0.99) / s.full_rank for s in spectra.values()]),
+        ("90 % of the energy", _LOW, [s.energy_rank(0.90) / s.full_rank for s in spectra.values()]),
+    )
+    for label, colour, values in heights:
+        axes.bar(positions, values, width=0.8, color=colour, label=label)
+    marked = [(k, ranks[name] / spectra[name].full_rank) for k, name in enumerate(names) if name in ranks]
+    if marked:
+        x, y = zip(*marked, strict=True)
+        axes.scatter(x, y, marker="_", s=max(12, 4000 / len(names)), linewidth=2, color=_PLANNED, label="rank chosen")
+    axes.set(ylabel="rank / full rank", xlim=(-0.6, len(names) - 0.4))
+    size = 7 if len(names) <= 60 else 5
+    axes.set_xticks(positions, names, rotation=90, fontsize=size)
+    axes.set_title("Ranks of each layer", loc="left", fontsize=10, color=_MUTED)
+    axes.legend(fontsize=8, frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
+    _style(axes)
+
+
+def _style(axes: Any) -> None:
+    axes.set_facecolor(_SURFACE)
+    axes.grid(axis="y", color=_GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_MUTED, labelcolor=_MUTED)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(_GRID)

@@ -1,0 +1,1 @@
+"""Images and labels for training and evaluation."""

@@ -1,0 +1,368 @@
+"""Two ways to hold images: decoded once in memory (small data), or decoded by loader workers as they are used.
+
+Both give normalised batches ``(N, 3, H, W)`` on a device, for training (augmented) and for evaluation.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.auto_augment import AugmentOp
+from timm.data.transforms_factory import transforms_imagenet_train
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from ...errors import ArpHubError
+from ..seeds import keyed_seed, seeded
+from .augment import crop_and_flip, sent
+
+_logger = logging.getLogger(__name__)
+
+_VARIATION = v2.Compose(
+    [
+        v2.RandomAffine(15, translate=(0.1, 0.1), scale=(0.85, 1.15), interpolation=v2.InterpolationMode.BILINEAR),
+        v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05),
+    ]
+)
+"""Turned, moved, scaled and recoloured, as a photograph of the same thing might be."""
+_PIL_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """What a model wants to see: ``size`` is ``(height, width)``, ``mean`` and ``std`` are of pixels in 0..1."""
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Bytes ``(N, 3, H, W)`` as normalised floats."""
+        mean, std = (
+            sent(torch.tensor(values), pixels.device).mul(255)[:, None, None] for values in (self.mean, self.std)
+        )
+        return pixels.float().sub_(mean).div_(std)
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """One global batch: ``indices (B,)`` into a split, the seed of its augmentation, and this process's share of it."""
+
+    indices: Tensor
+    seed: int
+    share: slice
+
+    def image_seeds(self) -> np.ndarray:
+        """A seed for each image of the share, the same however the batch is shared out."""
+        return np.random.SeedSequence(self.seed).generate_state(len(self.indices), np.uint32)[self.share]
+
+
+class BadImages:
+    """The rows of a table whose image cannot be decoded. Shared with loader workers, so that each row counts once.
+
+    Args:
+        count: Rows of the table.
+        limit: So many may be bad; each is named in a warning, and an image of the mean colour stands in for it.
+    """
+
+    def __init__(self, count: int, limit: int = 0) -> None:
+        self.limit = limit
+        self.seen = torch.zeros(count, dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return int(self.seen.sum(dtype=torch.int64))
+
+    def add(self, row: int, reason: str) -> None:
+        """Take note of a bad row.
+
+        Raises:
+            ArpHubError: If it is one too many.
+        """
+        if self.seen[row]:
+            return
+        self.seen[row] = 1
+        if len(self) <= self.limit:
+            _logger.warning("%s (%d of at most %d)", reason, len(self), self.limit)
+            return
+        raise ArpHubError(
+            f"{reason}: {len(self)} such where max_bad_images={self.limit} allows no more. "
+            "Repair or remove the image, or raise max_bad_images"
+        )
+
+
+class Images(Protocol):
+    """The images of one split, in the form that a model wants to see."""
+
+    form: InputFormat
+    bad: BadImages
+
+    def __len__(self) -> int: ...
+
+    def training(self, batches: Iterable[TrainBatch], device: torch.device, workers: int) -> Iterator[Tensor]:
+        """This process's share of each batch, augmented."""
+
+    def evaluation(self, indices: Tensor, batch_size: int, device: torch.device, workers: int) -> Iterator[Tensor]:
+        """Images in the order of ``indices``, not augmented."""
+
+    def varied(
+        self, indices: Tensor, batch_size: int, device: torch.device, workers: int, seed: int
+    ) -> Iterator[Tensor]:
+        """A variation of each of these images: what the model has not seen, but might."""
+
+
+class DecodedImages:
+    """Small data: one tensor of bytes, moved to the device once, augmented there in whole batches.
+
+    Args:
+        count: Number of images.
+        decode: Gives all pixels as bytes ``(count, 3, H, W)``; called on first use.
+        form: What the model wants to see.
+        flip: Whether training images may be mirrored.
+        auto_augment: timm's augmentation string (``rand-m9-mstd0.5``), or empty for shifts and flips alone.
+        bad: Where ``decode`` notes what it could not decode.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        decode: Callable[[], Tensor],
+        form: InputFormat,
+        flip: bool = True,
+        auto_augment: str = "",
+        bad: BadImages | None = None,
+    ) -> None:
+        self.count, self.form, self.flip = count, form, flip
+        self.auto_augment = _auto_augmentation(auto_augment, form) if auto_augment else None
+        self.bad = BadImages(count) if bad is None else bad
+        self._decode = decode
+        self._pixels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def pixels(self, device: torch.device) -> Tensor:
+        """All images as bytes ``(N, 3, H, W)`` on ``device``."""
+        if self._pixels is None:
+            self._pixels = self._decode()
+        if self._pixels.device != device:
+            self._pixels = self._pixels.to(device)
+        return self._pixels
+
+    def training(self, batches: Iterable[TrainBatch], device: torch.device, workers: int) -> Iterator[Tensor]:
+        """Shifted by up to an eighth of the size, mirrored unless ``flip`` is off, and what ``auto_augment`` adds."""
+        pixels = self.pixels(device)
+        for batch in batches:
+            chosen = pixels[sent(batch.indices[batch.share], device)]
+            if self.auto_augment:
+                chosen = self._auto_augmented(chosen, batch.image_seeds().tolist())
+            padding = max(self.form.size) // 8
+            moved = crop_and_flip(chosen, batch.share, len(batch.indices), batch.seed, padding=padding, flip=self.flip)
+            yield self.form.normalise(moved)
+
+    def evaluation(self, indices: Tensor, batch_size: int, device: torch.device, workers: int) -> Iterator[Tensor]:
+        """Images in the order of ``indices``; ``workers`` are not needed."""
+        pixels = self.pixels(device)
+        for chosen in indices.split(batch_size):
+            yield self.form.normalise(pixels[chosen.to(device)])
+
+    def varied(
+        self, indices: Tensor, batch_size: int, device: torch.device, workers: int, seed: int
+    ) -> Iterator[Tensor]:
+        """A variation of each of these images, mirrored by chance unless ``flip`` is off."""
+        vary = v2.Compose([_VARIATION, v2.RandomHorizontalFlip()]) if self.flip else _VARIATION
+        pixels = self.pixels(torch.device("cpu"))
+        for chosen in indices.split(batch_size):
+            done = []
+            for row in chosen.tolist():
+                with seeded(keyed_seed(seed, "variation", row)):
+                    done.append(vary(pixels[row]))
+            yield self.form.normalise(torch.stack(done).to(device))
+
+    def _auto_augmented(self, pixels: Tensor, seeds: Iterable[int]) -> Tensor:
+        """Image by image on the CPU, because timm's augmentations are made for PIL images."""
+        transform = cast("Callable[[Image.Image], Image.Image]", self.auto_augment)
+        done = []
+        for image, seed in zip(pixels.permute(0, 2, 3, 1).cpu().numpy(), seeds, strict=True):
+            with seeded(seed):
+                done.append(np.array(transform(Image.fromarray(image))))
+        return torch.from_numpy(np.stack(done)).permute(0, 3, 1, 2).to(pixels.device)
+
+
+def _auto_augmentation(name: str, form: InputFormat) -> Callable[[Image.Image], Image.Image]:
+    """The augmentation that timm has under a name, without the crops, flips and normalisation around it."""
+    try:
+        _, augmentation, _ = transforms_imagenet_train(
+            form.size, auto_augment=name, interpolation=form.interpolation, mean=form.mean, std=form.std, separate=True
+        )
+    except (AssertionError, KeyError, ValueError, IndexError) as error:
+        raise ArpHubError(
+            f"auto_augment: timm knows no augmentation '{name}': give one like rand-m9-mstd0.5"
+        ) from error
+    _keep_one_bit(augmentation)
+    return augmentation
+
+
+def _keep_one_bit(transform: Any) -> None:
+    """Let timm's augmentations posterise to one bit at least: they ask for none once in a while, an error in Pillow."""
+    if isinstance(transform, AugmentOp):
+        if transform.name.startswith("Posterize"):
+            transform.level_fn = partial(_one_bit_or_more, cast("Callable[..., Any]", transform.level_fn))
+    elif isinstance(transform, list):
+        for part in transform:
+            _keep_one_bit(part)
+    else:
+        for name in ("transforms", "ops", "policy"):
+            _keep_one_bit(getattr(transform, name, []))
+
+
+def _one_bit_or_more(bits: Callable[..., Any], level: float, settings: Any) -> tuple[int]:
+    return (max(1, *bits(level, settings)),)
+
+
+class StreamedImages:
+    """Large data: decoded and augmented image by image by the workers of a DataLoader, with timm's transforms.
+
+    Args:
+        rows: Map-style rows of which ``rows[i][key]`` is a PIL image.
+        key: Name of the image column.
+        form: What the model wants to see.
+        auto_augment: timm's augmentation string (``rand-m9-mstd0.5``), or empty for crops and flips alone.
+        bad: Where images that cannot be decoded are noted; by default the first one is an error.
+    """
+
+    def __init__(
+        self, rows: Any, key: str, form: InputFormat, auto_augment: str = "", bad: BadImages | None = None
+    ) -> None:
+        self.rows, self.key, self.form = rows, key, form
+        self.bad = BadImages(len(rows)) if bad is None else bad
+        common = partial(
+            create_transform,
+            input_size=(3, *form.size),
+            mean=form.mean,
+            std=form.std,
+            interpolation=form.interpolation,
+        )
+        self.train_transform = common(is_training=True, color_jitter=0.0, auto_augment=auto_augment or None)
+        _keep_one_bit(self.train_transform)
+        self.eval_transform = common(is_training=False, crop_pct=form.crop_pct)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def training(self, batches: Iterable[TrainBatch], device: torch.device, workers: int) -> Iterator[Tensor]:
+        """Random resized crops, mirrored or not, and what ``auto_augment`` adds; keyed image by image."""
+        jobs = (
+            list(zip(batch.indices[batch.share].tolist(), batch.image_seeds().tolist(), strict=True))
+            for batch in batches
+        )
+        return self._load(self.train_transform, jobs, device, workers)
+
+    def evaluation(self, indices: Tensor, batch_size: int, device: torch.device, workers: int) -> Iterator[Tensor]:
+        """Images in the order of ``indices``, resized and cropped to the middle."""
+        jobs = ([(index, 0) for index in chosen.tolist()] for chosen in indices.split(batch_size))
+        return self._load(self.eval_transform, jobs, device, workers)
+
+    def varied(
+        self, indices: Tensor, batch_size: int, device: torch.device, workers: int, seed: int
+    ) -> Iterator[Tensor]:
+        """A variation of each of these images, mirrored by chance, resized and cropped to the middle."""
+        vary = v2.Compose([_VARIATION, v2.RandomHorizontalFlip(), self.eval_transform])
+        jobs = (
+            [(row, keyed_seed(seed, "variation", row)) for row in chosen.tolist()]
+            for chosen in indices.split(batch_size)
+        )
+        return self._load(vary, jobs, device, workers)
+
+    def _load(
+        self,
+        transform: Callable[[Image.Image], Tensor],
+        jobs: Iterable[list[tuple[int, int]]],
+        device: torch.device,
+        workers: int,
+    ) -> Iterator[Tensor]:
+        loader = DataLoader(
+            _Transformed(self, transform),
+            batch_sampler=jobs,
+            num_workers=min(workers, os.cpu_count() or 1),
+            pin_memory=device.type == "cuda",
+            collate_fn=torch.stack,
+        )
+        try:
+            for batch in loader:
+                yield batch.to(device, non_blocking=True)
+        except ArpHubError as error:  # a worker wraps its message in a traceback
+            message = str(error).strip().splitlines()[-1]
+            raise ArpHubError(message.removeprefix(f"{ArpHubError.__module__}.{ArpHubError.__name__}: ")) from error
+
+
+class _Transformed(Dataset):
+    """Rows as transformed tensors; an index is ``(row, seed)``."""
+
+    def __init__(self, images: StreamedImages, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: tuple[int, int]) -> Tensor:
+        row, seed = index
+        with seeded(seed):
+            return self.transform(row_image(self.images.rows, row, self.images.key, self.images.form, self.images.bad))
+
+
+def row_image(rows: Any, row: int, key: str, form: InputFormat, bad: BadImages) -> Image.Image:
+    """One image of a table, as RGB; one of the mean colour if it cannot be decoded and ``bad`` allows that.
+
+    Raises:
+        ArpHubError: If there is none in this row, or one too many that cannot be decoded.
+    """
+    try:
+        image = rows[int(row)][key]
+        if isinstance(image, Image.Image):
+            return as_rgb(image)
+    except Exception as error:  # PIL's decoders raise a dozen kinds, its guard against huge images one more
+        reason = " ".join(str(error).split()) or type(error).__name__
+        bad.add(row, f"image {row} of column '{key}' cannot be decoded: {reason}")
+        height, width = form.size
+        return Image.new("RGB", (width, height), tuple(round(255 * value) for value in form.mean))
+    raise ArpHubError(f"row {row} of column '{key}' holds no image, but {type(image).__name__}")
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB: palettes looked up, alpha dropped, 16-bit grey brought down to 8."""
+    if image.mode.startswith("I;16"):  # PIL itself would clip at 255: all white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def decode_all(rows: Any, key: str, form: InputFormat, bad: BadImages) -> Tensor:
+    """All images of a table as bytes ``(N, 3, H, W)``, resized where they differ from the model's size."""
+    height, width = form.size
+    pixels = torch.empty(len(rows), 3, height, width, dtype=torch.uint8)
+    resample = _PIL_FILTERS.get(form.interpolation, _PIL_FILTERS["bicubic"])
+    for row in progress(range(len(rows)), "decoding images"):
+        image = row_image(rows, row, key, form, bad)
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling(resample))
+        pixels[row] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return pixels
+
+
+def progress(items: Iterable[Any], title: str) -> Iterable[Any]:
+    """A progress bar, silent when the output is not a terminal."""
+    return tqdm(items, desc=title, disable=None, leave=False)
