@@ -25,8 +25,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import arp_hub.reports.plots
-import arp_hub.reports.summary  # noqa: F401 - imported before the forks, as matplotlib is
 import matplotlib.pyplot  # noqa: F401 - imported before the forks, so that no process has to again
 import timm
 import torch
@@ -35,6 +33,8 @@ from timm_checks import CHECKS, EXPORTS, Case, feasible_plan, flat, make_case, r
 from torch import nn
 
 import arp_hub
+import arp_hub.reports.plots
+import arp_hub.reports.summary  # noqa: F401 - imported before the forks, as matplotlib is
 from arp_hub._utils.environment import environment
 from arp_hub.layers.model import count_params
 

@@ -18,7 +18,7 @@ from arp_hub.schemes import SCHEMES
 from arp_hub.training import TrainConfig
 from arp_hub.training.preemption import EXIT_CODE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").rglob("*.md"))
 }

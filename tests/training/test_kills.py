@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from helpers import search_path
 
-KILLING = Path(__file__).with_name("killing.py")
+KILLING = Path(__file__).parents[1] / "killing.py"
 FILES = {"README.md", "config.json", "metrics.json", "model.safetensors"}
 
 

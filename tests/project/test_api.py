@@ -12,7 +12,7 @@ import pytest
 import arp_hub
 import arp_hub.training
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SURFACE = {
     "AdaptiveRankPenalty": "model plan total_steps",
     "ArpHubError": "",

@@ -22,7 +22,7 @@ from arp_hub import ArpHubError
 from arp_hub.hub.load import read_weights
 from arp_hub.models._untrusted import check_args, check_cfg, read_config, read_header
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

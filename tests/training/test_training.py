@@ -24,7 +24,7 @@ from arp_hub.training import TrainConfig, evaluate, load_data, run
 from arp_hub.training.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from arp_hub.training.runlog import read_log
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(RECIPES.parent)}
 TINY = {
     "model": "cifar_resnet20",

@@ -13,7 +13,7 @@ from helpers import ON_TWO, both_ended_clean, search_path
 import arp_hub
 from arp_hub.layers.model import count_params, low_rank_layers
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 NAMES = sorted(path.name for path in RECIPES.glob("*.py"))
 TRIAL = ["--cpu", "--max-steps", "2", "--ramp", "0.5", "--batch-size", "8", "--tracker", "none", "--dense-epochs", "1"]
 WEIGHTS_ONLY = ["--start-from", "dense", "--calibration-images", "0", "--schemes", "channel"]

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from arp_hub.cli.app import app
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^(?:<!-- (?P<mark>[^\n]+) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
 BLOCKS = [(m["language"], m["code"], m["mark"] or "") for m in BLOCK.finditer(README)]
