@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from tqdm.auto import tqdm
 
-from ._utils.torch_utils import evaluating, give_back_memory
+from ._utils.torch_utils import ambient_modes_off, evaluating
 from .calibration.batchnorm import following_norms, norms_with_statistics, renormalise
-from .calibration.images import LEAST_PIXELS, Images, batches, limited
-from .calibration.layer_problem import LayerProblem
-from .calibration.moments import LARGE, SAMPLES
+from .calibration.images import LEAST_PIXELS, Images, batches, check_normalised, limited
+from .calibration.layer_problem import LayerProblem, can_shift
+from .calibration.moments import LARGE, SAMPLES, Moments
 from .calibration.passes import paired_moments
 from .effort import Effort, EffortName
 from .errors import ArpHubError
@@ -32,6 +33,7 @@ _EXACT = 1e-8
 """Largest relative squared error at which given factors count as the weight itself."""
 
 
+@ambient_modes_off()
 def decompose(
     model: nn.Module,
     plan: RankPlan,
@@ -73,6 +75,11 @@ def decompose(
     schemes, settings = check_plan(model, plan), Effort.of(effort)
     if factors is not None and calibration is not None:
         raise ArpHubError("pass either calibration images or factors, not both: given factors are not fitted again")
+    if any(tensor.is_inference() for tensor in [*model.parameters(), *model.buffers()]):
+        raise ArpHubError(
+            "the model was made in inference mode, so its weights cannot be changed or trained: make it outside, or "
+            "pass copy.deepcopy(model), copied outside"
+        )
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in plan.layers:
         if effective_weight(modules[name]).is_meta:
@@ -81,6 +88,7 @@ def decompose(
             raise ArpHubError(f"layer '{name}': its weight holds NaN or infinite values")
     if calibration is not None:
         with layers_called(model):
+            check_normalised(calibration, model)
             images = limited(calibration, settings.images)
             return _decompose_by_data(model, plan, schemes, images, settings, progress)
     new = {}
@@ -96,6 +104,7 @@ def decompose(
     return model
 
 
+@ambient_modes_off()
 def to_dense(model: nn.Module) -> nn.Module:
     """Merge every decomposed layer's factors into one dense layer, in place: the same outputs, plain modules.
 
@@ -125,26 +134,30 @@ def _decompose_by_data(
     model: nn.Module, plan: RankPlan, schemes: Mapping[str, Scheme], images: Images, effort: Effort, progress: bool
 ) -> nn.Module:
     """Fit layer after layer on a copy, then put all new layers into ``model`` at once."""
-    give_back_memory()  # what planning has left
+    shapes = [cast(InputSize, tuple(batch.shape[1:])) for batch in batches(images) for _ in batch]
+    traced = trace(model, shapes[0])
     with evaluating(model):
         # with weights in common: only buffers are changed in place, and whole layers exchanged
         student = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
         teachers = {name: model.get_submodule(name) for name in plan.layers}
         norms = following_norms(student, {name: student.get_submodule(name) for name in plan.layers}, images)
         bar = tqdm(total=len(plan.layers), desc="decompose", disable=not progress, leave=False)
-        shapes = [cast(InputSize, tuple(batch.shape[1:])) for batch in batches(images) for _ in batch]
-        traced = trace(model, shapes[0])
+        device = next(model.parameters()).device
+
+        def empty(name: str, layer: nn.Module, images: int) -> Moments:
+            centred = can_shift(layer, norms.get(name))
+            return Moments(layer_shape(layer), device, effort.positions_macs, centred, images=images)
+
         for k, (names, most) in enumerate(_passes(model, plan, traced, shapes, effort)):
             old = {name: student.get_submodule(name) for name in names}
-            pupils = (student, old) if k else (model, teachers)  # nothing is decomposed yet before the first pass
-            taught = {name: teachers[name] for name in names}
-            found = paired_moments(*pupils, model, taught, images, most, effort.positions_macs)
+            # before the first pass nothing is decomposed yet: one model is both
+            pupils = (student, old) if k else (model, {name: teachers[name] for name in names})
+            found = paired_moments(*pupils, model, images, partial(empty, images=most), most)
             for name in names:
                 # popped, so that the memory of a layer's moments is free once it is fitted
                 problem = LayerProblem.of(teachers[name], found.pop(name), norms.get(name), _precision(teachers[name]))
                 new = _fitted_layer(problem, schemes[name], plan.layers[name], norms.get(name), effort)
                 replace_layers(student, {old[name]: new})
-                give_back_memory()
                 bar.update()
         bar.close()
         most = max(64, int(effort.norm_macs / (2 * max(traced.macs, 1))))  # 64: every position of an image counts

@@ -12,13 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .._utils.torch_utils import give_back_memory
-from ..calibration.batchnorm import InputStatistics, following, norms_with_statistics, observed
-from ..calibration.images import Images, batches, fast_layout
+from ..calibration.batchnorm import STATISTICS_PIXELS, InputStatistics, following, norms_with_statistics, observed
+from ..calibration.images import Images, Place, batches
 from ..effort import Effort
-
-_PIXELS = 2**21
-"""Pixels that bound a batch: BatchNorms follow it, and statistics of few images mislead them."""
 
 Substitute = Callable[[Tensor], Tensor]
 """What stands in the place of a layer: makes its output of its input."""
@@ -43,8 +39,7 @@ class OutputProbe:
     def __init__(self, model: nn.Module, images: Images, work: float, effort: Effort) -> None:
         self._model = model
         count = int(min(effort.sensitivity_images, max(4, effort.sensitivity_macs / max(work, 1.0))))
-        device, layout = next(model.parameters()).device, fast_layout(model, images)
-        self._batches = list(batches(images, device, layout, pixels=_PIXELS, most=count))
+        self._batches = list(batches(images, Place.of(model, images), pixels=STATISTICS_PIXELS, most=count))
         self._originals = {norm: copy.deepcopy(norm) for norm in norms_with_statistics(model).values()}
         self.norms = frozenset(self._originals)
         self._statistics = [{norm: InputStatistics() for norm in self.norms} for _ in self._batches]
@@ -80,7 +75,6 @@ class OutputProbe:
                 ]
                 with following(followers, substitutes):
                     found.append(self._run(batch))
-        give_back_memory()
         if self._classifies():
             return _divergence(torch.cat(self._outputs), torch.cat(found))
         error = sum(float((one - exact).square().sum()) for one, exact in zip(found, self._outputs, strict=True))
