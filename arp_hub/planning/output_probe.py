@@ -1,4 +1,8 @@
-"""What replaced layers do to a network: the divergence of its predictions, over a few images."""
+"""The divergence of a network's output with some of its layers replaced, on a few images.
+
+For a classifier with logits ``z`` dense and ``z'`` with replaced layers, it is the mean over images of the
+Kullback-Leibler divergence ``KL(softmax(z) || softmax(z'))``, in nats; for other networks ``||z - z'||^2 / ||z||^2``.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +21,11 @@ from ..calibration.images import Images, Place, batches
 from ..effort import Effort
 
 Substitute = Callable[[Tensor], Tensor]
-"""What stands in the place of a layer: makes its output of its input."""
+"""A function that computes a layer's output from its input, in the layer's place."""
 
 
 class OutputProbe:
-    """Divergences at the output of a network with some of its layers replaced. Nothing is back-propagated.
-
-    For a classifier (``num_classes`` logits an image) it is the Kullback-Leibler divergence of the predictions, in
-    nats; for any other network the relative squared error of all that it puts out.
+    """Measures divergences of a network's output. No gradients are used.
 
     Args:
         model: The dense network, in evaluation mode for as long as this is used.
@@ -33,7 +34,7 @@ class OutputProbe:
         effort: Bounds on the images and on the work. At least 4 images are used.
 
     Attributes:
-        norms: The model's BatchNorms, those that normalise by stored statistics.
+        norms: The BatchNorms of the model that use stored statistics.
     """
 
     def __init__(self, model: nn.Module, images: Images, work: float, effort: Effort) -> None:
@@ -51,12 +52,12 @@ class OutputProbe:
     def divergence(
         self, substitutes: Mapping[nn.Module, Substitute], adapting: Collection[nn.Module] = frozenset()
     ) -> float:
-        """How far the network's output is from the dense one's with ``substitutes`` in the place of layers.
+        """The divergence of the output with ``substitutes`` in the place of layers.
 
         Args:
-            substitutes: What stands for which layers.
-            adapting: BatchNorms whose statistics follow what goes into them, as they do behind dense layers once the
-                model is decomposed.
+            substitutes: The functions by the layers that they replace.
+            adapting: BatchNorms whose statistics follow their input, as those behind dense layers do once the model is
+                decomposed.
         """
 
         def replace(substitute: Substitute, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ class OutputProbe:
 
     @torch.no_grad()
     def _run(self, batch: Tensor) -> Tensor:
-        """The output, in double precision; one that is not a single tensor comes as a flat one."""
+        """The output in double precision; several tensors are flattened into one."""
         leaves = [leaf for leaf in tree_leaves(self._model(batch)) if isinstance(leaf, Tensor)]
         return leaves[0].double() if len(leaves) == 1 else torch.cat([leaf.flatten().double() for leaf in leaves])
 
