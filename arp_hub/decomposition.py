@@ -19,7 +19,7 @@ from .calibration.images import LEAST_PIXELS, Images, batches, check_normalised,
 from .calibration.layer_problem import LayerProblem, can_shift
 from .calibration.moments import LARGE, SAMPLES, Moments
 from .calibration.passes import paired_moments
-from .effort import Effort, EffortName
+from .effort import Effort
 from .errors import ArpHubError
 from .layers.apply_plan import check_plan
 from .layers.low_rank import LowRankLayer, effective_weight, layer_shape, low_rank_layer
@@ -40,7 +40,7 @@ def decompose(
     calibration: Images | None = None,
     *,
     factors: Mapping[str, Factors] | None = None,
-    effort: Effort | EffortName = "balanced",
+    effort: Effort | str = "balanced",
     progress: bool = False,
 ) -> nn.Module:
     """Replace the planned layers by their low-rank factors, in place. No labels, no back-propagation.
@@ -180,7 +180,7 @@ def _fitted_layer(
     problem: LayerProblem, scheme: Scheme, plan: LayerPlan, norm: BatchNorm | None, effort: Effort
 ) -> LowRankLayer:
     """The decomposed form of one layer; the mean of ``norm``, the BatchNorm behind it, takes up its change of mean."""
-    factors = problem.fit(scheme, plan.rank, effort.fit_iterations, effort.fit_macs, least=5)
+    factors = problem.fit(scheme, plan.rank, effort.fit_iterations, effort.fit_macs, 5, effort.start_sweeps)
     new = low_rank_layer(problem.layer, plan)
     new.load_factors(factors, cast("Tensor | None", problem.layer.bias))
     if problem.can_shift:

@@ -15,7 +15,7 @@ from torch import nn
 
 from .._utils.torch_utils import ambient_modes_off
 from ..calibration.images import Images, batches, check_normalised, limited
-from ..effort import Effort, EffortName
+from ..effort import Effort
 from ..errors import ArpHubError
 from ..layers.dense import refusal
 from ..layers.low_rank import layer_shape
@@ -45,7 +45,7 @@ def make_plan(
     exclude: Sequence[str] | None = None,
     calibration: Images | None = None,
     input_size: InputSize | None = None,
-    effort: Effort | EffortName = "balanced",
+    effort: Effort | str = "balanced",
     progress: bool = False,
 ) -> RankPlan:
     """Plan the decomposition of a model: which layers, by which scheme, at which rank.
