@@ -66,7 +66,7 @@ class Cp(Scheme):
                 return tuple(factor.to(weight.dtype) for factor in cold)
             start = self.basis(cold)
             least = min(_LEAST_SWEEPS, int(_MOST_SWEEP_WORK / work))
-            sweeps = min(_SWEEPS, max(least, int(_SWEEP_WORK / work))) if sweeps is None else sweeps
+            sweeps = min(_SWEEPS if sweeps is None else sweeps, max(least, int(_SWEEP_WORK / work)))
             if sweeps == 0:
                 return tuple(factor.to(weight.dtype) for factor in cold)
         outputs, taps = (mode.to(dtype) for mode in start)

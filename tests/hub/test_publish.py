@@ -276,9 +276,9 @@ def test_the_card_says_where_the_model_is_not_faster(folder: Path) -> None:
 
 def test_the_card_names_the_teacher(folder: Path) -> None:
     for teacher, named in (("resnet50", True), ("", False)):  # without one, it is the dense model
-        config = {"epochs": 2, "method": "tracking", "distill": 0.9, "teacher": teacher}
+        config = {"epochs": 2, "distill": 0.9, "teacher": teacher}
         card = card_of(folder, config=config).text
-        assert "epochs 2, method tracking, distill 0.9" in card
+        assert "epochs 2, distill 0.9" in card
         assert ("distill 0.9, teacher resnet50." in card) == named
         assert named or "distill 0.9. All settings" in card
 

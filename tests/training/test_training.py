@@ -159,12 +159,12 @@ def test_a_run_can_be_repeated_from_its_metrics(finished, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"start_from": "dense", "method": "dual", "calibration_images": 0},
+        {"start_from": "dense", "calibration_images": 0},
         {"mixup": 0.2, "cutmix": 1.0, "smoothing": 0.1, "optimizer": "adamw", "lr": 1e-3, "schedule": "multistep"},
         {"ema_decay": 0.5, "clip_grad": 1.0, "warmup_epochs": 0.01, "distill": 1.0},
         {"dense_epochs": 0, "ramp": 0.0, "keep_params": None, "keep_macs": 0.6, "exclude": ("conv1",)},
     ],
-    ids=["dense start, dual ascent", "mixing and AdamW", "averaging and distillation", "hold only, MACs"],
+    ids=["dense start", "mixing and AdamW", "averaging and distillation", "hold only, MACs"],
 )
 def test_options(tmp_path, changes):
     settings = config(tmp_path, **changes)
