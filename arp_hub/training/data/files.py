@@ -78,9 +78,10 @@ def class_folders(source: str, root: Path) -> ClassFolders:
     if not tops:
         _refuse_data_in_classes(source, images)
     level = 1 if tops else 0  # where in a path the class stands
-    labelled = [file for file in images if len(file) > level + 1 and (not tops or file[0] in tops)]
+    inside = set(tops.values())
+    labelled = [file for file in images if len(file) > level + 1 and (not tops or file[0] in inside)]
     classes = sorted({file[level] for file in labelled})
-    named = {folder[level] for folder in folders if len(folder) == level + 1 and (not tops or folder[0] in tops)}
+    named = {folder[level] for folder in folders if len(folder) == level + 1 and (not tops or folder[0] in inside)}
     if classes and (empty := sorted(named.difference(classes))):
         raise ArpHubError(
             f"data '{source}': {len(empty)} class folders hold no images ({_first(empty)}): remove them, or put images "
@@ -124,7 +125,7 @@ def _is_hidden(file: Parts) -> bool:
 
 
 def _split_folders(source: str, images: Collection[Parts]) -> dict[str, str]:
-    """Splits with the top folder of each; none where the top folders are classes.
+    """The top folder of each split; empty where the top folders are classes.
 
     Top folders are splits if all have names of splits, or if both a train and a test folder hold class folders.
 
@@ -160,7 +161,7 @@ def _refuse_data_in_classes(source: str, images: Collection[Parts]) -> None:
     for file in images:
         if len(file) > 1:
             inside.setdefault(file[0], []).append(file[1:])
-    for top, files in inside.items():
+    for top, files in sorted(inside.items()):
         if all(len(file) > 1 for file in files) and _split_folders(f"{source}/{top}", files):
             raise ArpHubError(
                 f"data '{source}': the folder '{top}' is no class, because it holds splits: give '{source}/{top}' as "
