@@ -160,13 +160,17 @@ def as_rgb(image: Image.Image, white: Mapping[str, int] | None = None) -> Image.
         ValueError: If Pillow cannot convert the mode, or values lie outside black and white.
     """
     if kind := number_kind(image.mode):
-        values = np.asarray(image, np.float32)
+        values = np.array(image, np.float32)
         low, high = _bounds(values)
         top = (white or {}).get(kind) or _white(high, kind)
         slack = _OVERSHOOT * top if kind == "float" else 0
         if low < -slack or high > top + slack:
-            raise ValueError(f"its values {low:g} to {high:g} are not all between 0 and {top}, which is white here")
-        return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
+            raise ValueError(
+                f"its values {low:g} to {high:g} are not all between 0 and {top}, which is white in the other images: "
+                "scale all images to 16 bits"
+            )
+        values *= 255 / top
+        return Image.fromarray(values.clip(0, 255, out=values).round(out=values).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -188,13 +192,13 @@ def _white(high: float, kind: str) -> int:
     """The lowest value that can be white where ``high`` is the highest.
 
     Raises:
-        ValueError: If it is above the range of 16 bits.
+        ValueError: If ``high`` is above 16 bits, or far below the lowest white, so that images would come out black.
     """
     slack = 1 + _OVERSHOOT if kind == "float" else 1
-    for white in _WHITES:
-        if high <= white * slack:
-            return white
-    raise ValueError(f"its largest value, {high:g}, is above {_WHITES[-1]}; scale it to 16 bits")
+    white = next((white for white in _WHITES if high <= white * slack), None)
+    if white is None or 1 < white > 4 * high:
+        raise ValueError(f"its largest value, {high:g}, tells no range: scale it to 0..255, 0..65535 or floats of 0..1")
+    return white
 
 
 @dataclass(frozen=True)
@@ -225,7 +229,8 @@ def survey(splits: Collection[Rows]) -> Survey:
                     sides.append(max(image.size))
                     if kind := number_kind(image.mode):
                         high = _bounds(np.asarray(_load(image), np.float32))[1]
-                        highest[kind] = max(_white(high, kind), highest.get(kind, 0))
+                        if high > 0:  # a black image tells no range
+                            highest[kind] = max(_white(high, kind), highest.get(kind, 0))
             except Exception:  # decoders raise a dozen kinds
                 continue
     return Survey(bool(sides) and max(sides) <= SMALL_SIDE, highest)
