@@ -121,7 +121,7 @@ def decoded(rows: Rows, row: int) -> Image.Image:
 
 
 def _load(image: Image.Image) -> Image.Image:
-    """Decode an image that is not too large; a JPEG that is, at a half, a quarter or an eighth of its size.
+    """Decode an image that is not too large, or a larger JPEG at half its size.
 
     Raises:
         ValueError: If it is too large.
@@ -129,8 +129,7 @@ def _load(image: Image.Image) -> Image.Image:
     width, height = image.size
     # A progressive JPEG is held in memory at its full size, whatever the size it is decoded to.
     if width * height > _MOST_PIXELS and isinstance(image, JpegImageFile) and not image.info.get("progressive"):
-        divisor = next((divisor for divisor in (2, 4) if width * height <= _MOST_PIXELS * divisor**2), 8)
-        image.draft(image.mode, (width // divisor, height // divisor))
+        image.draft(image.mode, (width // 2, height // 2))  # Pillow opens none that is too large at half its size
     if image.width * image.height > _MOST_PIXELS:
         raise ValueError(
             f"its {width} x {height} pixels are more than the {_MOST_PIXELS / 1e6:.0f} million that are decoded; "
