@@ -87,6 +87,10 @@ LAYOUTS = {
         {"train": "train", "test": "test"},
     ),
     "numbers": (["10/1.png", "9/1.png", "1/1.png"], {"train": "."}),
+    "split words inside a class": (
+        ["cat/train/a/1.png", "cat/other/2.png", "dog/test/a/3.png", "dog/4.png"],
+        {"train": "."},
+    ),
 }
 
 

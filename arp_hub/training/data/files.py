@@ -49,12 +49,7 @@ class ClassFolders:
     classes: tuple[str, ...]
 
 
-def holds_parquet(root: Path) -> bool:
-    """Whether a folder holds parquet files, at any depth."""
-    return bool(_parquet_files(_walk(root)[0]))
-
-
-def class_folders(source: str, root: Path) -> ClassFolders:
+def class_folders(source: str, root: Path) -> ClassFolders | None:
     """Find the images of a folder that is laid out as ``CLASS/image`` or ``SPLIT/CLASS/image``.
 
     Images in no class folder have no labels. Hidden files and folders are skipped. A warning names the files that are
@@ -64,10 +59,15 @@ def class_folders(source: str, root: Path) -> ClassFolders:
         source: The folder as the user wrote it, for messages.
         root: The folder.
 
+    Returns:
+        The images, or None if the folder holds parquet files.
+
     Raises:
         ArpHubError: If there are no images, if a class has none, or if splits and classes cannot be told apart.
     """
     files, folders = _walk(root)
+    if _parquet_files(files):
+        return None
     images = [file for file in files if is_image_file(file[-1]) and not _is_hidden(file)]
     if not images:
         raise ArpHubError(
@@ -127,18 +127,13 @@ def _is_hidden(file: Parts) -> bool:
 def _split_folders(source: str, images: Collection[Parts]) -> dict[str, str]:
     """The top folder of each split; empty where the top folders are classes.
 
-    Top folders are splits if all have names of splits, or if both a train and a test folder hold class folders.
-
     Raises:
-        ArpHubError: If that leaves a doubt, or two folders name one split.
+        ArpHubError: If it is unclear which they are, or if two folders name one split.
     """
-    tops = {file[0] for file in images if len(file) > 1}
-    named = {top: _SPLITS[top.lower()] for top in sorted(tops) if top.lower() in _SPLITS}
-    deep = {file[0] for file in images if len(file) > 2}
-    with_classes = {split for top, split in named.items() if top in deep}
-    if not named or not (tops <= named.keys() or with_classes > {"train"}):
+    named, others, deep = _tops(images)
+    if not _are_splits(images):
         if deep and deep <= named.keys():
-            top, other = min(deep), min(tops.difference(named))
+            top, other = min(deep), min(others)
             raise ArpHubError(
                 f"data '{source}': the folder '{top}' may be a split or a class beside '{other}': give "
                 f"'{source}/{top}' as the data, or move '{other}' away"
@@ -155,6 +150,19 @@ def _split_folders(source: str, images: Collection[Parts]) -> dict[str, str]:
     return dict(sorted(splits.items(), key=lambda item: (item[0] != "train", item[0])))
 
 
+def _tops(images: Collection[Parts]) -> tuple[dict[str, str], set[str], set[str]]:
+    """Top folders with names of splits, and their splits; other top folders; and those that hold folders of images."""
+    tops = {file[0] for file in images if len(file) > 1}
+    named = {top: _SPLITS[top.lower()] for top in sorted(tops) if top.lower() in _SPLITS}
+    return named, tops.difference(named), {file[0] for file in images if len(file) > 2}
+
+
+def _are_splits(images: Collection[Parts]) -> bool:
+    """Whether all top folders have names of splits, or both a train and a test folder hold class folders."""
+    named, others, deep = _tops(images)
+    return bool(named) and (not others or {split for top, split in named.items() if top in deep} > {"train"})
+
+
 def _refuse_data_in_classes(source: str, images: Collection[Parts]) -> None:
     """Refuse folders that look like classes but are data sets of their own: reading them would mix their splits."""
     inside: dict[str, list[Parts]] = {}
@@ -162,7 +170,7 @@ def _refuse_data_in_classes(source: str, images: Collection[Parts]) -> None:
         if len(file) > 1:
             inside.setdefault(file[0], []).append(file[1:])
     for top, files in sorted(inside.items()):
-        if all(len(file) > 1 for file in files) and _split_folders(f"{source}/{top}", files):
+        if all(len(file) > 1 for file in files) and _are_splits(files):
             raise ArpHubError(
                 f"data '{source}': the folder '{top}' is no class, because it holds splits: give '{source}/{top}' as "
                 "the data, or put the class folders into train/ and test/"

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...errors import ArpHubError
 from .decoding import ImageColumn, ImageFiles, Rows, survey
-from .files import choose_configuration, class_folders, holds_parquet, parquet_splits
+from .files import ClassFolders, choose_configuration, class_folders, parquet_splits
 from .images import BadImages, DecodedImages, Images, InputFormat, StreamedImages, decode_all
 
 _logger = logging.getLogger(__name__)
@@ -125,8 +125,8 @@ def _open(source: str, columns: Columns) -> tuple[Splits, tuple[str, ...]]:
     folder = Path(place).expanduser()
     try:
         if folder.is_dir():
-            if not holds_parquet(folder):
-                return _open_folders(place, folder, config, columns)
+            if found := class_folders(place, folder):
+                return _from_folders(place, folder, found, config, columns)
             return _Labelled(source, _load_parquet(place, folder, config), columns).read()
         if folder.exists():
             raise ArpHubError(f"data '{source}' is a file: give the folder it is in")
@@ -155,14 +155,15 @@ def _place_and_config(source: str) -> tuple[str, str | None]:
     return place, config
 
 
-def _open_folders(source: str, folder: Path, config: str | None, columns: Columns) -> tuple[Splits, tuple[str, ...]]:
+def _from_folders(
+    source: str, folder: Path, found: ClassFolders, config: str | None, columns: Columns
+) -> tuple[Splits, tuple[str, ...]]:
     choose_configuration(source, config, (), None)
     for what, named in (("image", columns.image), ("label", columns.label)):
         if named not in (None, what):
             raise ArpHubError(
                 f"data '{source}' has no column {what}_key='{named}': the columns of class folders are image and label"
             )
-    found = class_folders(source, folder)
     splits: Splits = {}
     for name, paths in found.splits.items():
         labels = found.labels[name]
