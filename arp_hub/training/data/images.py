@@ -98,7 +98,7 @@ class BadImages:
             _logger.warning("%s (%d of at most %d)", reason, len(self), self.limit)
             return
         raise ArpHubError(
-            f"{reason} ({len(self)} such images, max_bad_images={self.limit}). "
+            f"{reason} (bad images: {len(self)}, max_bad_images={self.limit}). "
             "Repair or remove the image, or raise max_bad_images"
         )
 
