@@ -9,13 +9,13 @@ import timm
 import torch
 from PIL import Image
 
-from arp_hub.cli.app import _test_split, app
 from arp_hub.errors import ArpHubError
 from arp_hub.hub.load import load_model
 from arp_hub.training import Split, evaluate, load_data
 from arp_hub.training.data import decoding, sources
 from arp_hub.training.data.decoding import as_rgb
 from arp_hub.training.evaluate import why_not_measured
+from arp_hub_cli.app import _test_split, app
 
 CPU = torch.device("cpu")
 
