@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -20,8 +21,9 @@ from .calibration.passes import paired_moments
 from .calibration.regression import fit_layer, output_scale
 from .errors import ArpHubError
 from .layers.apply_plan import check_plan
+from .layers.carry_over import loses_hooks
 from .layers.low_rank import LowRankLayer, effective_weight, layer_shape, low_rank_layer
-from .layers.model import layers_called, low_rank_layers, replace_layers
+from .layers.model import check_model, layers_called, low_rank_layers, replace_layers
 from .layers.trace import InputSize, Trace, trace
 from .plan import LayerPlan, RankPlan
 from .schemes import Factors, Scheme, relative_error
@@ -74,10 +76,12 @@ def decompose(
         >>> plan = make_plan(model, keep_params=0.5)
         >>> decompose(model, plan)
     """
+    check_model(model)
     schemes = check_plan(model, plan)
     if factors is not None and calibration is not None:
         raise ArpHubError("pass either calibration images or factors, not both: given factors are not fitted again")
     modules = dict(model.named_modules(remove_duplicate=False))
+    _warn_of_lost_hooks([name for name in plan.layers if loses_hooks(modules[name])])
     for name in plan.layers:
         if effective_weight(modules[name]).is_meta:
             raise ArpHubError(f"layer '{name}' has no weight (meta device): load the model's weights first")
@@ -100,15 +104,31 @@ def decompose(
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """Merge every decomposed layer's factors into one dense layer, in place: the same outputs, plain modules.
+    """Merge the factors of every low-rank layer into one dense layer, in place: same outputs, plain modules.
 
-    A weight-standardised convolution comes back as a plain one that holds the standardised weight.
+    Hooks, attributes, mode, dtype, device and ``requires_grad`` of every layer are kept. Hooks on single factors are
+    lost, with a warning. A weight-standardised convolution becomes a plain one with the standardised weight.
 
     Returns:
-        ``model`` itself.
+        ``model`` itself. On an error it is unchanged.
+
+    Raises:
+        ArpHubError: If the model is wrapped or compiled, or a factor is: an adapter, a quantised or pruned layer.
     """
-    replace_layers(model, {layer: layer.dense_layer() for layer in low_rank_layers(model).values()})
+    check_model(model, mergeable=True)
+    layers = low_rank_layers(model)
+    _warn_of_lost_hooks([name for name, layer in layers.items() if loses_hooks(layer)])
+    replace_layers(model, {layer: layer.dense_layer() for layer in layers.values()})
     return model
+
+
+def _warn_of_lost_hooks(names: Sequence[str]) -> None:
+    if names:
+        warnings.warn(
+            f"gradient hooks on parameters and hooks on single factors are not carried over: {len(names)} layers lose "
+            f"theirs, such as '{names[0]}'. Register them again on the new layers",
+            stacklevel=3,
+        )
 
 
 def _given_factors(name: str, scheme: Scheme, weight: Tensor, factors: Mapping[str, Factors]) -> Factors:

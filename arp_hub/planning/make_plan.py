@@ -14,9 +14,8 @@ from tqdm.auto import tqdm
 from .._utils.torch_utils import evaluating
 from ..calibration.images import Images, batches
 from ..errors import ArpHubError
-from ..layers.dense import refusal
 from ..layers.low_rank import effective_weight, layer_shape
-from ..layers.model import layers_called, low_rank_layers, other_parameters, weight_layers
+from ..layers.model import check_model, layers_called, low_rank_layers, other_parameters, refusals, weight_layers
 from ..layers.trace import InputSize, Trace, input_size_of, trace
 from ..plan import RankPlan
 from ..schemes import SCHEMES, Scheme
@@ -93,6 +92,7 @@ def make_plan(
     Example:
         >>> make_plan(timm.create_model("resnet18"), keep_params=0.5, schemes=["channel", "group_out"])
     """
+    check_model(model)
     cost, share = _budget(keep_params, keep_macs, keep_latency)
     if workload is not None and cost != "latency":
         raise ArpHubError("a workload is for keep_latency alone: leave it out, or give keep_latency")
@@ -158,11 +158,11 @@ def _eligible(
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):
             raise ArpHubError(f"exclude names {pattern!r}, which matches no layer of this {type(model).__name__}")
-    layers, dense = {}, {}
+    layers, dense, reasons = {}, {}, refusals(model)
     for name, module in weight_layers(model):
         if any(fnmatchcase(name, pattern) for pattern in patterns):
             dense[name] = "first convolution" if exclude is None else "excluded by the user"
-        elif reason := refusal(module):
+        elif reason := reasons.get(module):
             dense[name] = reason
         elif name not in traced.sizes:
             dense[name] = "the model uses its weight without calling the layer"

@@ -45,7 +45,7 @@ def test_full_rank_stands_in_for_the_dense_layer(make, scheme):
 def test_a_merged_weight_cannot_be_written():
     dense = nn.Conv2d(8, 8, 3)
     layer = low_rank_layer(dense, LayerPlan("cp", 4))
-    with pytest.raises(KeyError):
+    with pytest.raises(ArpHubError, match=r"change layer\.factors"):
         layer.weight = nn.Parameter(torch.zeros(8, 8, 3, 3))
 
 
