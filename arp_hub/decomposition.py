@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 
 from ._utils.torch_utils import evaluating, give_back_memory
 from .calibration.batchnorm import following_norms, norms_with_statistics, renormalise
-from .calibration.images import LEAST_PIXELS, Images, batches
-from .calibration.moments import LARGE, SAMPLES, PatchMoments
+from .calibration.images import LEAST_PIXELS, Images, batches, limited
+from .calibration.layer_problem import LayerProblem
+from .calibration.moments import LARGE, SAMPLES
 from .calibration.passes import paired_moments
-from .calibration.regression import fit_layer, output_scale
+from .effort import Effort, EffortName
 from .errors import ArpHubError
 from .layers.apply_plan import check_plan
 from .layers.carry_over import loses_hooks
@@ -29,13 +30,6 @@ from .plan import LayerPlan, RankPlan
 from .schemes import Factors, Scheme, relative_error
 from .schemes.shapes import LayerShape, Pair
 
-_FORWARD_WORK, _WORK_AN_IMAGE = 5e12, 8e9
-"""Multiply-accumulates that bound all forward passes together, and the same for each image that there is. Where they do
-not suffice for a pass over all images for every layer, layers make do with fewer, by what they need; and if they do not
-suffice for that either, neighbouring layers share a pass, and are then fitted to the same inputs."""
-_NORM_WORK, _LEAST_NORM_IMAGES = 6e11, 64
-"""Multiply-accumulates that bound the pass after which BatchNorms follow, and images that it takes in any case: their
-statistics need few, of which every position counts."""
 _EXACT = 1e-8
 """Largest relative squared error at which given factors count as the weight itself."""
 
@@ -46,6 +40,7 @@ def decompose(
     calibration: Images | None = None,
     *,
     factors: Mapping[str, Factors] | None = None,
+    effort: Effort | EffortName = "balanced",
     progress: bool = False,
 ) -> nn.Module:
     """Replace the planned layers by their low-rank factors, in place. No labels, no back-propagation.
@@ -62,6 +57,7 @@ def decompose(
         calibration: Unlabelled images, normalised as for the model: a tensor ``(N, C, H, W)`` or batches.
         factors: Factors found already, as `AdaptiveRankPenalty.factors` gives them after the hold. They must
             reproduce the weights; then the decomposition is exact.
+        effort: ``"fast"``, ``"balanced"``, ``"thorough"``, or an `arp_hub.effort.Effort`: how much time the fit takes.
         progress: Show a progress bar.
 
     Returns:
@@ -77,7 +73,7 @@ def decompose(
         >>> decompose(model, plan)
     """
     check_model(model)
-    schemes = check_plan(model, plan)
+    schemes, settings = check_plan(model, plan), Effort.of(effort)
     if factors is not None and calibration is not None:
         raise ArpHubError("pass either calibration images or factors, not both: given factors are not fitted again")
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -89,7 +85,8 @@ def decompose(
             raise ArpHubError(f"layer '{name}': its weight holds NaN or infinite values")
     if calibration is not None:
         with layers_called(model):
-            return _decompose_by_data(model, plan, schemes, calibration, progress)
+            images = limited(calibration, settings.images)
+            return _decompose_by_data(model, plan, schemes, images, settings, progress)
     new = {}
     for name, layer_plan in tqdm(plan.layers.items(), "decompose", disable=not progress, leave=False):
         weight = effective_weight(modules[name])
@@ -145,9 +142,9 @@ def _given_factors(name: str, scheme: Scheme, weight: Tensor, factors: Mapping[s
 
 
 def _decompose_by_data(
-    model: nn.Module, plan: RankPlan, schemes: Mapping[str, Scheme], images: Images, progress: bool
+    model: nn.Module, plan: RankPlan, schemes: Mapping[str, Scheme], images: Images, effort: Effort, progress: bool
 ) -> nn.Module:
-    """Fit layer after layer on a copy; put the new layers into ``model`` once all of them are there."""
+    """Fit layer after layer on a copy, then put all new layers into ``model`` at once."""
     give_back_memory()  # what planning has left
     with evaluating(model):
         # with weights in common: only buffers are changed in place, and whole layers exchanged
@@ -157,18 +154,20 @@ def _decompose_by_data(
         bar = tqdm(total=len(plan.layers), desc="decompose", disable=not progress, leave=False)
         shapes = [cast(InputSize, tuple(batch.shape[1:])) for batch in batches(images) for _ in batch]
         traced = trace(model, shapes[0])
-        for k, (names, most) in enumerate(_passes(model, plan, traced, shapes)):
+        for k, (names, most) in enumerate(_passes(model, plan, traced, shapes, effort)):
             old = {name: student.get_submodule(name) for name in names}
             pupils = (student, old) if k else (model, teachers)  # nothing is decomposed yet before the first pass
-            found = paired_moments(*pupils, model, {name: teachers[name] for name in names}, images, most)
+            taught = {name: teachers[name] for name in names}
+            found = paired_moments(*pupils, model, taught, images, most, effort.positions_macs)
             for name in names:
-                # taken out, so that memory is free layer by layer
-                new = _fitted_layer(schemes[name], plan.layers[name], teachers[name], found.pop(name), norms.get(name))
+                # popped, so that the memory of a layer's moments is free once it is fitted
+                problem = LayerProblem.of(teachers[name], found.pop(name), norms.get(name), _precision(teachers[name]))
+                new = _fitted_layer(problem, schemes[name], plan.layers[name], norms.get(name), effort)
                 replace_layers(student, {old[name]: new})
                 give_back_memory()
                 bar.update()
         bar.close()
-        most = max(_LEAST_NORM_IMAGES, int(_NORM_WORK / (2 * max(traced.macs, 1))))
+        most = max(64, int(effort.norm_macs / (2 * max(traced.macs, 1))))  # 64: every position of an image counts
         renormalise(student, model, images, set(norms.values()), most)
     student_modules = dict(student.named_modules())
     replace_layers(model, {old: student_modules[name].train(old.training) for name, old in teachers.items()})
@@ -179,19 +178,19 @@ def _decompose_by_data(
     return model
 
 
+def _precision(layer: nn.Module) -> torch.dtype:
+    """The precision of a layer's fit: moments of more than `LARGE` columns are held in single precision."""
+    return torch.float64 if effective_weight(layer)[0].numel() <= LARGE else torch.float32
+
+
 def _fitted_layer(
-    scheme: Scheme, plan: LayerPlan, dense: nn.Module, moments: PatchMoments, norm: BatchNorm | None
+    problem: LayerProblem, scheme: Scheme, plan: LayerPlan, norm: BatchNorm | None, effort: Effort
 ) -> LowRankLayer:
     """The decomposed form of one layer; the mean of ``norm``, the BatchNorm behind it, takes up its change of mean."""
-    bias = cast("Tensor | None", dense.bias)
-    can_shift = norm is not None or bias is not None
-    weight = effective_weight(dense)
-    weight = weight.double() if weight[0].numel() <= LARGE else weight.float()
-    problem = moments.regression(weight, centred=can_shift)
-    factors = fit_layer(scheme, plan.rank, weight, problem, output_scale(norm, weight))
-    new = low_rank_layer(dense, plan)
-    new.load_factors(factors, bias)
-    if can_shift:
+    factors = problem.fit(scheme, plan.rank, effort.fit_iterations, effort.fit_macs, least=5)
+    new = low_rank_layer(problem.layer, plan)
+    new.load_factors(factors, cast("Tensor | None", problem.layer.bias))
+    if problem.can_shift:
         _shift_mean(new, norm, problem.bias(scheme.compose(factors)))
     return new
 
@@ -207,9 +206,9 @@ def _shift_mean(layer: LowRankLayer, norm: BatchNorm | None, bias: Tensor) -> No
 
 
 def _passes(
-    model: nn.Module, plan: RankPlan, traced: Trace, images: Sequence[InputSize]
+    model: nn.Module, plan: RankPlan, traced: Trace, images: Sequence[InputSize], effort: Effort
 ) -> list[tuple[list[str], int]]:
-    """The planned layers in the order of their use, in groups that share a pass, each with the images that it takes."""
+    """The planned layers in the order of their use, in groups that share a pass; with the images of each pass."""
     by_module = {id(model.get_submodule(name)): name for name in traced.sizes}
     modules = {name: model.get_submodule(name) for name in plan.layers}
     if silent := [name for name, module in modules.items() if id(module) not in by_module]:
@@ -219,21 +218,21 @@ def _passes(
     calls = {name: traced.sizes[by_module[id(module)]] for name, module in modules.items()}
     least = math.ceil(LEAST_PIXELS / math.prod(images[0][1:]))
     needs = {name: max(least, _images_needed(layer_shape(modules[name]), calls[name][0])) for name in ordered}
-    work = min(_FORWARD_WORK, _WORK_AN_IMAGE * len(images))
-    return passes_within(work / max(traced.macs, 1), needs, len(images))  # a pass goes half-way, through two models
+    macs = min(effort.forward_macs, 8e9 * len(images))
+    return passes_within(macs / max(traced.macs, 1), needs, len(images))  # on average a pass runs half of two models
 
 
 def passes_within(affordable: float, needs: Mapping[str, int], images: int) -> list[tuple[list[str], int]]:
-    """Share so many looks at images out among layers.
+    """Share a number of forward passes of single images out among layers.
 
     Args:
-        affordable: Images that all passes together look at, at most; a single pass over all layers is made anyway.
+        affordable: Forward passes of single images, all layers together. One pass over all layers is made in any case.
         needs: The images that each layer needs, in the order of the layers' use.
-        images: Images that there are.
+        images: Number of calibration images.
 
     Returns:
-        Passes: the layers of each, and the images that it takes. Each layer has its own, over all images or as many
-        times those it needs as are affordable; where it would not have even those, neighbours share one.
+        The layers of each pass, with the number of its images. Each layer has a pass of its own if that is affordable:
+        over all images, or over the images it needs times a power of two. Otherwise neighbouring layers share a pass.
     """
     times, shared = 2 ** max(0, math.ceil(math.log2(images))), 1
     while True:
@@ -246,7 +245,7 @@ def passes_within(affordable: float, needs: Mapping[str, int], images: int) -> l
 
 
 def _images_needed(shape: LayerShape, size: Pair) -> int:
-    """Images whose patches suffice for a layer's second moment, by the size of its input map."""
+    """The number of images whose patches suffice for a layer's second moment, by the size of its input map."""
     sides = (size[0],) if shape.kind == "linear" else shape.as_conv().output_size(size)
     positions = math.prod(max(1, side) for side in sides)  # a layer that pads by itself makes more than is counted
     return math.ceil(SAMPLES * shape.group_in * shape.taps / positions)

@@ -286,7 +286,7 @@ def _pull(
 
 def _moments(model: nn.Module, plan: arp_hub.RankPlan, images: Tensor) -> dict[str, Tensor]:
     layers = {name: model.get_submodule(name) for name in plan.layers}
-    found = all_moments(model.eval(), layers, images)
+    found = all_moments(model.eval(), layers, images, 1e9)
     return {name: found[name].regression(effective_weight(layer)).moment.float() for name, layer in layers.items()}
 
 

@@ -9,8 +9,7 @@ import timm.optim
 import torch
 from torch import nn
 
-from arp_hub import AdaptiveRankPenalty, ArpHubError, LayerPlan, RankPlan, make_plan
-from arp_hub import decomposition as decompose
+from arp_hub import AdaptiveRankPenalty, ArpHubError, LayerPlan, RankPlan, decompose, make_plan
 from arp_hub.calibration.passes import all_moments
 from arp_hub.schemes import SCHEMES
 
@@ -116,7 +115,7 @@ def test_data_metric_ends_nearer_in_the_outputs():
     for aware in (False, True):
         model = network()
         dense = copy.deepcopy(model[0])
-        problem = all_moments(model, {"0": model[0]}, images)["0"].regression(model[0].weight.detach())
+        problem = all_moments(model, {"0": model[0]}, images, 1e9)["0"].regression(model[0].weight.detach())
         moments = {"0": problem.moment} if aware else None
         penalty = AdaptiveRankPenalty(model, plan, total_steps=10, ramp=0, moments=moments)
         for _ in range(10):

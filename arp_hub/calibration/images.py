@@ -62,6 +62,17 @@ def batches(
         raise ArpHubError("there are no calibration images: pass at least one batch")
 
 
+def limited(images: Images, most: int) -> Images:
+    """At most ``most`` images: evenly spaced ones of a tensor, the first of batches; 0 for all."""
+    if not most:
+        return images
+    if isinstance(images, Tensor):
+        if len(images) <= most:
+            return images
+        return images[torch.linspace(0, len(images) - 1, most).round().long()]
+    return list(batches(images, most=most))
+
+
 def _split(images: Tensor, device: torch.device | None, pixels: int | None) -> Iterable[Tensor]:
     most = pixels or (_CPU_PIXELS if (device or images.device).type == "cpu" else _PIXELS)
     return images.split(max(1, min(_BATCH_SIZE, most // max(1, math.prod(images.shape[2:])))))

@@ -20,10 +20,8 @@ from .regression import Regression
 
 _PATCH_BYTES = 64 * 2**20
 """Unfolded patches are made in chunks of at most this size."""
-_IMAGE_WORK, _ROUGH_WORK, _LEAST_POSITIONS = 2.5e8, 1e8, 32
-"""Multiply-accumulates that bound one image's share of a second moment to fit by, and of one to compare ranks by. Where
-they do not suffice for all positions of a large map, a random choice of at least so many stands for them: neighbouring
-patches tell much the same."""
+_LEAST_POSITIONS = 32
+"""Patches of an image that are used in any case."""
 _ENOUGH_WORK, SAMPLES = 2.5e7, 16
 """Multiply-accumulates that an image may take in any case, and positions for every column of a moment that suffice, of
 all images together."""
@@ -156,22 +154,23 @@ class PatchMoments(Moments):
     Args:
         shape: The layer.
         device: Where the moments are held.
+        positions_macs: Multiply-accumulates that one image may add. If they do not suffice for all positions of a large
+            map, a random choice of positions stands for them.
         paired: Count outputs too. Without them the outputs are those of the layer itself.
-        roughly: Look at fewer positions of a large map: good enough to compare ranks by.
-        images: Images that will be counted, if that is known: with many of them a few positions of each suffice.
+        images: Number of images that will be counted, if it is known: of many images, fewer positions suffice.
     """
 
     def __init__(
         self,
         shape: LayerShape,
         device: torch.device,
+        positions_macs: float,
         paired: bool = True,
-        roughly: bool = False,
         images: int | None = None,
     ) -> None:
         super().__init__(shape, device)
         square = shape.groups * self.columns**2
-        affordable = (_ROUGH_WORK if roughly else _IMAGE_WORK) / square
+        affordable = positions_macs / square
         enough = math.inf if images is None else max(_ENOUGH_WORK / square, SAMPLES * self.columns / images)
         self._positions = max(_LEAST_POSITIONS, int(min(affordable, enough)))
         large = self.columns > LARGE
@@ -251,8 +250,9 @@ class StationaryMoments(Moments):
     which is good enough to compare ranks by. The outputs are those of the layer itself.
     """
 
-    def __init__(self, shape: LayerShape, device: torch.device) -> None:
+    def __init__(self, shape: LayerShape, device: torch.device, positions_macs: float) -> None:
         super().__init__(shape, device)
+        self._macs = positions_macs
         (height, width), side = shape.kernel_size, shape.group_in
         shifts = [(down, right) for down in range(height) for right in range(1 - width, width)]
         self._products = {
@@ -265,7 +265,7 @@ class StationaryMoments(Moments):
     def update(self, x: Tensor, y: Tensor, pad: Callable[[Tensor], Tensor] | None = None) -> None:
         """Count an input and an output, all positions of all images or of some."""
         x = x if pad is None else pad(x)
-        most = _ROUGH_WORK / (len(self._products) * self.shape.groups * self.shape.group_in**2)
+        most = self._macs / (len(self._products) * self.shape.groups * self.shape.group_in**2)
         seen = max(1, min(len(x), round(len(x) * most / (x.shape[-2] * x.shape[-1]))))  # whole maps, of fewer images
         x, y = x[:seen], y[:seen]
         for part in x.split(self._step(seen)):

@@ -60,6 +60,7 @@ def paired_moments(
     teacher_layers: Mapping[str, nn.Module],
     images: Images,
     most: int,
+    positions_macs: float,
 ) -> dict[str, PatchMoments]:
     """Moments of the student's inputs to some layers against the teacher's outputs of them, in one pass.
 
@@ -69,13 +70,17 @@ def paired_moments(
         teacher: The dense model.
         teacher_layers: The same layers of it.
         images: Calibration images.
-        most: How many of them to look at, at most.
+        most: Images to use at most.
+        positions_macs: Multiply-accumulates that one image may add to a layer's moment.
 
     Raises:
         ArpHubError: If a model never calls one of its layers.
     """
     device, layout = next(teacher.parameters()).device, fast_layout(teacher, images)
-    found = {name: PatchMoments(layer_shape(layer), device, images=most) for name, layer in teacher_layers.items()}
+    found = {
+        name: PatchMoments(layer_shape(layer), device, positions_macs, images=most)
+        for name, layer in teacher_layers.items()
+    }
     inputs: dict[str, Tensor] = {}
 
     def keep(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -94,7 +99,12 @@ def paired_moments(
 
 @torch.no_grad()
 def all_moments(
-    model: nn.Module, layers: Mapping[str, nn.Module], images: Images, roughly: bool = False, most: int | None = None
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    images: Images,
+    positions_macs: float,
+    most: int | None = None,
+    stationary: bool = False,
 ) -> dict[str, Moments]:
     """Moments of many layers of one model in a single pass over the images, layers never called left out.
 
@@ -102,18 +112,18 @@ def all_moments(
         model: The model, in evaluation mode.
         layers: The layers by name.
         images: Calibration images.
-        roughly: Hold those of large kernels as `StationaryMoments`, in a sixth of the memory, and look at fewer
-            positions of large maps.
-        most: Images to look at, at most; by default all.
+        positions_macs: Multiply-accumulates that one image may add to a layer's moment.
+        most: Images to use at most; by default all.
+        stationary: Hold moments of large kernels as `StationaryMoments`, in a sixth of the memory.
     """
     device, layout = next(model.parameters()).device, fast_layout(model, images)
     found: dict[str, Moments] = {}
 
     def new(module: nn.Module) -> Moments:
         shape = layer_shape(module)
-        if roughly and shape.taps > 1 and shape.group_in * shape.taps > LARGE:
-            return StationaryMoments(shape, device)
-        return PatchMoments(shape, device, paired=False, roughly=roughly)
+        if stationary and shape.taps > 1 and shape.group_in * shape.taps > LARGE:
+            return StationaryMoments(shape, device, positions_macs)
+        return PatchMoments(shape, device, positions_macs, paired=False)
 
     def catch(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if name not in found:

@@ -1,4 +1,8 @@
-"""How much error each way to decompose a layer makes, over its rank: what a budget is spent by."""
+"""Error over rank of every scheme of a layer, from its weight or from its shape alone.
+
+The relative error at rank ``r`` is ``||W - W_r||^2 / ||W||^2``, with ``W_r`` the nearest weight that the scheme can
+represent. Curves are ``(n,)``: one value for each rank from 1 to ``n``, the last rank that makes the layer smaller.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,7 @@ class Candidate:
 
     Attributes:
         scheme: The scheme, bound to the layer and its groups.
-        errors: Relative squared error, falling with the rank.
+        errors: Relative error, falling with the rank.
     """
 
     scheme: Scheme
@@ -53,7 +57,7 @@ def candidate_schemes(shape: LayerShape, names: Sequence[str], schemes: Mapping[
 
 
 def interpolate(ranks: Sequence[int], values: Sequence[float], last: int) -> Floats:
-    """A falling curve through measured points, for every rank from 1 to ``last``: straight in log-log, and beyond."""
+    """A falling curve through measured points, for every rank from 1 to ``last``: lines in log-log scale."""
     points = dict(sorted(zip(ranks, values, strict=True)))
     log_rank = np.log(list(points))
     log_value = np.log(np.maximum(np.minimum.accumulate(list(points.values())), _TINY))
@@ -67,9 +71,10 @@ def interpolate(ranks: Sequence[int], values: Sequence[float], last: int) -> Flo
 
 
 def below(bound: Floats, rank: int, value: float) -> Floats:
-    """A curve below ``bound``, of which one point is measured: its share of the bound falls linearly from 1 at rank 0.
+    """A curve below an upper ``bound``, through one measured point.
 
-    So the error of CP behaves beside that of the slices that it starts from, within a few per cent.
+    The ratio of curve and bound falls linearly from 1 at rank 0. The error of CP behaves so beside the error of the
+    slices that it starts from, within a few per cent.
     """
     slope = (1 - min(value / max(bound[rank - 1], _TINY), 1)) / rank
     share = np.maximum(1 - slope * np.arange(1, len(bound) + 1), _LEAST_SHARE)
@@ -77,9 +82,9 @@ def below(bound: Floats, rank: int, value: float) -> Floats:
 
 
 def shape_candidates(schemes: Sequence[Scheme]) -> list[Candidate]:
-    """What stands for the error curves of a layer whose weight is not there: the degrees of freedom that a rank costs.
+    """Curves for a layer without weights: the share of its degrees of freedom that a rank gives up.
 
-    As if all weights of the layer's shape were equally likely.
+    That is the mean relative error if all weights of the layer's shape are equally likely.
     """
     return [Candidate(scheme, _shape_curve(scheme)) for scheme in schemes]
 
@@ -90,7 +95,7 @@ def _shape_curve(scheme: Scheme) -> Floats:
 
 
 def weight_candidates(weight: Tensor, schemes: Sequence[Scheme]) -> list[Candidate]:
-    """The error curves of a layer in the metric of its weights."""
+    """The error curves of a layer by its weight ``(G * O, I, kh, kw)``."""
     return [Candidate(scheme, _weight_curve(scheme, weight)) for scheme in schemes]
 
 
@@ -111,7 +116,7 @@ def _weight_curve(scheme: Scheme, weight: Tensor) -> Floats:
 
 
 def truncation_errors(spectrum: Tensor) -> Floats:
-    """Share of the energy that a truncation to rank 1, 2, .. loses."""
+    """The relative error of a truncation to rank 1, 2, .. of singular values ``(blocks, n)``."""
     return _floats(tail_shares(spectrum.double().square().sum(0)))
 
 
@@ -120,14 +125,14 @@ def _floats(errors: Tensor) -> Floats:
 
 
 def rough_sweeps(scheme: Scheme, weight: Tensor, rank: int) -> int:
-    """Sweeps of a nearest point that is good enough to plan by."""
+    """Sweeps after which a nearest point is good enough to plan by."""
     work = 2 * rank * weight.numel()
     least = max(1, min(_LEAST_SWEEPS, int(_MOST_SWEEP_WORK / work)))
     return max(1, min(scheme.rough_sweeps, max(least, int(_SWEEP_WORK / work))))
 
 
 def shortlist(weight: Tensor, schemes: Sequence[Scheme], keep: int) -> list[Scheme]:
-    """The schemes with the least error in the weight metric, at one common cost."""
+    """The ``keep`` schemes with the lowest error of the weight, at one common share of the parameters."""
 
     def error(scheme: Scheme) -> float:
         return float(_weight_curve(scheme, weight)[rank_at(scheme, _SHORTLIST_SHARE) - 1])

@@ -1,10 +1,19 @@
-"""Plans that meet a latency budget, measured end to end."""
+"""Plans that keep a latency budget: layers are timed alone, whole networks decide.
+
+Times of single layers do not quite add up to the time of a network. So a plan is made for an *aim*, the share that its
+layers, timed alone, add up to. Its latency ``L``, measured end to end, corrects the aim for the next plan::
+
+    aim  <-  budget * (sum of the plan's layer times) / L
+
+until a plan takes between 97.5 and 100 % of the budget.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -13,81 +22,17 @@ from tqdm.auto import tqdm
 from ..errors import ArpHubError
 from ..layers.apply_plan import apply_plan
 from ..layers.model import low_rank_layers
-from ..layers.trace import InputSize, Trace
+from ..layers.trace import InputSize
 from ..plan import RankPlan
 from ..schemes import Scheme
+from ..schemes.shapes import Pair
 from ..timing import LEAST_ROUNDS, Workload, forward_call, layer_shares, paired_ratio, take_turns
-from .allocation import Losses, layer_options, plan_within
+from .allocation import Losses, allocate, chosen_plan, layer_options
 from .costs import Floats
 from .latency_table import LatencyTable, spread_out
 
-
-def plan_by_latency(
-    layers: Mapping[str, list[Scheme]],
-    dense: dict[str, str],
-    traced: Trace,
-    watch: Stopwatch,
-    share: float,
-    multiple: int,
-    measure: Callable[..., Losses],
-    progress: bool,
-) -> RankPlan:
-    """The plan whose measured latency meets a budget."""
-    table = LatencyTable(watch.workload, watch.device)
-    layers = _faster_layers(layers, dense, traced, table, progress)
-    shares = watch.shares(layers)
-
-    def costs(name: str, scheme: Scheme) -> Floats:
-        return table.costs(scheme, traced.sizes[name], shares[name])
-
-    def plan_by(losses: Losses, aim: float) -> RankPlan:
-        choices = layer_options(losses, costs, multiple)
-        lowest = 1 - sum(layer.costs[0] - layer.costs.min() for layer in choices) + 1e-9
-        return plan_within(choices, max(aim, lowest), 1.0, "latency", dense)
-
-    def learn(plan: RankPlan) -> float:
-        saved = 0.0
-        for name, layer in plan.layers.items():
-            scheme = next(s for s in layers[name] if (s.name, s.groups) == (layer.scheme, layer.groups))
-            saved += shares[name] * (1 - table.timed(scheme, layer.rank, traced.sizes[name]))
-        table.save()
-        return 1 - saved
-
-    aim: float | None = None
-
-    def try_out(losses: Losses) -> RankPlan:
-        """From the first plan on it is known, roughly, what layers timed alone have to add up to."""
-        nonlocal aim
-        if aim is None:
-            plan = plan_by(losses, share)
-            aim = corrected_aim(share, learn(plan), watch.ratio(plan))
-        return plan_by(losses, aim)
-
-    losses = measure(layers=layers, plan_by=try_out)
-    return meet(share, partial(plan_by, losses), watch.ratio, learn, aim)
-
-
-def _faster_layers(
-    layers: Mapping[str, list[Scheme]], dense: dict[str, str], traced: Trace, table: LatencyTable, progress: bool
-) -> dict[str, list[Scheme]]:
-    """The layers with the schemes that are measured to be faster on them; the others are noted as dense."""
-    found = {}
-    for name, schemes in tqdm(layers.items(), "time layers", disable=not progress, leave=False):
-        if faster := table.faster(schemes, traced.sizes[name]):
-            found[name] = faster
-        else:
-            dense[name] = "no scheme is faster than the dense layer, as measured"
-        table.save()  # layer by layer: a large one takes minutes, which are lost otherwise if this is stopped
-    return found
-
-
-_MODEL_SECONDS, _CLOSELY = 4.0, 4
-"""How long a model is timed, and how many times as long a plan that seems to keep the promise: of many, one may have
-seemed to by luck."""
-_TOLERANCE, _ROUNDS = 0.05, 8
-_NEAR, _AIM = 0.975, 0.985
-"""Share of the budget that a plan has to use before no slower one is looked for, and where a correction aims: what is
-left unused is accuracy."""
+TOLERANCE = 0.05
+"""Share by which a plan may exceed a latency budget: repeated measurements of one network differ by 1 to 3 %."""
 
 
 class Stopwatch:
@@ -97,23 +42,24 @@ class Stopwatch:
         model: The dense model, on the device to time it on.
         workload: What is timed.
         input_size: ``(channels, height, width)`` of an image.
+        seconds: How long one comparison measures.
     """
 
-    def __init__(self, model: nn.Module, workload: Workload, input_size: InputSize) -> None:
+    def __init__(self, model: nn.Module, workload: Workload, input_size: InputSize, seconds: float = 4.0) -> None:
         self.workload, self.device = workload, next(model.parameters()).device
-        self._model = model
+        self._model, self._seconds = model, seconds
         self._images = torch.randn(workload.batch_size, *input_size, device=self.device)
 
     def shares(self, names: Collection[str]) -> dict[str, float]:
         """Shares of the dense model's latency that layers take."""
-        return layer_shares(self._model, names, self._images, self.workload, _MODEL_SECONDS)
+        return layer_shares(self._model, names, self._images, self.workload, self._seconds)
 
     def ratio(self, plan: RankPlan, closely: bool = False) -> float:
-        """Latency of the model decomposed by ``plan`` over that of the dense one; weights do not matter.
+        """Latency of the model decomposed by ``plan`` over that of the dense model; weights do not matter.
 
         Args:
             plan: The plan.
-            closely: Look for longer.
+            closely: Measure four times as long: among several plans, one may seem to meet a budget by luck.
         """
         small = apply_plan(copy.deepcopy(self._model), plan)
         for layer in low_rank_layers(small).values():
@@ -122,65 +68,142 @@ class Stopwatch:
         calls = {name: forward_call(model, self._images, self.workload) for name, model in models.items()}
         with torch.inference_mode():
             if closely:
-                samples = take_turns(calls, self.device, _CLOSELY * _MODEL_SECONDS, 2 * LEAST_ROUNDS)
+                samples = take_turns(calls, self.device, 4 * self._seconds, 2 * LEAST_ROUNDS)
             else:
-                samples = take_turns(calls, self.device, _MODEL_SECONDS)
+                samples = take_turns(calls, self.device, self._seconds)
         return paired_ratio(samples["small"], samples["dense"]).median
 
 
-def corrected_aim(share: float, by_layers: float, ratio: float) -> float:
-    """What layers timed alone have to add up to for a budget, as one plan tells.
+class _LayerTimes(Protocol):
+    """Plans by the times of single layers."""
 
-    Args:
-        share: The budget.
-        by_layers: What the layers of that plan add up to.
-        ratio: What it takes end to end.
+    def plan(self, losses: Losses, aim: float) -> RankPlan:
+        """The plan whose layers add up to ``aim``, or the fastest plan if none is that fast."""
+
+    def sum_of(self, plan: RankPlan) -> float:
+        """What a plan's layers add up to, timed at their own ranks, which later plans then know."""
+
+
+class _Ratios(Protocol):
+    def ratio(self, plan: RankPlan, closely: bool = False) -> float:
+        """Latency of a plan over that of the dense model, end to end."""
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Plans by the times of single layers.
+
+    Attributes:
+        table: Times of decomposed layers over those of dense layers.
+        sizes: Input maps of every layer, one for each call.
+        schemes: The schemes of every layer that are faster than the dense layer at some rank.
+        shares: Shares of the dense model's latency that these layers take.
+        rank_multiple: Ranks are multiples of this.
+        dense: The layers that stay dense in any case, with their reasons.
     """
-    return _AIM * share * by_layers / ratio
+
+    table: LatencyTable
+    sizes: Mapping[str, Sequence[Pair]]
+    schemes: Mapping[str, Sequence[Scheme]]
+    shares: Mapping[str, float]
+    rank_multiple: int
+    dense: Mapping[str, str]
+
+    def plan(self, losses: Losses, aim: float) -> RankPlan:
+        """The plan whose layers add up to ``aim``, or the fastest plan if none is that fast."""
+        options = layer_options(losses, self._costs, self.rank_multiple)
+        saved = sum(layer.costs[0] - layer.costs.min() for layer in options)
+        fixed = 1 - sum(layer.costs[0] for layer in options)  # of what is no choice, as a share of the latency
+        budget = max(aim, 1 - saved + 1e-9) - fixed
+        return chosen_plan(options, allocate(options, budget), self.dense)
+
+    def sum_of(self, plan: RankPlan) -> float:
+        """What a plan's layers add up to, timed at their own ranks, which later plans then know."""
+        saved = 0.0
+        for name, layer in plan.layers.items():
+            scheme = next(s for s in self.schemes[name] if (s.name, s.groups) == (layer.scheme, layer.groups))
+            saved += self.shares[name] * (1 - self.table.timed(scheme, layer.rank, self.sizes[name]))
+        self.table.save()
+        return 1 - saved
+
+    def _costs(self, name: str, scheme: Scheme) -> Floats:
+        return self.table.costs(scheme, self.sizes[name], self.shares[name])
 
 
-def meet(
-    share: float,
-    plan_at: Callable[[float], RankPlan],
-    ratio_of: Callable[[RankPlan, bool], float],
-    learn: Callable[[RankPlan], float],
-    aim: float | None = None,
-) -> RankPlan:
-    """The plan whose measured latency meets a budget, though layers timed alone do not quite add up.
+@dataclass
+class LatencyBudget:
+    """A budget in measured latency.
 
-    Args:
-        share: Share of the dense latency to keep.
-        plan_at: Makes a plan for a share, by layers timed alone, or the fastest if none is so fast.
-        ratio_of: Measures a plan end to end, closely or not.
-        learn: Times a plan's layers at their own ranks, which `plan_at` knows from then on, and gives their sum.
-        aim: The share to make the first plan for; by default ``share``.
-
-    Raises:
-        ArpHubError: If no plan comes within 5 % of the budget.
+    Attributes:
+        share: Share of the dense model's latency to keep.
+        layers: Plans by the times of single layers.
+        watch: Times whole networks.
+        aim: What the next plan's layers are to add up to; known from the first plan on.
     """
-    aim, most = share if aim is None else aim, share * (1 + _TOLERANCE)
-    tried, confirmed = dict[RankPlan, float](), set[RankPlan]()
 
-    def confirm(plan: RankPlan) -> float:
-        if plan not in confirmed:
-            confirmed.add(plan)
-            tried[plan] = ratio_of(plan, True)
-        return tried[plan]
+    share: float
+    layers: _LayerTimes
+    watch: _Ratios
+    aim: float | None = None
+    _ratios: dict[RankPlan, float] = field(default_factory=dict)
+    _confirmed: set[RankPlan] = field(default_factory=set)
 
-    for _ in range(_ROUNDS):
-        plan = plan_at(aim)
-        if plan in tried:
-            break
-        tried[plan] = ratio_of(plan, False)
-        if _NEAR * share <= tried[plan] <= share and _NEAR * share <= confirm(plan) <= share:
-            return plan
-        aim = corrected_aim(share, learn(plan), tried[plan])
-    for limit, slowest_first in ((share, True), (most, False)):  # what uses the budget up, or exceeds it least
-        for plan in sorted(tried, key=tried.__getitem__, reverse=slowest_first):
-            if tried[plan] <= limit and confirm(plan) <= limit:
+    def plan(self, losses: Losses) -> RankPlan:
+        """A plan for a trial: it aims at what the first plan, measured end to end, has taught."""
+        if self.aim is None:
+            plan = self.layers.plan(losses, self.share)
+            self._correct_aim(plan, self.watch.ratio(plan))
+        return self.layers.plan(losses, self.aim or self.share)
+
+    def final_plan(self, losses: Losses, rounds: int = 8) -> RankPlan:
+        """The plan whose latency, measured end to end, keeps the budget.
+
+        Args:
+            losses: Losses of all layers.
+            rounds: Corrections of the aim at most; they settle after two or three.
+
+        Raises:
+            ArpHubError: If no plan comes within 5 % of the budget.
+        """
+        least = 0.975 * self.share  # what a plan leaves unused is lost accuracy
+        for _ in range(rounds):
+            plan = self.layers.plan(losses, self.share if self.aim is None else self.aim)
+            if plan in self._ratios:
+                break
+            self._ratios[plan] = self.watch.ratio(plan)
+            if least <= self._ratios[plan] <= self.share and least <= self._confirm(plan) <= self.share:
                 return plan
-    raise ArpHubError(
-        f"keep_latency={share:g} cannot be met: measured end to end, the fastest plan that was tried takes "
-        f"{min(tried.values()):.3f} of the dense latency on this device. Ask for more, allow more schemes, or time a "
-        "larger batch_size"
-    )
+            self._correct_aim(plan, self._ratios[plan])
+        return self._best_tried()
+
+    def _best_tried(self) -> RankPlan:
+        """The slowest plan within the budget, or else the fastest one within its tolerance."""
+        for limit, slowest_first in ((self.share, True), (self.share * (1 + TOLERANCE), False)):
+            for plan in sorted(self._ratios, key=self._ratios.__getitem__, reverse=slowest_first):
+                if self._ratios[plan] <= limit and self._confirm(plan) <= limit:
+                    return plan
+        raise ArpHubError(
+            f"keep_latency={self.share:g} cannot be met: measured end to end, the fastest plan that was tried takes "
+            f"{min(self._ratios.values()):.3f} of the dense latency on this device. Ask for more, allow more schemes, "
+            "or time a larger batch_size"
+        )
+
+    def _confirm(self, plan: RankPlan) -> float:
+        if plan not in self._confirmed:
+            self._confirmed.add(plan)
+            self._ratios[plan] = self.watch.ratio(plan, closely=True)
+        return self._ratios[plan]
+
+    def _correct_aim(self, plan: RankPlan, ratio: float) -> None:
+        self.aim = 0.985 * self.share * self.layers.sum_of(plan) / ratio  # the middle of 97.5 to 100 % is safest
+
+
+def faster_schemes(
+    layers: Mapping[str, Sequence[Scheme]], sizes: Mapping[str, Sequence[Pair]], table: LatencyTable, progress: bool
+) -> dict[str, list[Scheme]]:
+    """The layers with those of their schemes that are faster than the dense layer, as measured."""
+    found = {}
+    for name, schemes in tqdm(layers.items(), "time layers", disable=not progress, leave=False):
+        found[name] = table.faster(schemes, sizes[name])
+        table.save()  # after each layer: a large layer takes minutes, which an interruption must not lose
+    return {name: schemes for name, schemes in found.items() if schemes}

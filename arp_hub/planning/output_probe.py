@@ -15,10 +15,8 @@ from torch.utils._pytree import tree_leaves
 from .._utils.torch_utils import give_back_memory
 from ..calibration.batchnorm import InputStatistics, following, norms_with_statistics, observed
 from ..calibration.images import Images, batches, fast_layout
+from ..effort import Effort
 
-_IMAGES, _LEAST_IMAGES, _WORK = 64, 4, 2e12
-"""Images that are looked at, at most and at least, and the multiply-accumulates that bound them. Layers differ a
-hundredfold, but very few images tell of themselves more than of the layers."""
 _PIXELS = 2**21
 """Pixels that bound a batch: BatchNorms follow it, and statistics of few images mislead them."""
 
@@ -36,14 +34,15 @@ class OutputProbe:
         model: The dense network, in evaluation mode for as long as this is used.
         images: Calibration images; the first few are used.
         work: Multiply-accumulates of one image through the network, for all layers that are to be replaced.
+        effort: Bounds on the images and on the work. At least 4 images are used.
 
     Attributes:
         norms: The model's BatchNorms, those that normalise by stored statistics.
     """
 
-    def __init__(self, model: nn.Module, images: Images, work: float) -> None:
+    def __init__(self, model: nn.Module, images: Images, work: float, effort: Effort) -> None:
         self._model = model
-        count = int(min(_IMAGES, max(_LEAST_IMAGES, _WORK / max(work, 1.0))))
+        count = int(min(effort.sensitivity_images, max(4, effort.sensitivity_macs / max(work, 1.0))))
         device, layout = next(model.parameters()).device, fast_layout(model, images)
         self._batches = list(batches(images, device, layout, pixels=_PIXELS, most=count))
         self._originals = {norm: copy.deepcopy(norm) for norm in norms_with_statistics(model).values()}

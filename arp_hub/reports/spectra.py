@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..calibration.images import Images
 from ..calibration.passes import all_moments
+from ..effort import Effort
 from ..errors import ArpHubError
 from ..layers.dense import refusal
 from ..layers.low_rank import LowRankLayer, effective_weight, layer_shape
@@ -129,7 +130,7 @@ def output_spectra(model: nn.Module, layers: Mapping[str, nn.Module], images: Im
     """
     found = {}
     for chunk in _chunks(layers):
-        for name, moments in all_moments(model, chunk, images).items():
+        for name, moments in all_moments(model, chunk, images, Effort().positions_macs).items():
             weight = effective_weight(chunk[name]).double()
             root = torch.linalg.cholesky(moments.regression(weight).moment)
             rows = weight.reshape(root.shape[0], -1, root.shape[1])

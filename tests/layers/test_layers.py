@@ -6,8 +6,7 @@ import torch
 from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
 from torch import nn
 
-from arp_hub import ArpHubError, LayerPlan, RankPlan, to_dense
-from arp_hub import decomposition as decompose
+from arp_hub import ArpHubError, LayerPlan, RankPlan, decompose, to_dense
 from arp_hub.layers.dense import refusal
 from arp_hub.layers.low_rank import GroupedLinear, effective_weight, layer_shape, low_rank_layer, plain_layer
 from arp_hub.layers.model import weight_layers

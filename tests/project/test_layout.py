@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "arp_hub"
 FLOORS = (
     {"_version", "errors", "_utils"},
-    {"schemes", "timing"},
+    {"schemes", "timing", "effort"},
     {"plan"},
     {"layers"},
     {"calibration"},

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from arp_hub import decomposition as decompose
-from arp_hub import make_plan, save_pretrained, to_dense
+from arp_hub import decompose, make_plan, save_pretrained, to_dense
 from arp_hub.errors import ArpHubError
 from arp_hub.layers.model import count_params
 from arp_hub.training import TrainConfig, evaluate, load_data, run

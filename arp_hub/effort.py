@@ -1,0 +1,119 @@
+"""What planning and fitting trade between CPU time and accuracy: one frozen class, three presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import ArpHubError
+
+EffortName = Literal["fast", "balanced", "thorough"]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Bounds on the work of `make_plan` and `decompose`.
+
+    The defaults are the preset ``"balanced"``. Work is counted in multiply-accumulates (MACs). Rows of
+    ``benchmarks/results/effort.json`` show what the three presets cost and reach.
+
+    Attributes:
+        images: Calibration images to use at most, evenly spaced over those given; 0 for all. More images lower the
+            sampling error of second moments, and every pass costs in proportion.
+        moment_macs: MACs of the forward pass that planning takes second moments in. It bounds the images of that pass:
+            error curves need fewer images than a fit.
+        sensitivity_images: Images that sensitivities and trials of plans are measured on at most. Few images suffice,
+            because sensitivities of layers differ a hundredfold.
+        sensitivity_macs: MACs of all these measurements together; with large models it lowers the number of images.
+        exponents: Exponents of the sensitivity that are tried; each gives one plan, and each trial costs one fit of
+            all layers. 0 would ignore sensitivities, 1 trusts that errors of layers add up.
+        schemes_measured: Schemes of a layer whose error curves are measured on images. They are the best ones by the
+            error of the weight, which costs little.
+        curve_shares: Shares of a layer's parameters at which the error of an iterative scheme is measured. Between
+            them the curve is a line in log-log scale.
+        curve_iterations: L-BFGS iterations of each of these fits at most.
+        curve_macs: MACs of each of these fits at most.
+        fit_iterations: L-BFGS iterations of the final fit of a layer at most.
+        fit_macs: MACs of the final fit of a layer at most.
+        positions_macs: MACs that one image may add to a layer's second moment in `decompose`. On large maps it limits
+            the patches that are used; neighbouring patches say much the same.
+        curve_positions_macs: The same in `make_plan`.
+        forward_macs: MACs of all forward passes of `decompose` together. Beyond it, layers are fitted on fewer images,
+            and then several layers share a pass.
+        norm_macs: MACs of the pass in which BatchNorm statistics are corrected.
+
+    Example:
+        >>> make_plan(model, keep_params=0.5, calibration=images, effort="fast")  # doctest: +SKIP
+        >>> make_plan(model, keep_params=0.5, calibration=images, effort=Effort(fit_iterations=300))  # doctest: +SKIP
+    """
+
+    images: int = 0
+    moment_macs: float = 3e11
+    sensitivity_images: int = 64
+    sensitivity_macs: float = 2e12
+    exponents: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25)
+    schemes_measured: int = 2
+    curve_shares: tuple[float, ...] = (0.08, 0.18, 0.35, 0.6)
+    curve_iterations: int = 25
+    curve_macs: float = 2e9
+    fit_iterations: int = 150
+    fit_macs: float = 1.5e10
+    positions_macs: float = 2.5e8
+    curve_positions_macs: float = 1e8
+    forward_macs: float = 5e12
+    norm_macs: float = 6e11
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            numbers = value if isinstance(value, tuple) else (value,)
+            least = 0 if field.name in ("images", "exponents") else 1e-9
+            if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and n >= least for n in numbers):
+                raise ArpHubError(f"effort: {field.name} must be a number above {least:g}, got {value!r}")
+
+    @classmethod
+    def of(cls, effort: Effort | EffortName | str) -> Effort:
+        """The settings of a preset, or the given settings themselves.
+
+        Raises:
+            ArpHubError: If there is no such preset.
+        """
+        if isinstance(effort, Effort):
+            return effort
+        if not isinstance(effort, str) or effort not in EFFORTS:
+            raise ArpHubError(
+                f"unknown effort {effort!r}: choose {', '.join(EFFORTS)}, or pass an arp_hub.effort.Effort"
+            )
+        return EFFORTS[effort]
+
+
+EFFORTS: dict[str, Effort] = {
+    "fast": Effort(
+        images=256,
+        sensitivity_images=32,
+        exponents=(1.0,),
+        schemes_measured=1,
+        curve_shares=(0.2, 0.5),
+        curve_iterations=15,
+        fit_iterations=60,
+        fit_macs=5e9,
+        forward_macs=1e12,
+    ),
+    "balanced": Effort(),
+    "thorough": Effort(
+        moment_macs=2e12,
+        sensitivity_images=128,
+        sensitivity_macs=1e13,
+        schemes_measured=4,
+        curve_iterations=60,
+        curve_macs=1e10,
+        fit_iterations=400,
+        fit_macs=1e11,
+        positions_macs=1e9,
+        curve_positions_macs=1e9,
+        forward_macs=5e13,
+        norm_macs=5e12,
+    ),
+}
+"""The presets by name."""

@@ -1,0 +1,104 @@
+"""The losses that the allocation sums: from shapes, from weights, or from calibration images.
+
+========================  ===================================================================================
+known of the model        loss of a layer at a rank
+========================  ===================================================================================
+shapes                    ``e^2``, with ``e`` the share of degrees of freedom that the rank gives up
+weights                   ``e^2``, with ``e`` the relative error of the weight
+weights and images        ``e s^a``, with ``e`` the relative error of the output and ``s`` the sensitivity
+========================  ===================================================================================
+
+Errors of weights say little about the network's output, so they are squared: that evens them out among layers. Errors
+of outputs add up. The exponent ``a`` is chosen by trial: each candidate gives a plan, and the plan that changes the
+network's output least, on a few images, decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from .._utils.torch_utils import evaluating
+from ..calibration.images import Images
+from ..effort import Effort
+from ..layers.low_rank import effective_weight
+from ..layers.model import layers_called
+from ..schemes import Scheme
+from ..schemes.shapes import LayerShape
+from .allocation import Budget, Losses
+from .costs import Floats
+from .error_curves import Candidate, shape_candidates, weight_candidates
+from .output_errors import OutputErrors
+
+_CLEARLY, _PATIENCE = 0.05, 2
+
+
+def shape_losses(layers: Mapping[str, Sequence[Scheme]]) -> Losses:
+    """Losses of layers without weights. Layers of one shape share them: large models have many such layers."""
+    known: dict[LayerShape, list[tuple[Scheme, Floats]]] = {}
+    for schemes in layers.values():
+        shape = schemes[0].shape
+        if shape not in known:
+            known[shape] = [(found.scheme, found.errors**2) for found in shape_candidates(schemes)]
+    return {name: known[schemes[0].shape] for name, schemes in layers.items()}
+
+
+def weight_losses(model: nn.Module, layers: Mapping[str, Sequence[Scheme]], progress: bool) -> Losses:
+    """Losses of layers by their weights."""
+    losses = {}
+    for name, schemes in tqdm(layers.items(), "measure layers", disable=not progress, leave=False):
+        curves = weight_candidates(effective_weight(model.get_submodule(name)).float(), schemes)
+        losses[name] = [(one.scheme, one.errors**2) for one in curves]
+    return losses
+
+
+def output_losses(
+    model: nn.Module,
+    layers: Mapping[str, Sequence[Scheme]],
+    images: Images,
+    macs: float,
+    budget: Budget,
+    effort: Effort,
+    progress: bool,
+) -> Losses:
+    """Losses of layers by calibration images, with the exponent of the sensitivity that serves the budget best.
+
+    Args:
+        model: The dense model.
+        layers: The schemes to choose from, by layer.
+        images: Calibration images.
+        macs: Multiply-accumulates of one image through the model.
+        budget: Makes the plans that are tried.
+        effort: Bounds on the work.
+        progress: Show progress bars.
+    """
+    modules = {name: model.get_submodule(name) for name in layers}
+    with evaluating(model), layers_called(model):
+        errors = OutputErrors(model, modules, images, macs, effort)
+        curves = {
+            name: errors.candidates(name, schemes)
+            for name, schemes in tqdm(layers.items(), "measure layers", disable=not progress, leave=False)
+        }
+        best = _weighted(curves, dict.fromkeys(curves, 1.0))
+        plans = [budget.plan(best)]
+        least = errors.divergence(plans[0])
+        names = tqdm(curves, "measure sensitivities", disable=not progress, leave=False)
+        sensitivities = {name: errors.sensitivity(name, plans[0]) for name in names}
+        worse = 0
+        for exponent in effort.exponents:
+            losses = _weighted(curves, {name: value**exponent for name, value in sensitivities.items()})
+            if (plan := budget.plan(losses)) in plans:
+                continue
+            plans.append(plan)
+            divergence = errors.divergence(plan)
+            if divergence < (1 - _CLEARLY) * least:
+                least, best, worse = divergence, losses, 0
+            elif (worse := worse + 1) == _PATIENCE:
+                break
+        return best
+
+
+def _weighted(curves: Mapping[str, Sequence[Candidate]], weights: Mapping[str, float]) -> Losses:
+    return {name: [(one.scheme, one.errors * weights[name]) for one in found] for name, found in curves.items()}

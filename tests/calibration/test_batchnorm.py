@@ -1,0 +1,109 @@
+"""BatchNorms behind dense layers follow what decomposed layers do to their input."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from arp_hub import LayerPlan, RankPlan, decompose, make_plan
+from arp_hub.calibration.batchnorm import renormalise
+from arp_hub.effort import Effort
+from arp_hub.layers.low_rank import layer_shape
+from arp_hub.planning.output_errors import OutputErrors
+from arp_hub.schemes import SCHEMES
+
+
+class Fading(nn.Module):
+    """A layer to decompose, then dense ones behind BatchNorms that expect what it gives at full rank."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.num_classes = 16
+        self.before = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16))
+        self.middle = nn.Conv2d(16, 16, 3, padding=1)
+        self.behind = nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1))
+        self.last = nn.BatchNorm2d(16)
+
+    def forward(self, x):
+        return self.last(self.behind(self.middle(self.before(x)))).mean((2, 3))
+
+
+def fading_with_statistics():
+    model, images = Fading(), torch.randn(256, 16, 8, 8)
+    for _ in range(60):
+        model(torch.randn(64, 16, 8, 8))  # in training mode: the statistics of other images
+    return model.eval(), images
+
+
+def test_norms_of_dense_layers_follow_and_those_before_stay_as_they_are():
+    model, images = fading_with_statistics()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    channels = {}
+    for kind, network in (("dense", model), ("small", decompose(copy.deepcopy(model), FADED, [images]))):
+        handle = network.last.register_forward_hook(
+            lambda module, args, output, kind=kind: channels.update({kind: output})
+        )
+        with torch.no_grad():
+            network(images)
+        handle.remove()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    for name in ("before.1.running_mean", "before.1.running_var"):
+        assert torch.equal(network.state_dict()[name], before[name])
+    dense, small = (channels[kind].transpose(0, 1).flatten(1) for kind in ("dense", "small"))
+    torch.testing.assert_close(small.mean(1), dense.mean(1), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(small.std(1), dense.std(1), rtol=2e-2, atol=0)
+
+
+FADED = RankPlan({"middle": LayerPlan("channel", 3)}, {})
+
+
+@pytest.mark.parametrize("batch_size", [256, 32, 1])
+def test_norms_follow_alike_in_batches_of_any_size(batch_size):
+    model, images = fading_with_statistics()
+    whole = decompose(copy.deepcopy(model), FADED, [images]).state_dict()
+    parts = decompose(copy.deepcopy(model), FADED, list(images.split(batch_size))).state_dict()
+    for name in ("behind.1.running_var", "last.running_var"):
+        torch.testing.assert_close(parts[name], whole[name], rtol=0.1, atol=0)
+
+
+def test_norms_follow_by_as_many_images_as_suffice():
+    model, images = fading_with_statistics()
+    parts, found = list(images.split(64)), []
+    for seen, most in ((parts, 64), (parts[:1], None)):
+        small = decompose(copy.deepcopy(model), FADED)
+        renormalise(small, model, seen, set(), most)
+        found.append(small.state_dict())
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+def test_a_plan_is_tried_with_the_norms_that_it_will_have():
+    model, images = fading_with_statistics()
+    few = images[:64]
+    errors = OutputErrors(model, {"middle": model.middle}, few, macs=1.0, effort=Effort())
+    errors.candidates("middle", [SCHEMES["channel"](layer_shape(model.middle))])
+    small = decompose(copy.deepcopy(model), FADED, [few])
+    with torch.no_grad():
+        exact, found = model(few).log_softmax(-1), small(few).log_softmax(-1)
+    expected = nn.functional.kl_div(found, exact.exp(), reduction="batchmean")
+    assert errors.divergence(FADED) == pytest.approx(float(expected), rel=1e-2)
+    assert errors.sensitivity("middle", FADED) > 0
+
+
+def test_a_layer_matters_less_where_the_norms_behind_it_follow():
+    model, images = fading_with_statistics()
+    layers = {name: model.get_submodule(name) for name in ("middle", "behind.0", "behind.3")}
+    errors = OutputErrors(model, layers, images[:64], macs=1.0, effort=Effort())
+    for name, layer in layers.items():
+        errors.candidates(name, [SCHEMES["channel"](layer_shape(layer))])
+    every = RankPlan({name: LayerPlan("channel", 3) for name in layers}, {})
+    assert errors.sensitivity("middle", FADED) < errors.sensitivity("middle", every)
+
+
+def test_planning_leaves_norms_as_they_were():
+    model, images = fading_with_statistics()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    make_plan(model, keep_params=0.6, calibration=images, exclude=(), input_size=(16, 8, 8))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -1,0 +1,169 @@
+"""Plans on real models: budgets met, arguments refused, sensitivities measured."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.layers import Conv2dSame
+from torch import nn
+
+from arp_hub import ArpHubError, LayerPlan, RankPlan, decompose, make_plan
+from arp_hub.effort import Effort
+from arp_hub.layers.low_rank import layer_shape
+from arp_hub.layers.model import count_params, weight_layers
+from arp_hub.layers.trace import count_macs
+from arp_hub.planning.output_errors import OutputErrors
+from arp_hub.schemes import SCHEMES
+
+
+@pytest.fixture(scope="module")
+def resnet20(shared):
+    model = timm.create_model("cifar_resnet20")
+    model.load_state_dict(load_file(shared / "weights/resnet20_cifar10.safetensors"))
+    return model.eval()
+
+
+@pytest.mark.parametrize("cost", ["params", "macs"])
+@pytest.mark.parametrize("share", [0.7, 0.4])
+@pytest.mark.parametrize("name", ["cifar_resnet20", "test_vit", "test_convnext", "test_efficientnet"])
+def test_budget_is_met_from_below_on_the_model_itself(name, share, cost):
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    size = model.pretrained_cfg["input_size"]
+    count = {"params": count_params, "macs": lambda m: count_macs(m, size)}[cost]
+    before = count(model)
+    plan = make_plan(model, **{f"keep_{cost}": share})
+    decompose(model, plan)
+    assert 0.99 * share <= count(model) / before <= share
+    assert plan.layers
+    named = {name for name, _ in weight_layers(timm.create_model(name))}
+    assert named <= set(plan.layers) | set(plan.dense)
+
+
+def test_rank_multiple_exclude_and_schemes():
+    model = timm.create_model("resnet18", num_classes=10)
+    plan = make_plan(
+        model, keep_params=0.5, rank_multiple=8, schemes=["tucker2", "channel"], exclude=["conv1", "layer4.1.*"]
+    )
+    assert all(layer.rank % 8 == 0 for layer in plan.layers.values())
+    assert {layer.scheme for layer in plan.layers.values()} <= {"tucker2", "channel"}
+    assert not any(name.startswith("layer4.1.") for name in plan.layers)
+    assert plan.dense["layer4.1.conv1"] == "excluded by the user"
+
+
+BAD_BUDGETS = {
+    "none": ({}, "exactly one"),
+    "both": ({"keep_params": 0.5, "keep_macs": 0.5}, "exactly one"),
+    "zero": ({"keep_params": 0}, "between 0 and 1"),
+    "above one": ({"keep_params": 1.5}, "between 0 and 1"),
+    "not a number": ({"keep_macs": float("nan")}, "between 0 and 1"),
+    "text": ({"keep_macs": "half"}, "between 0 and 1"),
+    "out of reach": ({"keep_params": 0.001}, "cannot be met.* 0\\.0[0-9]+ of the params remain.*conv1"),
+    "scheme": ({"keep_params": 0.5, "schemes": ["svd"]}, "unknown scheme 'svd'"),
+    "no scheme": ({"keep_params": 0.5, "schemes": []}, "schemes is empty"),
+    "multiple": ({"keep_params": 0.5, "rank_multiple": 0}, "rank_multiple"),
+    "exclude": ({"keep_params": 0.5, "exclude": ["layer9.*"]}, "matches no layer"),
+    "size": ({"keep_params": 0.5, "input_size": (3, 32)}, "input_size"),
+    "one-pass images": ({"keep_params": 0.5, "calibration": iter([torch.zeros(2, 3, 32, 32)])}, "one-pass"),
+    "no images": ({"keep_params": 0.5, "calibration": []}, "no calibration images"),
+    "bytes": ({"keep_params": 0.5, "calibration": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, "float tensors"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_BUDGETS.values(), ids=BAD_BUDGETS)
+def test_bad_budget(arguments, message):
+    with pytest.raises(ArpHubError, match=message):
+        make_plan(timm.create_model("cifar_resnet20"), **arguments)
+
+
+def test_planning_a_decomposed_model_is_refused():
+    model = timm.create_model("cifar_resnet20")
+    decompose(model, RankPlan({"layer1.0.conv1": LayerPlan("cp", 4)}))
+    with pytest.raises(ArpHubError, match="to_dense"):
+        make_plan(model, keep_params=0.5)
+
+
+class TwoBranches(nn.Module):
+    """Two convolutions of equal weights, of which the second hardly reaches the output."""
+
+    def __init__(self, wrap, num_classes=0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.num_classes = num_classes
+        self.loud = nn.Conv2d(32, 32, 3, padding=1)
+        self.quiet = copy.deepcopy(self.loud)
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(self.loud(x) + 0.01 * self.quiet(x))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "num_classes"),
+    [
+        (lambda y: 10 * y.mean((2, 3)), 32),
+        (lambda y: y, 32),
+        (lambda y: y.mean((2, 3)), 0),
+        (lambda y: y.mean((1, 2, 3))[:, None], 1),
+        (lambda y: [y, y.mean()], 0),
+        (lambda y: {"map": y}, 0),
+        (lambda y: y.half(), 0),
+    ],
+    ids=["logits", "a map of logits", "vector", "one number", "list", "dict", "half"],
+)
+def test_a_plan_with_images_knows_which_layer_matters(wrap, num_classes):
+    model, images = TwoBranches(wrap, num_classes), torch.randn(24, 32, 12, 12)
+    plan = make_plan(
+        model, keep_params=0.5, calibration=images, exclude=(), schemes=["channel"], input_size=(32, 12, 12)
+    )
+    assert plan.layers["quiet"].rank < 0.5 * (plan.layers["loud"].rank if "loud" in plan.layers else 32)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(("num_classes", "scale"), [(32, 1.0), (0, 1.0), (0, 7.0)])
+def test_a_plan_is_tried_by_what_it_does_to_the_output(num_classes, scale):
+    model = TwoBranches(lambda y: scale * y.mean((2, 3)), num_classes).eval()
+    images, layers = torch.randn(24, 32, 12, 12), {"loud": model.loud, "quiet": model.quiet}
+    errors = OutputErrors(model, layers, images, macs=1.0, effort=Effort())
+    for name, layer in layers.items():
+        errors.candidates(name, [SCHEMES["channel"](layer_shape(layer))])
+    plan = RankPlan({"loud": LayerPlan("channel", 6), "quiet": LayerPlan("channel", 3)}, {})
+    small = copy.deepcopy(model)
+    for name in plan.layers:  # each on its own, as it is tried
+        alone = decompose(copy.deepcopy(model), RankPlan({name: plan.layers[name]}, {}), images)
+        setattr(small, name, getattr(alone, name))
+    with torch.no_grad():
+        exact, found = model(images), small(images)
+    expected = (found - exact).square().sum() / exact.square().sum()
+    if num_classes:
+        expected = nn.functional.kl_div(found.log_softmax(-1), exact.softmax(-1), reduction="batchmean")
+    assert errors.divergence(plan) == pytest.approx(float(expected), rel=1e-2)
+
+
+def test_of_several_plans_none_harms_clearly_less_than_the_one_taken(resnet20, cifar_test, monkeypatch):
+    images, _ = cifar_test(64)
+    tried, divergence = [], OutputErrors.divergence
+
+    def watched(self, plan):
+        tried.append((divergence(self, plan), plan))
+        return tried[-1][0]
+
+    monkeypatch.setattr(OutputErrors, "divergence", watched)
+    plan = make_plan(resnet20, keep_params=0.3, calibration=images, schemes=["channel", "tucker2"])
+    taken = next(value for value, found in tried if found == plan)
+    assert 0.95 * taken <= min(value for value, _ in tried) < max(value for value, _ in tried)
+
+
+@pytest.mark.parametrize("pixels", [2, 5])
+def test_a_model_that_says_no_size_is_planned_at_that_of_the_images(pixels):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, padding=1), Conv2dSame(16, 32, 3, stride=2), nn.ReLU(), Conv2dSame(32, 32, 3)]
+    model, images = nn.Sequential(*layers).eval(), torch.randn(64, 3, pixels, pixels)
+    before = model(images)
+    plan = make_plan(model, keep_params=0.5, calibration=images, exclude=["0"])
+    assert list(plan.layers) == ["1", "3"]  # of which a map of two pixels is less than a kernel
+    after = decompose(model, plan, images)(images)
+    assert after.shape == before.shape
+    assert (after - before).square().sum() < before.square().sum()
