@@ -31,7 +31,7 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
     for hook in old._load_state_dict_pre_hooks.values():
         if getattr(hook, "with_module", False):  # torch passes the layer itself to such a hook, by a weak reference
             cast(Any, hook).module = weakref.ref(new)
-    for key in vars(old).keys() - _constructed(old) - _BOUND_TO_THE_LAYER - vars(new).keys():
+    for key in vars(old).keys() - _constructed(old) - _constructed(new) - _BOUND_TO_THE_LAYER:
         vars(new)[key] = vars(old)[key]
 
 

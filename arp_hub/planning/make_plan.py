@@ -16,6 +16,7 @@ from torch import nn
 from ..calibration.images import Images, batches, limited
 from ..effort import Effort, EffortName
 from ..errors import ArpHubError
+from ..layers.apply_plan import made_for
 from ..layers.low_rank import layer_shape
 from ..layers.model import check_model, low_rank_layers, other_parameters, refusals, weight_layers
 from ..layers.trace import InputSize, Trace, input_size_of, trace
@@ -122,7 +123,7 @@ def make_plan(
         losses = weight_losses(model, layers, progress)
     else:
         losses = output_losses(model, layers, calibration, traced.macs, budget, settings, progress)
-    return budget.final_plan(losses)
+    return made_for(model, budget.final_plan(losses))
 
 
 def _budget(keep_params: float | None, keep_macs: float | None, keep_latency: float | None) -> tuple[str, float]:
