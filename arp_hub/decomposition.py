@@ -93,7 +93,7 @@ def decompose(
         if factors is None:
             found = schemes[name].nearest(weight.double(), layer_plan.rank)
         else:
-            found = _given_factors(name, schemes[name], weight, factors)
+            found = _given_factors(name, schemes[name], layer_plan.rank, weight, factors)
         new[name] = low_rank_layer(modules[name], layer_plan)
         new[name].load_factors(found, modules[name].bias)
     replace_layers(model, {modules[name]: layer for name, layer in new.items()})
@@ -128,12 +128,17 @@ def _warn_of_lost_hooks(names: Sequence[str]) -> None:
         )
 
 
-def _given_factors(name: str, scheme: Scheme, weight: Tensor, factors: Mapping[str, Factors]) -> Factors:
+def _given_factors(name: str, scheme: Scheme, rank: int, weight: Tensor, factors: Mapping[str, Factors]) -> Factors:
+    """The factors of one layer, which must reproduce its weight up to the rounding of their dtypes."""
     if name not in factors:
         raise ArpHubError(f"layer '{name}' is planned, but there are no factors for it")
     found = tuple(factor.detach() for factor in factors[name])
+    if [factor.shape for factor in found] != [torch.Size(conv.weight_shape) for conv in scheme.convs(rank)]:
+        shapes = [tuple(factor.shape) for factor in found]
+        raise ArpHubError(f"layer '{name}': the given factors have shapes {shapes}, which are not those of its plan")
     error = relative_error(weight.double(), scheme.compose([factor.double() for factor in found]))
-    if not error <= _EXACT:
+    rounding = max(torch.finfo(tensor.dtype).eps for tensor in (weight, *found))
+    if not error <= max(_EXACT, rounding**2):
         raise ArpHubError(
             f"layer '{name}': the given factors miss its weight by a relative squared error of {float(error):.1e}; "
             "they are exact only after the penalty's hold phase: train to its end, or leave factors out"

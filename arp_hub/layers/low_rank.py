@@ -61,10 +61,11 @@ class GroupedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the blocks side by side."""
-        blocks = self.weight.unflatten(0, (self.groups, -1)).mT
-        rows = x.unflatten(-1, (self.groups, -1)).movedim(-2, 0).flatten(1, -2)
-        y = torch.bmm(rows, blocks).unflatten(1, x.shape[:-1]).movedim(0, -2).flatten(-2)
+        """Multiply every group of features by its block."""
+        group_in, group_out = self.in_features // self.groups, self.out_features // self.groups
+        blocks = self.weight.view(self.groups, group_out, group_in).transpose(1, 2)
+        rows = x.reshape(-1, self.groups, group_in).transpose(0, 1)
+        y = torch.bmm(rows, blocks).transpose(0, 1).reshape(list(x.shape[:-1]) + [self.out_features])  # noqa: RUF005
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -97,6 +98,10 @@ class ComputedWeight(Tensor):
             if type(found) is not Tensor or source is None or not _share_memory(found, source):
                 return found
             return found.as_subclass(cls)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """A plain copy, which may be written to."""
+        return self.detach().as_subclass(Tensor).clone()
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
