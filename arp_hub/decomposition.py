@@ -31,7 +31,8 @@ from .schemes import Factors, Scheme, relative_error
 from .schemes.shapes import LayerShape, Pair
 
 _EXACT = 1e-8
-"""Largest relative squared error at which given factors count as the weight itself."""
+"""Relative squared error up to which given factors reproduce a weight: the rounding of a penalty in float32. In a dtype
+with larger rounding errors, the bound is the square of the dtype's machine epsilon."""
 
 
 def decompose(
@@ -45,27 +46,29 @@ def decompose(
 ) -> nn.Module:
     """Replace the planned layers by their low-rank factors, in place. No labels, no back-propagation.
 
-    Without ``calibration`` every weight goes to its nearest point in the scheme's set. With it, the layers are
-    fitted one after the other, in the order in which the model uses them: each to the dense model's output, from the
-    input that the already decomposed model gives it, in the metric of that input's second moment. Biases and the
-    means of a BatchNorm that follows are set in closed form so that every layer's mean output stays right. At the end
-    the statistics of the BatchNorms behind dense layers follow what goes into them.
+    Without ``calibration``, every weight becomes its nearest point in the scheme's set. With it, layers are fitted one
+    by one, in the order of their use: to the dense layer's output, from the input that the decomposed model so far
+    gives, in the metric of that input's second moment. Biases, or the means of a BatchNorm that follows, keep every
+    layer's mean output. At the end, the statistics of the other BatchNorms are corrected for their new inputs.
+
+    Hooks, attributes, mode, dtype, device and ``requires_grad`` of every layer are kept, and the factors of a frozen
+    layer are frozen. Gradient hooks on weights are lost, with a warning.
 
     Args:
-        model: A model with dense layers, on the device on which to work.
-        plan: A plan made for it.
+        model: A model with dense layers, on the device to work on, neither compiled nor wrapped.
+        plan: A plan made for this model.
         calibration: Unlabelled images, normalised as for the model: a tensor ``(N, C, H, W)`` or batches.
-        factors: Factors found already, as `AdaptiveRankPenalty.factors` gives them after the hold. They must
-            reproduce the weights; then the decomposition is exact.
+        factors: Factors to use as they are, by layer, such as those of `AdaptiveRankPenalty.factors` after the hold.
+            They must reproduce the weights up to rounding.
         effort: ``"fast"``, ``"balanced"``, ``"thorough"``, or an `arp_hub.effort.Effort`: how much time the fit takes.
         progress: Show a progress bar.
 
     Returns:
-        ``model`` itself. On an error it is left as it was.
+        ``model`` itself. On an error it is unchanged.
 
     Raises:
-        ArpHubError: If the plan does not fit the model, a weight is not finite, or ``factors`` do not reproduce
-            the weights.
+        ArpHubError: If the plan does not fit the model, the model is wrapped or compiled, a weight is not finite, or
+            ``factors`` do not reproduce the weights.
 
     Example:
         >>> model = timm.create_model("resnet18")

@@ -2,8 +2,8 @@
 
 Every scheme writes the rows of a weight as ``W = L D``. The design ``D (features, I kh kw)`` depends on all factors but
 the last, and the last factor is ``L``. `Scheme.fit` minimises ``tr((T - L D) C (T - L D)^T)`` for a target ``T`` and a
-second moment ``C``. For a given ``D``, the best ``L = T C D^T (D C D^T)^-1`` has a closed form. So the search is over the
-other factors only (variable projection; Golub and Pereyra 1973).
+second moment ``C``. For a given ``D``, the best ``L = T C D^T (D C D^T)^-1`` has a closed form. So only the other
+factors are searched for (variable projection; Golub and Pereyra 1973).
 """
 
 from __future__ import annotations
