@@ -19,6 +19,7 @@ WORKDIR /home/arp
 # The package and its recipes; everything else is kept out by .dockerignore.
 COPY pyproject.toml README.md LICENSE /tmp/arp_hub/
 COPY arp_hub /tmp/arp_hub/arp_hub
+COPY arp_hub_cli /tmp/arp_hub/arp_hub_cli
 RUN pip install "/tmp/arp_hub[plots,tracking]" && rm -r /tmp/arp_hub
 
 COPY --chown=arp:arp recipes recipes

@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -13,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from tqdm.auto import tqdm
 
-from ._utils.torch_utils import evaluating, give_back_memory
+from ._utils.torch_utils import ambient_modes_off, evaluating
 from .calibration.batchnorm import following_norms, norms_with_statistics, renormalise
-from .calibration.images import LEAST_PIXELS, Images, batches, limited
-from .calibration.layer_problem import LayerProblem
-from .calibration.moments import LARGE, SAMPLES
+from .calibration.images import LEAST_PIXELS, Images, batches, check_normalised, limited
+from .calibration.layer_problem import LayerProblem, can_shift
+from .calibration.moments import LARGE, SAMPLES, Moments
 from .calibration.passes import paired_moments
-from .effort import Effort, EffortName
+from .effort import Effort
 from .errors import ArpHubError
 from .layers.apply_plan import check_plan
 from .layers.carry_over import loses_hooks
@@ -35,13 +36,14 @@ _EXACT = 1e-8
 with larger rounding errors, the bound is the square of the dtype's machine epsilon."""
 
 
+@ambient_modes_off()
 def decompose(
     model: nn.Module,
     plan: RankPlan,
     calibration: Images | None = None,
     *,
     factors: Mapping[str, Factors] | None = None,
-    effort: Effort | EffortName = "balanced",
+    effort: Effort | str = "balanced",
     progress: bool = False,
 ) -> nn.Module:
     """Replace the planned layers by their low-rank factors, in place. No labels, no back-propagation.
@@ -79,6 +81,11 @@ def decompose(
     schemes, settings = check_plan(model, plan), Effort.of(effort)
     if factors is not None and calibration is not None:
         raise ArpHubError("pass either calibration images or factors, not both: given factors are not fitted again")
+    if any(tensor.is_inference() for tensor in [*model.parameters(), *model.buffers()]):
+        raise ArpHubError(
+            "the model was made in inference mode, so its weights cannot be changed or trained: make it outside, or "
+            "pass copy.deepcopy(model), copied outside"
+        )
     modules = dict(model.named_modules(remove_duplicate=False))
     _warn_of_lost_hooks([name for name in plan.layers if loses_hooks(modules[name])])
     for name in plan.layers:
@@ -88,6 +95,7 @@ def decompose(
             raise ArpHubError(f"layer '{name}': its weight holds NaN or infinite values")
     if calibration is not None:
         with layers_called(model):
+            check_normalised(calibration, model)
             images = limited(calibration, settings.images)
             return _decompose_by_data(model, plan, schemes, images, settings, progress)
     new = {}
@@ -103,6 +111,7 @@ def decompose(
     return model
 
 
+@ambient_modes_off()
 def to_dense(model: nn.Module) -> nn.Module:
     """Merge the factors of every low-rank layer into one dense layer, in place: same outputs, plain modules.
 
@@ -153,26 +162,30 @@ def _decompose_by_data(
     model: nn.Module, plan: RankPlan, schemes: Mapping[str, Scheme], images: Images, effort: Effort, progress: bool
 ) -> nn.Module:
     """Fit layer after layer on a copy, then put all new layers into ``model`` at once."""
-    give_back_memory()  # what planning has left
+    shapes = [cast(InputSize, tuple(batch.shape[1:])) for batch in batches(images) for _ in batch]
+    traced = trace(model, shapes[0])
     with evaluating(model):
         # with weights in common: only buffers are changed in place, and whole layers exchanged
         student = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
         teachers = {name: model.get_submodule(name) for name in plan.layers}
         norms = following_norms(student, {name: student.get_submodule(name) for name in plan.layers}, images)
         bar = tqdm(total=len(plan.layers), desc="decompose", disable=not progress, leave=False)
-        shapes = [cast(InputSize, tuple(batch.shape[1:])) for batch in batches(images) for _ in batch]
-        traced = trace(model, shapes[0])
+        device = next(model.parameters()).device
+
+        def empty(name: str, layer: nn.Module, images: int) -> Moments:
+            centred = can_shift(layer, norms.get(name))
+            return Moments(layer_shape(layer), device, effort.positions_macs, centred, images=images)
+
         for k, (names, most) in enumerate(_passes(model, plan, traced, shapes, effort)):
             old = {name: student.get_submodule(name) for name in names}
-            pupils = (student, old) if k else (model, teachers)  # nothing is decomposed yet before the first pass
-            taught = {name: teachers[name] for name in names}
-            found = paired_moments(*pupils, model, taught, images, most, effort.positions_macs)
+            # before the first pass nothing is decomposed yet: one model is both
+            pupils = (student, old) if k else (model, {name: teachers[name] for name in names})
+            found = paired_moments(*pupils, model, images, partial(empty, images=most), most)
             for name in names:
                 # popped, so that the memory of a layer's moments is free once it is fitted
                 problem = LayerProblem.of(teachers[name], found.pop(name), norms.get(name), _precision(teachers[name]))
                 new = _fitted_layer(problem, schemes[name], plan.layers[name], norms.get(name), effort)
                 replace_layers(student, {old[name]: new})
-                give_back_memory()
                 bar.update()
         bar.close()
         most = max(64, int(effort.norm_macs / (2 * max(traced.macs, 1))))  # 64: every position of an image counts
@@ -195,7 +208,7 @@ def _fitted_layer(
     problem: LayerProblem, scheme: Scheme, plan: LayerPlan, norm: BatchNorm | None, effort: Effort
 ) -> LowRankLayer:
     """The decomposed form of one layer; the mean of ``norm``, the BatchNorm behind it, takes up its change of mean."""
-    factors = problem.fit(scheme, plan.rank, effort.fit_iterations, effort.fit_macs, least=5)
+    factors = problem.fit(scheme, plan.rank, effort.fit_iterations, effort.fit_macs, 5, effort.start_sweeps)
     new = low_rank_layer(problem.layer, plan)
     new.load_factors(factors, cast("Tensor | None", problem.layer.bias))
     if problem.can_shift:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
 
 from .errors import ArpHubError
-
-EffortName = Literal["fast", "balanced", "thorough"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,7 @@ class Effort:
             them the curve is a line in log-log scale.
         curve_iterations: L-BFGS iterations of each of these fits at most.
         curve_macs: MACs of each of these fits at most.
+        start_sweeps: Sweeps of alternating least squares that the final fit of a layer starts from at most.
         fit_iterations: L-BFGS iterations of the final fit of a layer at most.
         fit_macs: MACs of the final fit of a layer at most.
         positions_macs: MACs that one image may add to a layer's second moment in `decompose`. On large maps it limits
@@ -57,6 +55,7 @@ class Effort:
     curve_shares: tuple[float, ...] = (0.08, 0.18, 0.35, 0.6)
     curve_iterations: int = 25
     curve_macs: float = 2e9
+    start_sweeps: int = 60
     fit_iterations: int = 150
     fit_macs: float = 1.5e10
     positions_macs: float = 2.5e8
@@ -73,7 +72,7 @@ class Effort:
                 raise ArpHubError(f"effort: {field.name} must be a number above {least:g}, got {value!r}")
 
     @classmethod
-    def of(cls, effort: Effort | EffortName | str) -> Effort:
+    def of(cls, effort: Effort | str) -> Effort:
         """The settings of a preset, or the given settings themselves.
 
         Raises:
@@ -90,14 +89,17 @@ class Effort:
 
 EFFORTS: dict[str, Effort] = {
     "fast": Effort(
-        images=256,
-        sensitivity_images=32,
+        images=128,
+        sensitivity_images=16,
         exponents=(1.0,),
         schemes_measured=1,
         curve_shares=(0.2, 0.5),
         curve_iterations=15,
+        start_sweeps=12,
         fit_iterations=60,
         fit_macs=5e9,
+        positions_macs=5e7,
+        curve_positions_macs=2.5e7,
         forward_macs=1e12,
     ),
     "balanced": Effort(),

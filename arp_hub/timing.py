@@ -1,6 +1,6 @@
-"""How long something takes: rivals in turns, warmed up, medians with their spread.
+"""Timing: alternatives are timed in turns, after a warm-up, and reported as medians with quartiles.
 
-Where one thread does all the work, times are those of the process, in which other processes have no part.
+On a CPU with one thread, times are CPU times of the process, so that other processes do not count.
 """
 
 from __future__ import annotations
@@ -20,23 +20,21 @@ from torch import Tensor, nn
 from .errors import ArpHubError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-"""Numbers that a workload may be in."""
-_WARM_UP, _MOST_ROUNDS = 2, 500
+"""Floating-point types of a workload."""
 LEAST_ROUNDS = 5
-"""Rounds of rivals in turns that are made in any case, unless told."""
-_LEAST_SAMPLE, _LONG = 2e-3, 0.1
-"""Seconds that one sample takes at least, shorter work is repeated within it, and seconds of work that one call warms
-up."""
+"""Rounds that are measured in any case: quartiles need about five samples."""
+_MOST_ROUNDS = 500
+"""Rounds that are measured at most: more do not make a median more exact."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a latency is the latency of.
+    """What is timed.
 
     Attributes:
         batch_size: Images of a forward pass.
-        dtype: Numbers of weights and images, one of `DTYPES`.
-        channels_last: Whether weights and images lie in memory channel by channel for every pixel.
+        dtype: Floating-point type of weights and images, one of `DTYPES`.
+        channels_last: Whether weights and images are in the channels-last memory format.
 
     Raises:
         ArpHubError: If a value is out of range.
@@ -60,7 +58,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Spread:
-    """The middle of many samples and how far they lie apart.
+    """Median and quartiles of samples.
 
     Attributes:
         median: Median.
@@ -79,7 +77,7 @@ class Spread:
         return cls(median, low, high)
 
     def scaled(self, factor: float) -> Spread:
-        """All three times ``factor``, which is positive."""
+        """All three multiplied by a positive ``factor``."""
         return Spread(self.median * factor, self.low * factor, self.high * factor)
 
     def to_dict(self, digits: int = 4) -> dict[str, float]:
@@ -88,12 +86,12 @@ class Spread:
 
 
 def prepared(model: nn.Module, workload: Workload) -> nn.Module:
-    """A copy of the model in evaluation mode, in the numbers and layout of the workload."""
+    """A copy of the model in evaluation mode, in the dtype and memory format of the workload."""
     return copy.deepcopy(model).eval().to(DTYPES[workload.dtype]).to(memory_format=workload.layout)
 
 
 def forward_call(model: nn.Module, images: Tensor, workload: Workload, compiled: bool = False) -> Callable[[], Any]:
-    """One forward pass, to be timed, of a copy of the model that is ready for the workload."""
+    """A function that runs one forward pass of a prepared copy of the model."""
     network = prepared(model, workload)
     layout = workload.layout if images.dim() == 4 else torch.contiguous_format
     x = images.to(dtype=DTYPES[workload.dtype], memory_format=layout)
@@ -105,10 +103,10 @@ def forward_call(model: nn.Module, images: Tensor, workload: Workload, compiled:
 def layer_shares(
     model: nn.Module, names: Collection[str], images: Tensor, workload: Workload, seconds: float = 2.0
 ) -> dict[str, float]:
-    """Each layer's share of the time of a forward pass, all its calls together.
+    """Each layer's share of the time of a forward pass, over all its calls.
 
-    A pass is cut where a layer begins or ends. Of every piece the fastest of many passes counts: what else the machine
-    does only adds to times.
+    A pass is cut into pieces where a layer begins or ends. The fastest of many passes counts for each piece, because
+    other work on the machine only adds time.
     """
     network, device = prepared(model, workload), images.device
     x = images.to(dtype=DTYPES[workload.dtype], memory_format=workload.layout)
@@ -119,19 +117,19 @@ def layer_shares(
 
     for name in names:
         layer = network.get_submodule(name)
-        layer.register_forward_pre_hook(partial(cut, None))  # what comes before a layer is nobody's
+        layer.register_forward_pre_hook(partial(cut, None))  # the piece before a layer belongs to no layer
         layer.register_forward_hook(partial(cut, name))
     passes, owners = [], list[str | None]()
     began = time.perf_counter()
-    for done in range(_WARM_UP + _MOST_ROUNDS):
-        if done >= _WARM_UP + LEAST_ROUNDS and time.perf_counter() - began > seconds:
+    for done in range(2 + _MOST_ROUNDS):  # two passes warm up
+        if done >= 2 + LEAST_ROUNDS and time.perf_counter() - began > seconds:
             break
         cuts.clear()
         cut(None)
         network(x)
         cut(None)
         _wait(device)
-        if done >= _WARM_UP:
+        if done >= 2:
             owners = [name for name, _ in cuts[1:]]
             passes.append([_between(one, other) for (_, one), (_, other) in pairwise(cuts)])
     pieces = [min(times) for times in zip(*passes, strict=True)]
@@ -143,7 +141,7 @@ def layer_shares(
 
 
 def clock(device: torch.device) -> str:
-    """What times are of: ``cpu`` for the process's own time, where one thread does the work, else ``wall``."""
+    """The clock in use: ``cpu`` for the CPU time of the process, on one CPU thread, else ``wall``."""
     return "cpu" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
 
 
@@ -162,16 +160,16 @@ def _between(first: Any, second: Any) -> float:
 def take_turns(
     rivals: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float = 2.0, least: int = LEAST_ROUNDS
 ) -> dict[str, list[float]]:
-    """Time rivals in turns, so that whatever else the machine does falls on all of them.
+    """Time alternatives in turns, so that other work on the machine affects all of them alike.
 
     Args:
         rivals: What to time, by name. Each is warmed up first.
-        device: Where the work is done; it is waited for.
-        seconds: How long to go on, all rivals together.
-        least: Rounds that are made in any case.
+        device: Where the work is done; each sample waits for it.
+        seconds: How long to measure, all alternatives together.
+        least: Rounds that are measured in any case.
 
     Returns:
-        Seconds of one call, sample by sample; the samples of one round stand at the same place in every list.
+        Seconds of one call for each sample. Samples of one round have the same index in every list.
     """
     repeats = {name: _repeats(call, device) for name, call in rivals.items()}
     samples: dict[str, list[float]] = {name: [] for name in rivals}
@@ -181,22 +179,22 @@ def take_turns(
             break
         for name in order:
             samples[name].append(_sample(rivals[name], repeats[name], device))
-        order.reverse()  # so that nobody always comes after the same one
+        order.reverse()  # so that none always follows the same one
     return samples
 
 
 def paired_ratio(samples: list[float], reference: list[float]) -> Spread:
-    """Ratios of the samples of one round to the reference's sample of that round."""
+    """Ratios of samples to the reference's samples of the same rounds."""
     return Spread.of([one / other for one, other in zip(samples, reference, strict=True)])
 
 
 def _repeats(call: Callable[[], Any], device: torch.device) -> int:
-    """Calls that one sample takes, found while warming up."""
-    for _ in range(_WARM_UP):
+    """Calls of one sample, so that a sample takes at least 2 ms; found while warming up."""
+    for _ in range(2):
         taken = _sample(call, 1, device)
-        if taken > _LONG:
+        if taken > 0.1:  # a long call is warm after one run
             break
-    return max(1, round(_LEAST_SAMPLE / max(taken, 1e-9)))
+    return max(1, round(2e-3 / max(taken, 1e-9)))
 
 
 def _sample(call: Callable[[], Any], repeats: int, device: torch.device) -> float:

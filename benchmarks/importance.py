@@ -1,20 +1,18 @@
-"""What it is worth to count how much a layer matters, and how well a plan's trial foretells what becomes of it.
+"""What sensitivities are worth, and how well the trial of a plan predicts the decomposed model.
 
     python benchmarks/importance.py list
     python benchmarks/importance.py run 'resnet20/0.2/*' --shared ../shared
     python benchmarks/importance.py table
 
-A row is NETWORK/KEEP/POWER: the errors of layers count times their importance to this power, of which `make_plan` tries
-several. `run` notes the divergence of the predictions (in nats, from the dense network's) of the plan as it is tried,
-and once decomposed on images that did not calibrate (of lite0, which has too few, on those that did), and top-1 on the
-test images. It writes results/importance.json; `table` prints it.
+A row is NETWORK/KEEP/EXPONENT: errors of layers are weighted by their sensitivities to this power. `make_plan` tries
+several exponents. `run` notes the divergence of the predictions from the dense model's, in nats: in the trial of the
+plan, and after decomposition on images that did not calibrate (for lite0 on those that did: it has no others). It also
+notes top-1 on the test images, and writes results/importance.json; `table` prints it.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,17 +25,17 @@ from torch import Tensor, nn
 
 import arp_hub
 from arp_hub._utils.environment import environment
+from arp_hub.effort import Effort
 from arp_hub.hub.load import load_model
 from arp_hub.planning.output_errors import OutputErrors
 from arp_hub.training import evaluate, load_data
 from arp_hub.training.seeds import keyed_generator
 
-make_plan = sys.modules["arp_hub.planning.make_plan"]  # the module, of which the package has the function
 RESULTS = Path(__file__).parent / "results" / "importance.json"
 ROWS = {
     f"{network}/{keep}/{power}": (network, keep, power)
     for network, keep in (("resnet20", 0.2), ("lite0", 0.84), ("lite0", 0.7))
-    for power in (0.0, *make_plan._POWERS)
+    for power in (0.0, *Effort().exponents)
 }
 HELD_OUT = 2000
 """Training images, of those that do not calibrate, on which a network with a test split of its own is judged."""
@@ -69,16 +67,11 @@ def measure(name: str, keep: float, power: float, shared: Path) -> dict[str, Any
 
     def noted(errors: OutputErrors, plan: arp_hub.RankPlan) -> float:
         tried.append(divergence(errors, plan))
-        return tried[-1]
+        return -float(len(tried))  # the last plan is taken, whatever its trial says
 
-    clearly = 0.0 if power == 0 else -math.inf  # the plan of this power is taken, whatever its trial says
-    powers = () if power == 0 else (power,)
-    with (
-        patch.object(make_plan, "_POWERS", powers),
-        patch.object(make_plan, "_CLEARLY", clearly),
-        patch.object(OutputErrors, "divergence", noted),
-    ):
-        plan = arp_hub.make_plan(model, keep_params=keep, calibration=images)
+    effort = Effort(exponents=() if power == 0 else (power,))
+    with patch.object(OutputErrors, "divergence", noted):
+        plan = arp_hub.make_plan(model, keep_params=keep, calibration=images, effort=effort)
     small = arp_hub.decompose(copy.deepcopy(model), plan, images)
     return {
         **environment(),

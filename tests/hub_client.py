@@ -78,5 +78,5 @@ class Client:
 
     def arp_hub(self, *words: object, token: str | None, before: str = QUICK, **options: Any) -> Done:
         """Run the command ``arp-hub``."""
-        code = f"{before}\nimport sys\nfrom arp_hub.cli.app import app\nsys.argv = ['arp-hub', *words]\napp()"
+        code = f"{before}\nimport sys\nfrom arp_hub_cli.app import app\nsys.argv = ['arp-hub', *words]\napp()"
         return self.run(code, token=token, words=[str(word) for word in words], **options)

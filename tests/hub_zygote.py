@@ -16,7 +16,7 @@ import timm  # noqa: F401 - imported before the forks, so that no child has to
 import torch
 
 import arp_hub  # noqa: F401 - imported before the forks, so that no child has to
-import arp_hub.cli.app  # noqa: F401 - imported before the forks, so that no child has to
+import arp_hub_cli.app  # noqa: F401 - imported before the forks, so that no child has to
 
 torch.set_num_threads(1)
 

@@ -1,12 +1,11 @@
-"""Evaluation mode for a while; freed memory that goes back to the system."""
+"""Modes of torch and of modules that hold for a while."""
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -22,11 +21,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def give_back_memory() -> None:
-    """Return memory to the system that the C library keeps after it was freed, between pieces that are in use.
-
-    Between two phases of work with large tensors of different lifetimes that is more than what is in use. Where the C
-    library has no such call (glibc has ``malloc_trim``), nothing is done.
-    """
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
+@contextmanager
+def ambient_modes_off() -> Iterator[None]:
+    """Switch autocast and inference mode off: tensors made inside are in full precision, and can be trained."""
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield

@@ -1,7 +1,18 @@
-"""Calibration images, and passes over them: what goes into layers, and what should come out of them."""
+"""BatchNorms around decomposed layers: which one reads a layer alone, and how the others follow a disturbed input.
+
+Approximation errors shrink activations layer by layer. A fitted layer makes up for it; a dense layer is left to the
+BatchNorm behind it, whose statistics are those of another input. With ``m, v`` the mean and variance of a channel of
+that input on calibration images, ``*`` for the dense model, and ``M, V`` the stored statistics::
+
+    r = (v + eps) / (v* + eps),    V  <-  r V,    M  <-  sqrt(r) (M - m*) + m
+
+Stored statistics come from far more images than the calibration set, so they are corrected rather than replaced. No
+gradients are used.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,25 +22,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from .._utils.torch_utils import give_back_memory
 from ..layers.model import low_rank_layers
-from .images import Images, batches, fast_layout
+from .images import Images, Place, batches
+
+STATISTICS_PIXELS = 2**20
+"""Pixels of a batch that BatchNorm statistics are taken of, 20 images of 224 x 224. Batches of 3 images cost 2 points
+on lite0, and larger batches only take memory (docs/experiments.md)."""
+
+
+class _Readers(TorchDispatchMode):
+    """Counts the operations that read some tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.watched: dict[int, Tensor] = {}  # the tensors are kept, so that no other one gets their id
+        self.reads: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.reads.update(id(leaf) for leaf in tree_leaves((args, kwargs or {})) if id(leaf) in self.watched)
+        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
 def following_norms(model: nn.Module, layers: Mapping[str, nn.Module], images: Images) -> dict[str, BatchNorm]:
-    """The BatchNorm that each layer's output goes straight into, for the layers that have one."""
-    found: dict[str, BatchNorm] = {}
-    outputs: dict[str, Tensor] = {}
+    """The BatchNorm that reads each layer's output, for the layers whose output nothing else reads.
+
+    Its mean can take up a change of the layer's mean output. If the output had another reader, that one would get it
+    without the correction. A layer that is called several times has no such BatchNorm.
+    """
+    image = next(batches(images, Place.of(model, images)))[:1]
+    candidates: dict[str, BatchNorm] = {}
+    outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+    readers = _Readers()
 
     def remember(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        outputs[name] = output
+        outputs[name].append(output)
+        readers.watched[id(output)] = output
 
     def recognise(module: nn.Module, args: tuple[Any, ...]) -> None:
-        for name, output in outputs.items():
-            if args[0] is output:
-                found[name] = cast(BatchNorm, module)
+        for name, found in outputs.items():
+            if found and args[0] is found[-1]:
+                candidates[name] = cast(BatchNorm, module)
 
     hooks = [layer.register_forward_hook(partial(remember, name)) for name, layer in layers.items()]
     hooks += [
@@ -38,21 +74,21 @@ def following_norms(model: nn.Module, layers: Mapping[str, nn.Module], images: I
         if isinstance(module, BatchNorm) and module.running_mean is not None and module.affine
     ]
     try:
-        model(next(batches(images, next(model.parameters()).device))[:1])
+        with readers:
+            returned = model(image)
     finally:
         for hook in hooks:
             hook.remove()
-    return found
-
-
-_MOST_CHANGE = 16.0
-"""Factor by which a channel's variance is believed to have changed at most."""
-_PIXELS = 2**20
-"""Pixels that bound a batch: statistics of few images mislead the BatchNorms behind, and many take much memory."""
+    readers.reads.update(id(leaf) for leaf in tree_leaves(returned) if id(leaf) in readers.watched)
+    return {
+        name: norm
+        for name, norm in candidates.items()
+        if len(outputs[name]) == 1 and readers.reads[id(outputs[name][0])] == 1
+    }
 
 
 class InputStatistics:
-    """Mean and biased variance of each channel ``(C,)``, of all inputs so far of one BatchNorm, in double precision.
+    """Mean and biased variance of each channel ``(C,)`` of all inputs of one BatchNorm so far, in double precision.
 
     Attributes:
         count: Values of each channel so far.
@@ -66,7 +102,7 @@ class InputStatistics:
         """Count an input ``(N, C, ..)``."""
         count = x.numel() // x.shape[1]
         mean, variance = torch.zeros(2, x.shape[1], dtype=torch.float32, device=x.device)
-        if count > 1:  # by the kernel of BatchNorm itself, ten times as fast as var_mean on a map with channels last
+        if count > 1:  # the kernel of BatchNorm is ten times as fast as var_mean on maps in channels last
             F.batch_norm(x.float(), mean, variance, training=True, momentum=1.0)
         else:
             mean = x.flatten().float()
@@ -99,35 +135,33 @@ def norms_with_statistics(model: nn.Module) -> dict[str, BatchNorm]:
 def renormalise(
     student: nn.Module, teacher: nn.Module, images: Images, fitted: Collection[nn.Module], most: int | None = None
 ) -> None:
-    """Let the BatchNorms of a decomposed model follow its inputs; those that nothing disturbs stay exactly as they are.
+    """Correct the BatchNorms of a decomposed model; those before the first decomposed layer stay exactly the same.
 
     Args:
         student: The decomposed model, in evaluation mode.
-        teacher: The dense model that it was, in evaluation mode.
+        teacher: The dense model, in evaluation mode.
         images: Calibration images; one pass is made over them.
-        fitted: BatchNorms of the student that are right already: those behind fitted layers.
-        most: Images that suffice; by default all are looked at.
+        fitted: BatchNorms of the student that fitted layers have corrected already.
+        most: Images to use at most; by default all.
     """
     originals = norms_with_statistics(teacher)
     norms = {name: norm for name, norm in norms_with_statistics(student).items() if norm not in fitted}
     if not norms:
         return
-    device, layout = next(teacher.parameters()).device, fast_layout(teacher, images)
     exact = {name: InputStatistics() for name in norms}
     found = {name: InputStatistics() for name in norms}
-    # each batch goes by what the ones before it have set
-    for batch in batches(images, device, layout, pixels=_PIXELS, most=most):
+    # each batch passes BatchNorms that the batches before it have corrected
+    for batch in batches(images, Place.of(teacher, images), pixels=STATISTICS_PIXELS, most=most):
         with observed({originals[name]: statistics for name, statistics in exact.items()}):
             teacher(batch)
         followers = [(norms[name], originals[name], exact[name], found[name]) for name in norms]
         with following(followers, low_rank_layers(student).values()):
             student(batch)
-    give_back_memory()
 
 
 @contextmanager
 def observed(statistics: Mapping[BatchNorm, InputStatistics]) -> Iterator[None]:
-    """Count what goes into some BatchNorms."""
+    """Count the inputs of some BatchNorms during the block."""
 
     def count(into: InputStatistics, module: nn.Module, args: tuple[Any, ...]) -> None:
         into.add(args[0])
@@ -144,14 +178,12 @@ def observed(statistics: Mapping[BatchNorm, InputStatistics]) -> Iterator[None]:
 def following(
     norms: Sequence[tuple[BatchNorm, BatchNorm, InputStatistics, InputStatistics]], changed: Iterable[nn.Module]
 ) -> Iterator[None]:
-    """Set some BatchNorms anew just before each is used, so that the next one sees what that one makes of its input.
-
-    For one forward pass.
+    """During one forward pass, correct each BatchNorm just before it is used, so that the next one sees its output.
 
     Args:
-        norms: Of each the one to set, the one that it was, what went into that on the same images, and where to count
-            what goes into this one.
-        changed: The changed layers; before the first of them is used, nothing is disturbed.
+        norms: For each BatchNorm: the one to correct, its original, the statistics of the original's input on the same
+            images, and where to count the input of this one.
+        changed: The decomposed layers. Before the first of them is used, inputs are those of the dense model.
     """
     disturbed = False
 
@@ -179,11 +211,13 @@ def following(
 
 
 @torch.no_grad()
-def _set_statistics(norm: BatchNorm, original: BatchNorm, exact: InputStatistics, found: InputStatistics) -> None:
-    """Scale and move the original's statistics, which are of more images than these, as the input's have moved."""
+def _set_statistics(
+    norm: BatchNorm, original: BatchNorm, exact: InputStatistics, found: InputStatistics, most: float = 16.0
+) -> None:
+    """Correct the original's statistics by the change of the input; a variance changes ``most``-fold at most."""
     mean, variance = cast(Tensor, original.running_mean), cast(Tensor, original.running_var)
     ratio = (found.variance + norm.eps) / (exact.variance + norm.eps)
-    ratio = ratio.clamp(1 / _MOST_CHANGE, _MOST_CHANGE)
+    ratio = ratio.clamp(1 / most, most)
     scale = ratio.sqrt()
     cast(Tensor, norm.running_mean).copy_(scale * mean + (found.mean - scale * exact.mean))
     cast(Tensor, norm.running_var).copy_(ratio * variance)

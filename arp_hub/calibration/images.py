@@ -1,9 +1,11 @@
-"""Calibration images, in batches."""
+"""Calibration images: checked, and given out in batches as a model takes them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,54 +14,97 @@ from torch import Tensor, nn
 from ..errors import ArpHubError
 
 Images = Tensor | Iterable[Any]
-"""Calibration images: one normalised tensor ``(N, C, H, W)``, or batches of them that can be gone through repeatedly
-(a list or a DataLoader; of a batch that is a tuple, the first item counts)."""
+"""Calibration images: one normalised tensor ``(N, C, H, W)``, or batches that can be iterated over repeatedly, as in a
+list or a DataLoader. Of a batch that is a tuple, the first item is used."""
+
 LEAST_PIXELS = 64 * 224**2
-"""Pixels of all images together that second moments are taken of in any case, if there are so many."""
-_BATCH_SIZE, _CPU_PIXELS, _PIXELS = 128, 5 * 2**16, 2**21
-"""Images, and their pixels on a CPU and elsewhere, that bound a batch, unless told. On a CPU maps of more
-would not stay in a cache, nor in memory that the process holds already: with more than six images of 224 pixels, up
-to a third of the time goes on memory taken from the system and given back."""
+"""Pixels, over all images, that second moments are taken of in any case: 64 images of 224 x 224."""
+_CPU_PIXELS, _PIXELS = 5 * 2**16, 2**21
+"""Pixels of a batch on a CPU, where larger maps leave the cache, and on other devices."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """How a model takes its images.
+
+    Attributes:
+        device: Device of the model.
+        dtype: Its floating-point type.
+        layout: Memory format that it is fast with.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    layout: torch.memory_format = torch.contiguous_format
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: nn.Module, images: Images) -> Place:
+        """How a model takes images. On a CPU channels last, if it can: convolutions are then twice as fast."""
+        parameter = next(p for p in model.parameters() if p.is_floating_point())
+        place = cls(parameter.device, parameter.dtype)
+        if place.device.type == "cpu":
+            fast = cls(place.device, place.dtype, torch.channels_last)
+            try:
+                model(next(batches(images, fast))[:1])
+                return fast
+            except RuntimeError:  # such as a .view() of a map
+                pass
+        return place
 
 
 def batches(
-    images: Images,
-    device: torch.device | None = None,
-    layout: torch.memory_format = torch.contiguous_format,
-    pixels: int | None = None,
-    most: int | None = None,
+    images: Images, place: Place | None = None, pixels: int | None = None, most: int | None = None
 ) -> Iterator[Tensor]:
     """Go through calibration images in batches.
 
     Args:
         images: The images.
-        device: Where to put them; by default they stay where they are.
-        layout: Memory layout to put them in, as `fast_layout` finds it.
-        pixels: Pixels that bound a batch of a tensor, such that statistics can be taken of it; by default as many as
-            passes are fast with.
-        most: Images to stop at; by default all.
+        place: How the model takes them; by default they stay as they are.
+        pixels: Pixels of a batch, for statistics that need many images; by default as many as passes are fast with.
+        most: Images to stop after; by default all.
 
     Raises:
-        ArpHubError: If they are not images, or there are none.
+        ArpHubError: If they are not images, a pixel is not finite, or there are none.
     """
     if not isinstance(images, Tensor) and isinstance(images, Iterator):
         raise ArpHubError(
-            "calibration must be a tensor or something that can be gone through repeatedly (a list, a DataLoader), "
+            "calibration must be a tensor or something that can be iterated over repeatedly (a list, a DataLoader), "
             f"got a one-pass {type(images).__name__}: wrap it in list(...)"
         )
     count = 0
-    for item in _split(images, device, pixels) if isinstance(images, Tensor) else images:
-        batch = item[0] if isinstance(item, (tuple, list)) else item
-        if not isinstance(batch, Tensor) or batch.dim() != 4 or not batch.is_floating_point():
-            found = f"{tuple(batch.shape)} {batch.dtype}" if isinstance(batch, Tensor) else type(batch).__name__
-            raise ArpHubError(f"calibration images must be normalised float tensors (N, C, H, W), got {found}")
+    for item in _split(images, place, pixels) if isinstance(images, Tensor) else images:
+        batch = _checked(item[0] if isinstance(item, (tuple, list)) else item, count)
         batch = batch if most is None else batch[: most - count]
+        if not len(batch):
+            continue
         count += len(batch)
-        yield batch if device is None else batch.to(device, memory_format=layout)
+        yield batch if place is None else batch.to(place.device, place.dtype, memory_format=place.layout)
         if count == most:
             return
     if not count:
-        raise ArpHubError("there are no calibration images: pass at least one batch")
+        raise ArpHubError("there are no calibration images: pass at least one")
+
+
+def _checked(batch: Any, first: int) -> Tensor:
+    """A batch, if it holds images; ``first`` is the number of its first image, for messages."""
+    if not isinstance(batch, Tensor) or batch.dim() != 4 or not batch.is_floating_point():
+        found = f"{tuple(batch.shape)} {batch.dtype}" if isinstance(batch, Tensor) else type(batch).__name__
+        raise ArpHubError(f"calibration images must be normalised float tensors (N, C, H, W), got {found}")
+    if batch.is_meta:
+        raise ArpHubError("calibration images are on the meta device, which holds no pixels: load them first")
+    if 0 in batch.shape[1:]:
+        raise ArpHubError(f"calibration images must have pixels, got the shape {tuple(batch.shape)}")
+    if not bool(batch.isfinite().all()):
+        bad = first + int((~batch.flatten(1).isfinite().all(1)).nonzero()[0])
+        raise ArpHubError(f"calibration image {bad} holds NaN or infinite pixels: remove it")
+    return batch
+
+
+def _split(images: Tensor, place: Place | None, pixels: int | None) -> Iterable[Tensor]:
+    device = images.device if place is None else place.device
+    most = pixels or (_CPU_PIXELS if device.type == "cpu" else _PIXELS)
+    return images.split(max(1, min(128, most // max(1, math.prod(images.shape[2:])))))
 
 
 def limited(images: Images, most: int) -> Images:
@@ -73,19 +118,32 @@ def limited(images: Images, most: int) -> Images:
     return list(batches(images, most=most))
 
 
-def _split(images: Tensor, device: torch.device | None, pixels: int | None) -> Iterable[Tensor]:
-    most = pixels or (_CPU_PIXELS if (device or images.device).type == "cpu" else _PIXELS)
-    return images.split(max(1, min(_BATCH_SIZE, most // max(1, math.prod(images.shape[2:])))))
+def check_normalised(images: Images, model: nn.Module) -> None:
+    """Refuse images that cannot be normalised as the model expects, and warn where they may not be.
 
+    Normalised pixels lie between ``(0 - mean) / std`` and ``(1 - mean) / std``, by the model's ``pretrained_cfg``; they
+    may exceed that range by twice its width, as augmented or synthetic images do.
 
-@torch.no_grad()
-def fast_layout(model: nn.Module, images: Images) -> torch.memory_format:
-    """Channels last, which convolutions on a CPU are about twice as fast with, unless the model cannot take it."""
-    device = next(model.parameters()).device
-    if device.type == "cpu":
-        try:
-            model(next(batches(images, device, torch.channels_last))[:1])
-            return torch.channels_last
-        except RuntimeError:  # such as a .view() of a map
-            pass
-    return torch.contiguous_format
+    Raises:
+        ArpHubError: If pixels of the first batch lie farther out, as bytes between 0 and 255 do.
+    """
+    config: Any = getattr(model, "pretrained_cfg", None)
+    config = config if isinstance(config, Mapping) else getattr(config, "__dict__", {}) or {}
+    mean, std = config.get("mean") or (0.5,), config.get("std") or (0.25,)
+    low, high = (
+        min(-m / s for m, s in zip(mean, std, strict=False)),
+        max((1 - m) / s for m, s in zip(mean, std, strict=False)),
+    )
+    batch = next(batches(images))
+    found = float(batch.min()), float(batch.max())
+    if found[0] < low - 2 * (high - low) or found[1] > high + 2 * (high - low):
+        raise ArpHubError(
+            f"calibration images have pixels from {found[0]:.3g} to {found[1]:.3g}, normalised ones lie between "
+            f"{low:.3g} and {high:.3g} for this model: divide bytes by 255, then subtract the mean and divide by the "
+            "std of model.pretrained_cfg"
+        )
+    if config.get("mean") and low < -0.5 and found[0] >= 0 and found[1] > 0.5:
+        warnings.warn(
+            "calibration images have no negative pixel: normalise them by the mean and std of model.pretrained_cfg",
+            stacklevel=3,
+        )

@@ -54,8 +54,7 @@ class LayerProblem:
             dtype: Precision of the problem.
         """
         weight = effective_weight(layer).to(dtype)
-        can_shift = norm is not None or layer.bias is not None
-        return cls(layer, weight, moments.regression(weight, centred=can_shift), output_scale(norm, weight), can_shift)
+        return cls(layer, weight, moments.regression(weight), output_scale(norm, weight), moments.centred)
 
     def fit(
         self,
@@ -102,6 +101,11 @@ class LayerProblem:
     def _energy(self) -> Tensor:
         scaled = self.weight * self.scale.view(-1, 1, 1, 1)
         return energy(scaled, self.regression.moment).clamp_min(torch.finfo(scaled.dtype).tiny)
+
+
+def can_shift(layer: nn.Module, norm: BatchNorm | None) -> bool:
+    """Whether a layer's bias, or the mean of the BatchNorm behind it, can take up a change of its mean output."""
+    return norm is not None or layer.bias is not None
 
 
 def output_scale(norm: BatchNorm | None, weight: Tensor, least: float = 1e-3) -> Tensor:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .._utils.torch_utils import give_back_memory
 from ..errors import ArpHubError
 from ..layers.dense import padder
 from ..layers.low_rank import layer_shape
-from .images import Images, batches, fast_layout
-from .moments import LARGE, Moments, PatchMoments, StationaryMoments
+from .images import Images, Place, batches
+from .moments import Moments
 
 
 class _Halt(Exception):  # not an error: it ends a forward pass early
@@ -30,7 +29,7 @@ def _visit(
 ) -> None:
     """Show input and output of the first call of each layer, in a forward pass that ends when all are seen.
 
-    What follows a layer may work in place: what ``visit`` keeps of its tensors it has to clone.
+    Modules behind a layer may work in place: ``visit`` clones the tensors that it keeps.
     """
     left = set(layers)
 
@@ -57,43 +56,38 @@ def paired_moments(
     student: nn.Module,
     student_layers: Mapping[str, nn.Module],
     teacher: nn.Module,
-    teacher_layers: Mapping[str, nn.Module],
     images: Images,
+    new: Callable[[str, nn.Module], Moments],
     most: int,
-    positions_macs: float,
-) -> dict[str, PatchMoments]:
+) -> dict[str, Moments]:
     """Moments of the student's inputs to some layers against the teacher's outputs of them, in one pass.
 
     Args:
         student: The model that is being decomposed.
-        student_layers: Its layers in question by name.
+        student_layers: Some of its layers that are still dense, by name.
         teacher: The dense model.
-        teacher_layers: The same layers of it.
         images: Calibration images.
+        new: Makes empty moments of a layer, by its name and the dense layer.
         most: Images to use at most.
-        positions_macs: Multiply-accumulates that one image may add to a layer's moment.
 
     Raises:
         ArpHubError: If a model never calls one of its layers.
     """
-    device, layout = next(teacher.parameters()).device, fast_layout(teacher, images)
-    found = {
-        name: PatchMoments(layer_shape(layer), device, positions_macs, images=most)
-        for name, layer in teacher_layers.items()
-    }
+    place = Place.of(teacher, images)
+    teacher_layers = {name: teacher.get_submodule(name) for name in student_layers}
+    found = {name: new(name, layer) for name, layer in teacher_layers.items()}
     inputs: dict[str, Tensor] = {}
+    for batch in batches(images, place, most=most):
 
-    def keep(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
-        inputs[name] = x.clone()
+        def keep(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+            inputs[name] = x.clone()
 
-    def count(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
-        found[name].update(inputs.pop(name, x), _without_bias(layer, y), padder(layer))
+        def count(name: str, layer: nn.Module, x: Tensor, y: Tensor, size: int = len(batch)) -> None:
+            found[name].update(inputs.pop(name, x), _without_bias(layer, y), padder(layer), size)
 
-    for batch in batches(images, device, layout, most=most):
         if student is not teacher:
             _visit(student, student_layers, batch, keep)
         _visit(teacher, teacher_layers, batch, count)
-    give_back_memory()
     return found
 
 
@@ -103,41 +97,36 @@ def all_moments(
     layers: Mapping[str, nn.Module],
     images: Images,
     positions_macs: float,
+    centred: Collection[str] = (),
     most: int | None = None,
-    stationary: bool = False,
 ) -> dict[str, Moments]:
-    """Moments of many layers of one model in a single pass over the images, layers never called left out.
+    """Moments of many layers of one model in a single pass over the images; layers never called are left out.
 
     Args:
         model: The model, in evaluation mode.
         layers: The layers by name.
         images: Calibration images.
         positions_macs: Multiply-accumulates that one image may add to a layer's moment.
+        centred: Names of the layers whose means are taken out.
         most: Images to use at most; by default all.
-        stationary: Hold moments of large kernels as `StationaryMoments`, in a sixth of the memory.
     """
-    device, layout = next(model.parameters()).device, fast_layout(model, images)
+    place = Place.of(model, images)
     found: dict[str, Moments] = {}
-
-    def new(module: nn.Module) -> Moments:
-        shape = layer_shape(module)
-        if stationary and shape.taps > 1 and shape.group_in * shape.taps > LARGE:
-            return StationaryMoments(shape, device, positions_macs)
-        return PatchMoments(shape, device, positions_macs, paired=False)
+    size = 0
 
     def catch(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if name not in found:
-            found[name] = new(module)
-        found[name].update(args[0], _without_bias(module, output), padder(module))
+            found[name] = Moments(layer_shape(module), place.device, positions_macs, name in centred, paired=False)
+        found[name].update(args[0], _without_bias(module, output), padder(module), size)
 
     hooks = [layer.register_forward_hook(partial(catch, name)) for name, layer in layers.items()]
     try:
-        for batch in batches(images, device, layout, most=most):
+        for batch in batches(images, place, most=most):
+            size = len(batch)
             model(batch)
     finally:
         for hook in hooks:
             hook.remove()
-    give_back_memory()
     return found
 
 

@@ -1,4 +1,7 @@
-"""What a layer costs, dense and decomposed: the price list of a budget."""
+"""What a layer costs, dense and at every rank of a scheme, in parameters or multiply-accumulates.
+
+A cost curve is ``(1 + n,)``: the dense layer first, then rank 1 to ``n``, the last rank that makes the layer smaller.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +35,11 @@ def _last_rank(scheme: Scheme, high: int, most: float) -> int:
 
 
 class CountedCosts:
-    """Parameters or multiply-accumulates of layers; those of one shape share them, of which large models have many.
+    """Parameters or multiply-accumulates of layers. Layers of one shape share a curve: large models have many of them.
 
     Args:
         cost: "params" or "macs".
-        sizes: Input maps of every layer, one a call.
+        sizes: Input maps of every layer, one for each call.
     """
 
     def __init__(self, cost: str, sizes: Mapping[str, Sequence[Pair]]) -> None:

@@ -18,16 +18,8 @@ from ..schemes.linalg import tail_shares
 from ..schemes.shapes import LayerShape, degrees_of_freedom
 from .costs import Floats, rank_at, useful_rank
 
-LARGE = 1024
-"""Columns of a weight, and of its second moment, beyond which the few shares must do."""
-_MEASURED_SHARE, _LARGE_MEASURED_SHARE, _LEAST_SHARE = 0.4, 0.15, 0.05
-"""The one share at which it is measured in the weight metric, that for so many columns, where a rank costs more (what
-it gains on its bound grows linearly, so that it tells as much), and the least share of the bound that is believed."""
-_SHORTLIST_SHARE = 0.3
-_LEAST_SWEEPS, _SWEEP_WORK, _MOST_SWEEP_WORK = 2, 5e8, 2e10
-"""Multiply-accumulates that bound the sweeps of a nearest point, but to no fewer than so many, and a bound on these."""
-_GROUP_CHOICES = (2, 4, 8)
-_TINY = 1e-9
+TINY = 1e-9
+"""The lowest relative error of a curve, below which logarithms and ratios are of rounding errors."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +36,11 @@ class Candidate:
 
 
 def candidate_schemes(shape: LayerShape, names: Sequence[str], schemes: Mapping[str, type[Scheme]]) -> list[Scheme]:
-    """All schemes, with all choices of groups, that apply to a layer and can make it smaller."""
+    """All schemes that apply to a layer and can make it smaller; the grouped ones with 2, 4 and 8 groups."""
     found = []
     for name in names:
         kind = schemes[name]
-        for groups in _GROUP_CHOICES if kind.grouped else (1,):
+        for groups in (2, 4, 8) if kind.grouped else (1,):
             if kind.refusal(shape, groups) is None:
                 scheme = kind(shape, groups)
                 if scheme.params(1) < shape.params:
@@ -60,7 +52,7 @@ def interpolate(ranks: Sequence[int], values: Sequence[float], last: int) -> Flo
     """A falling curve through measured points, for every rank from 1 to ``last``: lines in log-log scale."""
     points = dict(sorted(zip(ranks, values, strict=True)))
     log_rank = np.log(list(points))
-    log_value = np.log(np.maximum(np.minimum.accumulate(list(points.values())), _TINY))
+    log_value = np.log(np.maximum(np.minimum.accumulate(list(points.values())), TINY))
     query = np.log(np.arange(1, last + 1))
     curve = np.interp(query, log_rank, log_value)
     if len(points) > 1:
@@ -76,8 +68,8 @@ def below(bound: Floats, rank: int, value: float) -> Floats:
     The ratio of curve and bound falls linearly from 1 at rank 0. The error of CP behaves so beside the error of the
     slices that it starts from, within a few per cent.
     """
-    slope = (1 - min(value / max(bound[rank - 1], _TINY), 1)) / rank
-    share = np.maximum(1 - slope * np.arange(1, len(bound) + 1), _LEAST_SHARE)
+    slope = (1 - min(value / max(bound[rank - 1], TINY), 1)) / rank
+    share = np.maximum(1 - slope * np.arange(1, len(bound) + 1), 0.05)  # beyond it the line means nothing
     return cast(Floats, np.minimum.accumulate(bound * share))
 
 
@@ -104,14 +96,13 @@ def _weight_curve(scheme: Scheme, weight: Tensor) -> Floats:
     spectrum = scheme.spectrum(weight)
     if spectrum is not None:
         return truncation_errors(spectrum)[:last]
-    rank = rank_at(scheme, _MEASURED_SHARE if weight[0].numel() <= LARGE else _LARGE_MEASURED_SHARE)
+    rank = rank_at(scheme, 0.4)
     known = scheme.cold_start(weight, rank)
     assert known is not None  # a scheme has a spectrum or a cold start
     start, bound = known[0], _floats(known[1])[:last]
-    sweeps = rough_sweeps(scheme, weight, rank)
-    if sweeps < _LEAST_SWEEPS:  # a single one gains too little
+    if not scheme.rough_sweeps:
         return bound
-    found = scheme.nearest(weight, rank, scheme.basis(start), sweeps)
+    found = scheme.nearest(weight, rank, scheme.basis(start), rough_sweeps(scheme, weight, rank))
     return below(bound, rank, float(relative_error(weight, scheme.compose(found))))
 
 
@@ -124,17 +115,15 @@ def _floats(errors: Tensor) -> Floats:
     return np.maximum(errors.double().cpu().numpy(), 0.0)
 
 
-def rough_sweeps(scheme: Scheme, weight: Tensor, rank: int) -> int:
-    """Sweeps after which a nearest point is good enough to plan by."""
-    work = 2 * rank * weight.numel()
-    least = max(1, min(_LEAST_SWEEPS, int(_MOST_SWEEP_WORK / work)))
-    return max(1, min(scheme.rough_sweeps, max(least, int(_SWEEP_WORK / work))))
+def rough_sweeps(scheme: Scheme, weight: Tensor, rank: int, macs: float = 5e8) -> int:
+    """Sweeps after which a nearest point is good enough to plan by, bounded by multiply-accumulates."""
+    return max(1, min(scheme.rough_sweeps, int(macs / (2 * rank * weight.numel()))))
 
 
 def shortlist(weight: Tensor, schemes: Sequence[Scheme], keep: int) -> list[Scheme]:
     """The ``keep`` schemes with the lowest error of the weight, at one common share of the parameters."""
 
     def error(scheme: Scheme) -> float:
-        return float(_weight_curve(scheme, weight)[rank_at(scheme, _SHORTLIST_SHARE) - 1])
+        return float(_weight_curve(scheme, weight)[rank_at(scheme, 0.3) - 1])
 
     return sorted(schemes, key=error)[:keep] if len(schemes) > keep else list(schemes)

@@ -1,7 +1,7 @@
-"""Measured latency as a budget: what layers take, dense and decomposed, and plans that keep their promise end to end.
+"""Times of decomposed layers over those of dense layers, measured when first asked for and kept on disk.
 
-Every layer is timed at its true shape, on the device, beside its own decomposed forms. What was measured is kept on
-disk, by device, threads, workload and version of torch, so that a second plan takes no measuring.
+Every layer is timed at its true shape, on the device, in turns with its decomposed form. The file's keys name device,
+threads, version of torch, workload, shape, scheme and rank, so a second plan measures nothing.
 """
 
 from __future__ import annotations
@@ -26,20 +26,17 @@ from ..timing import Workload, forward_call, take_turns
 from .costs import Floats, rank_at, useful_rank
 
 RANK_MULTIPLE = 8
-"""What ranks are held to multiples of under a latency budget, unless told: matrix kernels work in such tiles."""
-_SHARES = (0.15, 0.4, 0.75)
-"""Parameter shares at which a decomposed layer is timed; in between, latency is linear in the rank."""
+"""Ranks are multiples of this under a latency budget by default: matrix kernels work in tiles of 8."""
 _WORTH_IT = 0.97
-"""A layer that is decomposed takes at most this share of its dense latency."""
-_LAYER_SECONDS, _LAYER_ROUNDS = 0.1, 2
+"""A decomposed layer takes at most this share of its dense latency: timings differ by about 3 % from run to run."""
 
 
 class LatencyTable:
-    """What decomposed layers take of the time of dense ones, measured when first asked for.
+    """Times of decomposed layers over those of dense layers.
 
     Args:
         workload: What is timed.
-        device: Where.
+        device: Where it is timed.
         file: Where measurements are kept; by default ``latency.json`` in the user's cache folder.
     """
 
@@ -52,7 +49,7 @@ class LatencyTable:
         self._curves: dict[tuple[Any, ...], dict[int, float]] = {}
 
     def costs(self, scheme: Scheme, sizes: Sequence[Pair], share: float) -> Floats:
-        """What a layer costs dense, and at rank 1, 2, .. of a scheme; infinite at ranks that are not worth it.
+        """What a layer costs dense, and at rank 1, 2, .. of a scheme; infinite at ranks that are not clearly faster.
 
         Args:
             scheme: The scheme.
@@ -64,10 +61,10 @@ class LatencyTable:
         return np.concatenate([[share], np.where(ratios <= _WORTH_IT, share * ratios, np.inf)])
 
     def timed(self, scheme: Scheme, rank: int, sizes: Sequence[Pair]) -> float:
-        """A layer's latency over that of the dense one, measured at just this rank, all calls together.
+        """A layer's latency over that of the dense layer at exactly this rank, over all calls.
 
-        Kernels change with the rank, so that it may lie far from what measurements at other ranks promise. From here on
-        it is one of them.
+        Kernels change with the rank, so a measurement may lie far from the line through its neighbours. Later costs
+        include it.
         """
         ratios = []
         for size in sizes:
@@ -78,11 +75,11 @@ class LatencyTable:
         return float(np.mean(ratios))
 
     def faster(self, schemes: Sequence[Scheme], sizes: Sequence[Pair]) -> list[Scheme]:
-        """The schemes that are worth it at some measured rank."""
+        """The schemes that are clearly faster than the dense layer at some measured rank."""
         return [scheme for scheme in schemes if min(self._measured(scheme, sizes[0]).values()) <= _WORTH_IT]
 
     def save(self) -> None:
-        """Add what was measured to the file, atomically; a cache that cannot be written is done without."""
+        """Add new measurements to the file, atomically. If it cannot be written, they are not kept."""
         if not self._new:
             return
         temporary = self._file.with_name(f".{self._file.name}.{os.getpid()}.tmp")
@@ -96,7 +93,7 @@ class LatencyTable:
             self._new = {}
 
     def _ratios(self, scheme: Scheme, ranks: NDArray[np.int64], size: Pair) -> Floats:
-        """Latency over that of the dense layer: linear between measured ranks, never falling, and on beyond them."""
+        """Latency over that of the dense layer: lines through the measured ranks that never fall."""
         known = self._measured(scheme, size)
         points = np.array(sorted(known))
         ratios = np.maximum.accumulate([known[rank] for rank in points])
@@ -109,19 +106,19 @@ class LatencyTable:
         return np.where(ranks > points[-1], ratios[-1] * ranks / points[-1], found)
 
     def _measured(self, scheme: Scheme, size: Pair) -> dict[int, float]:
-        """Measured ranks, each with the latency over that of the dense layer."""
+        """Latency over that of the dense layer at three ranks, or at fewer if the smallest is slower."""
         key = (scheme.shape, scheme.name, scheme.groups, size)
         if key not in self._curves:
             found: dict[int, float] = {}
-            for rank in sorted({_rank_at(scheme, share) for share in _SHARES}):
+            for rank in sorted({_rank_at(scheme, share) for share in (0.15, 0.4, 0.75)}):
                 found[rank] = self._timed_ratio(scheme, rank, size)
-                if min(found.values()) > 1:  # slower than dense at its smallest: no use to look further
+                if min(found.values()) > 1:  # slower than dense at its smallest rank: so are the others
                     break
             self._curves[key] = found
         return self._curves[key]
 
     def _timed_ratio(self, scheme: Scheme, rank: int, size: Pair) -> float:
-        """The fastest time of a decomposed layer over that of the dense one: whatever else runs only adds to times."""
+        """The fastest time of a decomposed layer over that of the dense layer: other work only adds time."""
         key = f"{self._place}|{scheme.shape}|{size}|{scheme.name}|{scheme.groups}|{rank}"
         if key not in self._known:
             dense = _dense_layer(scheme.shape, self.device)
@@ -130,14 +127,14 @@ class LatencyTable:
             x = _input(scheme.shape, size, self.workload.batch_size, self.device)
             calls = {"dense": forward_call(dense, x, self.workload), "small": forward_call(small, x, self.workload)}
             with torch.inference_mode():
-                samples = take_turns(calls, self.device, _LAYER_SECONDS, _LAYER_ROUNDS)
+                samples = take_turns(calls, self.device, seconds=0.1, least=2)
             self._known[key] = self._new[key] = min(samples["small"]) / min(samples["dense"])
         return self._known[key]
 
 
 @torch.no_grad()
 def spread_out(layer: LowRankLayer) -> None:
-    """Random factors that keep the size of what they act on, far from the tiny numbers that slow a CPU down."""
+    """Random factors that keep the scale of their input: denormal numbers would slow a CPU down."""
     for factor in layer.factors:
         weight = cast(Tensor, factor.weight)
         weight.normal_(0, weight[0].numel() ** -0.5)
@@ -151,7 +148,7 @@ def cache_folder() -> Path:
 
 
 def _read(file: Path) -> dict[str, float]:
-    """The measurements in a file; one that is missing or damaged holds none."""
+    """The measurements in a file, none if it is missing or damaged."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -169,7 +166,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _rank_at(scheme: Scheme, share: float) -> int:
-    """A rank near a share of the dense weights, held to multiples for the hardware."""
+    """A rank near a share of the dense weights, a multiple of `RANK_MULTIPLE`."""
     rank = rank_at(scheme, share)
     return min(max(RANK_MULTIPLE, rank // RANK_MULTIPLE * RANK_MULTIPLE), scheme.max_rank)
 

@@ -32,8 +32,6 @@ from .costs import Floats
 from .error_curves import Candidate, shape_candidates, weight_candidates
 from .output_errors import OutputErrors
 
-_CLEARLY, _PATIENCE = 0.05, 2
-
 
 def shape_losses(layers: Mapping[str, Sequence[Scheme]]) -> Losses:
     """Losses of layers without weights. Layers of one shape share them: large models have many such layers."""
@@ -86,17 +84,13 @@ def output_losses(
         least = errors.divergence(plans[0])
         names = tqdm(curves, "measure sensitivities", disable=not progress, leave=False)
         sensitivities = {name: errors.sensitivity(name, plans[0]) for name in names}
-        worse = 0
         for exponent in effort.exponents:
             losses = _weighted(curves, {name: value**exponent for name, value in sensitivities.items()})
             if (plan := budget.plan(losses)) in plans:
                 continue
             plans.append(plan)
-            divergence = errors.divergence(plan)
-            if divergence < (1 - _CLEARLY) * least:
-                least, best, worse = divergence, losses, 0
-            elif (worse := worse + 1) == _PATIENCE:
-                break
+            if (divergence := errors.divergence(plan)) < least:
+                least, best = divergence, losses
         return best
 
 

@@ -13,8 +13,9 @@ from typing import cast
 
 from torch import nn
 
-from ..calibration.images import Images, batches, limited
-from ..effort import Effort, EffortName
+from .._utils.torch_utils import ambient_modes_off
+from ..calibration.images import Images, batches, check_normalised, limited
+from ..effort import Effort
 from ..errors import ArpHubError
 from ..layers.apply_plan import made_for
 from ..layers.low_rank import layer_shape
@@ -31,6 +32,7 @@ from .latency_table import RANK_MULTIPLE, LatencyTable
 from .losses import output_losses, shape_losses, weight_losses
 
 
+@ambient_modes_off()
 def make_plan(
     model: nn.Module,
     *,
@@ -43,7 +45,7 @@ def make_plan(
     exclude: Sequence[str] | None = None,
     calibration: Images | None = None,
     input_size: InputSize | None = None,
-    effort: Effort | EffortName = "balanced",
+    effort: Effort | str = "balanced",
     progress: bool = False,
 ) -> RankPlan:
     """Plan the decomposition of a model: which layers, by which scheme, at which rank.
@@ -99,6 +101,7 @@ def make_plan(
             raise ArpHubError(f"{what} needs a model with weights, and this one is on the meta device: load them first")
         warnings.warn("the model has no weights (meta device): its ranks are chosen by shape alone", stacklevel=2)
     if calibration is not None:
+        check_normalised(calibration, model)
         calibration = limited(calibration, settings.images)
         input_size = input_size or cast(InputSize, tuple(next(batches(calibration)).shape[1:]))
     traced = trace(model, input_size)

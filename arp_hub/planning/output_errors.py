@@ -15,20 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from .._utils.torch_utils import give_back_memory
 from ..calibration.batchnorm import following_norms
 from ..calibration.images import LEAST_PIXELS, Images, batches
-from ..calibration.layer_problem import LayerProblem
+from ..calibration.layer_problem import LayerProblem, can_shift
 from ..calibration.passes import all_moments
 from ..effort import Effort
 from ..layers.low_rank import low_rank_layer
 from ..plan import LayerPlan, RankPlan
 from ..schemes import Factors, Scheme
 from .costs import Floats, rank_at, useful_rank
-from .error_curves import LARGE, Candidate, interpolate, rough_sweeps, shortlist, truncation_errors
+from .error_curves import Candidate, interpolate, rough_sweeps, shortlist, truncation_errors
 from .output_probe import OutputProbe, Substitute
-
-_FEW_SHARES, _LARGE_WORK = (0.2, 0.5), 5e8
 
 
 class _RoughProblem:
@@ -36,13 +33,11 @@ class _RoughProblem:
 
     def __init__(self, problem: LayerProblem, effort: Effort) -> None:
         self.problem, self.effort = problem, effort
-        self.large = problem.regression.moment.shape[-1] > LARGE
 
     def fit(self, scheme: Scheme, rank: int) -> Factors:
         """The layer roughly decomposed."""
         sweeps = rough_sweeps(scheme, self.problem.weight, rank)
-        macs = _LARGE_WORK if self.large else self.effort.curve_macs
-        return self.problem.fit(scheme, rank, self.effort.curve_iterations, macs, sweeps=sweeps)
+        return self.problem.fit(scheme, rank, self.effort.curve_iterations, self.effort.curve_macs, sweeps=sweeps)
 
     def curve(self, scheme: Scheme) -> tuple[Floats, Factors | None]:
         """The relative error at every rank, and the factors at the probed rank if they were fitted on the way."""
@@ -51,7 +46,7 @@ class _RoughProblem:
         spectrum = scheme.spectrum(problem.weight * rows, problem.regression.moment)
         if spectrum is not None:
             return truncation_errors(spectrum)[:last], None
-        ranks = sorted({rank_at(scheme, share) for share in self._shares})
+        ranks = sorted({rank_at(scheme, share) for share in self.effort.curve_shares})
         values, probed = [], None
         for rank in ranks:
             factors = self.fit(scheme, rank)
@@ -61,11 +56,8 @@ class _RoughProblem:
 
     def probed_rank(self, scheme: Scheme) -> int:
         """The rank at which the sensitivity is measured: one of those that the error is measured at."""
-        return rank_at(scheme, self._shares[len(self._shares) // 2])
-
-    @property
-    def _shares(self) -> Sequence[float]:
-        return _FEW_SHARES if self.large else self.effort.curve_shares
+        shares = self.effort.curve_shares
+        return rank_at(scheme, shares[len(shares) // 2])
 
     def substitute(self, scheme: Scheme, rank: int, factors: Factors) -> Substitute:
         """The decomposed layer, with its mean output corrected if the final decomposition will correct it."""
@@ -96,8 +88,9 @@ class OutputErrors:
         self._layers, self._effort = layers, effort
         pixels = math.prod(next(batches(images)).shape[2:])
         most = max(math.ceil(LEAST_PIXELS / pixels), int(effort.moment_macs / max(macs, 1.0)))
-        self._moments = all_moments(model, layers, images, effort.curve_positions_macs, most, stationary=True)
         self._norms = following_norms(model, layers, images)
+        centred = {name for name, layer in layers.items() if can_shift(layer, self._norms.get(name))}
+        self._moments = all_moments(model, layers, images, effort.curve_positions_macs, centred, most)
         self._probe = OutputProbe(model, images, macs * len(layers), effort)
         self._at_hand: tuple[str, _RoughProblem] | None = None
         self._probed: dict[str, tuple[Scheme, Factors | None]] = {}
@@ -150,10 +143,7 @@ class OutputErrors:
     def _problem(self, name: str) -> _RoughProblem:
         """The problem of a layer. Only the last one is kept: all of them together take much memory."""
         if self._at_hand is None or self._at_hand[0] != name:
-            was_large = self._at_hand is not None and self._at_hand[1].large
             self._at_hand = None
-            if was_large:
-                give_back_memory()
             problem = LayerProblem.of(self._layers[name], self._moments[name], self._norms.get(name), torch.float32)
             self._at_hand = name, _RoughProblem(problem, self._effort)
         return self._at_hand[1]

@@ -1,4 +1,8 @@
-"""What replaced layers do to a network: the divergence of its predictions, over a few images."""
+"""The divergence of a network's output with some of its layers replaced, on a few images.
+
+For a classifier with logits ``z`` dense and ``z'`` with replaced layers, it is the mean over images of the
+Kullback-Leibler divergence ``KL(softmax(z) || softmax(z'))``, in nats; for other networks ``||z - z'||^2 / ||z||^2``.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .._utils.torch_utils import give_back_memory
-from ..calibration.batchnorm import InputStatistics, following, norms_with_statistics, observed
-from ..calibration.images import Images, batches, fast_layout
+from ..calibration.batchnorm import STATISTICS_PIXELS, InputStatistics, following, norms_with_statistics, observed
+from ..calibration.images import Images, Place, batches
 from ..effort import Effort
 
-_PIXELS = 2**21
-"""Pixels that bound a batch: BatchNorms follow it, and statistics of few images mislead them."""
-
 Substitute = Callable[[Tensor], Tensor]
-"""What stands in the place of a layer: makes its output of its input."""
+"""A function that computes a layer's output from its input, in the layer's place."""
 
 
 class OutputProbe:
-    """Divergences at the output of a network with some of its layers replaced. Nothing is back-propagated.
-
-    For a classifier (``num_classes`` logits an image) it is the Kullback-Leibler divergence of the predictions, in
-    nats; for any other network the relative squared error of all that it puts out.
+    """Measures divergences of a network's output. No gradients are used.
 
     Args:
         model: The dense network, in evaluation mode for as long as this is used.
@@ -37,14 +34,13 @@ class OutputProbe:
         effort: Bounds on the images and on the work. At least 4 images are used.
 
     Attributes:
-        norms: The model's BatchNorms, those that normalise by stored statistics.
+        norms: The BatchNorms of the model that use stored statistics.
     """
 
     def __init__(self, model: nn.Module, images: Images, work: float, effort: Effort) -> None:
         self._model = model
         count = int(min(effort.sensitivity_images, max(4, effort.sensitivity_macs / max(work, 1.0))))
-        device, layout = next(model.parameters()).device, fast_layout(model, images)
-        self._batches = list(batches(images, device, layout, pixels=_PIXELS, most=count))
+        self._batches = list(batches(images, Place.of(model, images), pixels=STATISTICS_PIXELS, most=count))
         self._originals = {norm: copy.deepcopy(norm) for norm in norms_with_statistics(model).values()}
         self.norms = frozenset(self._originals)
         self._statistics = [{norm: InputStatistics() for norm in self.norms} for _ in self._batches]
@@ -56,12 +52,12 @@ class OutputProbe:
     def divergence(
         self, substitutes: Mapping[nn.Module, Substitute], adapting: Collection[nn.Module] = frozenset()
     ) -> float:
-        """How far the network's output is from the dense one's with ``substitutes`` in the place of layers.
+        """The divergence of the output with ``substitutes`` in the place of layers.
 
         Args:
-            substitutes: What stands for which layers.
-            adapting: BatchNorms whose statistics follow what goes into them, as they do behind dense layers once the
-                model is decomposed.
+            substitutes: The functions by the layers that they replace.
+            adapting: BatchNorms whose statistics follow their input, as those behind dense layers do once the model is
+                decomposed.
         """
 
         def replace(substitute: Substitute, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -80,7 +76,6 @@ class OutputProbe:
                 ]
                 with following(followers, substitutes):
                     found.append(self._run(batch))
-        give_back_memory()
         if self._classifies():
             return _divergence(torch.cat(self._outputs), torch.cat(found))
         error = sum(float((one - exact).square().sum()) for one, exact in zip(found, self._outputs, strict=True))
@@ -103,7 +98,7 @@ class OutputProbe:
 
     @torch.no_grad()
     def _run(self, batch: Tensor) -> Tensor:
-        """The output, in double precision; one that is not a single tensor comes as a flat one."""
+        """The output in double precision; several tensors are flattened into one."""
         leaves = [leaf for leaf in tree_leaves(self._model(batch)) if isinstance(leaf, Tensor)]
         return leaves[0].double() if len(leaves) == 1 else torch.cat([leaf.flatten().double() for leaf in leaves])
 

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from arp_hub.cli.app import app
 from arp_hub.layers.apply_plan import plan_of
 from arp_hub.layers.model import count_params
 from arp_hub.plan import LayerPlan, RankPlan
 from arp_hub.training import load_data
+from arp_hub_cli.app import app
 
 SIZE = ("--input-size", "3", "32", "32")
 

@@ -11,8 +11,8 @@ import huggingface_hub
 import pytest
 import torch
 
-from arp_hub.cli.app import app
-from arp_hub.cli.doctor import examine
+from arp_hub_cli.app import app
+from arp_hub_cli.doctor import examine
 
 TOKEN = "hf_aVerySecretToken"
 
@@ -70,7 +70,7 @@ def test_login_state(hub, monkeypatch, token, user, refused):
 def test_a_healthy_machine(hub, run, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
-    monkeypatch.setattr("arp_hub.cli.doctor._LOW_DISK", 0)
+    monkeypatch.setattr("arp_hub_cli.doctor._LOW_DISK", 0)
     code, out, err = run()
     assert (code, err) == (0, "no problem found\n")
     assert torch.__version__.partition("+")[0] in out
@@ -84,9 +84,9 @@ def test_a_healthy_machine(hub, run, monkeypatch):
 def test_what_is_wrong_is_named_with_the_way_out(run, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(
-        "arp_hub.cli.doctor.requires", lambda name: ["torch>=99", "no-such-package", 'x; extra == "toys"']
+        "arp_hub_cli.doctor.requires", lambda name: ["torch>=99", "no-such-package", 'x; extra == "toys"']
     )
-    monkeypatch.setattr("arp_hub.cli.doctor._LOW_DISK", 2**60)
+    monkeypatch.setattr("arp_hub_cli.doctor._LOW_DISK", 2**60)
     code, out, err = run()
     assert code == 1
     for words in (

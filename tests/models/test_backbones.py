@@ -20,10 +20,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 import arp_hub
-from arp_hub.cli.app import app
 from arp_hub.hub.load import load_model
 from arp_hub.layers.model import count_params, low_rank_layers
 from arp_hub.training import evaluate, load_data
+from arp_hub_cli.app import app
 
 # One small model for every oddity; entrypoints of timm take the arguments that make them small.
 TINY_VIT = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -210,7 +210,7 @@ def test_a_trained_model_is_the_same_here_in_a_fresh_process_and_in_onnx(shared:
     here = evaluate(model, data.test, batch_size=batch)
 
     command = ["evaluate", "--model", f"local-dir:{folder}", "--data", source, "--json"]
-    run = [sys.executable, "-c", "from arp_hub.cli.app import app; app()", *command]
+    run = [sys.executable, "-c", "from arp_hub_cli.app import app; app()", *command]
     fresh = json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
 
     torch.onnx.export(model, (torch.zeros(batch, 3, 224, 224),), tmp_path / "model.onnx", dynamo=True, verbose=False)

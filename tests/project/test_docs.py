@@ -13,10 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 import arp_hub
-from arp_hub.cli.app import app
 from arp_hub.schemes import SCHEMES
 from arp_hub.training import TrainConfig
 from arp_hub.training.preemption import EXIT_CODE
+from arp_hub_cli.app import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = {

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arp_hub import ArpHubError
-from arp_hub.cli.app import app
 from arp_hub.reports.run_page import render, write_report
 from arp_hub.reports.svg import bars, heatmap, line_chart
+from arp_hub_cli.app import app
 
 EVIL = "\"><script>alert('x')</script><img src=x onerror=y>&"
 

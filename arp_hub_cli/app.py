@@ -1,35 +1,18 @@
-"""The command ``arp-hub``: plan, compress, evaluate, bench, inspect, push, doctor."""
+"""The command ``arp-hub``: plan, compress, evaluate, bench, inspect, push, report, doctor.
+
+Commands import what they need when they run, so that help takes no time.
+"""
 
 from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from huggingface_hub.utils import disable_progress_bars
-from torch import nn
 
-from .._utils.environment import environment
-from ..decomposition import decompose
-from ..errors import ArpHubError
-from ..hub.load import hub_dataset, published_name
-from ..hub.push import push_to_hub
-from ..hub.save import check_folder, save_pretrained
-from ..layers.apply_plan import check_plan, plan_of
-from ..layers.model import count_params
-from ..layers.trace import count_macs
-from ..plan import RankPlan
-from ..planning.make_plan import make_plan
-from ..reports import spectra, summary, tables
-from ..reports.benchmark import benchmark
-from ..reports.plots import check_picture_path, save_figure, spectra_figure
-from ..reports.run_page import write_report
-from ..timing import Workload
-from ..training import ImageData, Split, evaluate, load_data
-from ..training.data.dataset import calibration_counts
-from . import doctor
 from .options import (
     AsJson,
     BatchSize,
@@ -40,6 +23,7 @@ from .options import (
     Data,
     Device,
     Dtype,
+    Effort,
     Exclude,
     ImageKey,
     InputSize,
@@ -54,14 +38,13 @@ from .options import (
     Schemes,
     Seed,
     Workers,
-    batch_sizes,
-    check_plan_file,
-    open_data,
-    open_images,
-    open_model,
-    plan_options,
 )
 from .terminal import Group, interactive, note, print_json, print_tables, progress
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from arp_hub.training import ImageData, Split
 
 app = typer.Typer(
     cls=Group,
@@ -71,6 +54,21 @@ app = typer.Typer(
     "Exit codes: 0 fine; 1 doctor found a problem; 2 bad input, with one line on stderr that says what to do; "
     "130 interrupted.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"arp-hub {version('arp-hub')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of the command itself."""
 
 
 @app.command("plan")
@@ -92,6 +90,7 @@ def plan_command(
     exclude: Exclude = None,
     calibration: Calibration = None,
     copies: Copies = None,
+    effort: Effort = "balanced",
     input_size: InputSize = None,
     workers: Workers = 0,
     device: Device = None,
@@ -104,12 +103,19 @@ def plan_command(
 
     Example: arp-hub plan --model resnet50 --keep-params 0.4 --output plan.json
     """
+    from arp_hub.planning.make_plan import make_plan
+    from arp_hub.reports import summary, tables
+    from arp_hub.timing import Workload
+
+    from .inputs import check_effort, check_plan_file, open_data, open_images, open_model, plan_options
+
     workload = Workload(batch_size, dtype, channels_last)
     options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude)
+    check_effort(effort)
     check_plan_file(output, overwrite)
     network = open_model(model, checkpoint, num_classes, input_size, device, seed)
     images = open_images(open_data(data, network, image_key, label_key), calibration, copies, seed, workers)
-    made = make_plan(network, **options, calibration=images, progress=interactive())
+    made = make_plan(network, **options, calibration=images, effort=effort, progress=interactive())
     counted = summary.plan_report(network, made)
     made.save(output)
     if as_json:
@@ -140,6 +146,7 @@ def compress(
     exclude: Exclude = None,
     calibration: Calibration = None,
     copies: Copies = None,
+    effort: Effort = "balanced",
     input_size: InputSize = None,
     max_images: Annotated[int | None, typer.Option(help="Measure accuracy on so many test images only.", min=1)] = None,
     workers: Workers = 0,
@@ -155,8 +162,21 @@ def compress(
 
     Example: arp-hub compress --model resnet50 --data path/to/images --keep-params 0.5 --output out
     """
+    from arp_hub.decomposition import decompose
+    from arp_hub.hub.load import hub_dataset, published_name
+    from arp_hub.hub.save import check_folder, save_pretrained
+    from arp_hub.layers.apply_plan import check_plan
+    from arp_hub.plan import RankPlan
+    from arp_hub.planning.make_plan import make_plan
+    from arp_hub.reports import spectra, tables
+    from arp_hub.timing import Workload
+    from arp_hub.training.data.dataset import calibration_counts
+
+    from .inputs import check_effort, open_data, open_images, open_model, plan_options
+
     workload = Workload(batch_size, dtype, channels_last)
     options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude, plan)
+    check_effort(effort)
     check_folder(output, overwrite=overwrite)
     given = None if plan is None else RankPlan.load(plan)
     network = open_model(model, checkpoint, num_classes, input_size, device, seed)
@@ -178,6 +198,7 @@ def compress(
         **({"split": test.name} if test else {}),
         "calibration_images": counts[0],
         "calibration_copies": counts[1],
+        "effort": effort,
         "trained": False,
         "seconds": round(seconds, 2),
         "seed": seed,
@@ -223,6 +244,14 @@ def evaluate_command(
 
     Example: arp-hub evaluate --model local-dir:out --data uoft-cs/cifar10 --json
     """
+    from arp_hub.errors import ArpHubError
+    from arp_hub.layers.model import count_params
+    from arp_hub.layers.trace import count_macs
+    from arp_hub.reports import tables
+    from arp_hub.training import evaluate, load_data
+
+    from .inputs import open_model
+
     network = open_model(model, checkpoint, num_classes, input_size, device)
     found = load_data(data, network, image_key=image_key, label_key=label_key)
     if reason := _class_mismatch(network, found):
@@ -256,6 +285,13 @@ def bench(
 
     Example: arp-hub bench --model local-dir:out --batch-size 1,32 --json
     """
+    from arp_hub._utils.environment import environment
+    from arp_hub.reports import tables
+    from arp_hub.reports.benchmark import benchmark
+    from arp_hub.timing import Workload
+
+    from .inputs import batch_sizes, open_model
+
     workloads = [Workload(size, dtype, channels_last) for size in batch_sizes(batch_size)]
     network = open_model(model, checkpoint, num_classes, input_size, device)
     found = [benchmark(network, workload, compiled=compiled, seconds=seconds) for workload in workloads]
@@ -289,6 +325,13 @@ def inspect(
 
     Example: arp-hub inspect --model resnet50 --plot spectra.png
     """
+    from arp_hub.layers.apply_plan import check_plan, plan_of
+    from arp_hub.plan import RankPlan
+    from arp_hub.reports import spectra, summary, tables
+    from arp_hub.reports.plots import check_picture_path, save_figure, spectra_figure
+
+    from .inputs import open_data, open_images, open_model
+
     given = None if plan is None else RankPlan.load(plan)
     if plot is not None:
         check_picture_path(plot)
@@ -343,6 +386,10 @@ def push(
 
     Example: arp-hub push out me/resnet50-arp --tag v1
     """
+    from huggingface_hub.utils import disable_progress_bars
+
+    from arp_hub.hub.push import push_to_hub
+
     if not interactive():
         disable_progress_bars()
     latency = _latency(folder) if with_latency else None
@@ -378,6 +425,8 @@ def report_command(
 
     Example: arp-hub report runs/quickstart-run
     """
+    from arp_hub.reports.run_page import write_report
+
     path = write_report(folder)
     if as_json:
         print_json({"report": str(path)})
@@ -393,6 +442,8 @@ def doctor_command(as_json: AsJson = False) -> None:
 
     Example: arp-hub doctor
     """
+    from . import doctor
+
     found = doctor.examine()
     if as_json:
         print_json(found)
@@ -407,6 +458,12 @@ def doctor_command(as_json: AsJson = False) -> None:
 
 def _latency(folder: Path) -> list[dict[str, Any]]:
     """Latency of a saved model against its dense form, on the device at hand."""
+    from arp_hub._utils.environment import environment
+    from arp_hub.reports.benchmark import benchmark
+    from arp_hub.timing import Workload
+
+    from .inputs import open_model
+
     network = open_model(f"local-dir:{folder}", None, None, None, None)
     hardware = environment()["hardware"]
     place = {"hardware": hardware.get("gpu", hardware["cpu"])}
@@ -415,6 +472,10 @@ def _latency(folder: Path) -> list[dict[str, Any]]:
 
 def _figures(model: nn.Module, test: Split | None, max_images: int | None, workers: int) -> dict[str, Any]:
     """Size, and accuracy where it can be measured."""
+    from arp_hub.layers.model import count_params
+    from arp_hub.layers.trace import count_macs
+    from arp_hub.training import evaluate
+
     size = {"params": count_params(model), "macs": count_macs(model)}
     return {**(evaluate(model, test, workers=workers, max_images=max_images) if test else {}), **size}
 

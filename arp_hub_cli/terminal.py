@@ -13,8 +13,6 @@ from rich.console import Console, RenderableType
 from tqdm import tqdm
 from typer.core import TyperGroup
 
-from ..errors import ArpHubError
-
 Item = TypeVar("Item")
 
 _UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
@@ -32,15 +30,27 @@ class Group(TyperGroup):
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
-        except (ArpHubError, _UsageError) as error:
-            message = error.format_message() if hasattr(error, "format_message") else str(error)
-            note("error: " + " ".join(message.split()))
-            code = 2
-        except typer.Abort:
+        except (typer.Abort, KeyboardInterrupt):
+            note("interrupted")
             code = 130
+        except Exception as error:
+            message = _for_people(error)
+            if message is None:
+                raise
+            note(f"error: {message}")
+            code = 2
         finally:
             warnings.formatwarning = plain
         sys.exit(code)
+
+
+def _for_people(error: Exception) -> str | None:
+    """One line for an error that the user can mend, None for any other."""
+    if isinstance(error, _UsageError):
+        return " ".join(error.format_message().split())  # type: ignore[attr-defined] # typer's base class has it
+    from arp_hub.errors import ArpHubError  # here, because `arp_hub` imports torch, which help does without
+
+    return " ".join(str(error).split()) if isinstance(error, ArpHubError) else None
 
 
 def interactive() -> bool:

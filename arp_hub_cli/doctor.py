@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from rich.markup import escape
 from rich.table import Table
 
-from .._utils.environment import environment
+from arp_hub._utils.environment import environment
 
 _TIMEOUT = 5.0
 """Seconds to wait for the Hub."""

@@ -1,0 +1,69 @@
+"""The options of ``arp-hub``. Nothing heavy is imported: help is printed at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SCHEMES = ("channel", "spatial", "group_in", "group_out", "cp", "tucker2")
+"""Names of all schemes; a test compares them with `arp_hub.schemes.SCHEMES`."""
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""Floating-point types of a workload; a test compares them with `arp_hub.timing.DTYPES`."""
+EFFORTS = ("fast", "balanced", "thorough")
+"""Presets of effort; a test compares them with `arp_hub.effort.EFFORTS`."""
+
+Model = Annotated[str, typer.Option(help="A timm name such as resnet50, local-dir:FOLDER, or hf-hub:USER/NAME.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Weights: a .safetensors file, or a torch file of tensors.")]
+NumClasses = Annotated[int | None, typer.Option(help="Classes of --checkpoint, where they are not the model's own.")]
+InputSize = Annotated[
+    tuple[int, int, int] | None,
+    typer.Option(metavar="C H W", help="Input size; by default the model's own.", show_default=False),
+]
+Data = Annotated[
+    str | None, typer.Option(help="digits, a folder of parquet files or of class folders, or a Hub dataset id.")
+]
+ImageKey = Annotated[str | None, typer.Option(help="Image column; by default the one of type Image.")]
+LabelKey = Annotated[str | None, typer.Option(help="Label column; by default the one of type ClassLabel.")]
+KeepParams = Annotated[float | None, typer.Option(help="Share of the parameters to keep, above 0 and below 1.")]
+KeepMacs = Annotated[float | None, typer.Option(help="Share of the multiply-accumulates to keep.")]
+KeepLatency = Annotated[float | None, typer.Option(help="Share of the measured latency on --device to keep.")]
+BatchSize = Annotated[int, typer.Option(help="Images a forward pass that is timed.")]
+Dtype = Annotated[str, typer.Option(help=f"Numbers of a forward pass that is timed: {', '.join(DTYPES)}.")]
+ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="Time with channels-last memory layout.")]
+Schemes = Annotated[
+    str | None, typer.Option(help=f"Schemes to choose from, with commas: {','.join(SCHEMES)}. By default all.")
+]
+RankMultiple = Annotated[int, typer.Option(help="Hold ranks to multiples of this, for the hardware.")]
+Exclude = Annotated[
+    str | None,
+    typer.Option(
+        help="Layers to leave dense, with commas: names, or patterns (layer1.*). By default the first convolution."
+    ),
+]
+Calibration = Annotated[
+    int | None,
+    typer.Option(
+        "--calibration-images",
+        help="Training images of --data to calibrate on, without labels; by default 1,024 small or 256 large ones.",
+    ),
+]
+Copies = Annotated[
+    int | None,
+    typer.Option(
+        "--calibration-copies",
+        help="Copies of each, turned, moved, scaled and recoloured, that are added; by default 1 of small images.",
+    ),
+]
+Effort = Annotated[
+    str, typer.Option(help=f"CPU time of plan and fit against accuracy: {', '.join(EFFORTS)}.", metavar="PRESET")
+]
+Workers = Annotated[int, typer.Option(help="Processes that decode large images.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, ...; by default cuda where there is one. For plans also meta: by shape alone."),
+]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write over --output, whatever it holds.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else.")]
