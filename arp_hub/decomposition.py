@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import cast
@@ -22,15 +23,17 @@ from .calibration.passes import paired_moments
 from .effort import Effort
 from .errors import ArpHubError
 from .layers.apply_plan import check_plan
+from .layers.carry_over import loses_hooks
 from .layers.low_rank import LowRankLayer, effective_weight, layer_shape, low_rank_layer
-from .layers.model import layers_called, low_rank_layers, replace_layers
+from .layers.model import check_model, layers_called, low_rank_layers, replace_layers
 from .layers.trace import InputSize, Trace, trace
 from .plan import LayerPlan, RankPlan
 from .schemes import Factors, Scheme, relative_error
 from .schemes.shapes import LayerShape, Pair
 
 _EXACT = 1e-8
-"""Largest relative squared error at which given factors count as the weight itself."""
+"""Relative squared error up to which given factors reproduce a weight: the rounding of a penalty in float32. In a dtype
+with larger rounding errors, the bound is the square of the dtype's machine epsilon."""
 
 
 @ambient_modes_off()
@@ -45,33 +48,36 @@ def decompose(
 ) -> nn.Module:
     """Replace the planned layers by their low-rank factors, in place. No labels, no back-propagation.
 
-    Without ``calibration`` every weight goes to its nearest point in the scheme's set. With it, the layers are
-    fitted one after the other, in the order in which the model uses them: each to the dense model's output, from the
-    input that the already decomposed model gives it, in the metric of that input's second moment. Biases and the
-    means of a BatchNorm that follows are set in closed form so that every layer's mean output stays right. At the end
-    the statistics of the BatchNorms behind dense layers follow what goes into them.
+    Without ``calibration``, every weight becomes its nearest point in the scheme's set. With it, layers are fitted one
+    by one, in the order of their use: to the dense layer's output, from the input that the decomposed model so far
+    gives, in the metric of that input's second moment. Biases, or the means of a BatchNorm that follows, keep every
+    layer's mean output. At the end, the statistics of the other BatchNorms are corrected for their new inputs.
+
+    Hooks, attributes, mode, dtype, device and ``requires_grad`` of every layer are kept, and the factors of a frozen
+    layer are frozen. Gradient hooks on weights are lost, with a warning.
 
     Args:
-        model: A model with dense layers, on the device on which to work.
-        plan: A plan made for it.
+        model: A model with dense layers, on the device to work on, neither compiled nor wrapped.
+        plan: A plan made for this model.
         calibration: Unlabelled images, normalised as for the model: a tensor ``(N, C, H, W)`` or batches.
-        factors: Factors found already, as `AdaptiveRankPenalty.factors` gives them after the hold. They must
-            reproduce the weights; then the decomposition is exact.
+        factors: Factors to use as they are, by layer, such as those of `AdaptiveRankPenalty.factors` after the hold.
+            They must reproduce the weights up to rounding.
         effort: ``"fast"``, ``"balanced"``, ``"thorough"``, or an `arp_hub.effort.Effort`: how much time the fit takes.
         progress: Show a progress bar.
 
     Returns:
-        ``model`` itself. On an error it is left as it was.
+        ``model`` itself. On an error it is unchanged.
 
     Raises:
-        ArpHubError: If the plan does not fit the model, a weight is not finite, or ``factors`` do not reproduce
-            the weights.
+        ArpHubError: If the plan does not fit the model, the model is wrapped or compiled, a weight is not finite, or
+            ``factors`` do not reproduce the weights.
 
     Example:
         >>> model = timm.create_model("resnet18")
         >>> plan = make_plan(model, keep_params=0.5)
         >>> decompose(model, plan)
     """
+    check_model(model)
     schemes, settings = check_plan(model, plan), Effort.of(effort)
     if factors is not None and calibration is not None:
         raise ArpHubError("pass either calibration images or factors, not both: given factors are not fitted again")
@@ -81,6 +87,7 @@ def decompose(
             "pass copy.deepcopy(model), copied outside"
         )
     modules = dict(model.named_modules(remove_duplicate=False))
+    _warn_of_lost_hooks([name for name in plan.layers if loses_hooks(modules[name])])
     for name in plan.layers:
         if effective_weight(modules[name]).is_meta:
             raise ArpHubError(f"layer '{name}' has no weight (meta device): load the model's weights first")
@@ -97,7 +104,7 @@ def decompose(
         if factors is None:
             found = schemes[name].nearest(weight.double(), layer_plan.rank)
         else:
-            found = _given_factors(name, schemes[name], weight, factors)
+            found = _given_factors(name, schemes[name], layer_plan.rank, weight, factors)
         new[name] = low_rank_layer(modules[name], layer_plan)
         new[name].load_factors(found, modules[name].bias)
     replace_layers(model, {modules[name]: layer for name, layer in new.items()})
@@ -106,23 +113,44 @@ def decompose(
 
 @ambient_modes_off()
 def to_dense(model: nn.Module) -> nn.Module:
-    """Merge every decomposed layer's factors into one dense layer, in place: the same outputs, plain modules.
+    """Merge the factors of every low-rank layer into one dense layer, in place: same outputs, plain modules.
 
-    A weight-standardised convolution comes back as a plain one that holds the standardised weight.
+    Hooks, attributes, mode, dtype, device and ``requires_grad`` of every layer are kept. Hooks on single factors are
+    lost, with a warning. A weight-standardised convolution becomes a plain one with the standardised weight.
 
     Returns:
-        ``model`` itself.
+        ``model`` itself. On an error it is unchanged.
+
+    Raises:
+        ArpHubError: If the model is wrapped or compiled, or a factor is: an adapter, a quantised or pruned layer.
     """
-    replace_layers(model, {layer: layer.dense_layer() for layer in low_rank_layers(model).values()})
+    check_model(model, mergeable=True)
+    layers = low_rank_layers(model)
+    _warn_of_lost_hooks([name for name, layer in layers.items() if loses_hooks(layer)])
+    replace_layers(model, {layer: layer.dense_layer() for layer in layers.values()})
     return model
 
 
-def _given_factors(name: str, scheme: Scheme, weight: Tensor, factors: Mapping[str, Factors]) -> Factors:
+def _warn_of_lost_hooks(names: Sequence[str]) -> None:
+    if names:
+        warnings.warn(
+            f"gradient hooks on parameters and hooks on single factors are not carried over: {len(names)} layers lose "
+            f"theirs, such as '{names[0]}'. Register them again on the new layers",
+            stacklevel=3,
+        )
+
+
+def _given_factors(name: str, scheme: Scheme, rank: int, weight: Tensor, factors: Mapping[str, Factors]) -> Factors:
+    """The factors of one layer, which must reproduce its weight up to the rounding of their dtypes."""
     if name not in factors:
         raise ArpHubError(f"layer '{name}' is planned, but there are no factors for it")
     found = tuple(factor.detach() for factor in factors[name])
+    if [factor.shape for factor in found] != [torch.Size(conv.weight_shape) for conv in scheme.convs(rank)]:
+        shapes = [tuple(factor.shape) for factor in found]
+        raise ArpHubError(f"layer '{name}': the given factors have shapes {shapes}, which are not those of its plan")
     error = relative_error(weight.double(), scheme.compose([factor.double() for factor in found]))
-    if not error <= _EXACT:
+    rounding = max(torch.finfo(tensor.dtype).eps for tensor in (weight, *found))
+    if not error <= max(_EXACT, rounding**2):
         raise ArpHubError(
             f"layer '{name}': the given factors miss its weight by a relative squared error of {float(error):.1e}; "
             "they are exact only after the penalty's hold phase: train to its end, or leave factors out"

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from .errors import ArpHubError
 from .layers.apply_plan import check_plan
+from .layers.model import check_model
 from .plan import RankPlan
 from .schemes import Factors, Scheme, make_scheme
 
@@ -203,6 +204,7 @@ class AdaptiveRankPenalty:
         factors: Mapping[str, Factors] | None = None,
         every: int | None = None,
     ) -> None:
+        check_model(model)
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ArpHubError(f"every must be a whole number of at least 1, got {every!r}")
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:

@@ -1,13 +1,15 @@
-"""The plan: which layers are decomposed, by which scheme, at which rank. Plain JSON, checked on the way in.
+"""The plan: scheme, rank and groups of every layer to decompose, as plain JSON.
 
 A plan file looks like this::
 
     {"format_version": 1,
      "layers": {"layer1.0.conv1": {"scheme": "cp", "rank": 16, "groups": 1}},
-     "dense": {"conv1": "first convolution"}}
+     "dense": {"conv1": "first convolution"},
+     "model": {"architecture": "resnet18", "shapes": {"layer1.0.conv1": "64x64x3x3"}}}
 
-``dense`` gives the reason for every layer that stays as it is. A key that this version does not know is passed over
-with a warning, unless the file lists it in ``requires``: then the file is refused, with the command that upgrades.
+``dense`` gives the reason for every layer that stays dense. ``model`` is optional: with it, the plan is refused for
+another model. An unknown key is ignored with a warning. If the file lists that key in ``requires``, the file is
+refused, and the message says how to upgrade.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ FORMAT_VERSION = 1
 
 _UPGRADE = "upgrade with `pip install --upgrade arp-hub`"
 _MOST_LAYERS = 20_000
-_PLAN_KEYS = frozenset({"format_version", "layers", "dense", "requires"})
+"""Layers of a plan at most, because plans of strangers are read. The largest timm model has about a thousand."""
+_PLAN_KEYS = frozenset({"format_version", "layers", "dense", "model", "requires"})
+_MODEL_KEYS = frozenset({"architecture", "shapes"})
 _LAYER_KEYS = frozenset({"scheme", "rank", "groups"})
 
 
@@ -43,7 +47,7 @@ class LayerPlan:
         groups: Number of blocks that the scheme makes, 1 except for ``group_in`` and ``group_out``.
 
     Raises:
-        ArpHubError: If a value is out of range on its own. Whether it fits a layer is for `check_plan`.
+        ArpHubError: If a value is out of range for any layer. `decompose` checks whether it fits the model's layer.
     """
 
     scheme: str
@@ -66,12 +70,32 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class PlannedModel:
+    """The model that a plan was made for.
+
+    Attributes:
+        architecture: Its timm name without a tag, or its class and number of layers where timm did not create it.
+        shapes: The shapes of the planned layers' weights by dotted name, such as ``"64x64x3x3"``.
+    """
+
+    architecture: str
+    shapes: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {"architecture": self.architecture, "shapes": dict(self.shapes)}
+
+
+@dataclass(frozen=True)
 class RankPlan:
-    """What becomes of every layer of one model.
+    """Scheme, rank and groups of every layer of one model that is to be decomposed.
+
+    Two plans are equal if their layers and reasons are, whatever model they note.
 
     Attributes:
         layers: The decomposed layers by dotted name.
         dense: The layers that stay dense, each with its reason.
+        model: The model that the plan was made for. `decompose` refuses another one. None fits any model.
 
     Example:
         >>> plan = RankPlan({"layer1.0.conv1": LayerPlan("cp", rank=16)})
@@ -81,6 +105,7 @@ class RankPlan:
 
     layers: Mapping[str, LayerPlan] = field(default_factory=dict)
     dense: Mapping[str, str] = field(default_factory=dict)
+    model: PlannedModel | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
@@ -89,8 +114,8 @@ class RankPlan:
     def __hash__(self) -> int:
         return hash((tuple(self.layers.items()), tuple(self.dense.items())))
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy cannot be pickled or copied by itself
-        return RankPlan, (dict(self.layers), dict(self.dense))
+    def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy can be neither pickled nor copied
+        return RankPlan, (dict(self.layers), dict(self.dense), self.model)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -98,6 +123,7 @@ class RankPlan:
             "format_version": FORMAT_VERSION,
             "layers": {name: layer.to_dict() for name, layer in self.layers.items()},
             "dense": dict(self.dense),
+            **({} if self.model is None else {"model": self.model.to_dict()}),
         }
 
     def to_json(self) -> str:
@@ -160,7 +186,8 @@ class RankPlan:
         if len(layers) + len(dense) > _MOST_LAYERS:
             raise ArpHubError(f"the plan names {len(layers) + len(dense)} layers, more than the {_MOST_LAYERS} allowed")
         _check_keys(data, _PLAN_KEYS, requires, "the plan")
-        return cls({name: _layer_from_dict(name, value, requires) for name, value in layers.items()}, dense)
+        model = None if data.get("model") is None else _model_from_dict(data["model"], requires)
+        return cls({name: _layer_from_dict(name, value, requires) for name, value in layers.items()}, dense, model)
 
 
 def _layer_from_dict(name: str, data: Any, requires: list[str]) -> LayerPlan:
@@ -175,20 +202,34 @@ def _layer_from_dict(name: str, data: Any, requires: list[str]) -> LayerPlan:
         raise ArpHubError(f"layer {_short(name)}: {error}") from None
 
 
+def _model_from_dict(data: Any, requires: list[str]) -> PlannedModel:
+    if not isinstance(data, Mapping):
+        raise ArpHubError(f"the plan's 'model' must be an object, got {_short(data)}")
+    _check_keys(data, _MODEL_KEYS, requires, "the plan's 'model'")
+    architecture, shapes = data.get("architecture"), data.get("shapes", {})
+    if not isinstance(architecture, str):
+        raise ArpHubError(f"the plan's 'model' must name its architecture, got {_short(architecture)}")
+    if not isinstance(shapes, Mapping) or not all(isinstance(shape, str) for shape in shapes.values()):
+        raise ArpHubError(f"the plan's 'model' must hold the shapes of layers as texts by name, got {_short(shapes)}")
+    if len(shapes) > _MOST_LAYERS:
+        raise ArpHubError(f"the plan's 'model' holds {len(shapes)} shapes, more than the {_MOST_LAYERS} allowed")
+    return PlannedModel(architecture, dict(shapes))
+
+
 def _check_keys(data: Mapping[str, Any], known: frozenset[str], requires: list[str], owner: str) -> None:
     unknown = [key for key in data if key not in known]
     if needed := [key for key in unknown if key in requires]:
         raise ArpHubError(f"{owner} requires {_short(needed)}, which this arp_hub does not know: {_UPGRADE}")
     if unknown:
         warnings.warn(
-            f"{owner} holds {_short(unknown)}, which this arp_hub does not know and passes over; to use it, {_UPGRADE}",
+            f"{owner} holds {_short(unknown)}, which this arp_hub does not know and ignores; to use it, {_UPGRADE}",
             stacklevel=4,
         )
 
 
 def _short(value: Any, limit: int = 80) -> str:
     """A value for an error message, cut to a readable length."""
-    if isinstance(value, int) and value.bit_length() > 200:  # to write it out would take Python very long
+    if isinstance(value, int) and value.bit_length() > 200:  # Python takes very long to write it out
         return f"a number of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"

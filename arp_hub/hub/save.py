@@ -16,6 +16,7 @@ from .._utils.environment import environment
 from .._utils.files import replacing
 from .._utils.secrets import redact
 from ..errors import ArpHubError
+from ..layers.model import check_model
 from ..layers.trace import input_size_of
 from ..reports.summary import layer_figures, model_figures
 from .card import draw_pictures, model_card
@@ -68,6 +69,7 @@ def save_pretrained(
         >>> arp_hub.decompose(model, arp_hub.make_plan(model, keep_params=0.5))  # doctest: +SKIP
         >>> arp_hub.save_pretrained(model, "out", metrics={"top1": 70.1})  # doctest: +SKIP
     """
+    check_model(model, mergeable=True)
     folder = Path(folder)
     check_folder(folder, overwrite=overwrite)
     given = plain_metrics(metrics or {})

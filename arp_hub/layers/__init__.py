@@ -1,1 +1,1 @@
-"""The layers of a model, dense and decomposed: their shape, their trace, a plan applied to them."""
+"""Dense and low-rank layers, and the models that hold them: shapes, checks, traces, and plans applied."""

@@ -1,17 +1,19 @@
-"""A plan and a model: does the one fit the other, build the structure, read the plan back."""
+"""Check a plan against a model, give the model the plan's structure, and read the plan of a decomposed model."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+from collections.abc import Mapping
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ArpHubError
-from ..plan import LayerPlan, RankPlan
+from ..plan import LayerPlan, PlannedModel, RankPlan
 from ..schemes import Scheme, make_scheme
-from .dense import refusal
 from .low_rank import LowRankLayer, layer_shape, low_rank_layer
-from .model import low_rank_layers, replace_layers
+from .model import low_rank_layers, refusals, replace_layers, weight_layers
 
 
 def check_plan(model: nn.Module, plan: RankPlan) -> dict[str, Scheme]:
@@ -21,9 +23,15 @@ def check_plan(model: nn.Module, plan: RankPlan) -> dict[str, Scheme]:
         The scheme of every planned layer, bound to the layer's shape, by name and in the plan's order.
 
     Raises:
-        ArpHubError: If a layer is missing, of a kind that stays dense, decomposed already, planned twice under two
-            names, or if groups or rank do not fit its shape.
+        ArpHubError: If the plan was made for another model, if a layer is missing, cannot be decomposed, is decomposed
+            already or planned twice under two names, or if groups or rank do not fit its shape.
     """
+    if not isinstance(plan, RankPlan):
+        way = "RankPlan.from_dict(plan)" if isinstance(plan, Mapping) else "make_plan, or RankPlan.load(path)"
+        raise ArpHubError(f"plan must be a RankPlan, got {type(plan).__name__} {plan!r:.80}: use {way}")
+    if plan.model is not None:
+        _check_same_model(model, plan.model)
+    reasons = refusals(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     seen: dict[int, str] = {}
     schemes = {}
@@ -38,8 +46,8 @@ def check_plan(model: nn.Module, plan: RankPlan) -> dict[str, Scheme]:
         module = modules[name]
         if isinstance(module, LowRankLayer):
             raise ArpHubError(f"layer '{name}' is decomposed already: call to_dense(model) first")
-        if reason := refusal(module):
-            raise ArpHubError(f"layer '{name}' cannot be decomposed ({reason}): take it out of the plan")
+        if reason := reasons.get(module):
+            raise ArpHubError(f"layer '{name}' cannot be decomposed: {reason} (or take the layer out of the plan)")
         if id(module) in seen:
             raise ArpHubError(f"layers '{seen[id(module)]}' and '{name}' are one shared module: plan it once")
         seen[id(module)] = name
@@ -61,8 +69,41 @@ def _bind(name: str, layer: LayerPlan, module: nn.Module) -> Scheme:
     return scheme
 
 
+def made_for(model: nn.Module, plan: RankPlan) -> RankPlan:
+    """The plan with a note of the model that it is for, which `check_plan` compares with the model that it is given."""
+    shapes = {name: _shape(cast(Tensor, model.get_submodule(name).weight)) for name in plan.layers}
+    return dataclasses.replace(plan, model=PlannedModel(_architecture(model), shapes))
+
+
+def _architecture(model: nn.Module) -> str:
+    """The model's timm name, or its class with the number of its layers where timm did not create it."""
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    name = (getattr(model, "_model_args", None) or {}).get("backbone") or config.get("architecture")
+    if name:
+        return str(name).partition(".")[0]
+    return f"{type(model).__name__} with {sum(1 for _ in weight_layers(model))} layers"
+
+
+def _check_same_model(model: nn.Module, planned: PlannedModel) -> None:
+    way_out = "make a plan for this model with make_plan"
+    if (found := _architecture(model)) != planned.architecture:
+        raise ArpHubError(f"the plan was made for {planned.architecture:.100}, and this model is {found}: {way_out}")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, shape in planned.shapes.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if isinstance(weight, Tensor) and _shape(weight) != shape:
+            raise ArpHubError(
+                f"layer '{name}': the plan was made for a weight of {shape:.50}, and this {planned.architecture} has "
+                f"one of {_shape(weight)}: {way_out}"
+            )
+
+
+def _shape(weight: Tensor) -> str:
+    return "x".join(map(str, weight.shape))
+
+
 def apply_plan(model: nn.Module, plan: RankPlan) -> nn.Module:
-    """Replace every planned layer by its decomposed form, in place; factors are left to be loaded.
+    """Replace every planned layer by its low-rank form, in place. Factors are still to be loaded.
 
     Raises:
         ArpHubError: As `check_plan` does, before anything is replaced.
@@ -74,5 +115,5 @@ def apply_plan(model: nn.Module, plan: RankPlan) -> nn.Module:
 
 
 def plan_of(model: nn.Module) -> RankPlan:
-    """The plan that a decomposed model embodies, read off its layers (reasons for dense layers are not in a model)."""
+    """The plan that the low-rank layers of a model follow. A model does not store why the others are dense."""
     return RankPlan({name: layer.layer_plan for name, layer in low_rank_layers(model).items()})

@@ -1,4 +1,4 @@
-"""Dense layers as the maths sees them: which can be decomposed, their shape, the weight that counts, their padding."""
+"""Dense layers: which can be decomposed, their shape, the weight that multiplies the input, and their padding."""
 
 from __future__ import annotations
 
@@ -23,19 +23,58 @@ _STANDARDISED_CONVS = (
     timm.layers.ScaledStdConv2dSame,
 )
 _LINEARS = (nn.Linear, timm.layers.Linear)
+_BUILT: dict[type[nn.Module], nn.Module] = {}
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Why ``module`` must stay dense, or None if it can be decomposed."""
+    """Why a layer must stay dense, or None if it can be decomposed.
+
+    This looks at the layer alone. `arp_hub.layers.model.refusals` also knows the layer's place in its model.
+    """
     kind = type(module)
-    if kind in _LINEARS:
-        return None
-    if kind not in _PLAIN_CONVS + _STANDARDISED_CONVS:
+    if kind not in _LINEARS + _PLAIN_CONVS + _STANDARDISED_CONVS:
+        if "parametrizations" in module._modules:
+            return (
+                "its weight is parametrized: call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') "
+                "first"
+            )
         return f"layers of type {kind.__name__} are not decomposed"
-    conv = cast(nn.Conv2d, module)
-    if conv.groups == conv.in_channels and conv.groups > 1:
+    if reason := alteration(module):
+        return reason
+    if isinstance(module, nn.Conv2d) and module.groups == module.in_channels and module.groups > 1:
         return "depthwise: each channel's kernel is already a single small filter"
     return None
+
+
+def alteration(module: nn.Module) -> str | None:
+    """What was added to a layer so that its weight alone does not say what it computes, or None.
+
+    The layer is compared with a new one of its own type, which must take three numbers to construct.
+    """
+    built = as_built(type(module))
+    if "weight" not in module._parameters:
+        return (
+            "its weight is computed before every forward pass (weight_norm, spectral_norm or prune): make it permanent "
+            "first, with torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove"
+        )
+    for added in (
+        module._parameters.keys() - built._parameters.keys(),
+        module._buffers.keys() - built._buffers.keys(),
+        module._modules.keys() - built._modules.keys(),
+    ):
+        if added:
+            return f"it holds '{min(added)}' besides its weight and bias: merge that into the weight or remove it first"
+    if replaced := [name for name in vars(module) if callable(getattr(type(module), name, None))]:
+        return f"its method '{replaced[0]}' was replaced on this one layer: restore it first"
+    return None
+
+
+def as_built(kind: type[nn.Module]) -> nn.Module:
+    """A layer as its constructor makes it, on the meta device. What another layer has beyond it was added later."""
+    if kind not in _BUILT:
+        with torch.device("meta"):
+            _BUILT[kind] = kind(1, 1, 1)  # the third is a kernel size, whether there is a bias, or groups
+    return _BUILT[kind]
 
 
 def dense_shape(module: nn.Module) -> LayerShape:
@@ -61,9 +100,9 @@ def dense_shape(module: nn.Module) -> LayerShape:
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """The weight of a dense layer that really multiplies the input, ``(O, I, kh, kw)``.
+    """The weight of a dense layer that multiplies the input, ``(O, I, kh, kw)``.
 
-    For a weight-standardised convolution that is the standardised weight; it is caught on its way into ``conv2d``.
+    A weight-standardised convolution computes it on every call: it is captured where it enters ``conv2d``.
     """
     if isinstance(module, nn.Linear):
         return module.weight.detach()[..., None, None]
@@ -77,7 +116,7 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 
 class _WeightCapture(TorchFunctionMode):
-    """Remembers the weight of the last ``conv2d`` call."""
+    """Keeps the weight of the last ``conv2d`` call."""
 
     weight: Tensor
 
@@ -89,13 +128,13 @@ class _WeightCapture(TorchFunctionMode):
 
 
 def is_same_padded(module: nn.Module) -> bool:
-    """Whether the layer pads its input itself, by an amount that depends on the input's size."""
+    """Whether the layer pads its input by an amount that depends on the input's size."""
     same = (timm.layers.Conv2dSame, timm.layers.StdConv2dSame)
     return isinstance(module, same) or bool(getattr(module, "same_pad", False))
 
 
 def numeric_padding(conv: nn.Conv2d) -> Pair | None:
-    """Symmetric zero padding as numbers, or None if the layer must pad its input beforehand."""
+    """Symmetric zero padding as numbers, or None if the input must be padded before the convolution."""
     if is_same_padded(conv) or conv.padding_mode != "zeros":
         return None
     if conv.padding == "valid":
@@ -107,7 +146,7 @@ def numeric_padding(conv: nn.Conv2d) -> Pair | None:
 
 
 def padder(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """What a layer does to its input before it convolves it, or None if it only pads with zeros, symmetrically."""
+    """The padding that a layer applies before its convolution, or None where the convolution itself pads with zeros."""
     if not isinstance(module, nn.Conv2d):
         return None
     size, stride, dilation = list(module.kernel_size), list(module.stride), list(module.dilation)
@@ -120,5 +159,5 @@ def padder(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 
 def pad_mode(conv: nn.Conv2d) -> str:
-    """The padding mode in the words of ``F.pad``."""
+    """The padding mode by its name in ``F.pad``."""
     return "constant" if conv.padding_mode == "zeros" else conv.padding_mode

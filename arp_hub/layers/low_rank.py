@@ -1,8 +1,7 @@
-"""The decomposed layers, and the layers of a model: found, measured, replaced.
+"""Low-rank layers: a chain of plain ``nn.Conv2d`` or linear modules in place of one dense layer.
 
-A decomposed layer is a chain of plain ``nn.Conv2d`` or ``nn.Linear`` modules that sits at the dense layer's dotted name
-and answers to the dense layer's attributes, because timm models read them (``conv_head.in_channels``,
-``patch_embed.proj.weight.device`` and the like).
+A low-rank layer sits at the dense layer's dotted name and has its attributes, because timm models read them
+(``conv_head.in_channels``, ``patch_embed.proj.weight.device`` and the like).
 """
 
 from __future__ import annotations
@@ -20,13 +19,19 @@ from ..errors import ArpHubError
 from ..plan import LayerPlan
 from ..schemes import Factors, Scheme, make_scheme
 from ..schemes.shapes import ConvSpec, LayerShape
-from .dense import dense_shape, dense_weight, is_same_padded, numeric_padding, pad_mode
+from .dense import alteration, dense_shape, dense_weight, is_same_padded, numeric_padding, pad_mode
 
-_pad_same = cast("Callable[..., Tensor]", pad_same)  # timm's annotations ask for lists, it takes pairs
+_pad_same = cast("Callable[..., Tensor]", pad_same)  # timm's annotations say lists, but pairs work as well
+_WRITES = frozenset(
+    {"__setitem__", "__set__"}
+    | {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
+)
+"""Functions that write to a tensor, besides those whose name ends with an underscore. ``__set__`` is that of ``data``
+and ``requires_grad``."""
 
 
 def layer_shape(module: nn.Module) -> LayerShape:
-    """The shape of a dense or decomposed layer, with padding as numbers.
+    """The shape of a dense or low-rank layer, with padding as numbers.
 
     Raises:
         ArpHubError: If the module is not of a kind that can be decomposed.
@@ -37,17 +42,14 @@ def layer_shape(module: nn.Module) -> LayerShape:
 
 
 def effective_weight(module: nn.Module) -> Tensor:
-    """The weight that really multiplies the input, ``(O, I, kh, kw)``.
-
-    For a weight-standardised convolution that is the standardised weight.
-    """
+    """The weight that multiplies the input, ``(O, I, kh, kw)``: merged factors, or the standardised weight."""
     if isinstance(module, LowRankLayer):
         return module.scheme.compose(module.factor_weights())
     return dense_weight(module)
 
 
 class GroupedLinear(nn.Module):
-    """A linear layer whose weight is block-diagonal, as a convolution with ``groups`` is.
+    """A linear layer with ``groups``, as ``nn.Conv2d`` has them: its full weight is block-diagonal.
 
     Maps ``(..., in_features)`` to ``(..., out_features)``; ``weight`` is ``(out_features, in_features / groups)``.
     """
@@ -59,10 +61,11 @@ class GroupedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the blocks side by side."""
-        blocks = self.weight.unflatten(0, (self.groups, -1)).mT
-        rows = x.unflatten(-1, (self.groups, -1)).movedim(-2, 0).flatten(1, -2)
-        y = torch.bmm(rows, blocks).unflatten(1, x.shape[:-1]).movedim(0, -2).flatten(-2)
+        """Multiply every group of features by its block."""
+        group_in, group_out = self.in_features // self.groups, self.out_features // self.groups
+        blocks = self.weight.view(self.groups, group_out, group_in).transpose(1, 2)
+        rows = x.reshape(-1, self.groups, group_in).transpose(0, 1)
+        y = torch.bmm(rows, blocks).transpose(0, 1).reshape(list(x.shape[:-1]) + [self.out_features])  # noqa: RUF005
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -70,10 +73,48 @@ class GroupedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, groups={self.groups}"
 
 
-class LowRankLayer(nn.Module):
-    """What the decomposed layers share: the plan's entry, the chain of factors, the way back to a dense layer.
+_FACTORS = (nn.Conv2d, nn.Linear, GroupedLinear)
 
-    ``factors`` is the chain; its last module carries the dense layer's bias.
+
+class ComputedWeight(Tensor):
+    """The merged weight of a low-rank layer. To write to it is an error, because the layer would not change.
+
+    Results of all other functions are plain tensors, except views of the weight.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse in-place functions; call all others on plain tensors."""
+        kwargs, name = kwargs or {}, func.__name__
+        writes = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+        if (writes and args and isinstance(args[0], cls)) or isinstance(kwargs.get("out"), cls):
+            raise ArpHubError(
+                "the weight of a low-rank layer is computed from its factors, and writing to it changes nothing: "
+                "change layer.factors, or call to_dense(model) first"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **kwargs)
+            source = next((arg for arg in args if isinstance(arg, cls)), None)
+            if type(found) is not Tensor or source is None or not _share_memory(found, source):
+                return found
+            return found.as_subclass(cls)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """A plain copy, which may be written to."""
+        return self.detach().as_subclass(Tensor).clone()
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+class LowRankLayer(nn.Module):
+    """The base of all low-rank layers.
+
+    Attributes:
+        scheme: The scheme, bound to the dense layer's shape.
+        rank: Rank of every block.
+        factors: The chain of factors. The last one has the dense layer's bias.
     """
 
     __jit_unused_properties__ = ("layer_plan", "bias", "weight")
@@ -94,14 +135,47 @@ class LowRankLayer(nn.Module):
         """The dense layer's bias, held by the last factor."""
         return cast("Tensor | None", self.factors[-1].bias)
 
+    def refusal(self) -> str | None:
+        """Why the factors cannot be merged, or None if they can."""
+        for number, factor in enumerate(self.factors):
+            kind = type(factor)
+            if "parametrizations" in factor._modules:
+                return f"factor {number} is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
+            if kind not in _FACTORS:
+                return (
+                    f"factor {number} is a {kind.__module__}.{kind.__name__}: merge adapters into their base layers "
+                    "first, and quantise only the merged model"
+                )
+            if reason := alteration(factor):
+                return f"factor {number}: {reason}"
+        return None
+
     def factor_weights(self) -> Factors:
-        """The factors in convolution layout."""
+        """The factors in convolution layout.
+
+        Raises:
+            ArpHubError: If a factor is wrapped, quantised or otherwise altered, so that its weight is not all of it.
+        """
+        if reason := self.refusal():
+            raise ArpHubError(f"this {type(self).__name__} cannot be merged: {reason}")
+        return self._factor_weights()
+
+    def _factor_weights(self) -> Factors:
         weights = [cast(Tensor, factor.weight) for factor in self.factors]
         return tuple(w if w.dim() == 4 else w[..., None, None] for w in weights)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse to replace the weight and the bias, which are the factors'."""
+        if name in ("weight", "bias"):
+            raise ArpHubError(
+                f"the {name} of a low-rank layer comes from its factors: change layer.factors, or call to_dense(model) "
+                "first"
+            )
+        super().__setattr__(name, value)
+
     @torch.no_grad()
     def load_factors(self, factors: Sequence[Tensor], bias: Tensor | None) -> None:
-        """Copy factors in convolution layout, and the dense layer's bias, into the chain."""
+        """Copy factors in convolution layout and the dense layer's bias into the chain."""
         for module, factor in zip(self.factors, factors, strict=True):
             weight = cast(Tensor, module.weight)
             weight.copy_(factor.reshape(weight.shape))
@@ -109,7 +183,7 @@ class LowRankLayer(nn.Module):
             cast(Tensor, self.bias).copy_(bias)
 
     def dense_layer(self) -> nn.Module:
-        """A dense layer that computes the same, with the factors merged."""
+        """The dense layer with the merged weight: same outputs, dtype, device, mode and ``requires_grad``."""
         raise ArpHubError(f"{type(self).__name__} has no dense form")
 
     def extra_repr(self) -> str:
@@ -122,14 +196,32 @@ class LowRankLayer(nn.Module):
         """The merged weight in float64, in convolution layout."""
         return self.scheme.compose([factor.detach().double() for factor in self.factor_weights()])
 
+    def _computed_weight(self) -> Tensor:
+        if torch.compiler.is_compiling():  # the checks do not compile
+            return self.scheme.compose(self._factor_weights())
+        return self.scheme.compose(self.factor_weights()).as_subclass(ComputedWeight)
+
+    def _freeze_like(self, dense: nn.Conv2d | nn.Linear) -> None:
+        for factor in self.factors:
+            cast(nn.Parameter, factor.weight).requires_grad_(dense.weight.requires_grad)
+        if dense.bias is not None:
+            cast(Tensor, self.bias).requires_grad_(dense.bias.requires_grad)
+
+    def _freeze(self, dense: nn.Conv2d | nn.Linear) -> None:
+        """Freeze a dense weight if all factors are frozen, and its bias if this layer's is."""
+        dense.weight.requires_grad_(any(cast(Tensor, factor.weight).requires_grad for factor in self.factors))
+        if self.bias is not None:
+            cast(Tensor, dense.bias).requires_grad_(self.bias.requires_grad)
+
 
 class LowRankConv2d(LowRankLayer):
     """A convolution as a chain of smaller ones.
 
     Args:
-        dense: The layer that it stands for; its attributes, device, dtype and mode are taken over, its weight is not.
+        dense: The layer to replace. Its geometry, device, dtype, mode and ``requires_grad`` are copied, its weight
+            is not.
         scheme: The scheme, bound to the layer's shape.
-        rank: Rank per block.
+        rank: Rank of every block.
     """
 
     def __init__(self, dense: nn.Conv2d, scheme: Scheme, rank: int) -> None:
@@ -145,29 +237,32 @@ class LowRankConv2d(LowRankLayer):
         self.pads = not self.same_pad and numeric_padding(dense) is None
         self.pad_before = list(dense._reversed_padding_repeated_twice)
         self.pad_mode = pad_mode(dense)
+        self._freeze_like(dense)
         self.train(dense.training)
 
     @property
     def weight(self) -> Tensor:
-        """The merged weight ``(O, I, kh, kw)``, computed on every access. To change the layer, change its factors."""
-        return self.scheme.compose(self.factor_weights())
+        """The merged weight ``(O, I, kh, kw)``, computed on every access and read-only."""
+        return self._computed_weight()
 
     def forward(self, x: Tensor) -> Tensor:
         """Pad as the dense layer would, then apply the chain."""
-        if self.same_pad:  # tuples go in as they are: TorchScript has no list(tuple)
+        if self.same_pad:  # with pairs, because TorchScript has no list(tuple)
             x = _pad_same(x, self.kernel_size, self.stride, self.dilation)
         elif self.pads:
             x = F.pad(x, self.pad_before, mode=self.pad_mode)
         return self.factors(x)
 
     def dense_layer(self) -> nn.Conv2d:
-        """The plain convolution that computes the same."""
-        first = cast(nn.Conv2d, self.factors[0])
-        return _dense_conv(self, first.weight, self._merged(), self.bias)
+        """The plain convolution with the merged weight: same outputs, dtype, device, mode and ``requires_grad``."""
+        merged, first = self._merged(), cast(nn.Conv2d, self.factors[0])
+        dense = _dense_conv(self, first.weight, merged, self.bias)
+        self._freeze(dense)
+        return dense
 
 
 class LowRankLinear(LowRankLayer):
-    """A linear layer as a chain of smaller ones; arguments as for `LowRankConv2d`."""
+    """A linear layer as a chain of smaller ones. Arguments are those of `LowRankConv2d`."""
 
     def __init__(self, dense: nn.Linear, scheme: Scheme, rank: int) -> None:
         convs = scheme.convs(rank)
@@ -176,29 +271,31 @@ class LowRankLinear(LowRankLayer):
         factors = [_linear(spec, bias=k == last and dense.bias is not None, **like) for k, spec in enumerate(convs)]
         super().__init__(scheme, rank, factors)
         self.in_features, self.out_features = dense.in_features, dense.out_features
+        self._freeze_like(dense)
         self.train(dense.training)
 
     @property
     def weight(self) -> Tensor:
-        """The merged weight ``(out, in)``, computed on every access. To change the layer, change its factors."""
-        return self.scheme.compose(self.factor_weights())[..., 0, 0]
+        """The merged weight ``(out, in)``, computed on every access and read-only."""
+        return self._computed_weight()[..., 0, 0]
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the chain to the last dimension."""
         return self.factors(x)
 
     def dense_layer(self) -> nn.Linear:
-        """The plain linear layer that computes the same."""
-        first = cast(Tensor, self.factors[0].weight)
+        """The plain linear layer with the merged weight: same outputs, dtype, device, mode and ``requires_grad``."""
+        merged, first = self._merged(), cast(Tensor, self.factors[0].weight)
         dense = nn.Linear(
             self.in_features, self.out_features, bias=self.bias is not None, device=first.device, dtype=first.dtype
         )
-        _fill(dense, self._merged()[..., 0, 0], self.bias)
+        _fill(dense, merged[..., 0, 0], self.bias)
+        self._freeze(dense)
         return dense.train(self.training)
 
 
 def low_rank_layer(dense: nn.Module, plan: LayerPlan) -> LowRankConv2d | LowRankLinear:
-    """The decomposed form of ``dense``, structure only: load its factors afterwards.
+    """The low-rank form of ``dense``, with its dtype, device, mode and ``requires_grad``. Load its factors afterwards.
 
     Raises:
         ArpHubError: If the plan does not fit the layer.
@@ -229,7 +326,7 @@ def _linear(spec: ConvSpec, bias: bool, **like: Any) -> nn.Module:
 
 
 def plain_layer(module: nn.Module) -> nn.Module:
-    """A plain convolution or linear layer that computes what ``module`` does, for a layer that can be decomposed."""
+    """A plain convolution or linear layer with the same outputs as a layer that can be decomposed."""
     weight = effective_weight(module)
     if isinstance(module, nn.Linear):
         dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, weight.device, weight.dtype)
@@ -239,7 +336,7 @@ def plain_layer(module: nn.Module) -> nn.Module:
 
 
 def _dense_conv(like: nn.Conv2d | LowRankConv2d, sample: Tensor, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
-    """A convolution with the attributes of ``like`` and the device and dtype of ``sample``."""
+    """A convolution with the geometry of ``like`` and the device and dtype of ``sample``."""
     options: dict[str, Any] = {
         "kernel_size": like.kernel_size,
         "stride": like.stride,

@@ -1,23 +1,90 @@
-"""The layers of a model: found, counted, replaced."""
+"""Find, check, count and replace the layers of a model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ArpHubError
+from .carry_over import carry_over
+from .dense import refusal
 from .low_rank import LowRankLayer
 
 _SEPARATE = "qkv_bias_separate"
+"""Attribute of timm's attention modules that says whether they call ``qkv`` or read its weight."""
 _MERGING = ("fuse", "reparameterize", "switch_to_deploy")
-"""Methods by which ``timm.utils.reparameterize_model`` lets a module merge its layers."""
+"""Methods that ``timm.utils.reparameterize_model`` calls to merge a module's layers."""
+_WRAPPED = frozenset({"base_layer", "original_module"})
+"""Where PEFT's adapters keep the layer that they wrap."""
+_PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
+
+
+def check_model(model: object, *, mergeable: bool = False) -> None:
+    """Check that a model is a bare, uncompiled module.
+
+    Args:
+        model: What the user passed as a model.
+        mergeable: Check the factors of low-rank layers, too: they must be plain layers.
+
+    Raises:
+        ArpHubError: If it is something else, or wrapped: the message says what to pass.
+    """
+    if not isinstance(model, nn.Module):
+        shown = f"{type(model).__name__} {model!r}" if isinstance(model, str) else type(model).__name__
+        raise ArpHubError(f"model must be a torch.nn.Module, as timm.create_model returns it, got {shown:.100}")
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    if "_orig_mod" in model._modules:
+        raise ArpHubError("the model is compiled: pass model._orig_mod, and call torch.compile on the result")
+    if wrapper := kinds.intersection(_PARALLEL):
+        raise ArpHubError(f"the model is wrapped in {min(wrapper)}: pass model.module")
+    if hasattr(model, "peft_config") and hasattr(model, "base_model"):
+        raise ArpHubError("the model is wrapped by PEFT: pass model.merge_and_unload()")
+    if "ScriptModule" in kinds:
+        raise ArpHubError("the model is a TorchScript module: pass the Python model that it was made from")
+    for name, module in model.named_modules():
+        if "_orig_mod" in module._modules:
+            raise ArpHubError(f"the model's part '{name}' is compiled: call torch.compile after decomposing")
+        for key, value in vars(module).items():
+            computed = {f"{key}_orig", f"{key}_v"} & module._parameters.keys()
+            if computed and isinstance(value, Tensor) and not value.is_leaf:
+                raise ArpHubError(
+                    f"layer '{name}' computes its {key} from '{min(computed)}' before every forward pass and cannot be "
+                    "copied: make it permanent first, with torch.nn.utils.remove_weight_norm, remove_spectral_norm or "
+                    "prune.remove"
+                )
+        if mergeable and isinstance(module, LowRankLayer) and (reason := module.refusal()):
+            raise ArpHubError(f"layer '{name}' cannot be merged: {reason}")
+
+
+def refusals(model: nn.Module) -> dict[nn.Module, str]:
+    """Why modules of a model must stay dense; a module without an entry can be decomposed."""
+    owners: dict[int, dict[nn.Module, str]] = {}
+    reasons: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), {})[module] = name
+        if _WRAPPED & module._modules.keys():
+            reason = f"part of the adapter '{name}': merge it first (model.merge_and_unload() in PEFT)"
+            reasons |= dict.fromkeys(module.modules(), reason)
+        if isinstance(module, LowRankLayer):
+            reasons |= dict.fromkeys(module.modules(), f"part of the low-rank layer '{name}'")
+    for module in model.modules():
+        if found := refusal(module):
+            reasons.setdefault(module, found)
+        for parameter in module.parameters(recurse=False):
+            others = [name for owner, name in owners[id(parameter)].items() if owner is not module]
+            if others:
+                reasons.setdefault(module, f"it shares a parameter with '{others[0]}', and factors cannot be shared")
+    if not model._modules:
+        reasons.setdefault(model, "it is the whole model and cannot be replaced in place: wrap it in nn.Sequential")
+    return reasons
 
 
 def weight_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules that own a weight of two or more dimensions, each once, decomposed ones not looked into."""
+    """All modules with a weight of two or more dimensions, each once; low-rank layers are left out."""
 
     def visit(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if id(module) in seen:
@@ -25,7 +92,8 @@ def weight_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         seen.add(id(module))
         if isinstance(module, LowRankLayer):
             return
-        if any(p is not None and p.dim() >= 2 for n, p in module._parameters.items() if n.startswith("weight")):
+        weights = [p for key, p in module._parameters.items() if key.startswith("weight") and p is not None]
+        if any(weight.dim() >= 2 for weight in weights) or "weight" in _parametrizations(module):
             yield name, module
         for child_name, child in module._modules.items():
             if child is not None:
@@ -35,9 +103,15 @@ def weight_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from visit("", model)
 
 
+def _parametrizations(module: nn.Module) -> nn.ModuleDict:
+    """What ``torch.nn.utils.parametrize`` registered on a module, by the names of its parameters."""
+    return cast(nn.ModuleDict, module._modules.get("parametrizations") or nn.ModuleDict())
+
+
 def other_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """All parameters of two or more dimensions that are no layer's weight, such as position embeddings, each once."""
     layers = {id(p) for _, module in weight_layers(model) for p in module._parameters.values()}
+    layers |= {id(p) for module in model.modules() for p in _parametrizations(module).parameters()}
     layers |= {id(p) for layer in low_rank_layers(model).values() for p in layer.parameters()}
     for name, parameter in model.named_parameters():
         if id(parameter) not in layers and sum(side > 1 for side in parameter.shape) >= 2:
@@ -46,10 +120,10 @@ def other_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 @contextmanager
 def layers_called(model: nn.Module) -> Iterator[None]:
-    """Let a model call all of its layers, with the same outputs, for as long as this lasts.
+    """Make a model call all of its layers within the context, with the same outputs.
 
-    Attention with separate biases of its own (BEiT, EVA, Swin V2) takes the weight of ``qkv`` and passes the layer by,
-    unless it is told to add the biases afterwards.
+    Attention with separate biases (BEiT, EVA, Swin V2) reads the weight of ``qkv`` without calling the layer, unless
+    ``qkv_bias_separate`` is set.
     """
     attentions = [module for module in model.modules() if getattr(module, _SEPARATE, None) is False]
     for module in attentions:
@@ -62,13 +136,15 @@ def layers_called(model: nn.Module) -> Iterator[None]:
 
 
 def replace_layers(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put the ``new`` layers at every path of ``model`` where the old ones sit, so that shared layers stay shared.
+    """Put ``new`` layers in place of old ones, at all their paths, with the old ones' hooks and attributes.
 
-    What of the model deals with the layer's weight behind its back is told to call the layer instead, or not to.
+    Modules that read ``layer.weight`` directly, bypassing ``forward``, are set to call the layer. Modules that would
+    merge their layers refuse to.
     """
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in new:
+                carry_over(child, new[child])
                 parent._modules[name] = new[child]
                 if name == "qkv" and hasattr(parent, _SEPARATE):
                     setattr(parent, _SEPARATE, True)
@@ -81,18 +157,18 @@ def replace_layers(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None
 
 
 def _refuse_to_merge() -> NoReturn:
-    """Stands in for ``fuse`` and the like, which would quietly merge factors back into a dense layer."""
+    """Replaces ``fuse`` and the like, which would silently merge factors into a dense layer."""
     raise ArpHubError(
-        "this module's layers are decomposed, and to reparameterize it would make them dense: call "
-        "reparameterize_model on the dense model, then plan and decompose (to_dense(model) leads back)"
+        "reparameterizing this module would make its decomposed layers dense: call reparameterize_model on the dense "
+        "model (to_dense(model) restores it), then plan and decompose"
     )
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLayer]:
-    """The decomposed layers of a model by dotted name."""
+    """The low-rank layers of a model by dotted name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
 
 
 def count_params(model: nn.Module) -> int:
-    """Number of parameters; a shared one counts once, buffers do not."""
+    """Number of parameters, without buffers; a shared one counts once."""
     return sum(parameter.numel() for parameter in model.parameters())

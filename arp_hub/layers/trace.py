@@ -1,6 +1,6 @@
-"""What one forward pass on the meta device tells: the layers in order of use, their map sizes, and the MACs.
+"""One forward pass on the meta device: the layers in order of use, the sizes of their inputs, and the MACs.
 
-Nothing is computed and no weight is copied, so that the largest models are traced in seconds.
+Nothing is computed and no weight is copied, so that the largest models take seconds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Trace:
 
 
 def input_size_of(model: nn.Module, input_size: InputSize | None = None) -> InputSize:
-    """``input_size`` if given, else the one that the model was made for.
+    """``input_size`` if given, else that of the model's config.
 
     Raises:
         ArpHubError: If neither is known, or the given one is not three positive numbers.
@@ -48,7 +48,7 @@ def input_size_of(model: nn.Module, input_size: InputSize | None = None) -> Inpu
     if input_size is None:
         config: Any = getattr(model, "pretrained_cfg", None) or {}
         if not config.get("input_size"):
-            raise ArpHubError("the model does not say its input size: pass input_size=(channels, height, width)")
+            raise ArpHubError("the model has no input size in its config: pass input_size=(channels, height, width)")
         input_size = cast(InputSize, get_model_input_config(model)["input_size"])  # with img_size= and in_chans= in it
     if len(input_size) != 3 or not all(isinstance(n, int) and n > 0 for n in input_size):
         raise ArpHubError(f"input_size must be (channels, height, width), got {input_size!r}")
@@ -67,7 +67,7 @@ def trace(model: nn.Module, input_size: InputSize | None = None) -> Trace:
         ArpHubError: If the model cannot run on an input of this size.
     """
     size = input_size_of(model, input_size)
-    twin = meta_copy(model).eval().requires_grad_(False)  # the counter stumbles over gradients of views
+    twin = meta_copy(model).eval().requires_grad_(False)  # the counter fails on gradients of views
     names = {id(module): name for name, module in weight_layers(twin)}
     names.update({id(m): name for name, m in twin.named_modules() if isinstance(m, LowRankLayer)})
     sizes: dict[str, list[Pair]] = {}
@@ -88,13 +88,14 @@ def trace(model: nn.Module, input_size: InputSize | None = None) -> Trace:
 
 
 def count_macs(model: nn.Module, input_size: InputSize | None = None) -> int:
-    """Multiply-accumulates of one image, counted on the model as it is (attention included)."""
+    """Multiply-accumulates of one image, attention included."""
     return trace(model, input_size).macs
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model on the meta device: all of its structure, shared modules included, and none of its weights."""
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    """A copy of a model on the meta device: the same structure, shared modules included, without weights."""
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    tensors = [*model.parameters(), *model.buffers(), *(value for value in attributes if isinstance(value, Tensor))]
     return copy.deepcopy(model, {id(tensor): _on_meta(tensor) for tensor in tensors})
 
 

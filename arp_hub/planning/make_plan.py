@@ -17,9 +17,9 @@ from .._utils.torch_utils import ambient_modes_off
 from ..calibration.images import Images, batches, check_normalised, limited
 from ..effort import Effort
 from ..errors import ArpHubError
-from ..layers.dense import refusal
+from ..layers.apply_plan import made_for
 from ..layers.low_rank import layer_shape
-from ..layers.model import low_rank_layers, other_parameters, weight_layers
+from ..layers.model import check_model, low_rank_layers, other_parameters, refusals, weight_layers
 from ..layers.trace import InputSize, Trace, input_size_of, trace
 from ..plan import RankPlan
 from ..schemes import SCHEMES, Scheme
@@ -85,6 +85,7 @@ def make_plan(
     Example:
         >>> make_plan(timm.create_model("resnet18"), keep_params=0.5, schemes=["channel", "group_out"])
     """
+    check_model(model)
     cost, share = _budget(keep_params, keep_macs, keep_latency)
     settings = Effort.of(effort)
     if workload is not None and cost != "latency":
@@ -125,7 +126,7 @@ def make_plan(
         losses = weight_losses(model, layers, progress)
     else:
         losses = output_losses(model, layers, calibration, traced.macs, budget, settings, progress)
-    return budget.final_plan(losses)
+    return made_for(model, budget.final_plan(losses))
 
 
 def _budget(keep_params: float | None, keep_macs: float | None, keep_latency: float | None) -> tuple[str, float]:
@@ -159,11 +160,11 @@ def _eligible(
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):
             raise ArpHubError(f"exclude names {pattern!r}, which matches no layer of this {type(model).__name__}")
-    layers, dense = {}, {}
+    layers, dense, reasons = {}, {}, refusals(model)
     for name, module in weight_layers(model):
         if any(fnmatchcase(name, pattern) for pattern in patterns):
             dense[name] = "first convolution" if exclude is None else "excluded by the user"
-        elif reason := refusal(module):
+        elif reason := reasons.get(module):
             dense[name] = reason
         elif name not in traced.sizes:
             dense[name] = "the model uses its weight without calling the layer"

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..decomposition import to_dense
 from ..errors import ArpHubError
-from ..layers.model import low_rank_layers
+from ..layers.model import check_model, low_rank_layers
 from ..layers.trace import InputSize, input_size_of
 from ..timing import Spread, Workload, clock, forward_call, paired_ratio, take_turns
 
@@ -96,6 +96,7 @@ def benchmark(
         >>> benchmark(model, Workload(batch_size=32), seconds=20).ratio.median
         0.61
     """
+    check_model(model)
     workload = workload or Workload()
     if not (isinstance(seconds, (int, float)) and math.isfinite(seconds) and seconds > 0):
         raise ArpHubError(f"seconds must be a number above 0, got {seconds!r}")

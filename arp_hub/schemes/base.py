@@ -1,8 +1,9 @@
-"""What all schemes share: blocks, costs, and the fit in a metric.
+"""The base of all schemes: blocks, costs, and the fit in the metric of a second moment.
 
-Every scheme writes each output row as ``last @ design``: a linear map of a small number of features of the input
-patch. ``design`` holds all factors but the last one, so that in any second-moment metric the last factor has a
-closed form, and a fit only has to search over the others (variable projection, Golub and Pereyra 1973).
+Every scheme writes the rows of a weight as ``W = L D``. The design ``D (features, I kh kw)`` depends on all factors but
+the last, and the last factor is ``L``. `Scheme.fit` minimises ``tr((T - L D) C (T - L D)^T)`` for a target ``T`` and a
+second moment ``C``. For a given ``D``, the best ``L = T C D^T (D C D^T)^-1`` has a closed form. So only the other
+factors are searched for (variable projection; Golub and Pereyra 1973).
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from .linalg import solve_spd
 from .shapes import ConvSpec, LayerShape, chain_params
 
 Factors = tuple[Tensor, ...]
-"""Convolution weights in the order in which the input meets them."""
+"""Convolution weights, from the first convolution to the last."""
 
 
 class Scheme(ABC):
-    """One way to factorise one layer: a scheme is bound to the layer's shape and to a number of groups.
+    """A way to factorise one layer, bound to the layer's shape and to a number of groups.
 
     Args:
-        shape: The dense layer.
-        groups: Number of blocks the scheme itself makes (1 for the schemes that make none).
+        shape: Shape of the dense layer.
+        groups: Number of blocks that the scheme makes of each of the layer's own groups.
 
     Raises:
         ArpHubError: If the scheme does not apply to the shape.
@@ -37,7 +38,7 @@ class Scheme(ABC):
     grouped: ClassVar[bool] = False
     """Whether ``groups`` may exceed 1."""
     rough_sweeps: ClassVar[int] = 12
-    """Sweeps of `nearest` after which its error is known well enough to plan by; 0: that of the cold start is."""
+    """Sweeps of `nearest` after which its error is accurate enough for planning. 0: the cold start's error is."""
 
     def __init__(self, shape: LayerShape, groups: int = 1) -> None:
         if reason := self.refusal(shape, groups):
@@ -65,7 +66,9 @@ class Scheme(ABC):
 
     @abstractmethod
     def design(self, factors: Sequence[Tensor]) -> Tensor:
-        """The features that the last factor combines, ``(blocks, features, I * kh * kw)``, differentiable.
+        """The design ``D``: the features that the last factor combines, ``(blocks, features, I * kh * kw)``.
+
+        It is differentiable.
 
         Args:
             factors: All factors but the last one.
@@ -75,25 +78,25 @@ class Scheme(ABC):
     def nearest(
         self, weight: Tensor, rank: int, start: Sequence[Tensor] | None = None, sweeps: int | None = None
     ) -> Factors:
-        """The factors of (approximately) the nearest point of the scheme's set, in the plain weight metric.
+        """Factors of the point of the scheme's set that is nearest to a weight, exactly or approximately.
 
         Args:
             weight: Dense weight ``(G * O, I, kh, kw)``.
-            rank: Rank per block.
-            start: What `basis` keeps of factors of this rank, to start from. Without it, the best start there is,
-                which is exact for the matrix schemes.
-            sweeps: Iterations; by default one with a ``start``, and enough to settle without.
+            rank: Rank of every block.
+            start: `basis` of factors of this rank, for a warm start. Without it, the matrix schemes are exact, and the
+                others start from `cold_start`.
+            sweeps: Iterations; by default one with a ``start``, and enough to converge without.
         """
 
     @abstractmethod
     def basis(self, factors: Sequence[Tensor]) -> Factors:
-        """What `nearest` starts from: the smaller part of factors, of which the rest follows from the weight.
+        """The smaller part of factors, which `nearest` starts from. The rest follows from the weight.
 
-        Blocks come first, so that the bases of like layers, joined, are the basis of the layers as groups of one.
+        Blocks are the first dimension. So the bases of equal layers, concatenated, are the basis of one grouped layer.
         """
 
     def fit_start(self, weight: Tensor, rank: int, sweeps: int | None = None) -> Factors:
-        """Factors for `fit` to start from: those of `nearest`, or any where it needs no start but their rank."""
+        """Factors for `fit` to start from: those of `nearest`, or zeros of the right shape for a closed-form fit."""
         return self.nearest(weight, rank, sweeps=sweeps)
 
     def spectrum(self, weight: Tensor, moment: Tensor | None = None) -> Tensor | None:
@@ -101,14 +104,14 @@ class Scheme(ABC):
 
         Args:
             weight: Dense weight ``(G * O, I, kh, kw)``.
-            moment: Second moment of the input patches: the values are then those in its metric.
+            moment: Second moment of the input patches; with it, the values are those in its metric.
         """
         return None
 
     def cold_start(self, weight: Tensor, rank: int) -> tuple[Factors, Tensor] | None:
-        """Factors to start from, and the relative squared error of such a start of rank 1, 2, .. up to the full one.
+        """Factors to start from, and the relative squared error of such a start at rank 1, 2, .. up to full rank.
 
-        `nearest` betters it. None for the schemes that need no start, since `spectrum` tells all.
+        `nearest` improves on it. None for the matrix schemes, which need no start: their errors follow from `spectrum`.
 
         Args:
             weight: Dense weight ``(G * O, I, kh, kw)``.
@@ -122,23 +125,23 @@ class Scheme(ABC):
         return self.shape.groups
 
     def params(self, rank: int) -> int:
-        """Weights of the chain at ``rank`` (biases not counted: the chain has the dense layer's own)."""
+        """Weights of the chain at ``rank``, without the bias, which is the dense layer's own."""
         return chain_params(self.convs(rank))
 
     def design_moment(self, design: Tensor, moment: Tensor) -> Tensor:
         """The product of a design with the second moment of the patches, ``(blocks, features, I * kh * kw)``.
 
-        A scheme whose designs are mostly zeros by their form leaves these out.
+        A scheme with structural zeros in its design skips them.
 
         Args:
-            design: As `design` gives it.
+            design: The result of `design`.
             moment: One matrix for every group of the dense layer, ``(G, I * kh * kw, I * kh * kw)``.
         """
         rows = design.reshape(self.shape.groups, -1, design.shape[-1])  # blocks of a group share its moment
         return (rows @ moment).reshape(design.shape)
 
     def compose(self, factors: Sequence[Tensor]) -> Tensor:
-        """The dense weight ``(G * O, I, kh, kw)`` that the factors stand for."""
+        """The dense weight ``(G * O, I, kh, kw)`` of the factors."""
         shape = self.shape
         design = self.design(factors[:-1])
         last = factors[-1].reshape(self.blocks, -1, design.shape[1])
@@ -150,9 +153,9 @@ class Scheme(ABC):
         The last factor is eliminated in closed form; L-BFGS searches over the others.
 
         Args:
-            target: Dense weight to come near to, ``(G * O, I, kh, kw)``.
+            target: Dense weight to approximate, ``(G * O, I, kh, kw)``.
             moment: Second moment of the input patches, ``(G, I * kh * kw, I * kh * kw)``, positive definite.
-            start: Factors to start from, as `fit_start` gives them.
+            start: Factors to start from, the result of `fit_start`.
             iterations: L-BFGS iterations at most.
         """
         problem = _Projected(self, target, moment)
@@ -177,7 +180,7 @@ class Scheme(ABC):
         return self.balance((*rest_found, last))
 
     def balance(self, factors: Factors) -> Factors:
-        """The same weight with the factors' norms evened out, so that no half-precision cast overflows."""
+        """Scale all factors to a common norm, so that casts to half precision do not overflow. The weight stays."""
         norms = [factor.norm().clamp_min(torch.finfo(factor.dtype).tiny) for factor in factors]
         even = torch.stack(norms).log().mean().exp()
         return tuple(factor * (even / norm) for factor, norm in zip(factors, norms, strict=True))
@@ -210,7 +213,7 @@ class _Projected:
     def backward(self, design: Tensor, rest: Sequence[Tensor]) -> Tensor:
         """Write the gradient of the relative error to ``rest``; return the relative error."""
         last, design_moment, cross = self._solve(design)
-        # By the envelope theorem the gradient is the one at a fixed last factor.
+        # By the envelope theorem, the gradient is that at a fixed last factor.
         gradient = (-2 / self.energy) * (last.mT @ (self.target_moment - last @ design_moment))
         with torch.enable_grad():
             design.backward(gradient)
@@ -218,12 +221,12 @@ class _Projected:
 
 
 def relative_error(weight: Tensor, approximation: Tensor, moment: Tensor | None = None) -> Tensor:
-    """Squared distance over squared norm, in the weight metric or in that of ``moment`` (between 0 and 1 at a fit)."""
+    """Squared distance over squared norm, in the weight metric or in that of ``moment``; 0 for two zero weights."""
     return energy(weight - approximation, moment) / energy(weight, moment).clamp_min(torch.finfo(weight.dtype).tiny)
 
 
 def energy(weight: Tensor, moment: Tensor | None = None) -> Tensor:
-    """Squared norm of a weight, or mean squared norm of the outputs that it makes of inputs with this ``moment``."""
+    """``tr(W W^T)``, or ``tr(W moment W^T)``: the mean squared norm of the layer's outputs."""
     if moment is None:
         return weight.square().sum()
     rows = weight.reshape(moment.shape[0], -1, moment.shape[1])

@@ -1,46 +1,48 @@
-"""Linear and multilinear algebra on batches of small matrices and three-way tensors."""
+"""Truncated SVDs, bases, normal equations and alternating least squares, on batches of matrices and tensors.
+
+- `truncated`, `leading_vectors`, `singular_values`: the SVD of ``M (.., m, n)`` from the eigenvalues of the smaller of
+  ``M M^T`` and ``M^T M``.
+- `orthonormal`: a basis of the columns of a matrix, by Cholesky QR.
+- `solve_spd`: ``x = (G + ridge)^-1 b`` for a Gram matrix ``G``.
+- `slice_triplets`, `als`: minimise ``sum (T[o, i, s] - sum_r A[r, o] B[r, i] C[r, s])^2`` over ``A``, ``B`` and ``C``,
+  for a batch of tensors ``T (G, O, I, S)`` (canonical polyadic decomposition; Kolda and Bader 2009).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_RIDGE = 1e-9
-"""Tikhonov term of every normal equation, relative to the mean of its diagonal."""
-_DEPENDENT = 1e-12
-"""Squared length of what is left of a column of norm 1 without the others, below which it counts as one of them."""
-_ROWS = 128
-"""Rows of a Gram matrix that are made at a time."""
-
 
 def leading_vectors(matrix: Tensor, rank: int) -> Tensor:
-    """The leading left singular vectors, from the Gram matrix (whose side is a channel count, so it is small)."""
+    """The leading left singular vectors ``(.., m, rank)``: eigenvectors of the Gram matrix ``M M^T``."""
     return torch.linalg.eigh(_lower_gram(matrix)).eigenvectors[..., -rank:]
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """Singular values, descending, from the smaller Gram matrix: many times as fast as an SVD of a layer's fold.
+    """Singular values, descending, as roots of the smaller Gram matrix's eigenvalues, which is faster than an SVD.
 
-    Values below the square root of the precision, relative to the largest, are lost; an energy does not miss them.
+    Values below the square root of the machine precision, relative to the largest, are inaccurate. Sums of squares
+    hardly depend on them.
     """
     short = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
     return torch.linalg.eigvalsh(_lower_gram(short)).clamp_min(0).sqrt().flip(-1)
 
 
-def _lower_gram(matrix: Tensor) -> Tensor:
-    """``matrix @ matrix.mT`` up to its diagonal, which is all that ``eigh`` reads: of a large one half the work."""
+def _lower_gram(matrix: Tensor, rows: int = 128) -> Tensor:
+    """The lower triangle of ``M M^T``, which is all that ``eigh`` reads, in blocks of rows: half the work."""
     size = matrix.shape[-2]
     gram = matrix.new_zeros(*matrix.shape[:-1], size)
-    for start in range(0, size, _ROWS):
-        end = min(start + _ROWS, size)
+    for start in range(0, size, rows):
+        end = min(start + rows, size)
         gram[..., start:end, :end] = matrix[..., start:end, :] @ matrix[..., :end, :].mT
     return gram
 
 
 def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The nearest matrices of a rank as ``left (.., m, r) @ right (.., r, n)``, from the smaller Gram matrix.
+    """The nearest matrices of a rank, as ``left (.., m, r) @ right (.., r, n)`` (Eckart and Young 1936).
 
-    One side is orthonormal and the other is ``matrix`` projected on it, so that full rank is exact.
+    One side is orthonormal, and the other is ``matrix`` projected on it. So full rank is exact up to rounding.
     """
     if matrix.shape[-2] <= matrix.shape[-1]:
         left = leading_vectors(matrix, rank)
@@ -52,45 +54,46 @@ def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def orthonormal(matrix: Tensor) -> Tensor:
     """An orthonormal basis of the span of the columns ``(.., m, r)``, by Cholesky QR (Stathopoulos and Wu 2002).
 
-    In double precision, because the Gram matrix squares the condition number. Nothing in it waits for a GPU, or goes
-    on column by column there. Where columns (nearly) depend on others, theirs are short.
+    It works in double precision, because the Gram matrix squares the condition number. It needs no synchronisation
+    with a GPU. The vectors of columns that depend on others are shorter than 1.
     """
     columns = matrix.double()
     columns = columns / columns.norm(dim=-2, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
     gram = columns.mT @ columns
-    gram.diagonal(dim1=-2, dim2=-1).add_(_DEPENDENT)
+    gram.diagonal(dim1=-2, dim2=-1).add_(1e-12)  # keeps dependent columns, of norm 1, factorisable in float64
     upper = torch.linalg.cholesky_ex(gram, upper=True).L
     return torch.linalg.solve_triangular(upper, columns, upper=True, left=False).to(matrix.dtype)
 
 
 def solve_spd(gram: Tensor, right: Tensor) -> Tensor:
-    """Solve ``gram x = right`` for a symmetric positive semi-definite ``gram``, with a tiny ridge.
+    """Solve ``gram x = right`` for a symmetric positive semi-definite ``gram``, with a ridge on its diagonal.
 
-    In higher precision than ``right``, a Gram matrix factorises with the ridge in any case: nobody looks whether it
-    did, for which a GPU would have to be waited for.
+    The ridge is 1e-9 of the diagonal's mean, or 100 times the rounding error of ``right`` where that is more. A Gram
+    matrix in higher precision than ``right`` always factorises with it. Skip the success check there: it would
+    synchronise the GPU.
     """
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    floor = torch.finfo(right.dtype).eps * 100
-    ridge = diagonal.mean(dim=-1, keepdim=True).clamp_min(torch.finfo(right.dtype).tiny) * max(_RIDGE, floor)
+    share = max(1e-9, 100 * torch.finfo(right.dtype).eps)
+    ridge = diagonal.mean(dim=-1, keepdim=True).clamp_min(torch.finfo(right.dtype).tiny) * share
     damped = gram + torch.diag_embed(ridge.expand_as(diagonal))
     factor, info = torch.linalg.cholesky_ex(damped)
     if gram.dtype != right.dtype:
         half = torch.linalg.solve_triangular(factor, right.to(gram.dtype), upper=False)
         return torch.linalg.solve_triangular(factor.mT, half, upper=True).to(right.dtype)
-    if info.any():  # numerically rank-deficient: damp until it factorises
+    if info.any():  # numerically rank-deficient: a larger ridge
         factor = torch.linalg.cholesky(damped + torch.diag_embed((ridge * 1e4).expand_as(diagonal)))
     return torch.cholesky_solve(right, factor)
 
 
 def slice_triplets(tensor: Tensor, rank: int) -> tuple[list[Tensor], Tensor]:
-    """CP components that start a fit: the largest singular triplets of the slices of the rotated tensor.
+    """CP components to start a fit from: the largest singular triplets of the slices of the rotated tensor.
 
-    The shortest mode is rotated to its principal axes; each slice along it is then a matrix, and its singular triplets
-    are CP components. They are orthogonal to each other, and all of them together exact.
+    The shortest mode is rotated to its principal axes. Each slice along it is a matrix, whose singular triplets are CP
+    components. All components are orthogonal to each other, and together they are exact.
 
     Args:
         tensor: ``(G, O, I, S)``.
-        rank: How many components to give.
+        rank: Number of components.
 
     Returns:
         The three modes, each ``(G, rank, n)``, and the energies of all components, ``(G, components)``, descending.
@@ -116,19 +119,19 @@ def slice_triplets(tensor: Tensor, rank: int) -> tuple[list[Tensor], Tensor]:
 
 
 def tail_shares(energies: Tensor) -> Tensor:
-    """Share of the energy that is lost after the first 1, 2, .. of these, none after all of them."""
+    """The share of the total energy outside the first 1, 2, .. entries; 0 at the last."""
     tails = energies.flip(0).cumsum(0).flip(0)
     return torch.cat([tails[1:], tails.new_zeros(1)]) / tails[0].clamp_min(torch.finfo(tails.dtype).tiny)
 
 
 def als(tensor: Tensor, outputs: Tensor, taps: Tensor, sweeps: int) -> list[Tensor]:
-    """Alternating least squares over the three modes ``(G, r, n)`` of ``tensor (G, O, I, S)``; the error never rises.
+    """Alternating least squares over the three modes ``(G, r, n)`` of ``tensor (G, O, I, S)``. The error never rises.
 
-    It starts from two of them, because the first update is that of the third, and makes at least one sweep.
+    Two modes are enough to start, because the first update computes the third. At least one sweep is made.
 
-    Each sweep starts from an extrapolation of the last two results, as in Nesterov's method, and one that makes the
-    error larger is undone and starts the extrapolation anew (Mitchell, Ye and De Sterck 2020). That takes about half
-    the sweeps of plain alternation.
+    Each sweep starts from an extrapolation of the last two results, as in Nesterov's method. A sweep that raises the
+    error is rejected and restarts the extrapolation (Mitchell, Ye and De Sterck 2020). This needs about half the sweeps
+    of plain alternation.
     """
     modes, error = _als_sweep(tensor, outputs, taps)
     earlier, age = (outputs, taps), 2
@@ -145,10 +148,10 @@ def als(tensor: Tensor, outputs: Tensor, taps: Tensor, sweeps: int) -> list[Tens
 
 
 def _als_sweep(tensor: Tensor, outputs: Tensor, taps: Tensor) -> tuple[list[Tensor], Tensor]:
-    """One sweep, and its squared error up to the squared norm of the tensor.
+    """One sweep, and its squared error less the squared norm of the tensor.
 
     The first two updates share the product of the tensor with the mode that neither changes. No intermediate is larger
-    than the components' own kernels, ``(G, r, I, S)``.
+    than ``(G, r, I, S)``.
     """
     shared = torch.einsum("gois,gro->gris", tensor, outputs)
     outputs_gram = _mode_gram(outputs)
@@ -164,13 +167,13 @@ def _als_sweep(tensor: Tensor, outputs: Tensor, taps: Tensor) -> tuple[list[Tens
 
 
 def _mode_gram(mode: Tensor) -> Tensor:
-    """Products of the vectors of one mode, ``(G, r, r)``, on a GPU in double precision: see `solve_spd`."""
+    """Products of the vectors of one mode, ``(G, r, r)``; on a GPU in double precision, for `solve_spd`."""
     wide = mode.double() if mode.is_cuda else mode
     return wide @ wide.mT
 
 
 def even_norms(modes: list[Tensor]) -> list[Tensor]:
-    """Scale each component's vectors to one common norm, keeping their product."""
+    """Scale the vectors of each component to a common norm. Their product does not change."""
     norms = [mode.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(mode.dtype).tiny ** 0.25) for mode in modes]
     even = torch.stack(norms).log().mean(dim=0).exp()
     return [mode * (even / norm) for mode, norm in zip(modes, norms, strict=True)]

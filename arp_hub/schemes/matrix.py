@@ -1,4 +1,4 @@
-"""The schemes whose blocks are matrices: their nearest point is a truncated SVD."""
+"""Schemes of matrix blocks ``M``: minimise ``||M - L R||^2`` over ``L (m, r)`` and ``R (r, n)``, by a truncated SVD."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from .shapes import ConvSpec, LayerShape
 
 
 class MatrixScheme(Scheme):
-    """A scheme whose blocks are plain matrices, so that the nearest point is a truncated SVD."""
+    """A scheme whose blocks are matrices. The nearest point is their truncated SVD (Eckart and Young 1936)."""
 
     @abstractmethod
     def fold(self, weight: Tensor) -> Tensor:
-        """The matrix blocks of a weight, ``(blocks, m, n)``: features on the columns' side."""
+        """The matrix blocks of a weight, ``(blocks, m, n)``, with input features along the columns."""
 
     @abstractmethod
     def unfold(self, left: Tensor, right: Tensor) -> Factors:
-        """Factors from ``left (blocks, m, r)`` and ``right (blocks, r, n)``, whose product is the fold."""
+        """Convolution weights of ``left (blocks, m, r)`` and ``right (blocks, r, n)``, whose product is the fold."""
 
     def spectrum(self, weight: Tensor, moment: Tensor | None = None) -> Tensor | None:
         return singular_values(self.fold(weight)) if moment is None else None
 
     @abstractmethod
     def left(self, factors: Sequence[Tensor]) -> Tensor:
-        """The left factor ``(blocks, m, r)`` of given factors."""
+        """The matrix ``L (blocks, m, r)`` of given factors."""
 
     @abstractmethod
     def right(self, factors: Sequence[Tensor]) -> Tensor:
-        """The right factor ``(blocks, r, n)`` of given factors."""
+        """The matrix ``R (blocks, r, n)`` of given factors."""
 
     def basis(self, factors: Sequence[Tensor]) -> Factors:
         left, right = self.left(factors), self.right(factors)
@@ -57,7 +57,11 @@ class MatrixScheme(Scheme):
 
 
 class Channel(MatrixScheme):
-    """A ``kh x kw`` convolution to r channels, then 1x1: the SVD of the ``O x (I kh kw)`` matrix."""
+    """A ``kh x kw`` convolution ``I -> r`` with the layer's stride, then 1x1, ``r -> O`` (Zhang et al. 2015).
+
+    ``W[o, (i, a, b)] = sum_r L[o, r] R[r, (i, a, b)]``: the SVD of the matrix ``O x (I kh kw)``, with
+    ``r (I kh kw + O)`` parameters.
+    """
 
     name = "channel"
 
@@ -104,7 +108,10 @@ class Channel(MatrixScheme):
         return tuple(weight.new_zeros(conv.weight_shape) for conv in self.convs(rank))
 
     def fit(self, target: Tensor, moment: Tensor, start: Sequence[Tensor], iterations: int = 100) -> Factors:
-        """Reduced-rank regression, in closed form: a truncated SVD in the whitened metric; ``start`` gives the rank."""
+        """Reduced-rank regression (Izenman 1975), in closed form: ``start`` only says the rank.
+
+        ``L`` has the leading eigenvectors of ``T moment T^T``, the second moment of the outputs, and ``R = L^T T``.
+        """
         rank = start[-1].shape[1]
         left = torch.linalg.eigh(self._output_gram(target, moment)).eigenvectors[..., -rank:]
         return self.balance(self.unfold(left, left.mT @ self._rows(target)))
@@ -116,7 +123,10 @@ class Channel(MatrixScheme):
 
 
 class GroupOut(Channel):
-    """Row blocks: one convolution to g r channels, then a grouped 1x1. For layers that expand."""
+    """Row blocks: a ``kh x kw`` convolution ``I -> g r``, then a grouped 1x1, ``g r -> O``. For layers that expand.
+
+    One SVD for each of the g blocks of ``O / g`` rows, ``(O / g) x (I kh kw)``, with ``r (g I kh kw + O)`` parameters.
+    """
 
     name = "group_out"
     grouped = True
@@ -131,7 +141,11 @@ class GroupOut(Channel):
 
 
 class GroupIn(MatrixScheme):
-    """Column blocks: a grouped convolution to g r channels, then 1x1. For layers that squeeze."""
+    """Column blocks: a grouped ``kh x kw`` convolution ``I -> g r``, then 1x1, ``g r -> O``. For layers that squeeze.
+
+    One SVD for each of the g blocks of ``I / g`` input channels, ``O x (I / g kh kw)``, with ``r (I kh kw + g O)``
+    parameters.
+    """
 
     name = "group_in"
     grouped = True
@@ -157,7 +171,7 @@ class GroupIn(MatrixScheme):
         )
 
     def design(self, factors: Sequence[Tensor]) -> Tensor:
-        # Block-diagonal: feature (j, r) sees the input channels of block j alone.
+        # Block-diagonal: feature (j, r) reads the input channels of block j only.
         right = self.right(factors).unflatten(0, (self.shape.groups, self.groups))
         return torch.stack([torch.block_diag(*group) for group in right])
 
@@ -189,7 +203,11 @@ class GroupIn(MatrixScheme):
 
 
 class Spatial(MatrixScheme):
-    """A ``kh x 1`` convolution to r channels, then ``1 x kw``: the SVD of the ``(I kh) x (O kw)`` matrix."""
+    """A ``kh x 1`` convolution ``I -> r``, then ``1 x kw``, ``r -> O`` (Jaderberg et al. 2014).
+
+    ``W[o, i, a, b] = sum_r L[(o, b), r] R[r, (i, a)]``: the SVD of the matrix ``(O kw) x (I kh)``, with
+    ``r (I kh + O kw)`` parameters.
+    """
 
     name = "spatial"
 
@@ -219,7 +237,7 @@ class Spatial(MatrixScheme):
         s = self.shape
         first = factors[0].reshape(s.groups, -1, s.group_in, s.kernel_size[0])
         shift = torch.eye(s.kernel_size[1], dtype=first.dtype, device=first.device)
-        spread = torch.einsum("gria,bc->grbiac", first, shift)  # feature (r, b) sees column b of the kernel
+        spread = torch.einsum("gria,bc->grbiac", first, shift)  # feature (r, b) reads column b of the kernel
         return spread.reshape(s.groups, -1, s.group_in * s.taps)
 
     def design_moment(self, design: Tensor, moment: Tensor) -> Tensor:

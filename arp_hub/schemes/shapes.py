@@ -13,7 +13,7 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What the maths needs to know of a dense layer. ``in_channels`` and ``out_channels`` are totals over groups."""
+    """Shape and geometry of a dense layer. ``in_channels`` and ``out_channels`` are totals over groups."""
 
     out_channels: int
     in_channels: int
@@ -88,9 +88,9 @@ def chain_params(convs: Sequence[ConvSpec]) -> int:
 
 
 def degrees_of_freedom(convs: Sequence[ConvSpec]) -> int:
-    """Dimension of the set of weights that a chain can stand for: its weights, less those that only change the basis.
+    """Dimension of the set of weights that a chain can represent: its parameters less its invariances.
 
-    Between two convolutions every group of r channels can be transformed by any invertible r x r matrix.
+    Between two convolutions, any invertible r x r matrix can transform a group of r channels without effect.
     """
     freedom = chain_params(convs)
     for first, second in zip(convs[:-1], convs[1:], strict=True):

@@ -1,4 +1,7 @@
-"""The schemes of three-way tensors ``O x I x (kh kw)``: their nearest point is found by alternating least squares."""
+"""Schemes of the three-way tensor ``W[o, i, s]``, with ``s`` over the ``kh kw`` positions of the kernel.
+
+Their nearest point has no closed form. Alternating updates find it, one factor at a time with the others fixed.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,15 @@ from .base import Factors, Scheme
 from .linalg import als, even_norms, leading_vectors, orthonormal, slice_triplets, tail_shares
 from .shapes import ConvSpec, LayerShape, Pair
 
-_SWEEPS, _SWEEP_WORK = 60, 5e9
-"""Sweeps of a cold start of CP, and the multiply-accumulates that bound them; a warm start needs one sweep."""
-_LEAST_SWEEPS, _MOST_SWEEP_WORK = 5, 3e11
-"""To no fewer than so many are they bound, but for the multiply-accumulates that bound these: to none if need be."""
 _SINGLE_WORK = 2e8
-"""Sweeps that take more multiply-accumulates than this are made in single precision, which costs no accuracy."""
-_TUCKER_SWEEPS = 4
-"""Sweeps of a cold start of Tucker-2, which settles in a few."""
+"""Multiply-accumulates of a sweep of CP above which it is made in single precision, which costs no accuracy."""
 
 
 class Cp(Scheme):
-    """Canonical polyadic: 1x1 to r channels, a depthwise ``kh x kw`` on them, 1x1 out (Lebedev et al. 2015).
+    """Canonical polyadic: 1x1, ``I -> r``; depthwise ``kh x kw`` on r channels; 1x1, ``r -> O`` (Lebedev et al. 2015).
 
-    The tensor is ``O x I x (kh kw)``; the depthwise kernel is not separated further.
+    ``W[o, i, s] = sum_r A[r, o] B[r, i] C[r, s]``, with ``r (I + O + kh kw)`` parameters. The depthwise kernel has the
+    layer's stride and dilation. The rank may exceed both I and O.
     """
 
     name = "cp"
@@ -62,11 +60,10 @@ class Cp(Scheme):
         dtype = torch.float32 if work > _SINGLE_WORK and rank < self.max_rank else weight.dtype
         if start is None:
             cold, _ = self.cold_start(weight.to(dtype), rank)
-            if rank >= self.max_rank:  # it is exact
+            if rank >= self.max_rank:  # the cold start is exact
                 return tuple(factor.to(weight.dtype) for factor in cold)
             start = self.basis(cold)
-            least = min(_LEAST_SWEEPS, int(_MOST_SWEEP_WORK / work))
-            sweeps = min(_SWEEPS if sweeps is None else sweeps, max(least, int(_SWEEP_WORK / work)))
+            sweeps = _sweeps_within(work) if sweeps is None else min(sweeps, _sweeps_within(work))
             if sweeps == 0:
                 return tuple(factor.to(weight.dtype) for factor in cold)
         outputs, taps = (mode.to(dtype) for mode in start)
@@ -78,13 +75,13 @@ class Cp(Scheme):
         return outputs, taps
 
     def cold_start(self, weight: Tensor, rank: int) -> tuple[Factors, Tensor]:
-        """The singular triplets of the slices, which are orthogonal to each other."""
+        """The largest singular triplets of the tensor's slices, which are orthogonal to each other."""
         s = self.shape
         modes, energies = slice_triplets(weight.reshape(s.groups, s.group_out, s.group_in, s.taps), rank)
         return self._factors(modes), tail_shares(energies.sum(0))
 
     def balance(self, factors: Factors) -> Factors:
-        """Even out the norms of every component's three vectors, which leaves the weight as it is."""
+        """Scale the three vectors of every component to a common norm. The weight does not change."""
         return self._factors(even_norms(self._all_modes(factors)))
 
     def _factors(self, modes: Sequence[Tensor]) -> Factors:
@@ -108,14 +105,24 @@ class Cp(Scheme):
         return factors[0].reshape(s.groups, -1, s.group_in), factors[1].reshape(s.groups, -1, s.taps)
 
 
-class Tucker2(Scheme):
-    """1x1 to r channels, a full ``kh x kw`` convolution on them, 1x1 out (Kim et al. 2016).
+def _sweeps_within(work: float) -> int:
+    """Sweeps of a cold start of CP, by the multiply-accumulates of one: 60, or those that fit 5e9, but at least 5.
 
-    One rank serves both sides, ``r_out = min(r, O)`` and ``r_in = min(r, I)``: the equal-rank rule of HALOC (2023).
+    Within 3e11 multiply-accumulates even 5 may not fit. Then there are fewer, or none for the largest layers.
+    """
+    least = min(5, int(3e11 / work))
+    return min(60, max(least, int(5e9 / work)))
+
+
+class Tucker2(Scheme):
+    """Tucker-2: 1x1, ``I -> r_in``; ``kh x kw``, ``r_in -> r_out``; 1x1, ``r_out -> O`` (Kim et al. 2016).
+
+    ``W[o, i, s] = sum_pq A[o, p] K[p, q, s] B[i, q]``, with ``I r_in + r_in r_out kh kw + r_out O`` parameters. One
+    rank sets both, ``r_out = min(r, O)`` and ``r_in = min(r, I)``: the equal-rank rule of HALOC (Xiao et al. 2023).
     """
 
     name = "tucker2"
-    rough_sweeps = 0  # sweeps take off 2 to 7 % of the error, at any rank
+    rough_sweeps = 0  # more sweeps lower the error by 2 to 7 % at any rank, so the order of ranks is right without
 
     @classmethod
     def refusal(cls, shape: LayerShape, groups: int = 1) -> str | None:
@@ -153,17 +160,17 @@ class Tucker2(Scheme):
         tensor = weight.reshape(s.groups, s.group_out, s.group_in, s.taps)
         if start is None:
             inputs = leading_vectors(tensor.transpose(1, 2).flatten(2), r_in)
-            for _ in range(min(sweeps or _TUCKER_SWEEPS, _TUCKER_SWEEPS)):
+            for _ in range(min(sweeps or 4, 4)):  # the iteration converges within 4 sweeps
                 # higher-order orthogonal iteration (De Lathauwer et al. 2000)
-                outputs = leading_vectors(_seen_through(tensor, inputs), r_out)
-                inputs = leading_vectors(_seen_through(tensor.transpose(1, 2), outputs), r_in)
+                outputs = leading_vectors(_projected(tensor, inputs), r_out)
+                inputs = leading_vectors(_projected(tensor.transpose(1, 2), outputs), r_in)
             return self.balance(self._factors(_core(tensor, outputs, inputs), outputs, inputs))
         outputs, inputs = start
         inputs = orthonormal(inputs)
-        for _ in range(sweeps or 1):  # one multiplication for each basis in place of its eigenvectors
-            matrix = _seen_through(tensor, inputs)
+        for _ in range(sweeps or 1):  # one power step for each basis, cheaper than its eigenvectors
+            matrix = _projected(tensor, inputs)
             outputs = orthonormal(matrix @ (matrix.mT @ outputs))
-            matrix = _seen_through(tensor.transpose(1, 2), outputs)
+            matrix = _projected(tensor.transpose(1, 2), outputs)
             inputs = orthonormal(matrix @ (matrix.mT @ inputs))
         return self.balance(self._factors(_core(tensor, outputs, inputs), outputs, inputs))
 
@@ -172,7 +179,7 @@ class Tucker2(Scheme):
         return factors[-1].reshape(s.groups, s.group_out, -1), factors[0].reshape(s.groups, -1, s.group_in).mT
 
     def cold_start(self, weight: Tensor, rank: int) -> tuple[Factors, Tensor]:
-        """The higher-order SVD (De Lathauwer et al. 2000)."""
+        """The truncated higher-order SVD (De Lathauwer et al. 2000)."""
         s, (r_out, r_in) = self.shape, self._ranks(rank)
         tensor = weight.reshape(s.groups, s.group_out, s.group_in, s.taps)
         outputs = leading_vectors(tensor.flatten(2), s.group_out).flip(-1)
@@ -194,8 +201,8 @@ class Tucker2(Scheme):
         )
 
 
-def _seen_through(tensor: Tensor, inputs: Tensor) -> Tensor:
-    """The tensor ``(G, O, I, S)`` with its third mode on a basis ``(G, I, r)``, as a matrix ``(G, O, r S)``."""
+def _projected(tensor: Tensor, inputs: Tensor) -> Tensor:
+    """The tensor ``(G, O, I, S)`` projected on a basis ``(G, I, r)`` of its third mode, as a matrix ``(G, O, r S)``."""
     return torch.einsum("gois,gir->gors", tensor, inputs).flatten(2)
 
 

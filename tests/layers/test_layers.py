@@ -44,7 +44,7 @@ def test_full_rank_stands_in_for_the_dense_layer(make, scheme):
 def test_a_merged_weight_cannot_be_written():
     dense = nn.Conv2d(8, 8, 3)
     layer = low_rank_layer(dense, LayerPlan("cp", 4))
-    with pytest.raises(KeyError):
+    with pytest.raises(ArpHubError, match=r"change layer\.factors"):
         layer.weight = nn.Parameter(torch.zeros(8, 8, 3, 3))
 
 
@@ -99,3 +99,30 @@ def test_a_grouped_linear_layer_is_no_slower_than_a_dense_one():
     with torch.inference_mode():
         samples = take_turns({"grouped": lambda: grouped(x), "dense": lambda: dense(x)}, x.device, seconds=0.2)
     assert paired_ratio(samples["grouped"], samples["dense"]).median < 1.5  # it is about a third
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_grouped_linear_layer_exports_to_onnx(dynamo, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    model, file = nn.Sequential(nn.Linear(12, 8)).eval(), str(tmp_path / "model.onnx")
+    decompose(model, RankPlan({"0": LayerPlan("group_in", 2, 2)}))
+    x, dynamic = torch.randn(2, 5, 12), {0: "batch", 1: "tokens"}
+    names = {"input_names": ["x"], "output_names": ["y"]}
+    shapes = {"dynamic_shapes": ({0: torch.export.Dim("b"), 1: torch.export.Dim("t")},)} if dynamo else {}
+    axes = {} if dynamo else {"dynamic_axes": {"x": dynamic, "y": dynamic}}
+    torch.onnx.export(model, (x,), file, dynamo=dynamo, verbose=False, **names, **shapes, **axes)
+    session, other = onnxruntime.InferenceSession(file), torch.randn(3, 7, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(session.run(None, {"x": other.numpy()})[0]), model(other))
+
+
+@pytest.mark.parametrize("shape", [(12,), (3, 12), (2, 5, 12), (2, 3, 4, 12), (0, 12)])
+def test_a_grouped_linear_layer_is_a_block_diagonal_one(shape):
+    torch.manual_seed(0)
+    layer, x = GroupedLinear(12, 8, 4), torch.randn(shape)
+    nn.init.normal_(layer.weight)
+    expected = nn.functional.linear(x, torch.block_diag(*layer.weight.chunk(4)), layer.bias)
+    for found in (layer, torch.jit.script(layer), torch.export.export(layer, (x,)).module()):
+        torch.testing.assert_close(found(x), expected, rtol=1e-4, atol=1e-5)

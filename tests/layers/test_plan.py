@@ -1,6 +1,7 @@
 """Plans: JSON there and back, what is refused, and what a model says of a plan."""
 
 import copy
+import dataclasses
 import json
 import pickle
 
@@ -9,8 +10,9 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from arp_hub import ArpHubError, LayerPlan, RankPlan
+from arp_hub import ArpHubError, LayerPlan, RankPlan, decompose, make_plan
 from arp_hub.layers.apply_plan import apply_plan, check_plan, plan_of
 from arp_hub.schemes import SCHEMES
 
@@ -47,8 +49,12 @@ def test_file_round_trip(tmp_path):
 @given(
     json_values
     | st.fixed_dictionaries(
-        {"format_version": json_values | st.just(1), "layers": json_values},
-        optional={"dense": json_values, "requires": json_values},
+        {"format_version": json_values | st.just(1), "layers": json_values | st.just({})},
+        optional={
+            "dense": json_values,
+            "requires": json_values,
+            "model": json_values | st.fixed_dictionaries({"architecture": st.text(), "shapes": json_values}),
+        },
     )
     | st.fixed_dictionaries(
         {
@@ -149,3 +155,54 @@ def test_a_shared_module_is_planned_once_and_stays_shared():
         check_plan(model, RankPlan({"a": LayerPlan("channel", 2), "b": LayerPlan("channel", 2)}))
     apply_plan(model, RankPlan({"a": LayerPlan("channel", 2)}))
     assert model["a"] is model["b"]
+
+
+def small_plan(name: str, **kwargs: object) -> RankPlan:
+    with torch.device("meta"), pytest.warns(UserWarning, match="meta device"):
+        return make_plan(timm.create_model(name, **kwargs), keep_params=0.5, schemes=["channel"])
+
+
+@pytest.mark.parametrize(
+    ("made_for", "used_for", "message"),
+    [
+        (
+            "cifar_resnet20",
+            {"model_name": "cifar_resnet56"},
+            "made for cifar_resnet20, and this model is cifar_resnet56",
+        ),
+        ("cifar_resnet20", {"model_name": "cifar_resnet20", "num_classes": 100, "in_chans": 1}, None),
+        ("test_vit", {"model_name": "test_vit", "img_size": 96}, None),
+        ("test_vit", {"model_name": "test_vit", "num_classes": 7}, "layer 'head'.* weight of 1000x64, .* one of 7x64"),
+        ("resnet18", {"model_name": "resnet18.a1_in1k"}, None),
+    ],
+)
+def test_a_plan_fits_the_architecture_it_was_made_for(made_for, used_for, message):
+    plan = RankPlan.from_json(small_plan(made_for).to_json())
+    with torch.device("meta"):
+        model = timm.create_model(**used_for)
+    if message is None:
+        assert list(plan_of(apply_plan(model, plan)).layers) == list(plan.layers)
+    else:
+        with pytest.raises(ArpHubError, match=message):
+            apply_plan(model, plan)
+
+
+def test_a_plan_knows_models_that_timm_did_not_create():
+    def network(depth):
+        return nn.Sequential(*(nn.Linear(64, 64) for _ in range(depth)))
+
+    plan = make_plan(network(3), keep_params=0.5, input_size=(1, 1, 64), schemes=["channel"])
+    assert decompose(network(3), plan)
+    with pytest.raises(ArpHubError, match="Sequential with 3 layers, .* Sequential with 5 layers"):
+        decompose(network(5), plan)
+
+
+def test_plans_are_equal_by_their_layers_and_older_files_stay_as_they_are():
+    plan = small_plan("cifar_resnet20")
+    older = dataclasses.replace(plan, model=None)
+    assert (older, hash(older)) == (plan, hash(plan))
+    assert "model" not in older.to_dict()
+    assert set(plan.to_dict()) == {"format_version", "layers", "dense", "model"}
+    again = copy.deepcopy(RankPlan.from_json(plan.to_json()))
+    assert again.model == plan.model is not None
+    assert apply_plan(timm.create_model("cifar_resnet56"), older)
