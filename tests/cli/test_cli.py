@@ -135,7 +135,10 @@ def test_compress_by_a_plan_gives_that_plan(run, trained, tmp_path):
 
 def test_rank_multiple_holds(run, trained, tmp_path):
     path = tmp_path / "plan.json"
-    assert run("plan", *trained, "--keep-params", 0.7, "--rank-multiple", 4, "--schemes", "channel", "--output", path).code == 0
+    assert (
+        run("plan", *trained, "--keep-params", 0.7, "--rank-multiple", 4, "--schemes", "channel", "--output", path).code
+        == 0
+    )
     assert all(layer.rank % 4 == 0 for layer in RankPlan.load(path).layers.values())
 
 
