@@ -143,29 +143,17 @@ def open_model(
     overlay: dict[str, Any] = {} if input_size is None else {"pretrained_cfg_overlay": {"input_size": input_size}}
     if place.type == "meta":  # the structure alone, which takes no memory
         with place:
-            network = load_model(name, pretrained=False, num_classes=num_classes, **overlay)
-        _check_channels(network, input_size)
-        return network, False
+            return load_model(name, pretrained=False, num_classes=num_classes, **overlay), False
     try:
         network = load_model(name, checkpoint, pretrained=pretrained, num_classes=num_classes, **overlay)
     except ArpHubError as error:
         if checkpoint is None and isinstance(error.__cause__, FAILURES) and not is_saved_model(name):
             raise ArpHubError(f"{error}; or give --checkpoint FILE, or --no-pretrained for random weights") from error
         raise
-    _check_channels(network, input_size)
     random = checkpoint is None and (pretrained is False or not has_own)
     if random:
         note(f"warning: the weights of '{name}' are random: give --checkpoint FILE, or a model that has weights")
     return network.to(place), random
-
-
-def _check_channels(model: nn.Module, input_size: tuple[int, int, int] | None) -> None:
-    """Refuse an input size whose channels are not those of the first convolution, where the model names it."""
-    first = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv")
-    name = first[0] if isinstance(first, tuple | list) and first else first
-    channels = getattr(dict(model.named_modules()).get(name), "in_channels", None) if name else None
-    if input_size is not None and channels is not None and input_size[0] != channels:
-        raise ArpHubError(f"--input-size {' '.join(map(str, input_size))}: the model takes {channels} channels (C H W)")
 
 
 def _device(name: str | None) -> torch.device:

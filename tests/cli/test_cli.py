@@ -217,7 +217,6 @@ BAD_INPUTS = {
         "plan --model cifar_resnet20 --keep-params 0.5 --input-size 3 0 32",
         "got 3 0 32",
     ),
-    "input size of one channel": (f"{HALF} --input-size 1 32 32", "the model takes 3 channels"),
     "unknown device of torch's": (f"{HALF} --device gpu", "--device gpu"),
     "meta for compress": ("compress --model test_resnet --device meta --keep-params 0.5 --output {tmp}/out", "meta"),
     "meta for evaluate": ("evaluate --model test_resnet --device meta --data digits", "--device meta"),
