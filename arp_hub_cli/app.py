@@ -194,8 +194,8 @@ def compress(
     test = _test_split(network, found)
     before, falls = _figures(network, test, max_images, workers), spectra.decays(network)
     start = time.perf_counter()
-    made = given or make_plan(network, **options, calibration=images, progress=interactive())
-    decompose(network, made, images, progress=interactive())
+    made = given or make_plan(network, **options, calibration=images, effort=effort, progress=interactive())
+    decompose(network, made, images, effort=effort, progress=interactive())
     seconds = time.perf_counter() - start
     after = _figures(network, test, max_images, workers)
     result: dict[str, Any] = {
