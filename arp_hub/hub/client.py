@@ -215,7 +215,9 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, HFValidationError):
         return f"{error}: names look like user/name"
     if isinstance(error, ODD_ANSWERS):
-        return f"the answer of {constants.ENDPOINT} is not what the Hub's client expects ({type(error).__name__}: {error})"
+        return (
+            f"the answer of {constants.ENDPOINT} is not what the Hub's client expects ({type(error).__name__}: {error})"
+        )
     if _is_disk_full(error):
         return f"{error}: make room on that disk"
     if is_transient(error):
