@@ -96,7 +96,7 @@ VARIANTS = {
     "dense-every-32": Variant("the trained network, ramp 0.65, a pull every 32nd step", every=32),
     "dense-short-hold": Variant("ramp 0.9: a short hold", ramp=0.9),
     "dense-long-hold": Variant("ramp 0.3: a long hold", ramp=0.3),
-    "dense-replanned": Variant("ranks chosen anew in the middle of the ramp", pull=Replanned),
+    "dense-replanned": Variant("ranks chosen again in the middle of the ramp", pull=Replanned),
     "fit-keeps-energy": Variant("the fit, then the hold, projections keep the norm", penalty=KeepsEnergy, **FIT),
     "channel-energy-tail": Variant("channel alone, the tail's energy shrinks", schemes=("channel",)),
     "channel-nuclear-tail": Variant(
@@ -306,7 +306,7 @@ def train(task: Task, variant: Variant, model: nn.Module, pull: Pull, total: int
 
 HEAD = """# Ablations
 
-Written by `python benchmarks/ablations.py table`; a row is measured again by
+Written by `python benchmarks/ablations.py table`; reproduce a row with
 `OMP_NUM_THREADS=1 python benchmarks/ablations.py run ROW --again --shared ../shared`.
 
 ResNet-20 on CIFAR-10 from one trained checkpoint (91.73). In every row: one epoch of the same batches, SGD with

@@ -54,7 +54,7 @@ HEAD = """# Results
 
 Written by `python benchmarks/accuracy.py table` from
 [benchmarks/results/accuracy.json](https://github.com/arp-hub/arp-hub/blob/main/benchmarks/results/accuracy.json), which
-holds seed, hardware, versions, time and the whole plan of every row. One row is measured again by
+holds seed, hardware, versions, time and the whole plan of every row. Reproduce a row with
 
 ```bash
 python benchmarks/accuracy.py run ROW --again --shared ../shared
@@ -63,11 +63,10 @@ python benchmarks/accuracy.py run ROW --again --shared ../shared
 CIFAR-10: calibration on 1,024 training images without their labels, top-1 on all 10,000 test images. The sample of
 ImageNet has 1,000 images, very likely of the training set: 256 of them calibrate, the other 744 are judged, and the
 numbers compare a network with its own dense form, no more. One seed, the last epoch, and no choice made on these test
-images. The rows `fit/*`, `schemes/*` and `long/resnet56/0.35` are of the present planning, `long-teacher/*` of the
-one before; the others with images were planned by the errors of layers alone, `long/resnet56/0.2` by those and by
-what a layer, decomposed alone, does to the output of the network. `long/resnet56/0.35` was planned on a CPU, trained
-up to step 7,649 of 9,750 on an H200 (`--cuda-graphs`) and to its end on a CPU, with a pull of the penalty every 32nd
-step, which is the default now; the other rows of training were run with one every eighth.
+images. Rows were recorded at different
+commits, as `git log benchmarks/results/accuracy.json` tells. Training rows have a pull of the penalty every eighth step,
+`long/resnet56/0.35` every 32nd; that one was planned on a CPU, trained up to step 7,649 of 9,750 on an H200
+(`--cuda-graphs`) and to its end on a CPU.
 
 ![Points of top-1 lost over the share of parameters kept](img/accuracy.png)
 """

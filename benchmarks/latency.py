@@ -269,13 +269,13 @@ def run(args: argparse.Namespace) -> None:
 
 def print_tables(found: dict[str, Any]) -> None:
     """Markdown, one table a kind of row."""
-    print("| model | batch | budget | latency, measured anew | parameters kept |" + "\n" + "|---" * 5 + "|")
+    print("| model | batch | budget | latency, measured | parameters kept |" + "\n" + "|---" * 5 + "|")
     for name in ROWS:
         if name.startswith("budget/") and name in found:
             row, (_, model, batch) = found[name], name.split("/")
             budget = f"{row['asked']:g}" + (f"; {BUDGET} is refused" if row["refused"] else "")
             print(f"| {model} | {batch} | {budget} | {_median(row)} | {_kept(row)} |")
-    print("\n| budget | latency, measured anew | parameters kept | top-1 |" + "\n" + "|---" * 4 + "|")
+    print("\n| budget | latency, measured | parameters kept | top-1 |" + "\n" + "|---" * 4 + "|")
     for name in ROWS:
         if name.startswith("curve/") and name in found:
             row = found[name]
