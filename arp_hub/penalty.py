@@ -1,17 +1,21 @@
 """The adaptive rank penalty: pulls every planned layer onto its scheme's low-rank set while a task loss trains it.
 
-The relative violation of a layer is the squared distance of its weight to the set of weights that the scheme can
-represent at its rank, over the weight's squared norm. Every few optimiser steps every layer moves a share of the way
-to (an up-to-date estimate of) its nearest point in that set. The share is the layer's own and adapts to its own
-violation. After the ramp comes the hold, in which the share is 1: weights stay exactly low-rank while the task loss
-goes on, so that the decomposition that follows loses nothing.
+With ``P(W)`` the nearest weight that the scheme can represent at its rank, the relative violation of a layer is::
 
-The penalty depends on weights alone and is deterministic: with data parallelism every process does the same work on
-the same weights and ends with the same weights, without communication.
+    v = ||W - P(W)||^2 / ||W||^2
+
+Every few optimiser steps a layer moves a share ``a`` of the way to ``P(W)``, which leaves ``(1 - a)^2 v``. In the ramp
+the share is just large enough to meet a target that falls log-linearly to 1e-4 of its start. In the hold it is 1: the
+weights are exactly low rank after each pull, and drift by a few optimiser steps until the next one. The last step of
+all ends with a pull, so decomposing then changes nothing.
+
+The penalty depends on weights alone and is deterministic. Under data parallelism every process does the same work on
+the same weights, without communication.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -27,26 +31,14 @@ from .errors import ArpHubError
 from .layers.apply_plan import check_plan
 from .layers.model import check_model
 from .plan import RankPlan
-from .schemes import Factors, Scheme, make_scheme, relative_error
+from .schemes import Factors, Scheme, make_scheme
 
 Phase = Literal["ramp", "hold", "done"]
-Method = Literal["tracking", "dual"]
 
 _END_OF_RAMP = 1e-4
-"""Target violation at the end of the ramp, relative to the one at its start."""
-_DUAL_RATE, _DUAL_GROWTH, _DUAL_PROGRESS = 0.02, 1.02, 0.99
-"""Dual ascent: gain per step, and its growth in steps in which the violation falls by less than 1 %."""
-_METRIC_ITERATIONS = 2
-_SCALARS = ("start", "violation", "strength", "rate")
-"""What is remembered of each layer, beside its factors."""
-_EVERY, _LEAST_PULLS = 32, 10
-"""Steps from one pull to the next, and the pulls of a training that is too short for so many steps between them."""
+"""Target violation at the end of the ramp over that at its start; the first pull of the hold removes the rest."""
 _STACKED_WEIGHTS = 2**22
-"""Weights of like layers that are pulled together, at most."""
-_STREAMS = 8
-"""Stacks that a GPU works on at once, at most."""
-_CHECK_EVERY = 20
-"""Pulls between two looks for NaN on an accelerator, where a look stops the pipeline; on a CPU every pull looks."""
+"""Weights of like layers that are pulled together at most: 16 MB, small beside most models."""
 
 
 @dataclass
@@ -57,18 +49,17 @@ class _Layer:
     weight: nn.Parameter
     scheme: Scheme
     rank: int
-    moment: Tensor | None
     factors: Factors | None
 
 
 class _Stack:
-    """Layers of one shape, scheme and rank as the groups of one layer, and what the penalty remembers of them.
+    """Layers of one shape, scheme and rank as the groups of one layer, with what the penalty remembers of them.
 
-    A scheme treats the groups of a layer alike and apart, so that one call serves the whole stack: on a GPU a pull
-    of small layers takes as long as its launches.
+    A scheme treats groups alike and apart, so one call serves the whole stack. On a GPU a pull of small layers costs as
+    much as its kernel launches.
 
     Args:
-        layers: The layers, alike; a layer with a moment is alone, because its fit searches for its own sake.
+        layers: The layers.
     """
 
     def __init__(self, layers: Sequence[_Layer]) -> None:
@@ -81,55 +72,48 @@ class _Stack:
             groups=count * shape.groups,
         )
         self.scheme = make_scheme(first.scheme.name, stacked, first.scheme.groups)
-        self.moment = first.moment
         given = [layer.factors for layer in layers if layer.factors is not None]
-        self.basis: Factors | None = self.kept_of(_joined(given)) if given else None
+        self.basis: Factors | None = self._kept_of(_joined(given)) if given else None
         self.factors: Factors | None = None
         self.start: Tensor | None = None
-        self.violation: Tensor | None = None
-        self.strength: Tensor | None = None
-        self.rate: Tensor | None = None
 
-    def dense_weights(self) -> Tensor:
-        """The weights one below the other, ``(layers * O, I, kh, kw)``, in single precision."""
-        weight = torch.cat([layer.weight.detach() for layer in self.layers]).float().contiguous()
+    def dense_weights(self, weights: Sequence[Tensor] | None = None) -> Tensor:
+        """Weights one below the other, ``(layers * O, I, kh, kw)``, in single precision; by default the model's own."""
+        weights = weights or [layer.weight for layer in self.layers]
+        weight = torch.cat([one.detach() for one in weights]).float().contiguous()
         return weight if weight.dim() == 4 else weight[..., None, None]
 
-    def project(self, weight: Tensor) -> Tensor:
-        """Bring the factors up to date with `dense_weights` and return the point of the set that they stand for."""
-        if self.basis is None:  # each by itself: how long the search for a start goes on depends on the layer
+    def nearest(self, weight: Tensor) -> Factors:
+        """The factors of the nearest low-rank weights, starting from those of the last pull."""
+        if self.basis is None:  # layer by layer, because each search for a start has its own length
             parts = zip(self.layers, weight.chunk(len(self.layers)), strict=True)
-            factors = _joined([layer.scheme.nearest(part, layer.rank) for layer, part in parts])
-        elif self.moment is None:
-            start = tuple(part.float() for part in self.basis)
-            factors = self.scheme.nearest(weight, self.layers[0].rank, start=start)
-        else:
-            factors = self.basis
-        if self.moment is not None:
-            factors = self.scheme.fit(weight, self.moment, factors, _METRIC_ITERATIONS)
-        self.basis, self.factors = self.kept_of(factors), factors
-        return self.scheme.compose(factors)
+            return _joined([layer.scheme.nearest(part, layer.rank) for layer, part in parts])
+        start = tuple(part.float() for part in self.basis)
+        return self.scheme.nearest(weight, self.layers[0].rank, start=start)
 
-    def kept_of(self, factors: Factors) -> Factors:
-        """What the next pull starts from: a part of the factors, but all of them for a fit.
+    def remember(self, factors: Factors, keep: bool) -> None:
+        """Keep what the next pull starts from, and all of the factors if ``keep``."""
+        self.basis = self._kept_of(factors)
+        # contiguous, as they come back from a checkpoint: sums of other strides round differently
+        self.factors = tuple(part.contiguous() for part in factors) if keep else None
 
-        A start need be no more precise than the weights' way from one pull to the next, nor of any scale.
+    def _kept_of(self, factors: Factors) -> Factors:
+        """The part of the factors that a pull starts from, scaled to 1 and in half precision.
+
+        A start needs no more precision than the weights' way between two pulls. For ResNet-50 at 45 % it takes 17 % of
+        the weights' memory (results/penalty_cost.json).
         """
-        if self.moment is not None:
-            return tuple(part.contiguous() for part in factors)  # as it comes back from a checkpoint
         basis = self.scheme.basis(factors)
         largest = [part.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(part.dtype).tiny) for part in basis]
         return tuple((part / most).half().contiguous() for part, most in zip(basis, largest, strict=True))
 
     def violations_of(self, weight: Tensor, nearest: Tensor) -> Tensor:
         """Relative violation of every layer, ``(layers,)``."""
-        if self.moment is not None:
-            return relative_error(weight, nearest, self.moment)[None]
         apart, whole = (part.view(len(self.layers), -1).square().sum(1) for part in (weight - nearest, weight))
         return apart / whole.clamp_min(torch.finfo(whole.dtype).tiny)
 
     def move(self, weight: Tensor, nearest: Tensor, shares: Tensor | None) -> None:
-        """Move each layer by its share of the way to its nearest point, all of it without shares."""
+        """Move each layer by its share of the way to its nearest point, or all the way without shares."""
         if shares is not None:
             rows = len(weight) // len(shares)
             nearest = torch.lerp(weight, nearest, shares.repeat_interleave(rows).view(-1, 1, 1, 1))
@@ -137,16 +121,16 @@ class _Stack:
             layer.weight.copy_(target.view(layer.weight.shape))
 
     def apart(self, joined: Factors | None) -> list[Factors]:
-        """The factors, or bases, of each layer; none if there are none yet."""
+        """The factors, or bases, of each layer; an empty list if there are none yet."""
         parts = [part.chunk(len(self.layers)) for part in joined or ()]
         return list(zip(*parts, strict=True))
 
 
 @contextmanager
 def _side_by_side(streams: Sequence[torch.cuda.Stream]) -> Iterator[Callable[[], AbstractContextManager[object]]]:
-    """Turns that a GPU may take at once, after what it has been given before and before what it is given afterwards.
+    """Contexts whose work a GPU may overlap, after all earlier work and before all later work.
 
-    Factorisations of small matrices leave most of a GPU idle. Without streams, turns are one after the other.
+    Factorisations of small matrices leave most of a GPU idle. Without streams, the contexts do nothing.
     """
     if not streams:
         yield nullcontext
@@ -165,12 +149,12 @@ def _joined(factors: Sequence[Factors]) -> Factors:
 
 
 def _stacked(layers: Sequence[_Layer]) -> list[_Stack]:
-    """Layers that are alike in stacks, which hold so many weights that their copies stay small beside the model."""
+    """Like layers in stacks whose copies stay small beside the model."""
     alike: dict[Any, list[_Layer]] = {}
     for layer in layers:
         scheme, shape = layer.scheme, layer.scheme.shape
         kind = scheme.name, scheme.groups, layer.rank, layer.weight.shape, shape.groups, layer.weight.device
-        alike.setdefault(kind if layer.moment is None else layer.name, []).append(layer)
+        alike.setdefault(kind, []).append(layer)
     stacks = []
     for group in alike.values():
         most = max(1, _STACKED_WEIGHTS // group[0].weight.numel())
@@ -181,25 +165,24 @@ def _stacked(layers: Sequence[_Layer]) -> list[_Stack]:
 class AdaptiveRankPenalty:
     """Pulls the planned layers of a model to their ranks, exactly so at the end.
 
-    With ``total_steps=1000`` and ``ramp=0.65``, steps 1 to 650 are the ramp, 651 to 1000 the hold.
+    With ``total_steps=1000`` and ``ramp=0.65``, steps 1 to 650 are the ramp, 651 to 1000 the hold. In the hold a layer
+    is exactly low rank after each pull; between two pulls the optimiser moves it away by a few steps.
+    `violations` measures how far it is at any time.
+
+    Layers whose weight does not require gradients are left out: nothing trains them, so nothing pulls them.
 
     Args:
-        model: The dense model in training (unwrapped, if it is wrapped for data parallelism).
+        model: The dense model in training, without a wrapper: pass ``accelerator.unwrap_model(model)``.
         plan: A plan made for it.
         total_steps: Optimiser steps of the whole training.
         ramp: Share of the steps in which the violation falls; the rest is the hold. 0 holds from the first step.
-        method: How the strength adapts. ``"tracking"``: the target violation falls log-linearly to 1e-4 of its
-            start; a layer above its target is pulled just as far as the target asks, one below is let go.
-            ``"dual"``: dual ascent; the strength grows with the layer's violation, faster where it does not fall.
-        moments: Second moments of the layers' inputs, ``(G, I kh kw, I kh kw)`` by name: measure distances in the
-            layers' outputs instead of in the weights. By default the weight metric.
         factors: Factors to start from, as a fit of the same plan gives them; by default the nearest point.
-        every: Steps from one pull to the next; by default 32, or a tenth of a shorter training. A pull makes up for the
-            steps left out, so that only the cost changes; the hold always begins and ends with one.
+        every: Steps from one pull to the next; by default 32, or a tenth of a shorter training. One pull makes up for
+            the steps between, so that only the cost changes. The hold always begins and ends with a pull.
 
     Raises:
-        ArpHubError: If the plan does not fit the model, the schedule leaves no step for the hold, or ``every`` is no
-            whole number of at least 1.
+        ArpHubError: If the plan does not fit the model, no planned layer can be trained, the schedule leaves no step
+            for the hold, or ``every`` is not a whole number of at least 1.
 
     Example:
         >>> penalty = AdaptiveRankPenalty(model, plan, total_steps=len(loader) * epochs)
@@ -218,56 +201,41 @@ class AdaptiveRankPenalty:
         *,
         total_steps: int,
         ramp: float = 0.65,
-        method: Method = "tracking",
-        moments: Mapping[str, Tensor] | None = None,
         factors: Mapping[str, Factors] | None = None,
         every: int | None = None,
     ) -> None:
         check_model(model)
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ArpHubError(f"every must be a whole number of at least 1, got {every!r}")
-        if method not in ("tracking", "dual"):
-            raise ArpHubError(f"unknown method {method!r}: choose 'tracking' or 'dual'")
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ArpHubError(f"total_steps must be a whole number of at least 1, got {total_steps!r}")
         if not 0 <= ramp < 1:
             raise ArpHubError(f"ramp must be at least 0 and below 1, got {ramp}: the rest of the steps is the hold")
-        self.total_steps, self.ramp_steps, self.method = total_steps, math.ceil(ramp * total_steps), method
-        self.every = every or min(_EVERY, max(1, total_steps // _LEAST_PULLS))
+        self.total_steps, self.ramp_steps = total_steps, math.ceil(ramp * total_steps)
+        # 32: on ResNet-20 rarer pulls cost no accuracy (docs/ablations.md); a short training has ten pulls
+        self.every = every or min(32, max(1, total_steps // 10))
         if self.ramp_steps >= total_steps:
             raise ArpHubError(
                 f"a ramp of {ramp} over {total_steps} steps leaves no step for the hold: "
                 "lower ramp or train for more steps"
             )
         self.step_count = self._pulls = 0
-        self._off = False
-        """Whether the weights have been trained in the hold since they were last low-rank."""
-        layers = []
-        modules = dict(model.named_modules(remove_duplicate=False))
-        for name, scheme in check_plan(model, plan).items():
-            weight = modules[name].weight
-            if not isinstance(weight, nn.Parameter) or type(modules[name]).__name__.startswith(("Std", "Scaled")):
-                raise ArpHubError(
-                    f"layer '{name}' is a {type(modules[name]).__name__}, whose weight is standardised on every pass: "
-                    "decompose it without the penalty, or exclude it from the plan"
-                )
-            layers.append(
-                _Layer(
-                    name,
-                    weight,
-                    scheme,
-                    plan.layers[name].rank,
-                    None if moments is None else _moment(name, scheme, moments).to(weight.device, torch.float32),
-                    None if factors is None else _start_factors(name, scheme, plan, factors, weight),
-                )
-            )
+        self._drifted = False
+        """Whether the optimiser has moved weights in the hold since the last pull."""
+        self._modules = {name: model.get_submodule(name) for name in plan.layers if name in _names_of(model)}
+        layers = [
+            _Layer(name, weight, scheme, plan.layers[name].rank, _start_factors(name, scheme, plan, factors, weight))
+            for name, scheme in check_plan(model, plan).items()
+            if (weight := _trained_weight(name, self._modules[name])).requires_grad
+        ]
         if not layers:
-            raise ArpHubError("the plan decomposes no layer: there is nothing to pull")
+            raise ArpHubError("the plan decomposes no layer that can be trained: there is nothing to pull")
         self._names = [layer.name for layer in layers]
         self._stacks = _stacked(layers)
         devices = {layer.weight.device for layer in layers}
         device = devices.pop() if len(devices) == 1 else torch.device("cpu")
-        self._streams = [torch.cuda.Stream(device) for _ in range(_STREAMS)] if device.type == "cuda" else []
+        # eight streams keep a GPU busy with small factorisations; more gain nothing (results/penalty_cost.json)
+        self._streams = [torch.cuda.Stream(device) for _ in range(8)] if device.type == "cuda" else []
 
     @property
     def phase(self) -> Phase:
@@ -281,52 +249,70 @@ class AdaptiveRankPenalty:
         """Pull every planned layer. Call it after each step of the optimiser.
 
         Raises:
-            ArpHubError: If a weight is NaN or infinite.
+            ArpHubError: If a weight is NaN or infinite, or a layer's parameter is no longer the model's.
         """
         holding = self.step_count >= self.ramp_steps
         due = self.step_count % self.every == 0 or self.step_count in (self.ramp_steps, self.total_steps - 1)
         self.step_count += 1
-        self._off |= holding
+        self._drifted |= holding
         if due:
             self._pull(holding, keep=self.step_count == self.total_steps)
 
     def _pull(self, holding: bool, keep: bool = False) -> None:
         """Move every layer to its target: all of the way in the hold; keep all of its factors or only their basis."""
         self._pulls += 1
-        if self._stacks[0].layers[0].weight.device.type == "cpu" or self._pulls % _CHECK_EVERY == 1:
+        self._check_own()
+        # on a GPU a look for NaN waits for all earlier work, so only every 20th pull has one
+        if self._stacks[0].layers[0].weight.device.type == "cpu" or self._pulls % 20 == 1:
             self._check_finite()
         with _side_by_side(self._streams) as turn:
             for stack in self._stacks:
                 with turn():
                     weight = stack.dense_weights()
-                    nearest = stack.project(weight)
-                    violation = stack.violations_of(weight, nearest)
-                    shares = None if holding else self._shares(stack, violation)
-                    stack.violation = torch.zeros_like(violation) if holding else violation
+                    factors = stack.nearest(weight)
+                    nearest = stack.scheme.compose(factors)
+                    shares = None if holding else self._shares(stack, stack.violations_of(weight, nearest))
                     stack.move(weight, nearest, shares)
-                    stack.factors = stack.factors if keep else None
-        self._off = False
+                    stack.remember(factors, keep)
+        self._drifted = False
 
+    @torch.no_grad()
     def violations(self) -> dict[str, float]:
-        """Relative violation of every planned layer, between 0 and 1, as the last step found it (0 in the hold).
+        """Relative violation of every pulled layer, between 0 and 1, measured on the weights as they are.
+
+        It costs as much as a pull and changes nothing.
 
         Raises:
             ArpHubError: If `step` was never called, or a weight is NaN or infinite.
         """
         self._require_steps()
         self._check_finite()
-        found = {
-            layer.name: violation
-            for stack in self._stacks
-            for layer, violation in zip(stack.layers, cast(Tensor, stack.violation).tolist(), strict=True)
-        }
+        found: dict[str, float] = {}
+        for stack in self._stacks:
+            weight = stack.dense_weights()
+            values = stack.violations_of(weight, stack.scheme.compose(stack.nearest(weight))).tolist()
+            found |= {layer.name: value for layer, value in zip(stack.layers, values, strict=True)}
         return {name: found[name] for name in self._names}
 
     @torch.no_grad()
-    def factors(self) -> dict[str, Factors]:
-        """The factors of every planned layer, which reproduce its weight exactly. For `decompose`.
+    def low_rank_copy(self, model: nn.Module) -> nn.Module:
+        """A copy of a model of the same architecture, with its pulled layers at their nearest low-rank weights.
 
-        The weights are brought onto the low-rank set first, unless the last step was the last of all.
+        It is what decomposing the model would give, for measuring accuracy between two pulls.
+        """
+        twin = copy.deepcopy(model)
+        for stack in self._stacks:
+            weights = [cast(Tensor, twin.get_submodule(layer.name).weight) for layer in stack.layers]
+            nearest = stack.scheme.compose(stack.nearest(stack.dense_weights(weights)))
+            for weight, target in zip(weights, nearest.chunk(len(weights)), strict=True):
+                weight.copy_(target.view(weight.shape))
+        return twin
+
+    @torch.no_grad()
+    def factors(self) -> dict[str, Factors]:
+        """The factors of every pulled layer, which reproduce its weight exactly. For `decompose`.
+
+        If the optimiser has moved the weights since the last pull, they are pulled first.
 
         Raises:
             ArpHubError: If the hold has not begun, so that there are no exact factors yet.
@@ -338,7 +324,7 @@ class AdaptiveRankPenalty:
                 "train into the hold first"
             )
         self._check_finite()
-        if self._off or any(stack.factors is None for stack in self._stacks):
+        if self._drifted or any(stack.factors is None for stack in self._stacks):
             self._pull(holding=True, keep=True)
         found = {
             layer.name: layer.scheme.balance(factors)
@@ -352,20 +338,21 @@ class AdaptiveRankPenalty:
         layers: dict[str, dict[str, Tensor]] = {name: {} for name in self._names}
         for stack in self._stacks:
             for number, layer in enumerate(stack.layers):
-                for key in _SCALARS:
-                    if (values := getattr(stack, key)) is not None:
-                        layers[layer.name][key] = values[number].clone()
-            for layer, basis in zip(stack.layers, stack.apart(stack.basis), strict=False):
-                layers[layer.name] |= {f"basis{k}": part.clone() for k, part in enumerate(basis)}
+                if stack.start is not None:
+                    layers[layer.name]["start"] = stack.start[number].clone()
+            for kind, joined in (("basis", stack.basis), ("factor", stack.factors)):
+                for layer, parts in zip(stack.layers, stack.apart(joined), strict=False):
+                    layers[layer.name] |= {f"{kind}{k}": part.clone() for k, part in enumerate(parts)}
         return {
             "step_count": self.step_count,
             "total_steps": self.total_steps,
             "ramp_steps": self.ramp_steps,
+            "drifted": self._drifted,
             "layers": layers,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict` of a penalty with the same plan and schedule.
+        """Continue from the `state_dict` of a penalty with the same plan and schedule.
 
         Raises:
             ArpHubError: If plan or schedule differ.
@@ -376,43 +363,41 @@ class AdaptiveRankPenalty:
         if odd := set(state["layers"]) ^ set(self._names):
             raise ArpHubError(f"the saved penalty is of another plan: it differs in layer '{min(odd)}'")
         self.step_count = state["step_count"]
-        self._off = self.step_count > self.ramp_steps
+        self._drifted = bool(state.get("drifted", self.step_count > self.ramp_steps))
         for stack in self._stacks:
             device = stack.layers[0].weight.device
             saved = [
                 {key: value.to(device) for key, value in state["layers"][layer.name].items()} for layer in stack.layers
             ]
-            for key in _SCALARS:
-                setattr(stack, key, torch.stack([one[key] for one in saved]) if key in saved[0] else None)
-            bases, factors = (
-                [tuple(one[key] for key in sorted(one) if key.startswith(kind)) for one in saved]
+            stack.start = torch.stack([one["start"] for one in saved]) if "start" in saved[0] else None
+            basis, factors = (
+                _joined([tuple(one[key] for key in sorted(one) if key.startswith(kind)) for one in saved])
                 for kind in ("basis", "factor")
             )
-            stack.basis, stack.factors = _joined(bases) or None, None
-            if factors[0]:  # a checkpoint of the time when all of them were kept
-                stack.basis = stack.kept_of(_joined(factors))
+            stack.basis, stack.factors = basis or None, factors or None
 
     def _shares(self, stack: _Stack, violation: Tensor) -> Tensor:
-        """The share of the way to its nearest point that each layer moves now, between 0 and 1, ``(layers,)``."""
+        """The share of the way to its nearest point that each layer moves, between 0 and 1, ``(layers,)``."""
         tiny = torch.finfo(violation.dtype).tiny
         if stack.start is None:
             stack.start = violation.clamp_min(tiny)
-            stack.strength, stack.rate = torch.zeros_like(violation), torch.full_like(violation, _DUAL_RATE)
-        if self.method == "tracking":
-            target = stack.start * _END_OF_RAMP ** (self.step_count / self.ramp_steps)
-            # Moving a share s leaves (1 - s)^2 of the violation, so this share lands on the target.
-            return (1 - (target / violation.clamp_min(tiny)).sqrt()).clamp(0, 1)
-        strength, rate = cast(Tensor, stack.strength), cast(Tensor, stack.rate)
-        if stack.violation is not None:
-            stuck = violation > _DUAL_PROGRESS * stack.violation
-            rate = torch.where(stuck, rate * _DUAL_GROWTH**self.every, rate)
-        stack.rate = rate
-        stack.strength = strength + self.every * rate * violation / stack.start
-        return stack.strength / (1 + stack.strength)  # the proximal step of strength/2 times the squared distance
+        target = stack.start * _END_OF_RAMP ** (self.step_count / self.ramp_steps)
+        # moving a share a leaves (1 - a)^2 of the violation, so this share lands on the target
+        return (1 - (target / violation.clamp_min(tiny)).sqrt()).clamp(0, 1)
 
     def _require_steps(self) -> None:
         if self.step_count == 0:
             raise ArpHubError("penalty.step() was never called: call it after every optimizer.step()")
+
+    def _check_own(self) -> None:
+        """Refuse to pull parameters that the model no longer uses: nothing would come of it."""
+        for stack in self._stacks:
+            for layer in stack.layers:
+                if self._modules[layer.name]._parameters.get("weight") is not layer.weight:
+                    raise ArpHubError(
+                        f"layer '{layer.name}': its weight was replaced or sharded after the penalty was built: build "
+                        "the penalty from the model as it is trained"
+                    )
 
     def _check_finite(self) -> None:
         layers = [layer for stack in self._stacks for layer in stack.layers]
@@ -423,19 +408,26 @@ class AdaptiveRankPenalty:
             raise ArpHubError(f"layer '{name}': its weight is NaN or infinite after step {self.step_count}")
 
 
-def _moment(name: str, scheme: Scheme, moments: Mapping[str, Tensor]) -> Tensor:
-    if name not in moments:
-        raise ArpHubError(f"layer '{name}' is planned, but there is no second moment for it")
-    columns = scheme.shape.group_in * scheme.shape.taps
-    expected = (scheme.shape.groups, columns, columns)
-    if tuple(moments[name].shape) != expected:
-        raise ArpHubError(f"layer '{name}': its second moment has shape {tuple(moments[name].shape)}, not {expected}")
-    return moments[name]
+def _names_of(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_modules(remove_duplicate=False)}
+
+
+def _trained_weight(name: str, module: nn.Module) -> nn.Parameter:
+    """The weight that an optimiser trains, if the layer multiplies its input by just that."""
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter) or type(module).__name__.startswith(("Std", "Scaled")):
+        raise ArpHubError(
+            f"layer '{name}' is a {type(module).__name__}, whose weight is standardised on every pass: "
+            "decompose it without the penalty, or exclude it from the plan"
+        )
+    return weight
 
 
 def _start_factors(
-    name: str, scheme: Scheme, plan: RankPlan, factors: Mapping[str, Factors], weight: Tensor
-) -> Factors:
+    name: str, scheme: Scheme, plan: RankPlan, factors: Mapping[str, Factors] | None, weight: Tensor
+) -> Factors | None:
+    if factors is None:
+        return None
     if name not in factors:
         raise ArpHubError(f"layer '{name}' is planned, but there are no factors for it")
     expected = [conv.weight_shape for conv in scheme.convs(plan.layers[name].rank)]

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import (
+    DATA_HELP,
+    MAX_IMAGES_HELP,
     AsJson,
     BatchSize,
     Calibration,
@@ -148,7 +150,7 @@ def compress(
     copies: Copies = None,
     effort: Effort = "balanced",
     input_size: InputSize = None,
-    max_images: Annotated[int | None, typer.Option(help="Measure accuracy on so many test images only.", min=1)] = None,
+    max_images: Annotated[int | None, typer.Option(help=f"Measure accuracy on {MAX_IMAGES_HELP}", min=1)] = None,
     workers: Workers = 0,
     device: Device = None,
     seed: Seed = 0,
@@ -227,7 +229,7 @@ def compress(
 @app.command("evaluate")
 def evaluate_command(
     model: Model,
-    data: Annotated[str, typer.Option(help="digits, a folder of parquet files or of class folders, or a Hub id.")],
+    data: Annotated[str, typer.Option(help=DATA_HELP)],
     split: Annotated[str, typer.Option(help="Which images: test, train, or a split of the data's own.")] = "test",
     checkpoint: Checkpoint = None,
     num_classes: NumClasses = None,
@@ -235,7 +237,7 @@ def evaluate_command(
     label_key: LabelKey = None,
     input_size: InputSize = None,
     batch_size: Annotated[int, typer.Option(help="Images a forward pass.", min=1)] = 256,
-    max_images: Annotated[int | None, typer.Option(help="Stop after so many images.", min=1)] = None,
+    max_images: Annotated[int | None, typer.Option(help=f"Measure on {MAX_IMAGES_HELP}", min=1)] = None,
     workers: Workers = 0,
     device: Device = None,
     as_json: AsJson = False,
@@ -244,7 +246,6 @@ def evaluate_command(
 
     Example: arp-hub evaluate --model local-dir:out --data uoft-cs/cifar10 --json
     """
-    from arp_hub.errors import ArpHubError
     from arp_hub.layers.model import count_params
     from arp_hub.layers.trace import count_macs
     from arp_hub.reports import tables
@@ -254,8 +255,6 @@ def evaluate_command(
 
     network = open_model(model, checkpoint, num_classes, input_size, device)
     found = load_data(data, network, image_key=image_key, label_key=label_key)
-    if reason := _class_mismatch(network, found):
-        raise ArpHubError(f"{reason}: choose the model that was trained on this data")
     scores = evaluate(network, found.split(split), batch_size=batch_size, workers=workers, max_images=max_images)
     result = {**scores, "params": count_params(network), "macs": count_macs(network)}
     if as_json:
@@ -481,18 +480,12 @@ def _figures(model: nn.Module, test: Split | None, max_images: int | None, worke
 
 
 def _test_split(model: nn.Module, data: ImageData | None) -> Split | None:
-    """The test images, if they have labels that the model was trained for."""
+    """The test images, if they have labels of the classes that the model has."""
+    from arp_hub.training.evaluate import why_not_measured
+
     if data is None or data.test.labels is None:
         return None
-    if reason := _class_mismatch(model, data):
+    if reason := why_not_measured(model, data.test):
         note(f"accuracy is not measured: {reason}")
         return None
     return data.test
-
-
-def _class_mismatch(model: nn.Module, data: ImageData) -> str | None:
-    """Why the labels are not those that the model was trained for, where the data tells its classes."""
-    classes = getattr(model, "num_classes", None)
-    if not data.class_names or classes in (None, data.num_classes):
-        return None
-    return f"the model has {classes} classes, the data '{data.name}' has {data.num_classes}"

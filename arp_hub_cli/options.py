@@ -21,11 +21,14 @@ InputSize = Annotated[
     tuple[int, int, int] | None,
     typer.Option(metavar="C H W", help="Input size; by default the model's own.", show_default=False),
 ]
-Data = Annotated[
-    str | None, typer.Option(help="digits, a folder of parquet files or of class folders, or a Hub dataset id.")
-]
+DATA_HELP = "digits, a folder of class folders or of parquet files, or a Hub dataset: USER/NAME or USER/NAME:CONFIG."
+MAX_IMAGES_HELP = "this many images of the split, chosen at random, the same at every call."
+Data = Annotated[str | None, typer.Option(help=DATA_HELP)]
 ImageKey = Annotated[str | None, typer.Option(help="Image column; by default the one of type Image.")]
-LabelKey = Annotated[str | None, typer.Option(help="Label column; by default the one of type ClassLabel.")]
+LabelKey = Annotated[
+    str | None,
+    typer.Option(help="Label column: numbers, bools or class names; by default the one of type ClassLabel."),
+]
 KeepParams = Annotated[float | None, typer.Option(help="Share of the parameters to keep, above 0 and below 1.")]
 KeepMacs = Annotated[float | None, typer.Option(help="Share of the multiply-accumulates to keep.")]
 KeepLatency = Annotated[float | None, typer.Option(help="Share of the measured latency on --device to keep.")]

@@ -41,9 +41,7 @@ from torch.nn import functional as F
 
 import arp_hub
 from arp_hub._utils.environment import environment
-from arp_hub.calibration.passes import all_moments
 from arp_hub.hub.load import load_model
-from arp_hub.layers.low_rank import effective_weight
 from arp_hub.layers.model import count_params, low_rank_layers
 from arp_hub.penalty import AdaptiveRankPenalty
 from arp_hub.schemes import Factors
@@ -71,11 +69,9 @@ class Variant:
     pull: type[Pull] = Pull
     ramp: float = RAMP
     every: int = 4
-    method: str = "tracking"
     distill: float = DISTILL
     lr: float = LR
     schemes: tuple[str, ...] = ()
-    output_metric: bool = False
     epochs: int = 1
     seed: int = 0
 
@@ -88,7 +84,6 @@ VARIANTS = {
     "dense-ramp": Variant("the trained network, ramp 0.65, schedule tracking"),
     "fit-factors-slow": Variant("its factors are trained at a tenth of the rate", **FACTORS, lr=LR / 10),
     "fit-hold-slow": Variant("the fit, then the hold, at a tenth of the rate", **FIT, lr=LR / 10),
-    "dense-dual": Variant("dual ascent in place of tracking", method="dual"),
     "dense-fixed": Variant("a fixed strength", penalty=FixedShare),
     "dense-in-loss": Variant("a fixed strength, as a term of the loss", pull=InLoss),
     "dense-nuclear": Variant("nuclear norm with subgradients, as a term of the loss", pull=NuclearNorm),
@@ -102,7 +97,6 @@ VARIANTS = {
     "dense-short-hold": Variant("ramp 0.9: a short hold", ramp=0.9),
     "dense-long-hold": Variant("ramp 0.3: a long hold", ramp=0.3),
     "dense-replanned": Variant("ranks chosen anew in the middle of the ramp", pull=Replanned),
-    "dense-output-metric": Variant("distances in the layers' outputs (data-aware)", output_metric=True),
     "fit-keeps-energy": Variant("the fit, then the hold, projections keep the norm", penalty=KeepsEnergy, **FIT),
     "channel-energy-tail": Variant("channel alone, the tail's energy shrinks", schemes=("channel",)),
     "channel-nuclear-tail": Variant(
@@ -270,24 +264,15 @@ def _pull(
         return Nothing()
     if variant.pull is Replanned:
         return Replanned(model, plan, task.keep, task.images, total)
-    moments = _moments(model, plan, task.images) if variant.output_metric else None
     penalty = variant.penalty(
         model,
         plan,
         total_steps=total,
         ramp=variant.ramp,
-        method=variant.method,
         every=variant.every,
         factors=factors,
-        moments=moments,
     )
     return variant.pull(penalty)
-
-
-def _moments(model: nn.Module, plan: arp_hub.RankPlan, images: Tensor) -> dict[str, Tensor]:
-    layers = {name: model.get_submodule(name) for name in plan.layers}
-    found = all_moments(model.eval(), layers, images, 1e9)
-    return {name: found[name].regression(effective_weight(layer)).moment.float() for name, layer in layers.items()}
 
 
 def train(task: Task, variant: Variant, model: nn.Module, pull: Pull, total: int) -> float:

@@ -16,6 +16,21 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for child processes, of which several run side by side
+LONGEST = ("test_training.py", "test_golden.py", "test_cli.py", "test_publish.py", "test_backbones.py")
+"""Files that take longest, in this order: they start first, so that no process ends long after the others."""
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Run a single file in this process, where `print` and a debugger work; several files side by side."""
+    return 0 if len(config.args) == 1 and ".py" in config.args[0] else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; within a file the order stays."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

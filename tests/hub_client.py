@@ -61,8 +61,16 @@ class Client:
         self.process.stdin.close()
         self.process.wait(60)
 
-    def run(self, code: str, *, token: str | None, interrupt: Callable[[], None] | None = None, **names: Any) -> Done:
-        """Run code with the given names; ``interrupt`` is waited for and then answered by a Ctrl-C."""
+    def run(
+        self,
+        code: str,
+        *,
+        token: str | None,
+        interrupt: Callable[[], None] | None = None,
+        by: int = signal.SIGINT,
+        **names: Any,
+    ) -> Done:
+        """Run code with the given names; once ``interrupt`` returns, the process gets the signal ``by``."""
         assert self.process.stdin and self.process.stdout
         out, err = self.files
         plain = {key: str(value) if isinstance(value, Path) else value for key, value in names.items()}
@@ -72,9 +80,15 @@ class Client:
         pid = int(self.process.stdout.readline())
         if interrupt:
             interrupt()
-            os.kill(pid, signal.SIGINT)
+            os.kill(pid, by)
         ended = int(self.process.stdout.readline())
         return Done(ended, out.read_text(), err.read_text())
+
+    def recipe(self, name: str, *words: object, token: str | None = None, before: str = "", **options: Any) -> Done:
+        """Run a recipe as a user would."""
+        code = f"{before}\nimport runpy, sys\nsys.argv = [path, *words]\nrunpy.run_path(path, run_name='__main__')"
+        path = ROOT / "recipes" / name
+        return self.run(code, token=token, path=path, words=[str(word) for word in words], **options)
 
     def arp_hub(self, *words: object, token: str | None, before: str = QUICK, **options: Any) -> Done:
         """Run the command ``arp-hub``."""

@@ -11,11 +11,16 @@ import sys
 import traceback
 
 import accelerate  # noqa: F401 - imported before the forks, so that no child has to
+import datasets  # noqa: F401 - imported before the forks, so that no child has to
 import huggingface_hub  # noqa: F401 - imported before the forks, so that no child has to
+import matplotlib.pyplot  # noqa: F401 - imported before the forks, so that no child has to
+import sklearn.datasets  # noqa: F401 - imported before the forks, so that no child has to
 import timm  # noqa: F401 - imported before the forks, so that no child has to
 import torch
 
 import arp_hub  # noqa: F401 - imported before the forks, so that no child has to
+import arp_hub.hub.push  # noqa: F401 - imported before the forks, so that no child has to
+import arp_hub.training  # noqa: F401 - imported before the forks, so that no child has to
 import arp_hub_cli.app  # noqa: F401 - imported before the forks, so that no child has to
 
 torch.set_num_threads(1)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from arp_hub import AdaptiveRankPenalty, ArpHubError, LayerPlan, RankPlan, decompose, make_plan
-from arp_hub.calibration.passes import all_moments
+from arp_hub.layers.apply_plan import check_plan
 from arp_hub.schemes import SCHEMES
 
 STEPS = 24
@@ -59,7 +59,6 @@ def check_exact(model, plan, penalty):
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["tracking", "dual"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -71,9 +70,9 @@ def check_exact(model, plan, penalty):
     ],
     ids=["sgd", "accumulation", "bf16", "adamw", "lamb"],
 )
-def test_exactly_low_rank_at_the_end(method, options):
+def test_exactly_low_rank_at_the_end(options):
     model = network()
-    penalty = AdaptiveRankPenalty(model, PLAN, total_steps=STEPS, ramp=0.5, method=method)
+    penalty = AdaptiveRankPenalty(model, PLAN, total_steps=STEPS, ramp=0.5)
     if "optimizer" in options:
         options = options | {"optimizer": options["optimizer"](model.parameters())}
     phases = [penalty.phase]
@@ -82,7 +81,9 @@ def test_exactly_low_rank_at_the_end(method, options):
     train(model, penalty, 12, start=12, **options)
     assert [*phases, penalty.phase] == ["ramp", "hold", "done"]
     assert all(history[-1][name] < history[0][name] for name in PLAN.layers)
-    assert set(penalty.violations().values()) == {0.0}
+    assert (
+        max(penalty.violations().values()) < 5e-6
+    )  # measured on the weights; alternating least squares rounds to 1e-6
     check_exact(model, PLAN, penalty)
 
 
@@ -106,40 +107,97 @@ def test_without_a_gradient_the_end_is_the_nearest_point():
     torch.testing.assert_close(model[12].weight.detach(), u[:, :3] * s[:3] @ v[:3], rtol=1e-4, atol=1e-5)
 
 
-def test_data_metric_ends_nearer_in_the_outputs():
-    torch.manual_seed(0)
-    scale = torch.linspace(0.1, 3, 8)[:, None, None]
-    images = [torch.randn(16, 8, 8, 8) * scale]
-    plan = RankPlan({"0": LayerPlan("cp", 6)})
-    errors = {}
-    for aware in (False, True):
-        model = network()
-        dense = copy.deepcopy(model[0])
-        problem = all_moments(model, {"0": model[0]}, images, 1e9)["0"].regression(model[0].weight.detach())
-        moments = {"0": problem.moment} if aware else None
-        penalty = AdaptiveRankPenalty(model, plan, total_steps=10, ramp=0, moments=moments)
-        for _ in range(10):
-            penalty.step()
+@pytest.mark.parametrize("every", [1, 4])
+def test_violations_are_measured_on_the_weights_as_they_are(every):
+    """In the hold, too: between two pulls the optimiser moves layers away from the low-rank set."""
+    model = network()
+    penalty = AdaptiveRankPenalty(model, PLAN, total_steps=20, ramp=0, every=every)
+    for step in range(20):
         with torch.no_grad():
-            errors[aware] = float((model[0](images[0]) - dense(images[0])).square().mean())
-        check_exact(model, plan, penalty)
-    assert errors[True] < errors[False]
+            for name in PLAN.layers:
+                weight = model.get_submodule(name).weight
+                weight += 0.05 * weight.norm() / weight.numel() ** 0.5 * torch.randn_like(weight)
+        moved = penalty.violations() if step else {}
+        penalty.step()
+        found = penalty.violations()
+        pulled = step % every == 0 or step == 19
+        for name in PLAN.layers:
+            assert not moved or moved[name] > 1e-4
+            assert (found[name] < 5e-6) == pulled
+    for name, scheme in check_plan(model, PLAN).items():
+        weight = model.get_submodule(name).weight.detach()
+        weight = weight if weight.dim() == 4 else weight[..., None, None]
+        exact = scheme.compose(scheme.nearest(weight, PLAN.layers[name].rank))
+        assert float((weight - exact).square().sum() / weight.square().sum()) < 5e-6, name
+
+
+def test_measuring_changes_nothing():
+    found = []
+    for measure in (False, True):
+        model = network()
+        penalty = AdaptiveRankPenalty(model, PLAN, total_steps=STEPS, ramp=0.5, every=3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        for step in range(STEPS):
+            train(model, penalty, 1, start=step, optimizer=optimizer)
+            if measure:
+                penalty.violations()
+                penalty.low_rank_copy(model)
+        found.append(model.state_dict())
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+def test_a_low_rank_copy_is_what_decomposing_would_give():
+    model = network()
+    penalty = AdaptiveRankPenalty(model, PLAN, total_steps=STEPS, ramp=0.25, every=6)
+    train(model, penalty, 10)  # in the hold, between two pulls
+    before = copy.deepcopy(model.state_dict())
+    twin, x = penalty.low_rank_copy(model), torch.randn(4, 8, 8, 8)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with torch.no_grad():
+        found = twin(x)
+        assert (found - model(x)).norm() > 1e-3 * found.norm()
+        factors = penalty.factors()  # pulls the weights
+        small = decompose(copy.deepcopy(model), PLAN, factors=factors)
+        torch.testing.assert_close(found, small(x), rtol=1e-3, atol=1e-4)
+
+
+def test_frozen_layers_are_left_alone():
+    model = network()
+    frozen, *others = PLAN.layers
+    model.get_submodule(frozen).requires_grad_(False)
+    before = model.get_submodule(frozen).weight.clone()
+    penalty = AdaptiveRankPenalty(model, PLAN, total_steps=3, ramp=0)
+    penalty.step()
+    assert list(penalty.violations()) == others
+    assert torch.equal(model.get_submodule(frozen).weight, before)
+    with pytest.raises(ArpHubError, match="no layer that can be trained"):
+        AdaptiveRankPenalty(network().requires_grad_(False), PLAN, total_steps=3)
+
+
+def test_weights_that_the_model_no_longer_uses_are_refused():
+    model = network()
+    penalty = AdaptiveRankPenalty(model, PLAN, total_steps=3, ramp=0)
+    name = next(iter(PLAN.layers))
+    layer = model.get_submodule(name)
+    layer.weight = nn.Parameter(layer.weight.detach().clone())
+    with pytest.raises(ArpHubError, match=f"layer '{name}': its weight was replaced or sharded"):
+        penalty.step()
 
 
 @pytest.mark.parametrize("cut", [5, 12, 18])
 def test_resume_is_exact(cut):
     straight = network()
-    penalty = AdaptiveRankPenalty(straight, PLAN, total_steps=STEPS, ramp=0.5, method="dual")
+    penalty = AdaptiveRankPenalty(straight, PLAN, total_steps=STEPS, ramp=0.5)
     optimizer = torch.optim.SGD(straight.parameters(), lr=0.02)
     train(straight, penalty, STEPS, optimizer=optimizer)
 
     first = network()
-    penalty = AdaptiveRankPenalty(first, PLAN, total_steps=STEPS, ramp=0.5, method="dual")
+    penalty = AdaptiveRankPenalty(first, PLAN, total_steps=STEPS, ramp=0.5)
     train(first, penalty, cut, optimizer=torch.optim.SGD(first.parameters(), lr=0.02))
     state = copy.deepcopy(penalty.state_dict())
     second = network()
     second.load_state_dict(first.state_dict())
-    penalty = AdaptiveRankPenalty(second, PLAN, total_steps=STEPS, ramp=0.5, method="dual")
+    penalty = AdaptiveRankPenalty(second, PLAN, total_steps=STEPS, ramp=0.5)
     penalty.load_state_dict(state)
     train(second, penalty, STEPS - cut, start=cut, optimizer=torch.optim.SGD(second.parameters(), lr=0.02))
     for name, tensor in straight.state_dict().items():
@@ -177,15 +235,14 @@ def alike(kernel):
     return nn.Sequential(*layers, nn.Conv2d(8, 12, size))
 
 
-@pytest.mark.parametrize("method", ["tracking", "dual"])
 @pytest.mark.parametrize("name", ALIKE)
-def test_like_layers_are_pulled_as_each_by_itself(name, method):
+def test_like_layers_are_pulled_as_each_by_itself(name):
     kernel, rank = ALIKE[name]
     groups = 2 if SCHEMES[name].grouped else 1
     plans = {str(number): LayerPlan(name, rank, groups) for number in range(6)}
     together = alike(kernel)
     apart = copy.deepcopy(together)
-    schedule = {"total_steps": 12, "ramp": 0.7, "method": method, "every": 1}
+    schedule = {"total_steps": 12, "ramp": 0.7, "every": 1}
     penalties = [AdaptiveRankPenalty(together, RankPlan(plans), **schedule)]
     penalties += [AdaptiveRankPenalty(apart, RankPlan({key: plan}), **schedule) for key, plan in plans.items()]
     for step in range(12):
@@ -233,13 +290,13 @@ def test_like_layers_resume_exactly():
     plan = RankPlan({str(number): LayerPlan("cp", 6) for number in range(6)})
     straight = alike("3x3")
     resumed = copy.deepcopy(straight)
-    whole = AdaptiveRankPenalty(straight, plan, total_steps=12, ramp=0.5, method="dual", every=1)
+    whole = AdaptiveRankPenalty(straight, plan, total_steps=12, ramp=0.5, every=1)
     for _ in range(12):
         whole.step()
-    first = AdaptiveRankPenalty(resumed, plan, total_steps=12, ramp=0.5, method="dual", every=1)
+    first = AdaptiveRankPenalty(resumed, plan, total_steps=12, ramp=0.5, every=1)
     for _ in range(5):
         first.step()
-    second = AdaptiveRankPenalty(resumed, plan, total_steps=12, ramp=0.5, method="dual", every=1)
+    second = AdaptiveRankPenalty(resumed, plan, total_steps=12, ramp=0.5, every=1)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for _ in range(7):
         second.step()
@@ -256,31 +313,27 @@ def test_little_is_kept_from_one_pull_to_the_next(scheme):
     assert kept <= 0.15 * sum(model.get_submodule(name).weight.nbytes for name in plan.layers)
 
 
-def test_a_checkpoint_with_whole_factors_goes_on_where_it_was():
-    model = network()
-    penalty = AdaptiveRankPenalty(model, PLAN, total_steps=STEPS, ramp=0.5)
-    train(model, penalty, 18)
-    factors, state = penalty.factors(), penalty.state_dict()
-    for name, saved in state["layers"].items():
-        kept = {key: value for key, value in saved.items() if not key.startswith("basis")}
-        state["layers"][name] = kept | {f"factor{k}": factor for k, factor in enumerate(factors[name])}
-    before = copy.deepcopy(model.state_dict())
-    resumed = AdaptiveRankPenalty(model, PLAN, total_steps=STEPS, ramp=0.5)
-    resumed.load_state_dict(state)
-    resumed.factors()  # brings the weights onto the set, where they are already
-    for name in PLAN.layers:
-        was, now = before[f"{name}.weight"], model.get_submodule(name).weight.detach()
-        assert (now - was).norm() < 1e-3 * was.norm(), name
+@pytest.mark.parametrize("cut", [10, 18, STEPS])
+def test_resuming_in_the_hold_ends_with_the_same_factors(cut):
+    """From the very last checkpoint as well, where only the factors are still needed."""
+    straight = network()
+    whole = AdaptiveRankPenalty(straight, PLAN, total_steps=STEPS, ramp=0.25, every=3)
+    train(straight, whole, STEPS, optimizer=torch.optim.SGD(straight.parameters(), lr=0.02))
+    resumed = network()
+    first = AdaptiveRankPenalty(resumed, PLAN, total_steps=STEPS, ramp=0.25, every=3)
+    train(resumed, first, cut, optimizer=torch.optim.SGD(resumed.parameters(), lr=0.02))
+    second = AdaptiveRankPenalty(resumed, PLAN, total_steps=STEPS, ramp=0.25, every=3)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    train(resumed, second, STEPS - cut, start=cut, optimizer=torch.optim.SGD(resumed.parameters(), lr=0.02))
+    expected, found = whole.factors(), second.factors()
+    assert all(torch.equal(a, b) for name in expected for a, b in zip(expected[name], found[name], strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("method", ["tracking", "dual"])
-def test_a_pull_never_waits_for_a_gpu(method):
+def test_a_pull_never_waits_for_a_gpu():
     model = network().cuda()
     expected = network()
-    penalties = [
-        AdaptiveRankPenalty(one, PLAN, total_steps=20, ramp=0.5, method=method, every=1) for one in (model, expected)
-    ]
+    penalties = [AdaptiveRankPenalty(one, PLAN, total_steps=20, ramp=0.5, every=1) for one in (model, expected)]
     for penalty in penalties:
         penalty.step()
     torch.cuda.set_sync_debug_mode("error")
@@ -307,11 +360,9 @@ def test_errors_say_what_is_wrong():
         ({"every": 0}, "every must be"),
         ({"ramp": 1.0}, "below 1"),
         ({"ramp": 0.99, "total_steps": 10}, "no step for the hold"),
-        ({"method": "newton"}, "'tracking' or 'dual'"),
         ({"total_steps": 0}, "total_steps"),
         ({"factors": {}}, "no factors for it"),
         ({"factors": dict.fromkeys(PLAN.layers, (torch.zeros(1),))}, "shapes"),
-        ({"moments": {}}, "no second moment"),
     ]:
         with pytest.raises(ArpHubError, match=message):
             AdaptiveRankPenalty(model, PLAN, **({"total_steps": 10} | arguments))
@@ -369,9 +420,7 @@ def test_standardised_weights_are_refused_by_name():
 
 def test_given_factors_must_reproduce_the_weights():
     model, plan = network(), RankPlan({"0": LayerPlan("cp", 10)})
-    scheme = SCHEMES["cp"]
     factors = {"0": decompose(copy.deepcopy(model), plan)[0].factor_weights()}
-    assert scheme.name == "cp"
     with pytest.raises(ArpHubError, match="exact only after the penalty's hold"):
         decompose(model, plan, factors=factors)
     with pytest.raises(ArpHubError, match="no factors for it"):

@@ -33,7 +33,7 @@ _FACTS = {
     "processes": "processes",
 }
 _RECIPE = tuple(
-    "epochs ramp method start_from finetune_epochs dense_epochs optimizer lr batch_size weight_decay schedule distill "
+    "epochs ramp start_from finetune_epochs dense_epochs optimizer lr batch_size weight_decay schedule distill "
     "teacher mixed_precision".split()
 )
 _FASTER = 0.97

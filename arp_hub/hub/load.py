@@ -86,8 +86,11 @@ def published_name(name: str, model: nn.Module) -> str | None:
 
 
 def hub_dataset(source: str | None) -> str | None:
-    """The id of a data set on the Hub, None if ``source`` names anything else, such as a folder here."""
-    return source if source and re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists() else None
+    """The id of a data set on the Hub, without a configuration; None if ``source`` is anything else, as a folder."""
+    if not source or Path(source).exists():
+        return None
+    name = source.partition(":")[0]
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:

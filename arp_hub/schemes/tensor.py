@@ -63,7 +63,7 @@ class Cp(Scheme):
             if rank >= self.max_rank:  # the cold start is exact
                 return tuple(factor.to(weight.dtype) for factor in cold)
             start = self.basis(cold)
-            sweeps = _sweeps_within(work) if sweeps is None else sweeps
+            sweeps = _sweeps_within(work) if sweeps is None else min(sweeps, _sweeps_within(work))
             if sweeps == 0:
                 return tuple(factor.to(weight.dtype) for factor in cold)
         outputs, taps = (mode.to(dtype) for mode in start)

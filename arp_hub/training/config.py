@@ -15,8 +15,8 @@ from typing import Any
 import timm.optim
 import yaml
 
+from ..effort import EFFORTS
 from ..errors import ArpHubError
-from ..penalty import Method
 from ..schemes import SCHEMES
 
 GROUPS = ("model and data", "budget", "phases", "optimisation", "regularisation", "run")
@@ -75,6 +75,8 @@ class TrainConfig:
         low=0,
     )
 
+    effort: str = _setting("budget", "balanced", "CPU time of plan and fit against accuracy", choices=tuple(EFFORTS))
+
     dense_epochs: int = _setting("phases", 0, "epochs of training the dense model first", low=0)
     epochs: int = _setting(
         "phases", 10, "epochs of penalty training, ramp and hold together; 0: none, the fit is fine-tuned", low=0
@@ -83,9 +85,6 @@ class TrainConfig:
     finetune_epochs: int = _setting("phases", 0, "epochs of training the factors after decomposition", low=0)
     start_from: str = _setting(
         "phases", "fit", "penalise from the data-aware decomposition, or from dense", choices=("fit", "dense")
-    )
-    method: Method = _setting(
-        "phases", "tracking", "how the penalty sets its strength", choices=typing.get_args(Method)
     )
     freeze_norms: bool = _setting(
         "phases", False, "keep the statistics of BatchNorm as they are in penalty training and fine-tuning"
@@ -199,7 +198,7 @@ class TrainConfig:
             ArpHubError: If a key is unknown, with the nearest right one, or a value is bad.
         """
         merged: dict[str, Any] = {}
-        for layer in layers:
+        for layer in map(without_retired, layers):
             check_names(layer)
             for budget, other in (("keep_params", "keep_macs"), ("keep_macs", "keep_params")):
                 if layer.get(budget) is not None and layer.get(other) is None:
@@ -223,8 +222,20 @@ def read_config(path: str | Path) -> dict[str, Any]:
     data = {} if data is None else data
     if not isinstance(data, dict):
         raise ArpHubError(f"the config '{path}' must be a list of 'setting: value' lines, got {type(data).__name__}")
+    data = without_retired(data)
     check_names(data)
     return data
+
+
+def without_retired(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those that have one value only, as older config files and checkpoints name them.
+
+    Raises:
+        ArpHubError: If such a setting has another value.
+    """
+    if settings.get("method", "tracking") != "tracking":
+        raise ArpHubError(f"method={settings['method']!r}: the penalty has one method, 'tracking': leave method out")
+    return {name: value for name, value in settings.items() if name != "method"}
 
 
 def check_names(layer: Mapping[Any, Any]) -> None:

@@ -13,6 +13,7 @@ from .._utils.torch_utils import evaluating
 from ..errors import ArpHubError
 from .data.dataset import Split
 from .data.images import progress
+from .seeds import keyed_generator
 
 
 class Scores(TypedDict):
@@ -42,17 +43,24 @@ def evaluate(
     Args:
         model: The model, not wrapped; it is evaluated on the device where it is, and left in the mode it was in.
         split: The images, for instance ``data.test``.
-        batch_size: Images a forward pass, on each process.
+        batch_size: Images in a forward pass, on each process.
         workers: DataLoader workers, for large data.
         accelerator: The run's accelerator, if there is one.
-        max_images: Stop after so many images.
+        max_images: Measure on this many images, a random choice from the whole split that is the same at every call.
 
     Raises:
-        ArpHubError: If the split has no labels, or labels that the model has no class for.
+        ArpHubError: If the split has no labels, or if its classes are not those of the model.
     """
-    if split.labels is None:
-        raise ArpHubError(f"split '{split.name}' has no labels, so accuracy cannot be measured on it")
-    labels, indices = split.labels[:max_images], split.indices[:max_images]
+    for name, value in (("batch_size", batch_size), ("max_images", max_images)):
+        if value is not None and value < 1:
+            raise ArpHubError(f"{name} must be at least 1, got {value}")
+    if reason := why_not_measured(model, split):
+        raise ArpHubError(f"accuracy is not measured: {reason}")
+    assert split.labels is not None
+    labels, indices = split.labels, split.indices
+    if max_images is not None and max_images < len(split):
+        chosen = torch.randperm(len(split), generator=keyed_generator("evaluate"))[:max_images].sort().values
+        labels, indices = labels[chosen], indices[chosen]
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     labels, indices = labels[rank::world], indices[rank::world]
     device = next(model.parameters()).device
@@ -62,20 +70,42 @@ def evaluate(
         targets = labels.split(batch_size)
         for images, target in progress(zip(batches, targets, strict=False), f"evaluating on {split.name}"):
             logits = model(images).float()
-            totals += _counts(logits, _checked(target, logits.shape[1], split.name).to(device))
+            if int(target.max()) >= logits.shape[1]:
+                raise ArpHubError(f"accuracy is not measured: {_other_classes(split, logits.shape[1])}")
+            totals += _counts(logits, target.to(device))
     if accelerator is not None:
         totals = accelerator.reduce(totals, "sum")
     top1, top5, loss, count = totals.tolist()
     return Scores(top1=100 * top1 / count, top5=100 * top5 / count, loss=loss / count, images=int(count))
 
 
-def _checked(target: torch.Tensor, classes: int, name: str) -> torch.Tensor:
-    if int(target.max()) >= classes:
-        raise ArpHubError(
-            f"split '{name}' has the label {int(target.max())}, the model has {classes} classes: "
-            "choose the model that was trained on this data"
+def why_not_measured(model: nn.Module, split: Split) -> str | None:
+    """Why the labels of a split do not fit the classes of a model; None if they do, as far as both tell."""
+    if split.labels is None:
+        return f"split '{split.name}' has no labels"
+    ours, theirs = split.class_names, (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
+    classes = getattr(model, "num_classes", None)
+    if not isinstance(classes, int):
+        return None
+    if (ours and classes != len(ours)) or int(split.labels.max()) >= classes:
+        return _other_classes(split, classes)
+    if int(split.labels.min()) < 0:
+        return f"split '{split.name}' has the label {int(split.labels.min())}: correct the labels"
+    if ours and list(ours) != list(theirs) and sorted(ours) == sorted(theirs):
+        return (
+            f"the model has the classes of split '{split.name}' in another order ({', '.join(list(theirs)[:3])}, ...): "
+            "number the classes of the data in the order of the model"
         )
-    return target
+    return None
+
+
+def _other_classes(split: Split, classes: int) -> str:
+    assert split.labels is not None
+    found = f"{len(split.class_names)} classes" if split.class_names else f"the label {int(split.labels.max())}"
+    return (
+        f"the model has {classes} classes, split '{split.name}' has {found}: choose the model that was trained on this "
+        "data"
+    )
 
 
 def _counts(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

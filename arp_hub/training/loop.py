@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -127,7 +127,7 @@ class _Loop:
         self.schedule.step_update(self.step)
         self.ema = ModelEmaV3(self.model, decay=config.ema_decay) if config.ema_decay else None
         if start:
-            _load_optimizer(optimizer, start.state["optimizer"])
+            _load_optimizer(optimizer, start.state["optimizer"], start.state.get("groups"))
             if self.ema:
                 self.ema.module.load_state_dict(start.state["ema"])
             if accelerator.scaler and start.state["scaler"]:
@@ -327,6 +327,8 @@ class _Loop:
             entry |= {"stage": self.phase.penalty.phase, "violation": _mean(violations), "violations": violations}
         if self.run.data.val is not None:
             judged = self.ema.module if self.ema else self.model
+            if self.phase.penalty and self.phase.penalty.phase != "ramp":
+                judged = self.phase.penalty.low_rank_copy(judged)  # the model that decomposing now would give
             entry["val"] = evaluate(
                 judged, self.run.data.val, workers=self.config.workers, accelerator=self.accelerator
             )
@@ -342,6 +344,7 @@ class _Loop:
             state = {
                 "model": self.model.state_dict(),
                 "optimizer": self.raw_optimizer.state_dict()["state"],
+                "groups": _group_values(self.raw_optimizer),
                 "penalty": penalty.state_dict() if penalty else None,
                 "ema": self.ema.module.state_dict() if self.ema else None,
                 "scaler": scaler.state_dict() if scaler else None,
@@ -410,6 +413,15 @@ def _mixup(config: TrainConfig, classes: int) -> Callable[[Tensor, Tensor], tupl
     return Mixup(mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=0.0, num_classes=classes)
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[int, Any]) -> None:
-    """Give an optimiser its per-parameter state back; rates and groups come from the config and the schedule."""
+def _group_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The values of an optimiser's parameter groups: some, such as LAMB and Adan, keep their step count there."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, state: Mapping[int, Any], groups: Sequence[Mapping[str, Any]] | None
+) -> None:
+    """Restore an optimiser's state for each parameter, and the values of its groups if the checkpoint has them."""
     optimizer.load_state_dict({"state": dict(state), "param_groups": optimizer.state_dict()["param_groups"]})
+    for group, values in zip(optimizer.param_groups, groups or (), strict=False):
+        group.update({name: tuple(v) if isinstance(group.get(name), tuple) else v for name, v in values.items()})

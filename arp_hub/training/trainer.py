@@ -45,7 +45,7 @@ from .checkpoint import (
     save_tensors,
     write_atomically,
 )
-from .config import TrainConfig
+from .config import TrainConfig, without_retired
 from .data.dataset import ImageData, calibration_images, input_format, load_data
 from .evaluate import Scores, evaluate
 from .loop import Phase, Run, phase_steps, train
@@ -86,7 +86,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     _check_schedule(config, data)
     settings = _settings(config, accelerator, data)
     if start and found:
-        check_same({**_defaults(), **start.settings}, settings, found)
+        check_same({**_defaults(), **without_retired(start.settings)}, settings, found)
     _open_folder(config, accelerator, start)
     log = RunLog(accelerator, config, (start.phase, start.step) if start else None)
     this = Run(config, accelerator, data, log, settings)
@@ -312,18 +312,21 @@ def _penalised_model(
         model.load_state_dict(start.state["model"])
     else:
         images, show = _calibration(run), run.log.main and sys.stderr.isatty()
-        plan = _same_everywhere(run.accelerator, make_plan(model, calibration=images, progress=show, **_budget(config)))
+        plan = _same_everywhere(
+            run.accelerator,
+            make_plan(model, calibration=images, effort=config.effort, progress=show, **_budget(config)),
+        )
         run.plan = plan.to_dict()
         run.log.note("plan: %d layers are decomposed, %d stay dense", len(plan.layers), len(plan.dense))
         if config.start_from == "fit":
-            decompose(model, plan, calibration=images, progress=show)
+            decompose(model, plan, calibration=images, effort=config.effort, progress=show)
             run.scores["fit"] = _score(run, model, "data-aware fit, untrained")
             factors = _factors(run.accelerator, model)
             if not config.epochs:
                 return model, plan
             to_dense(model)
     penalty = AdaptiveRankPenalty(
-        model, plan, total_steps=run.total_steps(config.epochs), ramp=config.ramp, method=config.method, factors=factors
+        model, plan, total_steps=run.total_steps(config.epochs), ramp=config.ramp, factors=factors
     )
     if start:
         penalty.load_state_dict(start.state["penalty"])

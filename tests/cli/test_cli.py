@@ -82,7 +82,7 @@ def test_plan_prints_the_table_and_writes_the_file(run, trained, tmp_path):
 @pytest.mark.parametrize("budget", ["params", "macs"])
 def test_compress_keeps_what_it_was_told(run, trained, tmp_path, budget):
     out = tmp_path / "out"
-    result = run("compress", *trained, f"--keep-{budget}", 0.6, "--output", out, "--json")
+    result = run("compress", *trained, f"--keep-{budget}", 0.6, "--schemes", "channel", "--output", out, "--json")
     assert result.code == 0, result.err
     kept = result.json[budget] / result.json["dense"][budget]
     assert 0.59 <= kept <= 0.6
@@ -135,7 +135,10 @@ def test_compress_by_a_plan_gives_that_plan(run, trained, tmp_path):
 
 def test_rank_multiple_holds(run, trained, tmp_path):
     path = tmp_path / "plan.json"
-    assert run("plan", *trained, "--keep-params", 0.7, "--rank-multiple", 4, "--output", path).code == 0
+    assert (
+        run("plan", *trained, "--keep-params", 0.7, "--rank-multiple", 4, "--schemes", "channel", "--output", path).code
+        == 0
+    )
     assert all(layer.rank % 4 == 0 for layer in RankPlan.load(path).layers.values())
 
 
@@ -169,7 +172,7 @@ def test_overwrite(run, trained, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
-    words = ("compress", *trained, "--keep-params", 0.5, "--output", out)
+    words = ("compress", *trained, "--keep-params", 0.5, "--schemes", "channel", "--output", out)
     refused = run(*words)
     assert refused.code == 2
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
@@ -274,7 +277,7 @@ def test_cifar(run, shared, tmp_path):
         pq.write_table(rows.read_row_group(part), data / f"{name}-00000-of-00001.parquet")
     checkpoint = shared / "weights/resnet20_cifar10.safetensors"
     network = ("--model", "cifar_resnet20", "--checkpoint", checkpoint)
-    words = ("--data", data, "--keep-params", 0.7, "--schemes", "channel,cp", "--calibration-images", 64)
+    words = ("--data", data, "--keep-params", 0.7, "--schemes", "channel", "--calibration-images", 64)
     result = run("compress", *network, *words, "--max-images", 256, "--output", out, "--json")
     assert result.code == 0, result.err
     assert result.json["images"] == 256

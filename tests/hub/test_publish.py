@@ -276,9 +276,9 @@ def test_the_card_says_where_the_model_is_not_faster(folder: Path) -> None:
 
 def test_the_card_names_the_teacher(folder: Path) -> None:
     for teacher, named in (("resnet50", True), ("", False)):  # without one, it is the dense model
-        config = {"epochs": 2, "method": "tracking", "distill": 0.9, "teacher": teacher}
+        config = {"epochs": 2, "distill": 0.9, "teacher": teacher}
         card = card_of(folder, config=config).text
-        assert "epochs 2, method tracking, distill 0.9" in card
+        assert "epochs 2, distill 0.9" in card
         assert ("distill 0.9, teacher resnet50." in card) == named
         assert named or "distill 0.9. All settings" in card
 
@@ -317,17 +317,12 @@ def test_an_unreadable_earlier_card_is_no_obstacle(folder: Path) -> None:
 
 TRIAL = ["--cpu", "--max-steps", "2", "--ramp", "0.5", "--batch-size", "8", "--tracker", "none", "--dense-epochs", "1",
          "--data", "digits", "--start-from", "dense", "--calibration-images", "0", "--schemes", "channel"]  # fmt: skip
-RECIPE = "import runpy, sys\nsys.argv = [path, *words]\nrunpy.run_path(path, run_name='__main__')"
-
-
-def recipe(client: Client, name: str, *words: object, token: str | None = ALICE) -> Done:
-    return client.run(RECIPE, token=token, path=ROOT / "recipes" / name, words=[str(word) for word in words])
 
 
 def test_a_recipe_publishes_what_it_made(hub: HubServer, client: Client, tmp_path: Path) -> None:
-    done = recipe(
-        client, "cifar_resnet20.py", *TRIAL, "--epochs", 3, "--output", tmp_path / "out",
-        "--push-to-hub", NAME, "--hub-private",
+    done = client.recipe(
+        "cifar_resnet20.py", *TRIAL, "--epochs", 3, "--output", tmp_path / "out",
+        "--push-to-hub", NAME, "--hub-private", token=ALICE,
     )  # fmt: skip
     assert done.code == 0, done.err
     assert done.err.strip().endswith(f"published: {hub.endpoint}/{NAME}")
@@ -372,7 +367,7 @@ def test_the_accuracy_on_the_card_is_what_anybody_measures(
 def test_a_recipe_refuses_before_training(
     client: Client, hub: HubServer, tmp_path: Path, name: str, target: str, token: str | None, words: str
 ) -> None:
-    done = recipe(client, name, "--cpu", "--output", tmp_path / "out", "--push-to-hub", target, token=token)
+    done = client.recipe(name, "--cpu", "--output", tmp_path / "out", "--push-to-hub", target, token=token)
     assert done.code != 0 and words in done.last_line
     assert hub.repos == {} and not list(tmp_path.iterdir())
 
@@ -380,12 +375,12 @@ def test_a_recipe_refuses_before_training(
 def test_a_recipe_whose_push_fails_has_its_model(hub: HubServer, client: Client, tmp_path: Path) -> None:
     hub.fault("POST .*/commit/", 403)
     out = tmp_path / "out"
-    done = recipe(client, "cifar_resnet20.py", *TRIAL, "--output", out, "--push-to-hub", NAME)
+    done = client.recipe("cifar_resnet20.py", *TRIAL, "--output", out, "--push-to-hub", NAME, token=ALICE)
     assert done.code == 2 and done.last_line.endswith(f"To go on: arp-hub push {out} {NAME}")
     assert hub.repos == {}
     hub.mend()
     push(client, out, NAME)
-    assert load(out) is not None
+    assert hub.repos[NAME].files()["model.safetensors"] == (out / "model.safetensors").read_bytes()
 
 
 def test_of_two_processes_one_publishes(hub: HubServer, tmp_path: Path) -> None:

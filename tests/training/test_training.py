@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from helpers import ON_TWO, both_ended_clean, search_path
+from hub_client import Client
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,7 +31,7 @@ TINY = {
     "data": "digits",
     "keep_params": 0.5,
     "schemes": ("channel",),
-    "calibration_images": 16,
+    "calibration_images": 4,
     "dense_epochs": 1,
     "epochs": 1,
     "max_steps": 4,
@@ -159,12 +160,12 @@ def test_a_run_can_be_repeated_from_its_metrics(finished, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"start_from": "dense", "method": "dual", "calibration_images": 0},
+        {"start_from": "dense", "calibration_images": 0},
         {"mixup": 0.2, "cutmix": 1.0, "smoothing": 0.1, "optimizer": "adamw", "lr": 1e-3, "schedule": "multistep"},
         {"ema_decay": 0.5, "clip_grad": 1.0, "warmup_epochs": 0.01, "distill": 1.0},
         {"dense_epochs": 0, "ramp": 0.0, "keep_params": None, "keep_macs": 0.6, "exclude": ("conv1",)},
     ],
-    ids=["dense start, dual ascent", "mixing and AdamW", "averaging and distillation", "hold only, MACs"],
+    ids=["dense start", "mixing and AdamW", "averaging and distillation", "hold only, MACs"],
 )
 def test_options(tmp_path, changes):
     settings = config(tmp_path, **changes)
@@ -261,32 +262,55 @@ def test_a_run_under_way_is_not_overwritten(tmp_path):
     assert run(config(tmp_path, overwrite=True))["scores"]["decomposed"]["images"] == 128
 
 
-def launch(recipe, output, *options, processes=1, wait=True, **settings):
-    """Start a recipe as a user would."""
-    start = ON_TWO if processes == 2 else []
-    words = [f"--{name.replace('_', '-')}" for name in settings]
-    values = [str(value) for value in settings.values()]
-    pairs = [word for pair in zip(words, values, strict=True) for word in pair]
-    command = [sys.executable, *start, str(RECIPES / recipe), "--output", str(output), *options, *pairs]
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """Starts processes that have everything imported."""
+    client = Client(tmp_path_factory.mktemp("home"), "http://127.0.0.1:9")
+    yield client
+    client.close()
+
+
+def arguments(settings):
+    """Settings as options of a recipe."""
+    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def launch_two(recipe, output, *options, wait=True, **settings):
+    """Start a recipe on two processes as a user would."""
+    command = [sys.executable, *ON_TWO, str(RECIPES / recipe), "--output", str(output), *options, *arguments(settings)]
     child = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     if not wait:
         return child
     _, said = child.communicate(timeout=240)
     assert child.returncode == 0, said
-    assert processes == 1 or both_ended_clean(said), said
+    assert both_ended_clean(said), said
     return said
+
+
+def until(condition, seconds=120):
+    """A function that waits for a condition, for `Client.run` to send its signal after."""
+
+    def wait():
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    return wait
 
 
 ON_GPU = ["--no-pretrained", "--tracker", "none", "--schemes", "channel"]
 PLAIN = [*ON_GPU, "--cpu"]
 
 
-def test_two_processes_and_one_end_in_the_same_weights(tmp_path):
+def test_two_processes_and_one_end_in_the_same_weights(tmp_path, processes):
     settings = {"model": "test_vit", "max_steps": 20, "batch_size": 16, "calibration_images": 8}
-    for processes in (1, 2):
-        launch("any_backbone.py", tmp_path / f"of{processes}", *PLAIN, processes=processes, **settings)
-        metrics = json.loads((tmp_path / f"of{processes}" / "metrics.json").read_text())
-        assert metrics["processes"] == processes
+    words = ("--output", tmp_path / "of1", *PLAIN, *arguments(settings))
+    assert processes.recipe("any_backbone.py", *words).code == 0
+    launch_two("any_backbone.py", tmp_path / "of2", *PLAIN, **settings)
+    for number in (1, 2):
+        metrics = json.loads((tmp_path / f"of{number}" / "metrics.json").read_text())
+        assert metrics["processes"] == number
         assert metrics["scores"]["decomposed"]["images"] == 360
     assert largest_difference(tmp_path / "of1", tmp_path / "of2", read=merged) < 1e-4
 
@@ -300,7 +324,7 @@ def test_a_failure_in_one_of_two_processes_ends_both_with_its_message(tmp_path):
     picture.write_bytes(picture.read_bytes()[:60])
     options = [*PLAIN, "--start-from", "dense", "--calibration-images", "0", "--dense-epochs", "1", "--workers", "0"]
     settings = {"model": "test_resnet", "data": tmp_path / "data", "batch_size": 8, "epochs": 2}
-    child = launch("any_backbone.py", tmp_path / "out", *options, processes=2, wait=False, **settings)
+    child = launch_two("any_backbone.py", tmp_path / "out", *options, wait=False, **settings)
     _, said = child.communicate(timeout=240)
     assert child.returncode not in (0, None)
     assert len(re.findall(r"^error: image \d+ of column 'image' cannot be decoded", said, re.M)) == 1, said
@@ -322,7 +346,8 @@ def test_graphs_need_a_gpu_and_whole_batches(tmp_path, changes, message):
 def test_graphs_train_to_the_same_weights(tmp_path, precision):
     settings = LONG | {"max_steps": 12, "mixed_precision": precision, "distill": 0.5}
     for name, options in (("plain", []), ("recorded", ["--cuda-graphs"])):
-        launch("any_backbone.py", tmp_path / name, *ON_GPU, *options, **settings)
+        words = ("--output", tmp_path / name, *ON_GPU, *options, *arguments(settings))
+        subprocess.run([sys.executable, RECIPES / "any_backbone.py", *words], env=ENVIRONMENT, check=True)
     before, after = (load_file(tmp_path / f"{name}-run" / "dense.safetensors") for name in ("plain", "recorded"))
     for name in before:  # summed in another order here and there
         apart = (before[name].double() - after[name].double()).norm()
@@ -352,73 +377,69 @@ def test_several_processes_need_cpu_said(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("with GPUs the processes do find each other")
     with pytest.raises(AssertionError, match="2 processes were launched.*--cpu"):
-        launch("quickstart.py", tmp_path / "out", "--tracker", "none", processes=2)
+        launch_two("quickstart.py", tmp_path / "out", "--tracker", "none")
 
 
 LONG = {"model": "cifar_resnet20", "dense_epochs": 1, "epochs": 1, "finetune_epochs": 1, "max_steps": 16,
-        "batch_size": 8, "calibration_images": 8, "checkpoint_every": 2, "ema_decay": 0.9}  # fmt: skip
+        "batch_size": 8, "calibration_images": 4, "checkpoint_every": 2, "ema_decay": 0.9}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """A run in several phases that nobody disturbs."""
+def uninterrupted(tmp_path_factory, processes):
+    """A run through all phases without an interruption."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "out"
-    launch("any_backbone.py", folder, *PLAIN, **LONG)
+    done = processes.recipe("any_backbone.py", "--output", folder, *PLAIN, *arguments(LONG))
+    assert done.code == 0, done.err
     return folder
 
 
 @pytest.mark.parametrize("phase", ["dense", "compress", "finetune"])
-def test_a_killed_run_resumes_to_the_same_weights(tmp_path, uninterrupted, phase):
-    killed = launch("any_backbone.py", tmp_path / "out", *PLAIN, wait=False, **LONG)
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path, processes, uninterrupted, phase):
+    words = ("--output", tmp_path / "out", *PLAIN, *arguments(LONG))
     checkpoints = tmp_path / "out-run" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(checkpoints.glob(f"{phase}-0000000[4-9]")):
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    at = until(lambda: list(checkpoints.glob(f"{phase}-0000000[4-9]")))
+    assert processes.recipe("any_backbone.py", *words, interrupt=at, by=signal.SIGKILL).code == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
-    said = launch("any_backbone.py", tmp_path / "out", *PLAIN, "--resume", **LONG)
-    assert int(re.search(rf"resumed from .*{phase}-(\d+)", said)[1]) >= 4
+    done = processes.recipe("any_backbone.py", *words, "--resume")
+    assert done.code == 0, done.err
+    assert int(re.search(rf"resumed from .*{phase}-(\d+)", done.err)[1]) >= 4
     assert largest_difference(uninterrupted, tmp_path / "out") == 0
     logs = [read_log(folder.with_name("out-run") / "log.jsonl") for folder in (uninterrupted, tmp_path / "out")]
     assert [(entry["phase"], entry["step"]) for entry in logs[0]] == [(e["phase"], e["step"]) for e in logs[1]]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_saves_and_ends_with_a_code_of_its_own(tmp_path, processes):
-    settings = {"model": "test_vit", "max_steps": 500, "batch_size": 8, "epochs": 500, "mixed_precision": "bf16"}
+@pytest.mark.parametrize("number", [1, 2])
+def test_sigterm_saves_and_ends_with_a_code_of_its_own(tmp_path, processes, number):
+    settings = {"model": "test_vit", "max_steps": 500, "batch_size": 8, "epochs": 500, "mixed_precision": "bf16",
+                "checkpoint_every": 1}  # fmt: skip
     options = [*PLAIN, "--start-from", "dense", "--calibration-images", "0"]
-    child = launch("any_backbone.py", tmp_path / "out", *options, processes=processes, wait=False, **settings)
     checkpoints = tmp_path / "out-run" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(checkpoints.glob("compress-*")):
-        time.sleep(0.05)
-    time.sleep(1)
-    child.send_signal(signal.SIGTERM)
-    _, said = child.communicate(timeout=120)
+    under_way = until(lambda: list(checkpoints.glob("compress-*[1-9]*")))
+    if number == 1:
+        words = ("--output", tmp_path / "out", *options, *arguments(settings))
+        done = processes.recipe("any_backbone.py", *words, interrupt=under_way, by=signal.SIGTERM)
+        assert done.code == 75
+        said = done.err
+    else:
+        child = launch_two("any_backbone.py", tmp_path / "out", *options, wait=False, **settings)
+        under_way()
+        child.send_signal(signal.SIGTERM)
+        _, said = child.communicate(timeout=120)
+        assert both_ended_clean(said), said
     assert "stopped by SIGTERM at step" in said
     assert "--resume auto" in said
-    if processes == 1:
-        assert child.returncode == 75
-    else:
-        assert both_ended_clean(said), said
     saved = load_checkpoint(find_checkpoint("auto", checkpoints))
     assert f"step {saved.step} of phase 'compress'" in said
     assert 0 < saved.step < 500
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
-    code = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000,) * 2); " \
-           "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"  # fmt: skip
-    options = {"--model": "cifar_resnet20", "--output": tmp_path / "out", "--max-steps": 4, "--batch-size": 8}
-    words = [str(word) for pair in options.items() for word in pair]
-    command = [sys.executable, "-c", code, str(RECIPES / "any_backbone.py"), *PLAIN, "--start-from", "dense",
-               "--calibration-images", "0", "--checkpoint-every", "1", *words]  # fmt: skip
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 2
-    assert re.search(r"error: cannot write a checkpoint in .*compress-00000000.*--resume auto", done.stderr), (
-        done.stderr
-    )
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, processes):
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000,) * 2)"
+    settings = {"model": "cifar_resnet20", "output": tmp_path / "out", "max_steps": 4, "batch_size": 8,
+                "start_from": "dense", "calibration_images": 0, "checkpoint_every": 1}  # fmt: skip
+    done = processes.recipe("any_backbone.py", *PLAIN, *arguments(settings), before=full)
+    assert done.code == 2
+    assert re.search(r"error: cannot write a checkpoint in .*compress-00000000.*--resume auto", done.err), done.err
     assert load_checkpoint(find_checkpoint("auto", tmp_path / "out-run" / "checkpoints")).step == 0
 
 

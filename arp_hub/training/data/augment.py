@@ -1,6 +1,6 @@
 """Order and augmentation of training images, keyed by seed, epoch and step.
 
-Nothing here has a state: a run that resumes, or that uses other numbers of processes or workers, sees the same batches.
+Nothing here keeps state: a run that resumes, or that uses other numbers of processes or workers, sees the same batches.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from ..seeds import keyed_generator
 def epoch_batches(images: int, batch_size: int, seed: int, epoch: int) -> Tensor:
     """The global batches of one epoch, as indices ``(steps, batch_size)``.
 
-    The last incomplete batch is left out; which images it would hold changes from epoch to epoch. A data set that is
-    smaller than a batch is gone through as often as one batch needs.
+    The last incomplete batch is left out; its images change from epoch to epoch. A data set smaller than one batch is
+    repeated until the batch is full.
     """
     generator = keyed_generator(seed, "order", epoch)
     passes = max(1, -(-batch_size // images))
@@ -26,26 +26,26 @@ def epoch_batches(images: int, batch_size: int, seed: int, epoch: int) -> Tensor
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
-    """How many batches `epoch_batches` gives."""
+    """Number of batches that `epoch_batches` gives."""
     return max(1, images // batch_size)
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on its way to a device, which nobody waits for."""
+    """A CPU tensor on a device. The copy to a GPU does not block the CPU."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def crop_and_flip(pixels: Tensor, share: slice, batch_size: int, seed: int, *, padding: int, flip: bool) -> Tensor:
-    """Random shifts (zero padding, then a crop of the old size) and horizontal flips of a whole batch at once.
+    """Shift the images of a batch at random (zero padding, then a crop of the same size), and mirror half of them.
 
     Args:
         pixels: One process's share of a global batch, ``(N, C, H, W)``.
         share: Where in the global batch these images stand.
-        batch_size: Images in the global batch. Draws are made for all of them, so that an image is treated alike
-            however many processes share the batch.
+        batch_size: Images in the global batch. Numbers are drawn for all of them, so that the result for an image does
+            not depend on the number of processes.
         seed: Seed of this step.
         padding: Largest shift, in pixels.
-        flip: Whether images may be mirrored (not digits).
+        flip: Whether images may be mirrored; False for digits.
     """
     generator = torch.Generator().manual_seed(seed)
     shifts = torch.randint(0, 2 * padding + 1, (2, batch_size), generator=generator)[:, share]

@@ -1,4 +1,4 @@
-"""Two ways to hold images: decoded once in memory (small data), or decoded by loader workers as they are used.
+"""Two ways to hold images: decoded once in memory, or decoded by loader workers at each use.
 
 Both give normalised batches ``(N, 3, H, W)`` on a device, for training (augmented) and for evaluation.
 """
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from ...errors import ArpHubError
 from ..seeds import keyed_seed, seeded
 from .augment import crop_and_flip, sent
+from .decoding import SMALL_SIDE, Rows, decoded
 
 _logger = logging.getLogger(__name__)
 
@@ -35,13 +36,12 @@ _VARIATION = v2.Compose(
         v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05),
     ]
 )
-"""Turned, moved, scaled and recoloured, as a photograph of the same thing might be."""
-_PIL_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+"""Turns, moves, scales and recolours an image, as another photograph of the same thing might differ."""
 
 
 @dataclass(frozen=True)
 class InputFormat:
-    """What a model wants to see: ``size`` is ``(height, width)``, ``mean`` and ``std`` are of pixels in 0..1."""
+    """The input of a model: ``size`` is ``(height, width)``, ``mean`` and ``std`` are of pixels in 0..1."""
 
     size: tuple[int, int]
     mean: tuple[float, ...]
@@ -66,7 +66,7 @@ class TrainBatch:
     share: slice
 
     def image_seeds(self) -> np.ndarray:
-        """A seed for each image of the share, the same however the batch is shared out."""
+        """A seed for each image of the share, the same for any number of processes."""
         return np.random.SeedSequence(self.seed).generate_state(len(self.indices), np.uint32)[self.share]
 
 
@@ -75,7 +75,7 @@ class BadImages:
 
     Args:
         count: Rows of the table.
-        limit: So many may be bad; each is named in a warning, and an image of the mean colour stands in for it.
+        limit: How many may be bad. Each is named in a warning and replaced by an image of the mean colour.
     """
 
     def __init__(self, count: int, limit: int = 0) -> None:
@@ -86,10 +86,10 @@ class BadImages:
         return int(self.seen.sum(dtype=torch.int64))
 
     def add(self, row: int, reason: str) -> None:
-        """Take note of a bad row.
+        """Note a bad row.
 
         Raises:
-            ArpHubError: If it is one too many.
+            ArpHubError: If there are more than the limit.
         """
         if self.seen[row]:
             return
@@ -98,13 +98,13 @@ class BadImages:
             _logger.warning("%s (%d of at most %d)", reason, len(self), self.limit)
             return
         raise ArpHubError(
-            f"{reason}: {len(self)} such where max_bad_images={self.limit} allows no more. "
+            f"{reason} (bad images: {len(self)}, max_bad_images={self.limit}). "
             "Repair or remove the image, or raise max_bad_images"
         )
 
 
 class Images(Protocol):
-    """The images of one split, in the form that a model wants to see."""
+    """The images of one split, in the input format of a model."""
 
     form: InputFormat
     bad: BadImages
@@ -120,19 +120,19 @@ class Images(Protocol):
     def varied(
         self, indices: Tensor, batch_size: int, device: torch.device, workers: int, seed: int
     ) -> Iterator[Tensor]:
-        """A variation of each of these images: what the model has not seen, but might."""
+        """A varied copy of each of these images, like an image that the model has not seen."""
 
 
 class DecodedImages:
-    """Small data: one tensor of bytes, moved to the device once, augmented there in whole batches.
+    """Small images: one tensor of bytes, moved to the device once, augmented there in whole batches.
 
     Args:
         count: Number of images.
-        decode: Gives all pixels as bytes ``(count, 3, H, W)``; called on first use.
-        form: What the model wants to see.
+        decode: Gives all pixels as bytes ``(count, 3, H, W)``; called at the first use.
+        form: Input format of the model.
         flip: Whether training images may be mirrored.
         auto_augment: timm's augmentation string (``rand-m9-mstd0.5``), or empty for shifts and flips alone.
-        bad: Where ``decode`` notes what it could not decode.
+        bad: Where ``decode`` notes the images that it cannot decode.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class DecodedImages:
         return self._pixels
 
     def training(self, batches: Iterable[TrainBatch], device: torch.device, workers: int) -> Iterator[Tensor]:
-        """Shifted by up to an eighth of the size, mirrored unless ``flip`` is off, and what ``auto_augment`` adds."""
+        """Shift by up to an eighth of the size, mirror unless ``flip`` is off, and apply ``auto_augment``."""
         pixels = self.pixels(device)
         for batch in batches:
             chosen = pixels[sent(batch.indices[batch.share], device)]
@@ -181,7 +181,7 @@ class DecodedImages:
     def varied(
         self, indices: Tensor, batch_size: int, device: torch.device, workers: int, seed: int
     ) -> Iterator[Tensor]:
-        """A variation of each of these images, mirrored by chance unless ``flip`` is off."""
+        """A varied copy of each of these images, mirrored at random unless ``flip`` is off."""
         vary = v2.Compose([_VARIATION, v2.RandomHorizontalFlip()]) if self.flip else _VARIATION
         pixels = self.pixels(torch.device("cpu"))
         for chosen in indices.split(batch_size):
@@ -192,7 +192,7 @@ class DecodedImages:
             yield self.form.normalise(torch.stack(done).to(device))
 
     def _auto_augmented(self, pixels: Tensor, seeds: Iterable[int]) -> Tensor:
-        """Image by image on the CPU, because timm's augmentations are made for PIL images."""
+        """Augment image by image on the CPU, because timm's augmentations take PIL images."""
         transform = cast("Callable[[Image.Image], Image.Image]", self.auto_augment)
         done = []
         for image, seed in zip(pixels.permute(0, 2, 3, 1).cpu().numpy(), seeds, strict=True):
@@ -202,7 +202,7 @@ class DecodedImages:
 
 
 def _auto_augmentation(name: str, form: InputFormat) -> Callable[[Image.Image], Image.Image]:
-    """The augmentation that timm has under a name, without the crops, flips and normalisation around it."""
+    """The augmentation that timm has under this name, without the crops, flips and normalisation around it."""
     try:
         _, augmentation, _ = transforms_imagenet_train(
             form.size, auto_augment=name, interpolation=form.interpolation, mean=form.mean, std=form.std, separate=True
@@ -216,7 +216,7 @@ def _auto_augmentation(name: str, form: InputFormat) -> Callable[[Image.Image], 
 
 
 def _keep_one_bit(transform: Any) -> None:
-    """Let timm's augmentations posterise to one bit at least: they ask for none once in a while, an error in Pillow."""
+    """Let timm's augmentations posterise to at least one bit: at times they ask for none, which Pillow refuses."""
     if isinstance(transform, AugmentOp):
         if transform.name.startswith("Posterize"):
             transform.level_fn = partial(_one_bit_or_more, cast("Callable[..., Any]", transform.level_fn))
@@ -233,20 +233,21 @@ def _one_bit_or_more(bits: Callable[..., Any], level: float, settings: Any) -> t
 
 
 class StreamedImages:
-    """Large data: decoded and augmented image by image by the workers of a DataLoader, with timm's transforms.
+    """Large images, or too many small ones for memory: the workers of a DataLoader decode and augment each.
 
     Args:
-        rows: Map-style rows of which ``rows[i][key]`` is a PIL image.
-        key: Name of the image column.
-        form: What the model wants to see.
+        rows: The stored images.
+        form: Input format of the model.
         auto_augment: timm's augmentation string (``rand-m9-mstd0.5``), or empty for crops and flips alone.
         bad: Where images that cannot be decoded are noted; by default the first one is an error.
+        crop: Whether evaluation resizes and crops as the model's config says. Without it the whole image is resized to
+            the input size, as `DecodedImages` does.
     """
 
     def __init__(
-        self, rows: Any, key: str, form: InputFormat, auto_augment: str = "", bad: BadImages | None = None
+        self, rows: Rows, form: InputFormat, auto_augment: str = "", bad: BadImages | None = None, crop: bool = True
     ) -> None:
-        self.rows, self.key, self.form = rows, key, form
+        self.rows, self.form = rows, form
         self.bad = BadImages(len(rows)) if bad is None else bad
         common = partial(
             create_transform,
@@ -257,13 +258,14 @@ class StreamedImages:
         )
         self.train_transform = common(is_training=True, color_jitter=0.0, auto_augment=auto_augment or None)
         _keep_one_bit(self.train_transform)
-        self.eval_transform = common(is_training=False, crop_pct=form.crop_pct)
+        sizes = {"crop_pct": form.crop_pct} if crop else {"crop_pct": 1.0, "crop_mode": "squash"}
+        self.eval_transform = common(is_training=False, **sizes)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def training(self, batches: Iterable[TrainBatch], device: torch.device, workers: int) -> Iterator[Tensor]:
-        """Random resized crops, mirrored or not, and what ``auto_augment`` adds; keyed image by image."""
+        """Take random resized crops, mirror half of them and apply ``auto_augment``, with a seed for each image."""
         jobs = (
             list(zip(batch.indices[batch.share].tolist(), batch.image_seeds().tolist(), strict=True))
             for batch in batches
@@ -271,14 +273,14 @@ class StreamedImages:
         return self._load(self.train_transform, jobs, device, workers)
 
     def evaluation(self, indices: Tensor, batch_size: int, device: torch.device, workers: int) -> Iterator[Tensor]:
-        """Images in the order of ``indices``, resized and cropped to the middle."""
+        """Images in the order of ``indices``, resized and cropped."""
         jobs = ([(index, 0) for index in chosen.tolist()] for chosen in indices.split(batch_size))
         return self._load(self.eval_transform, jobs, device, workers)
 
     def varied(
         self, indices: Tensor, batch_size: int, device: torch.device, workers: int, seed: int
     ) -> Iterator[Tensor]:
-        """A variation of each of these images, mirrored by chance, resized and cropped to the middle."""
+        """A varied copy of each of these images, mirrored at random, resized and cropped."""
         vary = v2.Compose([_VARIATION, v2.RandomHorizontalFlip(), self.eval_transform])
         jobs = (
             [(row, keyed_seed(seed, "variation", row)) for row in chosen.tolist()]
@@ -320,46 +322,42 @@ class _Transformed(Dataset):
     def __getitem__(self, index: tuple[int, int]) -> Tensor:
         row, seed = index
         with seeded(seed):
-            return self.transform(row_image(self.images.rows, row, self.images.key, self.images.form, self.images.bad))
+            return self.transform(_rgb(self.images.rows, row, self.images.form, self.images.bad))
 
 
-def row_image(rows: Any, row: int, key: str, form: InputFormat, bad: BadImages) -> Image.Image:
-    """One image of a table, as RGB; one of the mean colour if it cannot be decoded and ``bad`` allows that.
+def _rgb(rows: Rows, row: int, form: InputFormat, bad: BadImages) -> Image.Image:
+    """One image as RGB; one of the mean colour if it cannot be decoded and ``bad`` allows that.
 
     Raises:
-        ArpHubError: If there is none in this row, or one too many that cannot be decoded.
+        ArpHubError: If there is no image in this row, or if too many cannot be decoded.
     """
     try:
-        image = rows[int(row)][key]
-        if isinstance(image, Image.Image):
-            return as_rgb(image)
-    except Exception as error:  # PIL's decoders raise a dozen kinds, its guard against huge images one more
+        return decoded(rows, row)
+    except ArpHubError:
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen kinds
         reason = " ".join(str(error).split()) or type(error).__name__
-        bad.add(row, f"image {row} of column '{key}' cannot be decoded: {reason}")
+        bad.add(row, f"{rows.name(row)} cannot be decoded: {reason}")
         height, width = form.size
         return Image.new("RGB", (width, height), tuple(round(255 * value) for value in form.mean))
-    raise ArpHubError(f"row {row} of column '{key}' holds no image, but {type(image).__name__}")
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB: palettes looked up, alpha dropped, 16-bit grey brought down to 8."""
-    if image.mode.startswith("I;16"):  # PIL itself would clip at 255: all white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-def decode_all(rows: Any, key: str, form: InputFormat, bad: BadImages) -> Tensor:
-    """All images of a table as bytes ``(N, 3, H, W)``, resized where they differ from the model's size."""
+def decode_all(rows: Rows, form: InputFormat, bad: BadImages) -> Tensor:
+    """All images as bytes ``(N, 3, H, W)``, resized to the model's input size without a crop."""
     height, width = form.size
     pixels = torch.empty(len(rows), 3, height, width, dtype=torch.uint8)
-    resample = _PIL_FILTERS.get(form.interpolation, _PIL_FILTERS["bicubic"])
+    resample = getattr(Image.Resampling, form.interpolation.upper(), Image.Resampling.BICUBIC)
+    large = []
     for row in progress(range(len(rows)), "decoding images"):
-        image = row_image(rows, row, key, form, bad)
+        image = _rgb(rows, row, form, bad)
+        if max(image.size) > SMALL_SIDE and image.size != (width, height):
+            large.append(row)
         if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling(resample))
+            image = image.resize((width, height), resample)
         pixels[row] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    if large:
+        text = "%d images have more than %d pixels a side, unlike a sample of the others: they are resized without a "
+        _logger.warning(text + "crop; the first is %s", len(large), SMALL_SIDE, rows.name(large[0]))
     return pixels
 
 

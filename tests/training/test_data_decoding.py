@@ -1,0 +1,325 @@
+"""How stored images become pixels: modes, sizes and limits, the choice of images to measure on, and classes."""
+
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from arp_hub.errors import ArpHubError
+from arp_hub.hub.load import load_model
+from arp_hub.training import Split, evaluate, load_data
+from arp_hub.training.data import decoding, sources
+from arp_hub.training.data.decoding import as_rgb
+from arp_hub.training.evaluate import why_not_measured
+from arp_hub_cli.app import _test_split, app
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("cifar_resnet20", pretrained=False)
+
+
+def grey(dtype, low, high):
+    """An image of two halves: the left one dark, the right one bright."""
+    values = np.full((32, 32), low, dtype)
+    values[:, 16:] = high
+    return Image.fromarray(values)
+
+
+def colour(mode, pixel=(200, 100, 50)):
+    return Image.new("RGB", (32, 32), pixel).convert(mode)
+
+
+def palette(mode):
+    image = Image.new("P", (32, 32), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    return image.convert("PA") if mode == "PA" else image
+
+
+def transparent(image):
+    image.putalpha(Image.new("L", image.size, 0))
+    return image
+
+
+MODES = {
+    "1 bit": (lambda: grey(np.uint8, 0, 255).convert("1"), "png", (0, 255)),
+    "8 bits": (lambda: grey(np.uint8, 51, 204), "png", (51, 204)),
+    "grey with alpha": (lambda: transparent(grey(np.uint8, 51, 204)), "png", (51, 204)),
+    "10 bits": (lambda: grey(np.uint16, 0, 1023), "png", (0, 255)),
+    "12 bits": (lambda: grey(np.uint16, 819, 4095), "png", (51, 255)),
+    "12 bits, tif": (lambda: grey(np.uint16, 819, 4000), "tif", (51, 249)),
+    "14 bits": (lambda: grey(np.uint16, 0, 16383), "png", (0, 255)),
+    "16 bits": (lambda: grey(np.uint16, 13107, 65535), "png", (51, 255)),
+    "16 bits, big-endian": (lambda: grey(">u2", 13107, 65535), "tif", (51, 255)),
+    "int32, 8 bits": (lambda: grey(np.int32, 51, 204), "tif", (51, 204)),
+    "int32, 12 bits": (lambda: grey(np.int32, 819, 4095), "tif", (51, 255)),
+    "int32, 16 bits": (lambda: grey(np.int32, 13107, 65535), "tif", (51, 255)),
+    "int32, a mask": (lambda: grey(np.int32, 0, 1), "tif", (0, 255)),
+    "float, 0 to 1": (lambda: grey(np.float32, 0.2, 1), "tif", (51, 255)),
+    "float, beyond 1 by resizing": (lambda: grey(np.float32, -0.01, 1.01), "tif", (0, 255)),
+    "float, 0 to 255": (lambda: grey(np.float32, 51, 204), "tif", (51, 204)),
+    "float, 0 to 65535": (lambda: grey(np.float32, 13107, 65535), "tif", (51, 255)),
+    "black, float": (lambda: grey(np.float32, 0, 0), "tif", (0, 0)),
+    "palette": (lambda: palette("P"), "png", (200, 100, 50)),
+    "RGB": (lambda: colour("RGB"), "png", (200, 100, 50)),
+    "RGB, bmp": (lambda: colour("RGB"), "bmp", (200, 100, 50)),
+    "RGB, webp": (lambda: colour("RGB"), "webp", (200, 100, 50)),
+    "RGB, ppm": (lambda: colour("RGB"), "ppm", (200, 100, 50)),
+    "RGBA": (lambda: transparent(colour("RGBA")), "png", (200, 100, 50)),
+    "CMYK, jpg": (lambda: colour("CMYK"), "jpg", (200, 100, 50)),
+    "CMYK, tif": (lambda: colour("CMYK"), "tif", (200, 100, 50)),
+    "YCbCr": (lambda: colour("YCbCr"), "jpg", (200, 100, 50)),
+}
+
+
+@pytest.mark.parametrize("size", ["in memory", "streamed"])
+@pytest.mark.parametrize(("make", "suffix", "values"), MODES.values(), ids=MODES)
+def test_every_mode_comes_out_at_its_brightness(tmp_path, model, monkeypatch, make, suffix, values, size):
+    monkeypatch.setattr(sources, "_MEMORY", 2**30 if size == "in memory" else 0)
+    (tmp_path / "cat").mkdir()
+    make().save(tmp_path / "cat" / f"1.{suffix}")
+    data = load_data(str(tmp_path), model)
+    image = next(iter(data.test.images.evaluation(data.test.indices, 1, CPU, 0)))[0]
+    mean, std = (torch.tensor(model.pretrained_cfg[name])[:, None] for name in ("mean", "std"))
+    left, right = (255 * (image[:, 16, [4, 28]] * std + mean)).T
+    wanted = [(values[0],) * 3, (values[1],) * 3] if len(values) == 2 else [values, values]
+    for found, pixel in zip((left, right), wanted, strict=True):
+        assert (found - torch.tensor(pixel)).abs().max() < (6 if suffix in ("jpg", "webp") else 1.1)
+
+
+REFUSED = {
+    "NaN": (lambda: grey(np.float32, 0, np.nan), "NaN or infinite"),
+    "infinite": (lambda: grey(np.float32, 0, np.inf), "NaN or infinite"),
+    "float, normalised": (lambda: grey(np.float32, -1.5, 2), "largest value, 2, tells no range"),
+    "float, negative": (lambda: grey(np.float32, -0.5, 0.9), "-0.5 to 0.9 are not all between 0 and 1"),
+    "float, metres": (lambda: grey(np.float32, 0, 20), "largest value, 20, tells no range"),
+    "int32, class numbers": (lambda: grey(np.int32, 0, 20), "largest value, 20, tells no range"),
+    "int32, negative": (lambda: grey(np.int32, -1, 100), "-1 to 100 are not all between 0 and 255"),
+    "int32, more than 16 bits": (lambda: grey(np.int32, 0, 10**6), "largest value, 1e.06, tells no range"),
+    "float, more than 16 bits": (lambda: grey(np.float32, 0, 1e6), "largest value, 1e.06, tells no range"),
+}
+
+
+@pytest.mark.parametrize(("make", "words"), REFUSED.values(), ids=REFUSED)
+def test_a_mode_without_a_meaning_is_refused_by_name(tmp_path, model, make, words):
+    (tmp_path / "cat").mkdir()
+    make().save(tmp_path / "cat" / "1.tif")
+    grey(np.uint8, 0, 255).save(tmp_path / "cat" / "2.tif")
+    with pytest.raises(ArpHubError, match=rf"^image 'cat/1.tif' cannot be decoded: .*{words}"):
+        load_data(str(tmp_path), model).test.tensors()
+    data = load_data(str(tmp_path), model, max_bad_images=1)
+    data.test.tensors()
+    assert data.bad_images() == 1
+
+
+def test_dark_images_stay_dark_beside_bright_ones(tmp_path, model, caplog):
+    for split, highest in (("train", 4095), ("test", 256)):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        grey(np.uint16, 0, highest).save(tmp_path / split / "cat" / "1.png")
+    data = load_data(str(tmp_path), model)
+    assert "4095 is white in its grey images of type int" in caplog.text
+    assert [int(split.images.pixels(CPU).max()) for split in (data.train, data.test)] == [255, 16]
+    with pytest.raises(ValueError, match="0 to 4096 are not all between 0 and 4095"):
+        as_rgb(grey(np.uint16, 0, 4096), {"int": 4095})
+
+
+def column(root, images, name="train"):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
+    rows = {"image": images, "label": [0] * len(images)}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(root / f"{name}.parquet")
+
+
+def noise(*sizes):
+    draw = np.random.default_rng(0)
+    return [Image.fromarray(draw.integers(0, 255, (height, width, 3), np.uint8)) for height, width in sizes]
+
+
+SIZES = {
+    "small": ([(32, 32), (96, 90)], [(8, 8)], True),
+    "first small": ([(8, 8), (120, 120), (97, 20)], [(120, 120)], False),
+    "last small": ([(120, 120), (8, 8)], [(120, 120)], False),
+    "test alone large": ([(32, 32)], [(100, 32)], False),
+    "large": ([(120, 120)], [(130, 200)], False),
+}
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+@pytest.mark.parametrize(("train", "test", "small"), SIZES.values(), ids=SIZES)
+def test_all_sizes_together_decide_how_images_are_resized(tmp_path, train, test, small, kind):
+    model = timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64), "crop_pct": 0.8})
+    for name, sizes in (("train", train), ("test", test)):
+        images = noise(*sizes)
+        if kind == "parquet":
+            column(tmp_path, images, name)
+        else:
+            (tmp_path / name / "a").mkdir(parents=True)
+            for number, image in enumerate(images):
+                image.save(tmp_path / name / "a" / f"{number}.png")
+    data = load_data(str(tmp_path), model)
+    config = timm.data.resolve_data_config({}, model=model)
+    sizes = {"crop_pct": 1.0, "crop_mode": "squash"} if small else {}
+    transform = timm.data.create_transform(**config | sizes)
+    for split, sizes in ((data.train, train), (data.test, test)):
+        wanted = torch.stack([transform(image) for image in noise(*sizes)])
+        assert torch.allclose(split.tensors()[0], wanted, atol=1e-5)
+
+
+def test_small_images_are_resized_alike_in_memory_and_streamed(tmp_path, model, monkeypatch):
+    column(tmp_path, noise((32, 32), (40, 20), (96, 96), (7, 7)))
+    kept = load_data(str(tmp_path), model).test.tensors()[0]
+    monkeypatch.setattr(sources, "_MEMORY", 0)
+    assert torch.allclose(load_data(str(tmp_path), model).test.tensors()[0], kept, atol=1e-5)
+
+
+def test_a_large_image_that_the_sample_missed_is_named(tmp_path, model, caplog, monkeypatch):
+    monkeypatch.setattr(decoding, "_SAMPLED", 1)
+    sizes = [(8, 8)] * 20
+    sizes[5] = (100, 100)
+    column(tmp_path, noise(*sizes))
+    load_data(str(tmp_path), model).test.tensors()
+    assert "1 images have more than 96 pixels a side" in caplog.text
+    assert "the first is image 5 of column 'image'" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_of_too_many_pixels_is_not_decoded(tmp_path, model, monkeypatch):
+    (tmp_path / "cat").mkdir()
+    Image.new("1", (13_300, 13_300)).save(tmp_path / "cat" / "1.png")
+    Image.new("RGB", (120, 120)).save(tmp_path / "cat" / "2.png")
+    assert (tmp_path / "cat" / "1.png").stat().st_size < 30_000
+    monkeypatch.setattr(Image.core, "new", None)  # no memory for pixels is taken before the refusal
+    with pytest.raises(
+        ArpHubError, match="'cat/1.png' cannot .* its 13300 x 13300 pixels are more than the 67 million"
+    ):
+        load_data(str(tmp_path), model).split("train").tensors()
+
+
+@pytest.mark.parametrize(
+    ("limit", "options", "size"),
+    [
+        (2**26, {}, (64, 48)),
+        (64 * 48, {}, (64, 48)),
+        (64 * 48 - 1, {}, (32, 24)),
+        (32 * 24, {}, (32, 24)),
+        (32 * 24 - 1, {}, None),
+        (47 * 48, {"progressive": True}, None),
+        (2**26, {"progressive": True}, (64, 48)),
+    ],
+)
+def test_a_jpeg_of_too_many_pixels_is_decoded_at_half_its_size(tmp_path, monkeypatch, limit, options, size):
+    noise((48, 64))[0].save(tmp_path / "1.jpg", **options)
+    monkeypatch.setattr(decoding, "_MOST_PIXELS", limit)
+    rows = decoding.ImageFiles(tmp_path, ["1.jpg"])
+    if size is None:
+        with pytest.raises(ValueError, match="pixels are more than"):
+            decoding.decoded(rows, 0)
+    else:
+        assert decoding.decoded(rows, 0).size == size
+
+
+def test_images_are_turned_as_their_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise((20, 40))[0].save(tmp_path / "1.jpg", exif=exif)
+    assert decoding.decoded(decoding.ImageFiles(tmp_path, ["1.jpg"]), 0).size == (20, 40)
+
+
+def test_a_row_without_an_image_is_named(tmp_path, model):
+    column(tmp_path, [*noise((8, 8)), None])
+    with pytest.raises(ArpHubError, match="image 1 of column 'image' is missing"):
+        load_data(str(tmp_path), model, max_bad_images=5).test.tensors()
+
+
+@pytest.fixture
+def sorted_classes():
+    """A split of five classes, one after the other, in which an image's value is its class."""
+    labels = torch.arange(5).repeat_interleave(100)
+    images = SimpleNamespace(evaluation=lambda rows, size, device, workers: (labels[part] for part in rows.split(size)))
+    return Split("test", images, labels, torch.arange(500))
+
+
+class Recorder(torch.nn.Module):
+    """Takes class numbers for images, and answers rightly."""
+
+    def __init__(self, classes=5):
+        super().__init__()
+        self.num_classes, self.scale, self.seen = classes, torch.nn.Parameter(torch.ones(1)), []
+
+    def forward(self, images):
+        self.seen += images.tolist()
+        return torch.nn.functional.one_hot(images, self.num_classes) * self.scale
+
+
+def test_a_part_of_a_sorted_split_holds_all_classes_and_is_the_same_each_time(sorted_classes):
+    models = [Recorder(), Recorder()]
+    for model in models:
+        assert evaluate(model, sorted_classes, batch_size=7, max_images=50)["images"] == 50
+        assert evaluate(model, sorted_classes, max_images=50)["top1"] == 100  # labels go with their images
+    counts = torch.bincount(torch.tensor(models[0].seen[:50]), minlength=5)
+    assert counts.min() >= 5
+    assert models[0].seen == models[1].seen
+    assert evaluate(Recorder(), sorted_classes, max_images=10**6)["images"] == 500
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_images", 0), ("max_images", -5), ("batch_size", 0)])
+def test_numbers_of_images_are_at_least_one(sorted_classes, name, value):
+    with pytest.raises(ArpHubError, match=f"{name} must be at least 1, got {value}"):
+        evaluate(Recorder(), sorted_classes, **{name: value})
+
+
+def model_with(classes, names=()):
+    return SimpleNamespace(num_classes=classes, pretrained_cfg={"label_names": list(names)} if names else {})
+
+
+CLASSES = {
+    "the same number": (model_with(3), [0, 1, 2], ("a", "b", "c"), None),
+    "the same names": (model_with(3, "abc"), [0, 1, 2], ("a", "b", "c"), None),
+    "other names": (model_with(3, "xyz"), [0, 1, 2], ("a", "b", "c"), None),
+    "more": (model_with(4), [0, 1, 2], ("a", "b", "c"), "the model has 4 classes, split 'test' has 3 classes"),
+    "fewer": (model_with(2), [0, 1, 1], ("a", "b", "c"), "the model has 2 classes, split 'test' has 3 classes"),
+    "another order": (model_with(3, "acb"), [0, 1, 2], ("a", "b", "c"), "classes of split 'test' in another order"),
+    "numbers alone": (model_with(4), [0, 1, 2], (), None),
+    "a number too large": (model_with(2), [0, 1, 2], (), "the model has 2 classes, split 'test' has the label 2"),
+    "no classifier": (model_with(0), [0, 1, 2], (), "the model has 0 classes"),
+    "a negative label": (model_with(3), [0, -1, 2], (), "split 'test' has the label -1"),
+    "no labels": (model_with(3), None, (), "split 'test' has no labels"),
+    "a model that tells nothing": (SimpleNamespace(), [0, 1, 2], ("a", "b", "c"), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "labels", "names", "words"), CLASSES.values(), ids=CLASSES)
+def test_accuracy_is_measured_where_classes_agree(model, labels, names, words):
+    labels = None if labels is None else torch.tensor(labels)
+    reason = why_not_measured(model, Split("test", None, labels, torch.arange(3), names))
+    assert (words in reason) if words else reason is None
+
+
+def test_a_model_without_a_number_of_classes_is_checked_by_its_logits(sorted_classes):
+    model = Recorder(4)
+    del model.num_classes
+    model.forward = lambda images: torch.zeros(len(images), 4)
+    with pytest.raises(ArpHubError, match="the model has 4 classes, split 'test' has the label 4"):
+        evaluate(model, sorted_classes)
+
+
+def test_evaluate_and_compress_go_by_one_rule(tmp_path, capsys):
+    overlay = {"input_size": (3, 32, 32)}
+    model = timm.create_model("test_resnet", num_classes=2, pretrained_cfg_overlay=overlay)
+    timm.models.save_for_hf(model, tmp_path / "model", model_config={"label_names": ["dog", "cat"]})
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        grey(np.uint8, 0, 255).save(tmp_path / "data" / name / "1.png")
+    reason = "accuracy is not measured: the model has the classes of split 'train' in another order (dog, cat, ...)"
+    with pytest.raises(SystemExit) as stop:
+        app(["evaluate", "--model", f"local-dir:{tmp_path / 'model'}", "--data", str(tmp_path / "data")])
+    assert stop.value.code == 2
+    assert reason in capsys.readouterr().err
+    model = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
+    assert _test_split(model, load_data(str(tmp_path / "data"), model)) is None  # as compress asks for it
+    assert reason in capsys.readouterr().err
