@@ -36,6 +36,7 @@ from .options import (
     Model,
     NumClasses,
     Overwrite,
+    Pretrained,
     RankMultiple,
     Schemes,
     Seed,
@@ -77,6 +78,7 @@ def _options(
 def plan_command(
     model: Model,
     checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
     num_classes: NumClasses = None,
     keep_params: KeepParams = None,
     keep_macs: KeepMacs = None,
@@ -107,21 +109,23 @@ def plan_command(
     """
     from arp_hub.planning.make_plan import make_plan
     from arp_hub.reports import summary, tables
-    from arp_hub.timing import Workload
 
-    from .inputs import check_effort, check_plan_file, open_data, open_images, open_model, plan_options
+    from .inputs import check_effort, check_plan_file, open_data, open_images, open_model, plan_options, timed_workload
 
-    workload = Workload(batch_size, dtype, channels_last)
+    workload = timed_workload(batch_size, dtype, channels_last)
     options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude)
     check_effort(effort)
     check_plan_file(output, overwrite)
-    network = open_model(model, checkpoint, num_classes, input_size, device, seed)
+    network, random_weights = open_model(
+        model, checkpoint, pretrained, num_classes, input_size, device, seed, meta=data is None
+    )
     images = open_images(open_data(data, network, image_key, label_key), calibration, copies, seed, workers)
     made = make_plan(network, **options, calibration=images, effort=effort, progress=interactive())
     counted = summary.plan_report(network, made)
     made.save(output)
     if as_json:
-        print_json({"plan": made.to_dict(), "output": str(output), **counted.to_dict()})
+        described = {"plan": made.to_dict(), "output": str(output), "random_weights": random_weights}
+        print_json({**described, **counted.to_dict()})
     else:
         print_tables(tables.plan_table(counted, f"Plan of {model}"), tables.dense_table(counted))
         note(f"plan written to {output}")
@@ -132,6 +136,7 @@ def compress(
     model: Model,
     output: Annotated[Path, typer.Option(help="Folder to save the decomposed model in.")],
     checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
     num_classes: NumClasses = None,
     keep_params: KeepParams = None,
     keep_macs: KeepMacs = None,
@@ -171,17 +176,16 @@ def compress(
     from arp_hub.plan import RankPlan
     from arp_hub.planning.make_plan import make_plan
     from arp_hub.reports import spectra, tables
-    from arp_hub.timing import Workload
     from arp_hub.training.data.dataset import calibration_counts
 
-    from .inputs import check_effort, open_data, open_images, open_model, plan_options
+    from .inputs import check_effort, open_data, open_images, open_model, plan_options, timed_workload
 
-    workload = Workload(batch_size, dtype, channels_last)
+    workload = timed_workload(batch_size, dtype, channels_last)
     options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude, plan)
     check_effort(effort)
     check_folder(output, overwrite=overwrite)
     given = None if plan is None else RankPlan.load(plan)
-    network = open_model(model, checkpoint, num_classes, input_size, device, seed)
+    network, random_weights = open_model(model, checkpoint, pretrained, num_classes, input_size, device, seed)
     if given is not None:
         check_plan(network, given)
     found = open_data(data, network, image_key, label_key)
@@ -190,8 +194,8 @@ def compress(
     test = _test_split(network, found)
     before, falls = _figures(network, test, max_images, workers), spectra.decays(network)
     start = time.perf_counter()
-    made = given or make_plan(network, **options, calibration=images, progress=interactive())
-    decompose(network, made, images, progress=interactive())
+    made = given or make_plan(network, **options, calibration=images, effort=effort, progress=interactive())
+    decompose(network, made, images, effort=effort, progress=interactive())
     seconds = time.perf_counter() - start
     after = _figures(network, test, max_images, workers)
     result: dict[str, Any] = {
@@ -202,6 +206,7 @@ def compress(
         "calibration_copies": counts[1],
         "effort": effort,
         "trained": False,
+        "random_weights": random_weights,
         "seconds": round(seconds, 2),
         "seed": seed,
         "dense": before,
@@ -210,7 +215,7 @@ def compress(
     names = found.class_names if found and test else ()
     metrics = {
         **result,
-        "base_model": None if checkpoint else published_name(model, network),
+        "base_model": None if checkpoint or random_weights else published_name(model, network),
         "dataset": hub_dataset(data),
         "shared_images": bool(test and found and found.train.name == found.test.name),
         "plan": made.to_dict(),
@@ -222,7 +227,7 @@ def compress(
         print_json({**result, "output": str(output)})
     else:
         title = f"{model}, no training, {seconds:.0f} s"
-        print_tables(tables.figures_table({"dense": before, "decomposed": after}, title))
+        print_tables(tables.comparison_table({"dense": before, "decomposed": after}, title))
         note(f'saved; load it with timm.create_model("local-dir:{output}", pretrained=True) after `import arp_hub`')
 
 
@@ -232,6 +237,7 @@ def evaluate_command(
     data: Annotated[str, typer.Option(help=DATA_HELP)],
     split: Annotated[str, typer.Option(help="Which images: test, train, or a split of the data's own.")] = "test",
     checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
     num_classes: NumClasses = None,
     image_key: ImageKey = None,
     label_key: LabelKey = None,
@@ -253,20 +259,21 @@ def evaluate_command(
 
     from .inputs import open_model
 
-    network = open_model(model, checkpoint, num_classes, input_size, device)
+    network, random_weights = open_model(model, checkpoint, pretrained, num_classes, input_size, device)
     found = load_data(data, network, image_key=image_key, label_key=label_key)
     scores = evaluate(network, found.split(split), batch_size=batch_size, workers=workers, max_images=max_images)
     result = {**scores, "params": count_params(network), "macs": count_macs(network)}
     if as_json:
-        print_json({"model": model, "data": data, "split": split, **result})
+        print_json({"model": model, "random_weights": random_weights, "data": data, "split": split, **result})
     else:
-        print_tables(tables.figures_table({model: result}, f"{data}, split {split}"))
+        print_tables(tables.comparison_table({model: result}, f"{data}, split {split}"))
 
 
 @app.command()
 def bench(
     model: Model,
     checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
     num_classes: NumClasses = None,
     batch_size: Annotated[str, typer.Option(help="Images a forward pass; several with commas.")] = "1,32",
     dtype: Dtype = "float32",
@@ -287,15 +294,15 @@ def bench(
     from arp_hub._utils.environment import environment
     from arp_hub.reports import tables
     from arp_hub.reports.benchmark import benchmark
-    from arp_hub.timing import Workload
 
-    from .inputs import batch_sizes, open_model
+    from .inputs import batch_sizes, open_model, timed_workload
 
-    workloads = [Workload(size, dtype, channels_last) for size in batch_sizes(batch_size)]
-    network = open_model(model, checkpoint, num_classes, input_size, device)
+    workloads = [timed_workload(size, dtype, channels_last) for size in batch_sizes(batch_size)]
+    network, random_weights = open_model(model, checkpoint, pretrained, num_classes, input_size, device)
     found = [benchmark(network, workload, compiled=compiled, seconds=seconds) for workload in workloads]
     if as_json:
-        print_json({"model": model, **environment(), "latency": [one.to_dict() for one in found]})
+        described = {"model": model, "random_weights": random_weights, **environment()}
+        print_json({**described, "latency": [one.to_dict() for one in found]})
     else:
         print_tables(tables.latency_table(found, model))
 
@@ -304,6 +311,7 @@ def bench(
 def inspect(
     model: Model,
     checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
     num_classes: NumClasses = None,
     plan: Annotated[Path | None, typer.Option(help="A plan: shows how far each layer is from it.")] = None,
     data: Data = None,
@@ -334,7 +342,7 @@ def inspect(
     given = None if plan is None else RankPlan.load(plan)
     if plot is not None:
         check_picture_path(plot)
-    network = open_model(model, checkpoint, num_classes, input_size, device, seed)
+    network, random_weights = open_model(model, checkpoint, pretrained, num_classes, input_size, device, seed)
     schemes = {} if given is None else check_plan(network, given)
     images = open_images(open_data(data, network, image_key, None), calibration, 0, seed, workers)
     layers = spectra.decomposable_layers(network)
@@ -354,7 +362,8 @@ def inspect(
         save_figure(spectra_figure(found, ranks, f"{model}: spectra of {metric}"), plot)
     if as_json:
         listed = [row.to_dict() for row in rows]
-        print_json({"model": model, "metric": metric, "layers": listed, "plot": plot and str(plot)})
+        described = {"model": model, "random_weights": random_weights, "metric": metric}
+        print_json({**described, "layers": listed, "plot": plot and str(plot)})
     else:
         print_tables(tables.spectrum_table(rows, f"{model}, {metric}"))
 
@@ -463,7 +472,7 @@ def _latency(folder: Path) -> list[dict[str, Any]]:
 
     from .inputs import open_model
 
-    network = open_model(f"local-dir:{folder}", None, None, None, None)
+    network, _ = open_model(f"local-dir:{folder}")
     hardware = environment()["hardware"]
     place = {"hardware": hardware.get("gpu", hardware["cpu"])}
     return [{**benchmark(network, Workload(size)).to_dict(), **place} for size in (1, 32)]

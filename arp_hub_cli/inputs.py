@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
 from arp_hub.effort import EFFORTS
 from arp_hub.errors import ArpHubError
-from arp_hub.hub.load import load_model
+from arp_hub.hub.client import FAILURES
+from arp_hub.hub.load import is_saved_model, load_model
 from arp_hub.plan import RankPlan
 from arp_hub.schemes import SCHEMES
-from arp_hub.timing import Workload
+from arp_hub.timing import DTYPES, Workload
 from arp_hub.training import ImageData, calibration_images, load_data
+
+from .terminal import note
 
 
 def plan_options(
@@ -40,15 +44,21 @@ def plan_options(
         raise ArpHubError("--schemes, --exclude and --rank-multiple are for making a plan, not for a given --plan")
     for name, share in budget.items():
         if not 0 < share < 1:
-            raise ArpHubError(f"{name} must lie between 0 and 1 (the share to keep, 0.5 for half), got {share:g}")
+            raise ArpHubError(
+                f"{_option(name)} must lie between 0 and 1 (the share to keep, 0.5 for half), got {share:g}"
+            )
     chosen = _list(schemes)
     for name in chosen or ():
         if name not in SCHEMES:
             raise ArpHubError(f"unknown scheme '{name}': choose from {', '.join(SCHEMES)}")
     if rank_multiple < 1:
-        raise ArpHubError(f"rank_multiple must be at least 1, got {rank_multiple}")
+        raise ArpHubError(f"--rank-multiple must be at least 1, got {rank_multiple}")
     timed = {} if keep_latency is None else {"workload": workload}
     return {**budget, **timed, "schemes": chosen, "rank_multiple": rank_multiple, "exclude": _list(exclude)}
+
+
+def _option(argument: str) -> str:
+    return "--" + argument.replace("_", "-")
 
 
 def _list(text: str | None) -> tuple[str, ...] | None:
@@ -61,6 +71,15 @@ def batch_sizes(text: str) -> list[int]:
         return [int(part) for part in _list(text) or ()] or [1]
     except ValueError:
         raise ArpHubError(f"--batch-size takes whole numbers with commas, such as 1,32, got '{text}'") from None
+
+
+def timed_workload(batch_size: int, dtype: str, channels_last: bool) -> Workload:
+    """The forward pass that is timed, refused in the words of the options."""
+    if batch_size < 1:
+        raise ArpHubError(f"--batch-size must be at least 1, got {batch_size}")
+    if dtype not in DTYPES:
+        raise ArpHubError(f"unknown --dtype '{dtype}': choose one of {', '.join(DTYPES)}")
+    return Workload(batch_size, dtype, channels_last)
 
 
 def check_effort(name: str) -> None:
@@ -84,26 +103,57 @@ def check_plan_file(path: Path, overwrite: bool) -> None:
 
 def open_model(
     name: str,
-    checkpoint: Path | None,
-    num_classes: int | None,
-    input_size: tuple[int, int, int] | None,
-    device: str | None,
+    checkpoint: Path | None = None,
+    pretrained: bool | None = None,
+    num_classes: int | None = None,
+    input_size: tuple[int, int, int] | None = None,
+    device: str | None = None,
     seed: int = 0,
-) -> nn.Module:
-    """The model on its device; the seed decides the weights of one that has none.
+    meta: bool = False,
+) -> tuple[nn.Module, bool]:
+    """The model on its device, and whether its weights are random; the seed decides those.
+
+    Args:
+        name: As `load_model` takes it.
+        checkpoint: A weights file.
+        pretrained: Whether to load the weights that belong to the name; None loads them where there are any.
+        num_classes: Classes of a new classifier.
+        input_size: Channels, height and width, where they are not the model's own.
+        device: Name of a device; by default the GPU where there is one.
+        seed: Seed of random weights.
+        meta: Whether the command works on shapes alone.
 
     Raises:
-        ArpHubError: If there is no such model or device, or the checkpoint does not fit.
+        ArpHubError: If there is no such model or device, the options contradict each other, or the weights do not load.
     """
     place = _device(device)
+    if place.type == "meta" and not meta:
+        raise ArpHubError("--device meta holds no weights: only `plan` without --data works with it; choose cpu")
+    if place.type == "meta" and (checkpoint is not None or pretrained):
+        given = f"--checkpoint {checkpoint}" if checkpoint is not None else "--pretrained"
+        raise ArpHubError(f"--device meta holds no weights: leave out {given}, or choose cpu")
+    if pretrained and checkpoint is not None:
+        raise ArpHubError(f"--pretrained and --checkpoint {checkpoint} both name weights: give one of them")
+    has_own = is_saved_model(name) or timm.models.is_model_pretrained(name)
+    if pretrained and not has_own and timm.is_model(name):
+        raise ArpHubError(f"--pretrained: timm has no weights for '{name}': give --checkpoint, or --no-pretrained")
+    if input_size is not None and min(input_size) < 1:
+        raise ArpHubError(f"--input-size must be three numbers above 0, got {' '.join(map(str, input_size))}")
     torch.manual_seed(seed)
-    if place.type == "meta" and checkpoint is not None:
-        raise ArpHubError(f"--device meta holds no weights: leave out --checkpoint {checkpoint}, or choose cpu")
     overlay: dict[str, Any] = {} if input_size is None else {"pretrained_cfg_overlay": {"input_size": input_size}}
-    if place.type == "meta":  # its structure alone, at once and without memory
+    if place.type == "meta":  # the structure alone, which takes no memory
         with place:
-            return load_model(name, pretrained=False, num_classes=num_classes, **overlay)
-    return load_model(name, checkpoint, num_classes=num_classes, **overlay).to(place)
+            return load_model(name, pretrained=False, num_classes=num_classes, **overlay), False
+    try:
+        network = load_model(name, checkpoint, pretrained=pretrained, num_classes=num_classes, **overlay)
+    except ArpHubError as error:
+        if checkpoint is None and isinstance(error.__cause__, FAILURES) and not is_saved_model(name):
+            raise ArpHubError(f"{error}; or give --checkpoint FILE, or --no-pretrained for random weights") from error
+        raise
+    random = checkpoint is None and (pretrained is False or not has_own)
+    if random:
+        note(f"warning: the weights of '{name}' are random: give --checkpoint FILE, or a model that has weights")
+    return network.to(place), random
 
 
 def _device(name: str | None) -> torch.device:
@@ -113,7 +163,7 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ArpHubError(f"cannot use the device '{name}': {str(error).splitlines()[0]}") from error
+        raise ArpHubError(f"cannot use --device {name}: {str(error).splitlines()[0]}") from error
     return device
 
 

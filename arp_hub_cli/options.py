@@ -16,6 +16,14 @@ EFFORTS = ("fast", "balanced", "thorough")
 
 Model = Annotated[str, typer.Option(help="A timm name such as resnet50, local-dir:FOLDER, or hf-hub:USER/NAME.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Weights: a .safetensors file, or a torch file of tensors.")]
+Pretrained = Annotated[
+    bool | None,
+    typer.Option(
+        "--pretrained/--no-pretrained",
+        help="Load the model's own weights, or start from random ones. By default they are loaded where there are any.",
+        show_default=False,
+    ),
+]
 NumClasses = Annotated[int | None, typer.Option(help="Classes of --checkpoint, where they are not the model's own.")]
 InputSize = Annotated[
     tuple[int, int, int] | None,

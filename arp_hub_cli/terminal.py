@@ -76,5 +76,9 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 
 def note(text: str) -> None:
-    """One line to stderr."""
+    """One line to stderr, its control characters spelled out."""
+    if not text.isprintable():
+        from arp_hub.reports.tables import printable  # here, because `arp_hub` imports torch
+
+        text = printable(text)
     print(text, file=sys.stderr)

@@ -84,6 +84,7 @@ class HubServer(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.faults: list[Fault] = []
+        self.headers: dict[str, str] = {}  # sent with every failure
         self.requests: list[str] = []
         self.lock = threading.RLock()
         self.ending = threading.Event()
@@ -183,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("X-Error-Message", str(body["error"]))
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Content-Type", "application/octet-stream" if isinstance(body, bytes) else "application/json")
-        for name, value in headers.items():
+        for name, value in {**headers, **(self.server.headers if status >= 400 else {})}.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":

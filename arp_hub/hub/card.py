@@ -20,7 +20,20 @@ PICTURES = {
     "violation.png": "Distance of the layers from their ranks during training",
 }
 """Files that `draw_pictures` may write, with what they show."""
-_OWNER = re.compile(r"(<!-- owner: [^>]*-->\n)(.*?)(\n?<!-- /owner -->)", re.S)
+_OPEN, _CLOSE = re.compile(r"<!-- owner: [^>\n]{0,200}-->\n"), "<!-- /owner -->"
+_TIMM = "https://github.com/huggingface/pytorch-image-models#licenses"
+"""Where timm says which licence which weights have."""
+_LISTED_LICENSES = frozenset(
+    """afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+    bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+    cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0
+    eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 h-research intel-research isc
+    lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa
+    odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib""".split()
+)
+"""What the Hub takes as ``license:`` (https://huggingface.co/docs/hub/repositories-licenses)."""
 _GENERATED = frozenset(ModelCardData(model_name="").__dict__) - {"language", "license_name", "license_link"}
 """Keys of the card's head that are written anew on every push; what else an owner adds is kept."""
 
@@ -88,7 +101,7 @@ def card_data(config: Mapping[str, Any], metrics: Mapping[str, Any], name: str) 
         model_name=_title(name) if results else None,
         eval_results=results or None,
         library_name="timm",
-        license=metrics.get("license") or config["pretrained_cfg"].get("license"),
+        **_license(metrics.get("license") or config["pretrained_cfg"].get("license"), metrics),
         pipeline_tag="image-classification" if config["num_classes"] else "image-feature-extraction",
         base_model=base,
         base_model_relation="finetune" if base else None,
@@ -123,9 +136,8 @@ def keep_by_hand(card: str, earlier: str) -> str:
 
     Kept are the text between the two owner's marks, and keys of the head that arp_hub does not write.
     """
-    found = _OWNER.search(earlier)
-    if found and found[2].strip():
-        card = _OWNER.sub(lambda new: new[1] + found[2] + new[3], card)
+    if (notes := by_hand(earlier)) and (place := _owner_place(card)):
+        card = f"{card[: place.start]}{notes}\n{card[place.stop :]}"
     before, head = _head(earlier), _head(card)
     kept = {key: value for key, value in before.items() if key not in head and key not in _GENERATED}
     extra = [tag for tag in _tags(before) if tag not in _tags(head)]
@@ -138,8 +150,24 @@ def keep_by_hand(card: str, earlier: str) -> str:
 
 def by_hand(card: str) -> str:
     """What the owner wrote between the marks of a card."""
-    found = _OWNER.search(card)
-    return found[2].strip() if found else ""
+    place = _owner_place(card)
+    return card[place].strip() if place else ""
+
+
+def _owner_place(card: str) -> slice | None:
+    """Where the owner's text is: between the first opening mark and the next closing one."""
+    opening = _OPEN.search(card)
+    end = card.find(_CLOSE, opening.end()) if opening else -1
+    return slice(opening.end(), end) if opening and end >= 0 else None
+
+
+def _license(name: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The licence as the Hub takes it: one that it does not list is ``other``, with its name and a link to it."""
+    if not name or str(name).lower() in _LISTED_LICENSES:
+        return {"license": name and str(name).lower()}
+    base = metrics.get("base_model")
+    link = metrics.get("license_link") or (f"https://huggingface.co/{base}" if base else _TIMM)
+    return {"license": "other", "license_name": str(name), "license_link": link}
 
 
 def _title(name: str) -> str:

@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session
 from safetensors import SafetensorError
 
-from .._utils.secrets import holds_secret, redact
+from .._utils.secrets import holds_secret, printable, redact
 from ..errors import ArpHubError
 
 _logger = logging.getLogger(__name__)
@@ -40,11 +41,16 @@ PATIENCE = 30.0
 SILENCE = 60.0
 """Seconds without a byte after which an answer counts as lost; the client itself would wait for ever."""
 
+CONNECT = 4.0
+"""Seconds for a connection to the Hub, so that a command without a network ends within five."""
+
 _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 _HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]
 """What the client's HTTP library raises. The client has changed libraries before, and lets their errors through."""
 FAILURES = (OSError, RuntimeError, ValueError, SafetensorError, _HTTP_ERROR)
 """What a call to the client may raise where a Hub, the network or a disk is at fault."""
+ODD_ANSWERS = (AttributeError, LookupError, TypeError)
+"""What the client raises where an answer is valid JSON without the entries that it needs."""
 
 
 class HubFailure(ArpHubError):
@@ -76,11 +82,11 @@ def call(what: str, function: Callable[..., Result], *args: Any, again: bool = T
     began, wait = time.monotonic(), FIRST_WAIT
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            with _no_endless_silence():
+            with bounded_waits():
                 return function(*args, **kwargs)
         except ArpHubError:
             raise
-        except FAILURES as failed:
+        except (*FAILURES, *ODD_ANSWERS) as failed:
             error = _root(failed)
             last = attempt == ATTEMPTS or time.monotonic() - began > PATIENCE
             if not again or last or not is_transient(error):
@@ -105,19 +111,55 @@ def is_transient(error: BaseException) -> bool:
 
 def explain(error: BaseException) -> str:
     """A failure in words: the reason, then the way out. Never with a token."""
-    return redact(" ".join(_explain(_root(error)).split()))
+    return printable(redact(" ".join(_explain(_root(error)).split())))
 
 
 @contextmanager
-def _no_endless_silence() -> Iterator[None]:
-    """While the block runs, the client gives up on a connection where nothing moves."""
+def bounded_waits() -> Iterator[None]:
+    """While the block runs, the client gives up on a silent connection, and no answer makes it wait for long."""
     session: Any = get_session()
-    before = getattr(session, "timeout", None)
+    before, hooks = session.timeout, session.event_hooks
     session.timeout = SILENCE
+    session.event_hooks = {**hooks, "response": [*hooks.get("response", ()), _cap_wait]}
     try:
         yield
     finally:
-        session.timeout = before
+        session.timeout, session.event_hooks = before, hooks
+
+
+def _cap_wait(response: Any) -> None:
+    """Shorten the wait that an answer asks for: the client would obey a ``Retry-After`` of days."""
+    headers = response.headers
+    if (asked := headers.get("retry-after", "")).isdigit() and int(asked) > LONGEST_WAIT:
+        headers["retry-after"] = str(int(LONGEST_WAIT))
+    if any(int(seconds) > LONGEST_WAIT for seconds in re.findall(r"\bt=(\d{1,18})", headers.get("ratelimit", ""))):
+        del headers["ratelimit"]
+
+
+@contextmanager
+def cache_if_offline() -> Iterator[BaseException | None]:
+    """While the block runs, the client uses its cache alone if no connection to the Hub can be made.
+
+    The client itself would try each file six times over half a minute. A slow Hub that accepts connections is not
+    affected.
+
+    Yields:
+        Why the Hub cannot be reached, None if it can.
+    """
+    failed: BaseException | None = None
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=CONNECT)
+        except _HTTP_ERROR as error:
+            failed = error if type(error).__name__ in ("ConnectError", "ConnectTimeout") else None
+    if failed is None:
+        yield None
+        return
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield failed
+    finally:
+        constants.HF_HUB_OFFLINE = False
 
 
 def uses_xet() -> bool:
@@ -172,6 +214,10 @@ def _explain(error: BaseException) -> str:
         )
     if isinstance(error, HFValidationError):
         return f"{error}: names look like user/name"
+    if isinstance(error, ODD_ANSWERS):
+        return (
+            f"the answer of {constants.ENDPOINT} is not what the Hub's client expects ({type(error).__name__}: {error})"
+        )
     if _is_disk_full(error):
         return f"{error}: make room on that disk"
     if is_transient(error):

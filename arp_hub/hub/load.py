@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,24 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models._hub import download_from_hf
 from torch import Tensor, nn
 
 from .. import models  # noqa: F401  (registers our models with timm)
 from ..errors import ArpHubError
-from ..models._untrusted import BAD_CONFIG, check_args, check_build, check_cfg, read_config, read_header
-from .client import FAILURES, explain
+from ..models._untrusted import (
+    BAD_CONFIG,
+    check_args,
+    check_build,
+    check_cfg,
+    check_tensors,
+    read_config,
+    read_header,
+)
+from .client import FAILURES, bounded_waits, cache_if_offline, explain
 
 _PREFIXES = ("local-dir:", "hf-hub:", "hf_hub:")
+_WRAPPERS = ("module.", "model.")
 
 
 def load_model(
@@ -55,12 +66,19 @@ def load_model(
         pretrained = checkpoint is None and (is_saved_model(name) or timm.models.is_model_pretrained(name))
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
-    try:
-        model = timm.create_model(name, pretrained=pretrained and checkpoint is None, **kwargs)
-    except ArpHubError:
-        raise
-    except (*FAILURES, *BAD_CONFIG) as error:
-        raise ArpHubError(f"cannot load the model '{name}': {explain(error)}") from error
+    pretrained = pretrained and checkpoint is None
+    remote = name.startswith(_PREFIXES[1:]) or (pretrained and not is_saved_model(name))
+    with bounded_waits(), cache_if_offline() if remote else nullcontext() as offline:
+        try:
+            if is_saved_model(name):
+                model = _create_saved(name, pretrained, kwargs)
+            else:
+                model = timm.create_model(name, pretrained=pretrained, **kwargs)
+        except ArpHubError:
+            raise
+        except (*FAILURES, *BAD_CONFIG) as error:
+            reason = f"the cache does not hold it, and there is {explain(offline)}" if offline else explain(error)
+            raise ArpHubError(f"cannot load the model '{name}': {reason}") from error
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     return model.eval()
@@ -127,7 +145,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a weights file by name, on the CPU. Nothing in the file is executed.
 
     A training checkpoint that holds its weights under ``state_dict``, ``model`` or ``state_dict_ema`` is looked into,
-    and a common ``module.`` prefix (of a parallel wrapper) is dropped.
+    and the prefixes ``module.``, ``model.`` and ``_orig_mod.`` that wrappers put before every name are dropped.
 
     Raises:
         ArpHubError: If there is no such file, or it holds anything but tensors.
@@ -137,6 +155,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ArpHubError(f"no checkpoint file at '{path}': give the path of a .safetensors or torch weights file")
     try:
         if path.suffix == ".safetensors":
+            read_header(path)
             state: Any = load_file(path)
         else:
             # weights_only: tensors and plain containers; a file that asks for any other object is refused, not run
@@ -145,7 +164,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ArpHubError(f"checkpoint '{path}' is not a whole safetensors file: {error}") from error
     except Exception as error:  # torch raises many kinds, and all of them mean this
         raise ArpHubError(
-            f"checkpoint '{path}' cannot be read as a file of tensors: {error}. "
+            f"checkpoint '{path}' cannot be read as a file of tensors ({type(error).__name__}). "
             "Files that need unpickling are refused: save the state_dict with safetensors.torch.save_file"
         ) from error
     for key in ("state_dict_ema", "state_dict", "model"):
@@ -154,9 +173,15 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             break
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ArpHubError(f"checkpoint '{path}' does not hold a state_dict (names with tensors)")
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    return dict(state)
+    return _without_wrappers(dict(state))
+
+
+def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop prefixes that parallel wrappers, ``torch.compile`` and trainers put before every name, in any order."""
+    state = {re.sub(r"(^|\.)_orig_mod\.", r"\1", str(key)): value for key, value in state.items()}
+    while prefix := next((p for p in _WRAPPERS if all(key.startswith(p) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
 
 
 def _check_name(name: str) -> None:
@@ -165,7 +190,6 @@ def _check_name(name: str) -> None:
         config = Path(name.removeprefix("local-dir:")) / "config.json"
         if not config.is_file():
             raise ArpHubError(f"no model at '{name}': the folder has no config.json (save_pretrained writes one)")
-        _check_dense(read_config(config), config.parent)
     elif not is_saved_model(name) and not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
         hint = f" (did you mean '{near[0]}'?)" if near else ""
@@ -175,17 +199,50 @@ def _check_name(name: str) -> None:
         )
 
 
-def _check_dense(config: Mapping[str, Any], folder: Path) -> None:
-    """Check a saved dense model before timm builds it; for decomposed ones the entrypoint does that itself."""
-    name, weights = config["architecture"].partition(".")[0], folder / "model.safetensors"
-    if name == "arp_lowrank" or not timm.is_model(name):
-        return
-    args, cfg = check_args(config.get("model_args", {}), str(folder)), dict(config.get("pretrained_cfg", {}))
-    cfg.update({key: config[key] for key in ("num_classes",) if key in config})
-    check_cfg(cfg, str(folder))
-    if weights.is_file():
-        args.setdefault("num_classes", cfg.get("num_classes"))
-        check_build(lambda: timm.create_model(name, **args), read_header(weights), str(folder))
+def _create_saved(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    """Create a model from a folder or the Hub; a dense one is checked here, a decomposed one by its entrypoint."""
+    kind, _, place = name.partition(":")
+    cache = kwargs.get("cache_dir")
+    if kind == "local-dir":
+        config_file = Path(place) / "config.json"
+    else:
+        config_file = Path(download_from_hf(place, "config.json", cache_dir=cache))
+    config = read_config(config_file)
+    architecture = config["architecture"].partition(".")[0]
+    if architecture == "arp_lowrank" or not timm.is_model(architecture):
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    args, cfg = check_args(config.get("model_args", {}), place), dict(config.get("pretrained_cfg", {}))
+    cfg |= {key: config[key] for key in ("num_classes",) if key in config}
+    check_cfg(cfg, place)
+    if not pretrained:
+        return timm.create_model(name, pretrained=False, **kwargs)
+    if kind == "local-dir":
+        weights = Path(place) / "model.safetensors"
+    else:
+        weights = Path(download_from_hf(place, "model.safetensors", cache_dir=cache))
+    if not weights.is_file():
+        raise ArpHubError(f"no weights in '{place}': it holds no model.safetensors")
+    header = read_header(weights)
+    built = {"num_classes": cfg.get("num_classes"), **args}
+    check_build(lambda: timm.create_model(architecture, **built), header, place)
+    with torch.device("meta"):
+        saved = timm.create_model(architecture, **built)
+    check_tensors(load_file(weights), saved, place)
+    # timm would read any other file that the config names, or a pickle: name the one that was checked.
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=_only(weights), **kwargs)
+    return model
+
+
+def _only(weights: Path) -> dict[str, Any]:
+    """Changes to a pretrained_cfg after which timm reads this file alone."""
+    return {
+        "source": "file",
+        "file": str(weights),
+        "url": None,
+        "state_dict": None,
+        "hf_hub_filename": None,
+        "custom_load": False,
+    }
 
 
 def _some(names: list[str], limit: int = 3) -> str:

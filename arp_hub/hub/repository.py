@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from .._utils.secrets import remember
 from ..errors import ArpHubError
 from .card import PICTURES
-from .client import FAILURES, call, explain, plain_uploads, uses_xet
+from .client import FAILURES, ODD_ANSWERS, HubFailure, call, explain, plain_uploads, uses_xet
 from .save import CARD, WEIGHTS
 from .staging import MAIN, Upload
 
@@ -52,7 +53,7 @@ class Repository:
     repo_id: str
     scratch: Path
     heads: dict[str, str] = field(default_factory=dict)
-    tags: set[str] = field(default_factory=set)
+    tags: dict[str, str] = field(default_factory=dict)
     exists: bool = False
     changed: list[str] = field(default_factory=list)
     xet: bool = True
@@ -65,7 +66,7 @@ class Repository:
         if refs is not None:
             self.exists = True
             self.heads = {ref.name: ref.target_commit for ref in refs.branches}
-            self.tags = {ref.name for ref in refs.tags}
+            self.tags = {ref.name: ref.target_commit for ref in refs.tags}
 
     def check(self, branch: str, tags: list[str], create_pr: bool) -> None:
         """Refuse what the repository as it is does not allow."""
@@ -93,13 +94,17 @@ class Repository:
         main, *others = uploads
         with ExitStack() as made:
             if not self.exists:
-                call(f"create '{self.repo_id}'", self.api.create_repo, self.repo_id, private=private, exist_ok=True)
-                made.push(_on_error(self._remove_empty_repository))
+                create = _unless_there(self.api.create_repo)
+                created = call(f"create '{self.repo_id}'", create, self.repo_id, private=private)
                 self.look()
+                if MAIN not in self.heads:
+                    raise HubFailure(f"'{self.repo_id}' is being created or removed by somebody else: push again later")
+                if created:
+                    made.push(_on_error(self._remove_empty_repository, self.heads[MAIN]))
             for upload in uploads:
                 if upload.branch not in self.heads:
-                    self._make_branch(upload.branch)
-                    made.push(_on_error(self._remove_branch, upload.branch))
+                    if self._make_branch(upload.branch):
+                        made.push(_on_error(self._remove_branch, upload.branch))
             for upload in uploads if not create_pr else ():
                 self._send_weights(upload)
             for upload in others:  # first, so that main's card never names a branch that is not there
@@ -108,15 +113,24 @@ class Repository:
         url = info.pr_url or f"{self.api.endpoint}/{self.repo_id}"
         for upload in uploads:
             if upload.tag:
-                what = f"set the tag '{upload.tag}' on '{self.repo_id}'"
-                call(what, self.api.create_tag, self.repo_id, tag=upload.tag, revision=upload.branch, exist_ok=True)
+                self._set_tag(upload.tag, self.heads[upload.branch])
         where = info.pr_revision or main.branch
         return Published(self.repo_id, url, info.oid, where, others[0].branch if others else None, main.tag)
 
-    def _make_branch(self, branch: str) -> None:
-        what = f"make the branch '{branch}' of '{self.repo_id}'"
-        call(what, self.api.create_branch, self.repo_id, branch=branch, exist_ok=True)
-        self.heads[branch] = self.heads[MAIN]
+    def _make_branch(self, branch: str) -> bool:
+        """Make a branch at the head of main that was seen; whether this push made it, and not another one meanwhile."""
+        what, head = f"make the branch '{branch}' of '{self.repo_id}'", self.heads[MAIN]
+        made = call(what, _unless_there(self.api.create_branch), self.repo_id, branch=branch, revision=head)
+        self.heads[branch] = head
+        return made
+
+    def _set_tag(self, tag: str, commit: str) -> None:
+        """Tag a commit of this push; a tag that another push set meanwhile is an error."""
+        what = f"set the tag '{tag}' on '{self.repo_id}'"
+        if not call(what, _unless_there(self.api.create_tag), self.repo_id, tag=tag, revision=commit):
+            self.look()
+            if self.tags.get(tag) != commit:
+                raise HubFailure(f"cannot {what}: somebody else has set it meanwhile: choose another tag")
 
     def _send_weights(self, upload: Upload) -> None:
         """Upload large files; nobody sees them before a commit names them."""
@@ -146,6 +160,8 @@ class Repository:
 
         info = call(f"commit to '{self.repo_id}'", self._xet_or_plain, commit, again=not create_pr)
         self.changed.append("a pull request" if create_pr else f"branch '{upload.branch}'")
+        if not create_pr:
+            self.heads[upload.branch] = info.oid
         return info
 
     def _xet_or_plain(self, send: Callable[[], Any]) -> Any:
@@ -159,12 +175,20 @@ class Repository:
         with plain_uploads():
             return send()
 
-    def _remove_empty_repository(self) -> None:
-        if set(self.api.list_repo_files(self.repo_id)) <= {".gitattributes"}:
+    def _remove_empty_repository(self, first: str) -> None:
+        """Remove the repository that this push created, unless somebody else has changed it since."""
+        refs = self.api.list_repo_refs(self.repo_id, include_pull_requests=True)
+        if {ref.name: ref.target_commit for ref in refs.branches} == {MAIN: first} and not (
+            refs.tags or refs.pull_requests
+        ):
             self.api.delete_repo(self.repo_id)
             self.changed.clear()
 
     def _remove_branch(self, branch: str) -> None:
+        """Remove a branch that this push made, unless somebody else has committed to it since."""
+        refs = self.api.list_repo_refs(self.repo_id)
+        if self.heads[branch] not in [ref.target_commit for ref in refs.branches if ref.name == branch]:
+            return
         self.api.delete_branch(self.repo_id, branch=branch)
         if f"branch '{branch}'" in self.changed:
             self.changed.remove(f"branch '{branch}'")
@@ -179,15 +203,14 @@ def open_repository(repo_id: str, token: str | None, create_pr: bool) -> Iterato
         raise ArpHubError(
             f"no token to publish '{repo_id}' with: log in with `hf auth login`, set HF_TOKEN or pass token="
         )
+    remember(token)
     api = HfApi(token=token)
-    who = call("log in to the Hub", api.whoami)
-    user, role = who["name"], who.get("auth", {}).get("accessToken", {}).get("role")
+    user, role, orgs = call("log in to the Hub", _who, api)
     if role == "read":
         raise ArpHubError(
             f"the token of '{user}' may only read: use one with write access (https://huggingface.co/settings/tokens)"
         )
     full = repo_id if "/" in repo_id else f"{user}/{repo_id}"
-    orgs = {org["name"]: org.get("roleInOrg") for org in who.get("orgs", ())}
     namespace = full.partition("/")[0]
     if not create_pr and namespace != user and orgs.get(namespace, "read") == "read":
         raise ArpHubError(
@@ -196,6 +219,13 @@ def open_repository(repo_id: str, token: str | None, create_pr: bool) -> Iterato
         )
     with tempfile.TemporaryDirectory(prefix="arp-hub-") as scratch:
         yield Repository(api, full, Path(scratch))
+
+
+def _who(api: HfApi) -> tuple[str, str | None, dict[str, str | None]]:
+    """The user, what the token may do, and the user's role in each organisation."""
+    who = api.whoami()
+    role = who.get("auth", {}).get("accessToken", {}).get("role")
+    return who["name"], role, {org["name"]: org.get("roleInOrg") for org in who.get("orgs", ())}
 
 
 def check_name(repo_id: str) -> None:
@@ -222,6 +252,25 @@ def _or_none(kind: type[Exception], function: Callable[..., Any]) -> Callable[..
     return attempt
 
 
+def _unless_there(make: Callable[..., Any]) -> Callable[..., bool]:
+    """Make something on the Hub; False if it is there already.
+
+    After a lost answer, a second attempt finds what the first one made. It answers False as well: what is not known to
+    be this push's own is never removed.
+    """
+
+    def attempt(*args: Any, **kwargs: Any) -> bool:
+        try:
+            make(*args, **kwargs)
+            return True
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+            return False
+
+    return attempt
+
+
 def _on_error(function: Callable[..., None], *args: Any) -> Callable[..., bool]:
     """An exit of a with block that undoes something if the block fails; it tries once, and then says so."""
 
@@ -229,7 +278,7 @@ def _on_error(function: Callable[..., None], *args: Any) -> Callable[..., bool]:
         if kind is not None:
             try:
                 function(*args)
-            except FAILURES as error:
+            except (*FAILURES, *ODD_ANSWERS) as error:
                 _logger.warning("what was made on the Hub could not be removed: %s", explain(error))
         return False
 

@@ -18,7 +18,7 @@ from .._utils.secrets import redact
 from ..errors import ArpHubError
 from ..layers.model import check_model
 from ..layers.trace import input_size_of
-from ..reports.summary import layer_figures, model_figures
+from ..reports.summary import layer_sizes, model_sizes
 from .card import draw_pictures, model_card
 from .config import check_rebuilds, write_config
 
@@ -142,11 +142,11 @@ def _numbers(model: nn.Module, config: Mapping[str, Any], given: Mapping[str, An
     """Everything that ``metrics.json`` holds: the facts of this process under the given metrics, the counts on top."""
     own = getattr(model, "pretrained_cfg", None) or {}
     size = input_size_of(model, None if own.get("input_size") else tuple(config["pretrained_cfg"]["input_size"]))
-    figures = model_figures(model, size)
+    figures = model_sizes(model, size)
     dense = {**given.get("dense", {}), **figures.pop("dense", {})}
     numbers = {**environment(), **given, **figures}
     if "plan" in config["model_args"]:
-        numbers["layers"] = layer_figures(model, size, (given.get("plan") or {}).get("dense", {}))
+        numbers["layers"] = layer_sizes(model, size, (given.get("plan") or {}).get("dense", {}))
     return {**numbers, "dense": dense} if dense else numbers
 
 

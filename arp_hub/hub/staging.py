@@ -21,6 +21,11 @@ from .save import CARD, CONFIG, FAILED_WRITES, METRICS, WEIGHTS, plain_metrics, 
 
 _logger = logging.getLogger(__name__)
 
+UNFIT = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What rendering raises where an entry of the metrics has another type than `save_pretrained` gives it."""
+_MOST_BYTES, _MOST_ROWS = 2**24, 10_000
+"""Size of a ``metrics.json`` and rows of its lists: a run of 10,000 epochs fits."""
+
 MAIN = "main"
 _ABOUT = ("base_model", "dataset", "license")
 """Metrics that hold for the merged model as well."""
@@ -81,18 +86,33 @@ def stage(
     made = scratch / "main"
     made.mkdir()
     write_json(made / METRICS, numbers)
-    pictures = draw_pictures(made, numbers) if metrics else []
-    pictures += [path.name for path in folder.iterdir() if path.name in PICTURES and path.name not in pictures]
+    try:
+        pictures = draw_pictures(made, numbers) if metrics else []
+    except UNFIT as error:
+        raise _unfit(folder / METRICS, error) from error
+    own = _pictures(folder)
+    pictures += [path.name for path in own if path.name in PICTURES and path.name not in pictures]
     name = f"hf-hub:{repo_id}" + ("" if branch == MAIN else f"@{branch}")
     dense = merged.branch if merged else None
-    card = model_card(config, numbers, name, pictures=pictures, dense=dense, tag=tag)
+    try:
+        card = model_card(config, numbers, name, pictures=pictures, dense=dense, tag=tag)
+    except UNFIT as error:
+        raise _unfit(folder / METRICS, error) from error
     here = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
     _write_card(made / CARD, card, here, earlier_card(branch))
-    own = [path for path in folder.iterdir() if path.suffix in (".png", ".svg")]
     files = {path.name: path for path in (folder / CONFIG, folder / WEIGHTS, *own, *made.iterdir())}
     uploads = [Upload(branch, tag, files), *([merged] if merged else [])]
     _check_texts(uploads)
     return uploads
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """The pictures of a folder. A link is left out: it would publish a file from elsewhere."""
+    found = [path for path in folder.iterdir() if path.suffix in (".png", ".svg")]
+    for path in found:
+        if path.is_symlink():
+            _logger.warning("'%s' is a link and is not published: copy the picture into the folder", path.name)
+    return [path for path in found if path.is_file() and not path.is_symlink()]
 
 
 def dense_name(name: str, dense: str) -> str:
@@ -131,10 +151,32 @@ def _write_card(path: Path, card: str, here: str, there: str) -> None:
 
 
 def _read_metrics(folder: Path) -> dict[str, Any]:
+    """The folder's ``metrics.json``, whoever wrote it.
+
+    Raises:
+        ArpHubError: If it is no JSON object, or larger, longer or deeper than what `save_pretrained` writes.
+    """
+    path = folder / METRICS
     try:
-        return dict(json.loads((folder / METRICS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ArpHubError(f"cannot read '{folder / METRICS}': {error}: save the model again") from error
+        if (size := path.stat().st_size) > _MOST_BYTES:
+            raise ArpHubError(f"'{path}' has {size:,} bytes, {_MOST_BYTES:,} are allowed: save the model again")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("dense", {}), dict):
+            raise TypeError("it and its 'dense' must be JSON objects")
+        for key in ("layers", "history"):
+            if len(found.get(key) or ()) > _MOST_ROWS:
+                raise ValueError(f"'{key}' has {len(found[key]):,} rows, {_MOST_ROWS:,} are allowed")
+        json.dumps(found, allow_nan=False)
+    except ArpHubError:
+        raise
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ArpHubError(f"cannot read '{path}': {error}: save the model again") from error
+    return found
+
+
+def _unfit(path: Path, error: Exception) -> ArpHubError:
+    reason = f"{type(error).__name__}: {error}"
+    return ArpHubError(f"'{path}' holds entries that the card cannot show ({reason}): save the model again")
 
 
 def _merge(numbers: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ first built without memory, and given up as soon as it has more tensors, or far 
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
@@ -23,6 +25,8 @@ from ..errors import ArpHubError
 from ._skip_init import SkipInit
 
 _CONFIG_BYTES = 2**22
+_HEADER_BYTES = 2**23
+"""Bytes of a header of `_MOST_TENSORS` tensors at 400 bytes each, twice what timm's longest names take."""
 _MOST_TENSORS = 20_000
 _MOST_CLASSES = 2**20
 _LARGEST_NUMBER = 2**16
@@ -34,9 +38,11 @@ _SLACK = 2**22
 _SLACK_TENSORS = 64
 _RESERVED = frozenset(
     {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "device", "dtype"}
-    | {"scriptable", "exportable", "features_only", "feature_cls", "pretrained_filter_fn", "pretrained_custom_load"}
-)
+    | {"scriptable", "exportable", "no_jit", "features_only", "feature_cls"}
+    | set(inspect.signature(build_model_with_cfg).parameters)
+) - {"kwargs"}
 """Arguments that say how to load a model, not what it is."""
+_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 BAD_CONFIG = (
     ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NameError, OSError, RuntimeError,
     TypeError, ValueError,
@@ -74,7 +80,7 @@ def check_args(args: Any, source: str) -> dict[str, Any]:
     """
     if not isinstance(args, Mapping):
         raise ArpHubError(f"the config of '{source}': model_args must be an object, got {_short(args)}")
-    if reserved := sorted(_RESERVED & args.keys()):
+    if reserved := sorted(str(key) for key in args if key in _RESERVED or str(key).startswith("pretrained")):
         raise ArpHubError(f"the config of '{source}': model_args must not hold {reserved[0]!r}, the caller's to say")
     for name, value in args.items():
         if name != "plan":  # that has its own checks
@@ -113,10 +119,18 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
         ArpHubError: If it is no whole safetensors file, or declares more tensors than any model has.
     """
     try:
+        with path.open("rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+        if _HEADER_BYTES < size <= path.stat().st_size:
+            raise ArpHubError(f"'{path}' has a header of {size:,} bytes, {_HEADER_BYTES:,} are allowed")
         with safe_open(path, framework="pt") as file:
             names = file.keys()
             if len(names) > _MOST_TENSORS:
                 raise ArpHubError(f"'{path}' declares {len(names)} tensors, more than the {_MOST_TENSORS} allowed")
+            if longest := next((name for name in names if len(name) > _LONGEST_TEXT), None):
+                raise ArpHubError(
+                    f"'{path}' declares a tensor name of {len(longest):,} characters, {_LONGEST_TEXT:,} are allowed"
+                )
             return {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except (OSError, SafetensorError) as error:
         raise ArpHubError(f"'{path}' is not a whole safetensors file: {error}: get the model again") from error
@@ -157,12 +171,13 @@ def check_tensors(tensors: Mapping[str, Tensor], model: nn.Module, source: str) 
     """
     own = model.state_dict()
     for name, tensor in tensors.items():
+        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype not in _DTYPES:
+            raise ArpHubError(f"the weights in '{source}': '{name}' holds {tensor.dtype}: save it as float32")
         expected = own.get(name)
         if expected is not None and expected.is_floating_point() != tensor.is_floating_point():
             raise ArpHubError(f"the weights in '{source}': '{name}' holds {tensor.dtype}, the model {expected.dtype}")
         if tensor.is_floating_point():
-            exact = tensor.float() if tensor.element_size() == 1 else tensor
-            if not bool(exact.isfinite().all()):
+            if not bool(tensor.isfinite().all()):
                 raise ArpHubError(f"the weights in '{source}': '{name}' holds NaN or infinite values")
 
 

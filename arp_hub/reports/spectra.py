@@ -16,7 +16,7 @@ from ..layers.dense import refusal
 from ..layers.low_rank import LowRankLayer, effective_weight, layer_shape
 from ..layers.model import weight_layers
 from ..schemes import SCHEMES, MatrixScheme, Scheme, make_scheme, relative_error
-from ..schemes.linalg import singular_values
+from ..schemes.linalg import singular_values, tail_shares
 
 MATRIX_SCHEMES = tuple(name for name, scheme in SCHEMES.items() if issubclass(scheme, MatrixScheme))
 """The schemes whose blocks are matrices, and so have singular values."""
@@ -45,8 +45,7 @@ class Spectrum:
         The entry at r is the layer's relative violation of the constraint "rank at most r".
         """
         energy = self.values.double().square().sum(0)
-        lost = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
-        return lost / lost[0].clamp_min(torch.finfo(lost.dtype).tiny)
+        return tail_shares(torch.cat([energy.new_zeros(1), energy]))  # the zero stands for rank 0
 
     def energy_rank(self, share: float) -> int:
         """The smallest rank that keeps ``share`` of the energy.

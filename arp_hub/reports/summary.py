@@ -21,7 +21,7 @@ from ..schemes.shapes import ConvSpec, LayerShape, Pair, chain_macs
 from .spectra import Spectrum
 
 
-def model_figures(model: nn.Module, input_size: InputSize) -> dict[str, Any]:
+def model_sizes(model: nn.Module, input_size: InputSize) -> dict[str, Any]:
     """Parameters and MACs, with those of the dense form and the kept share if the model is decomposed.
 
     Args:
@@ -40,12 +40,12 @@ def model_figures(model: nn.Module, input_size: InputSize) -> dict[str, Any]:
     return figures
 
 
-def layer_figures(model: nn.Module, input_size: InputSize, reasons: Mapping[str, str]) -> list[dict[str, Any]]:
+def layer_sizes(model: nn.Module, input_size: InputSize, reasons: Mapping[str, str]) -> list[dict[str, Any]]:
     """What became of every layer of a decomposed model: scheme, rank, sizes, or the reason why it stays dense.
 
     Args:
         model: A decomposed model; it is left as it is.
-        input_size: As for `model_figures`.
+        input_size: As for `model_sizes`.
         reasons: Why layers stay dense, by name, as a plan gives them; the model itself does not know.
 
     Returns:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from ..timing import Spread
 from .benchmark import Benchmark
@@ -18,7 +19,8 @@ def plan_table(report: PlanReport, title: str | None = None) -> Table:
     table = _table(title, ("layer", "shape", "scheme"), ("groups", "rank", "params", "after", "kept", "MACs", "after"))
     for layer in report.layers:
         if layer.scheme is not None:
-            table.add_row(
+            _add(
+                table,
                 layer.name,
                 layer.shape,
                 layer.scheme,
@@ -31,7 +33,7 @@ def plan_table(report: PlanReport, title: str | None = None) -> Table:
     table.add_section()
     sizes = _before_after(report.params, report.params_after)
     macs = (_number(report.macs), _number(report.macs_after))
-    table.add_row("whole model", "", "", "", "", *sizes, *macs, style="bold")
+    _add(table, "whole model", "", "", "", "", *sizes, *macs, style="bold")
     return table
 
 
@@ -40,7 +42,7 @@ def dense_table(report: PlanReport, title: str | None = None) -> Table:
     table = _table(title, ("layer", "shape"), ("params",), ("stays dense because",))
     for layer in report.layers:
         if layer.scheme is None:
-            table.add_row(layer.name, layer.shape, _number(layer.params), layer.reason)
+            _add(table, layer.name, layer.shape, _number(layer.params), layer.reason)
     return table
 
 
@@ -50,7 +52,8 @@ def spectrum_table(reports: Iterable[SpectrumReport], title: str | None = None) 
     table = _table(title, ("layer", "shape"), numbers[:4], ("scheme",), numbers[4:])
     for layer in reports:
         scheme = layer.scheme or ""
-        table.add_row(
+        _add(
+            table,
             layer.name,
             layer.shape,
             str(layer.full_rank),
@@ -64,12 +67,12 @@ def spectrum_table(reports: Iterable[SpectrumReport], title: str | None = None) 
     return table
 
 
-def figures_table(rows: Mapping[str, Mapping[str, Any]], title: str | None = None) -> Table:
+def comparison_table(rows: Mapping[str, Mapping[str, Any]], title: str | None = None) -> Table:
     """Figures side by side, such as accuracy and size before and after: one column for each key of ``rows``."""
     keys = list(dict.fromkeys(key for figures in rows.values() for key in figures))
     table = _table(title, ("",), tuple(rows))
     for key in keys:
-        table.add_row(key, *(_figure(figures.get(key)) for figures in rows.values()))
+        _add(table, key, *(_figure(figures.get(key)) for figures in rows.values()))
     return table
 
 
@@ -80,7 +83,8 @@ def latency_table(found: Iterable[Benchmark], title: str | None = None) -> Table
     for one in found:
         kind = one.workload.dtype + (", channels last" if one.workload.channels_last else "")
         threads = f", {one.threads} threads" if one.device == "cpu" else ""
-        table.add_row(
+        _add(
+            table,
             one.device + threads + (", compiled" if one.compiled else ""),
             kind,
             str(one.workload.batch_size),
@@ -98,11 +102,27 @@ def _spread(spread: Spread | None) -> str:
 
 def _table(title: str | None, *columns: tuple[str, ...]) -> Table:
     """An empty table; groups of columns alternate between text, set left, and numbers, set right."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=None if title is None else _cell(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     for k, group in enumerate(columns):
         for name in group:
-            table.add_column(name, justify="right" if k % 2 else "left", overflow="fold")
+            table.add_column(_cell(name), justify="right" if k % 2 else "left", overflow="fold")
     return table
+
+
+def printable(text: str) -> str:
+    """The text with its control characters spelled out, so that a name cannot send commands to the terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _cell(text: str) -> Text:
+    """Text that rich shows as it is: brackets are not markup."""
+    return Text(printable(text))
+
+
+def _add(table: Table, *cells: str | None, style: str | None = None) -> None:
+    table.add_row(*(_cell(cell or "") for cell in cells), style=style)
 
 
 def _before_after(before: int, after: int) -> tuple[str, str, str]:

@@ -212,11 +212,26 @@ BAD_INPUTS = {
     "plan file that holds something else": (f"plan {FINE} --keep-params 0.5 --output {{tmp}}/notes.txt", "notes.txt"),
     "plan file in no folder": (f"plan {FINE} --keep-params 0.5 --output {{tmp}}/nix/plan.json", "no folder"),
     "unknown scheme": (f"{HALF} --schemes cp,svd", "svd"),
-    "rank multiple of 0": (f"{HALF} --rank-multiple 0", "rank_multiple"),
+    "rank multiple of 0": (f"{HALF} --rank-multiple 0", "--rank-multiple must"),
     "excluded layer that is not there": (f"{HALF} --exclude layer9.conv", "layer9.conv"),
     "picture of no kind": (f"inspect {FINE} --plot {{tmp}}/spectra.txt", "spectra.txt"),
     "unknown device": (f"inspect {FINE} --device toaster", "toaster"),
-    "input size of 0": ("plan --model cifar_resnet20 --keep-params 0.5 --input-size 3 0 32", "(3, 0, 32)"),
+    "input size of 0": (
+        "plan --model cifar_resnet20 --keep-params 0.5 --input-size 3 0 32",
+        "got 3 0 32",
+    ),
+    "unknown device of torch's": (f"{HALF} --device gpu", "--device gpu"),
+    "meta for compress": ("compress --model test_resnet --device meta --keep-params 0.5 --output {tmp}/out", "meta"),
+    "meta for evaluate": ("evaluate --model test_resnet --device meta --data digits", "--device meta"),
+    "meta for bench": ("bench --model test_resnet --device meta", "--device meta"),
+    "meta for inspect": ("inspect --model test_resnet --device meta", "--device meta"),
+    "meta for a plan with data": ("plan --model test_resnet --device meta --keep-params 0.5 --data digits", "meta"),
+    "meta with weights": ("plan --model test_resnet --device meta --keep-params 0.5 --pretrained", "--pretrained"),
+    "both kinds of weights": (f"{HALF} --pretrained", "both name weights"),
+    "weights that timm lacks": ("inspect --model cifar_resnet20 --pretrained", "timm has no weights"),
+    "share in the option's words": (f"plan {FINE} --keep-params 2 --output {{tmp}}/plan.json", "--keep-params must"),
+    "unknown dtype": ("bench --model cifar_resnet20 --dtype int8", "unknown --dtype 'int8'"),
+    "batch size of 0": ("bench --model cifar_resnet20 --batch-size 0", "--batch-size must be at least 1"),
     "unknown option": ("compress --keep-everything", "--keep-everything"),
     "option that is no number": (f"compress {FINE} --keep-params half --output {{tmp}}/out", "--keep-params"),
     "unknown command": ("squeeze", "squeeze"),
@@ -249,6 +264,25 @@ def test_bad_input_exits_2_with_one_line_and_writes_nothing(run, trained, folder
     assert len(lines) == 1, result.err
     assert message in lines[0]
     assert sorted(folder.rglob("*")) == before
+
+
+RANDOM = {
+    "plan": ("plan --keep-params 0.5 --output {tmp}/plan.json", True),
+    "compress": ("compress --keep-params 0.5 --output {tmp}/out", True),
+    "evaluate": ("evaluate --data digits --max-images 8", True),
+    "bench": ("bench --batch-size 1 --seconds 0.1", True),
+    "inspect": ("inspect", True),
+    "inspect a checkpoint": ("inspect --checkpoint {checkpoint}", False),
+}
+
+
+@pytest.mark.parametrize(("line", "random"), RANDOM.values(), ids=RANDOM)
+def test_random_weights_are_reported(run, trained, tmp_path, line, random):
+    model = "--model test_resnet --input-size 3 32 32 --num-classes 10 --json" + " --no-pretrained" * random
+    result = run(*line.format(tmp=tmp_path, checkpoint=trained[5]).split(), *model.split())
+    assert result.code == 0, result.err
+    assert ("warning: the weights of 'test_resnet' are random" in result.err) is random
+    assert result.json["random_weights"] is random
 
 
 def test_help_tells_the_exit_codes(run):

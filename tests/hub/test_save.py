@@ -324,7 +324,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 FAULTS = [
     ("arp_hub.hub.config.save_config_for_hf", 1, True),
     ("arp_hub.hub.save.check_rebuilds", 1, True),
-    ("arp_hub.hub.save.model_figures", 1, True),
+    ("arp_hub.hub.save.model_sizes", 1, True),
     ("arp_hub.hub.save.model_card", 1, True),
     ("arp_hub.hub.save.save_file", 1, True),
     ("pathlib.Path.write_text", 1, True),
