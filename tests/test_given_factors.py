@@ -24,7 +24,7 @@ def test_factors_of_the_penalty_are_taken_in_any_dtype(scheme, dtype):
     weight = model[0].weight.detach().double()
     decompose(model, PLANS[scheme], factors=penalty.factors())
     assert model[0].factors[0].weight.dtype == dtype
-    assert (model[0].weight.double() - weight).norm() / weight.norm() < 2 * max(torch.finfo(dtype).eps, 1e-4)
+    assert (model[0].weight.double() - weight).norm() / weight.norm() < 4 * max(torch.finfo(dtype).eps, 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

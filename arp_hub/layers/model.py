@@ -39,7 +39,7 @@ def check_model(model: object, *, mergeable: bool = False) -> None:
     if "_orig_mod" in model._modules:
         raise ArpHubError("the model is compiled: pass model._orig_mod, and call torch.compile on the result")
     if wrapper := kinds.intersection(_PARALLEL):
-        raise ArpHubError(f"the model is wrapped in {min(wrapper)}: pass model.module")
+        raise ArpHubError(f"the model is wrapped in {min(wrapper)}: pass it unwrapped, as model.module")
     if hasattr(model, "peft_config") and hasattr(model, "base_model"):
         raise ArpHubError("the model is wrapped by PEFT: pass model.merge_and_unload()")
     if "ScriptModule" in kinds:

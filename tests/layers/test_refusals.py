@@ -190,7 +190,7 @@ MODELS = {
     "nothing": (lambda: None, "got NoneType"),
     "compiled": (lambda: torch.compile(timm.create_model("cifar_resnet20")), r"pass model\._orig_mod"),
     "partly compiled": (lambda: nn.Sequential(torch.compile(nn.Sequential(nn.Linear(8, 8)))), "part '0' is compiled"),
-    "data parallel": (lambda: nn.DataParallel(timm.create_model("cifar_resnet20")), r"pass model\.module"),
+    "data parallel": (lambda: nn.DataParallel(timm.create_model("cifar_resnet20")), r"unwrapped, as model\.module"),
     "scripted": (lambda: torch.jit.script(nn.Sequential(nn.Linear(8, 8))), "TorchScript"),
 }
 ENTRIES = {
