@@ -37,8 +37,6 @@ Phase = Literal["ramp", "hold", "done"]
 
 _END_OF_RAMP = 1e-4
 """Target violation at the end of the ramp over that at its start; the first pull of the hold removes the rest."""
-_STACKED_WEIGHTS = 2**22
-"""Weights of like layers that are pulled together at most: 16 MB, small beside most models."""
 
 
 @dataclass
@@ -157,7 +155,7 @@ def _stacked(layers: Sequence[_Layer]) -> list[_Stack]:
         alike.setdefault(kind, []).append(layer)
     stacks = []
     for group in alike.values():
-        most = max(1, _STACKED_WEIGHTS // group[0].weight.numel())
+        most = max(1, 2**22 // group[0].weight.numel())  # 16 MB of weights: small beside most models
         stacks += [_Stack(group[start : start + most]) for start in range(0, len(group), most)]
     return stacks
 
@@ -249,7 +247,7 @@ class AdaptiveRankPenalty:
         """Pull every planned layer. Call it after each step of the optimiser.
 
         Raises:
-            ArpHubError: If a weight is NaN or infinite, or a layer's parameter is no longer the model's.
+            ArpHubError: If a weight is NaN or infinite, or the model has replaced a layer's parameter.
         """
         holding = self.step_count >= self.ramp_steps
         due = self.step_count % self.every == 0 or self.step_count in (self.ramp_steps, self.total_steps - 1)
@@ -390,7 +388,7 @@ class AdaptiveRankPenalty:
             raise ArpHubError("penalty.step() was never called: call it after every optimizer.step()")
 
     def _check_own(self) -> None:
-        """Refuse to pull parameters that the model no longer uses: nothing would come of it."""
+        """Refuse to pull parameters that the model has replaced: that would change nothing."""
         for stack in self._stacks:
             for layer in stack.layers:
                 if self._modules[layer.name]._parameters.get("weight") is not layer.weight:

@@ -23,8 +23,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 """Floating-point types of a workload."""
 LEAST_ROUNDS = 5
 """Rounds that are measured in any case: quartiles need about five samples."""
-_MOST_ROUNDS = 500
-"""Rounds that are measured at most: more do not make a median more exact."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def layer_shares(
         layer.register_forward_hook(partial(cut, name))
     passes, owners = [], list[str | None]()
     began = time.perf_counter()
-    for done in range(2 + _MOST_ROUNDS):  # two passes warm up
+    for done in range(2 + 500):  # two passes warm up; more than 500 do not make a minimum lower
         if done >= 2 + LEAST_ROUNDS and time.perf_counter() - began > seconds:
             break
         cuts.clear()
@@ -174,7 +172,7 @@ def take_turns(
     repeats = {name: _repeats(call, device) for name, call in rivals.items()}
     samples: dict[str, list[float]] = {name: [] for name in rivals}
     began, order = time.perf_counter(), list(rivals)
-    for done in range(_MOST_ROUNDS):
+    for done in range(500):  # more samples do not make a median more exact
         if done >= least and time.perf_counter() - began > seconds:
             break
         for name in order:

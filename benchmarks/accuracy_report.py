@@ -63,10 +63,9 @@ python benchmarks/accuracy.py run ROW --again --shared ../shared
 CIFAR-10: calibration on 1,024 training images without their labels, top-1 on all 10,000 test images. The sample of
 ImageNet has 1,000 images, very likely of the training set: 256 of them calibrate, the other 744 are judged, and the
 numbers compare a network with its own dense form, no more. One seed, the last epoch, and no choice made on these test
-images. Rows were recorded at different
-commits, as `git log benchmarks/results/accuracy.json` tells. Training rows have a pull of the penalty every eighth step,
-`long/resnet56/0.35` every 32nd; that one was planned on a CPU, trained up to step 7,649 of 9,750 on an H200
-(`--cuda-graphs`) and to its end on a CPU.
+images. Rows were recorded at different commits, as `git log benchmarks/results/accuracy.json` tells. Training rows have
+a pull of the penalty every eighth step, `long/resnet56/0.35` every 32nd. That row was planned on a CPU, trained up to
+step 7,649 of 9,750 on an H200 (`--cuda-graphs`) and to its end on a CPU.
 
 ![Points of top-1 lost over the share of parameters kept](img/accuracy.png)
 """

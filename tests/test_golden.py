@@ -88,8 +88,8 @@ def calibration(shared: Path) -> Tensor:
 def by_images(shared: Path) -> tuple[arp_hub.RankPlan, Tensor]:
     """ResNet-20 planned and fitted by images: the plan, and what comes out of the result."""
     model, images = trained("cifar_resnet20", shared), calibration(shared)
-    plan = arp_hub.make_plan(model, keep_params=0.35, calibration=images)
-    return plan, outputs(arp_hub.decompose(model, plan, images))
+    plan = arp_hub.make_plan(model, keep_params=0.35, calibration=images, effort="fast")
+    return plan, outputs(arp_hub.decompose(model, plan, images, effort="fast"))
 
 
 def same(found: Tensor, key: str) -> bool:

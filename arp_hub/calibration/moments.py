@@ -28,7 +28,7 @@ from .regression import Regression
 LARGE = 1024
 """Columns from which on moments, and fits by them, are in single precision: twice as fast, with the same accuracy."""
 SAMPLES = 16
-"""Patches for each column of a moment, over all images, beyond which more patches no longer help the fit."""
+"""Patches for each column of a moment, over all images: more patches do not improve the fit."""
 
 
 def patches(

@@ -31,9 +31,6 @@ from .allocation import Losses, allocate, chosen_plan, layer_options
 from .costs import Floats
 from .latency_table import LatencyTable, spread_out
 
-TOLERANCE = 0.05
-"""Share by which a plan may exceed a latency budget: repeated measurements of one network differ by 1 to 3 %."""
-
 
 class Stopwatch:
     """Times a model end to end against its own decomposed forms.
@@ -139,12 +136,14 @@ class LatencyBudget:
         layers: Plans by the times of single layers.
         watch: Times whole networks.
         aim: What the next plan's layers are to add up to; known from the first plan on.
+        tolerance: Share by which a plan may exceed the budget: measurements of one network differ by 1 to 3 %.
     """
 
     share: float
     layers: _LayerTimes
     watch: _Ratios
     aim: float | None = None
+    tolerance: float = 0.05
     _ratios: dict[RankPlan, float] = field(default_factory=dict)
     _confirmed: set[RankPlan] = field(default_factory=set)
 
@@ -178,7 +177,7 @@ class LatencyBudget:
 
     def _best_tried(self) -> RankPlan:
         """The slowest plan within the budget, or else the fastest one within its tolerance."""
-        for limit, slowest_first in ((self.share, True), (self.share * (1 + TOLERANCE), False)):
+        for limit, slowest_first in ((self.share, True), (self.share * (1 + self.tolerance), False)):
             for plan in sorted(self._ratios, key=self._ratios.__getitem__, reverse=slowest_first):
                 if self._ratios[plan] <= limit and self._confirm(plan) <= limit:
                     return plan

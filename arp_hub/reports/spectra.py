@@ -20,7 +20,6 @@ from ..schemes.linalg import singular_values, tail_shares
 
 MATRIX_SCHEMES = tuple(name for name, scheme in SCHEMES.items() if issubclass(scheme, MatrixScheme))
 """The schemes whose blocks are matrices, and so have singular values."""
-_MOMENT_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -137,15 +136,15 @@ def output_spectra(model: nn.Module, layers: Mapping[str, nn.Module], images: Im
     return {name: found[name] for name in layers if name in found}
 
 
-def _chunks(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
-    """Layers in groups whose moments fit into the memory allowed; a pass over the images serves one group."""
+def _chunks(layers: Mapping[str, nn.Module], most: int = 2**30) -> Iterator[dict[str, nn.Module]]:
+    """Layers in groups whose moments take ``most`` bytes; a pass over the images serves one group."""
     chunk: dict[str, nn.Module] = {}
     used = 0
     for name, layer in layers.items():
         shape = layer_shape(layer)
         columns = shape.group_in * shape.taps
         size = 16 * shape.groups * columns * (columns + shape.group_out)  # two halves of float64
-        if chunk and used + size > _MOMENT_BYTES:
+        if chunk and used + size > most:
             yield chunk
             chunk, used = {}, 0
         chunk[name] = layer
