@@ -40,17 +40,17 @@ LabelKey = Annotated[
 KeepParams = Annotated[float | None, typer.Option(help="Share of the parameters to keep, above 0 and below 1.")]
 KeepMacs = Annotated[float | None, typer.Option(help="Share of the multiply-accumulates to keep.")]
 KeepLatency = Annotated[float | None, typer.Option(help="Share of the measured latency on --device to keep.")]
-BatchSize = Annotated[int, typer.Option(help="Images a forward pass that is timed.")]
-Dtype = Annotated[str, typer.Option(help=f"Numbers of a forward pass that is timed: {', '.join(DTYPES)}.")]
-ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="Time with channels-last memory layout.")]
+BatchSize = Annotated[int, typer.Option(help="Images of the timed forward pass.")]
+Dtype = Annotated[str, typer.Option(help=f"Floating-point type of the timed forward pass: {', '.join(DTYPES)}.")]
+ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="Time in the channels-last memory format.")]
 Schemes = Annotated[
-    str | None, typer.Option(help=f"Schemes to choose from, with commas: {','.join(SCHEMES)}. By default all.")
+    str | None, typer.Option(help=f"Schemes to choose from, separated by commas: {','.join(SCHEMES)}. By default all.")
 ]
-RankMultiple = Annotated[int, typer.Option(help="Hold ranks to multiples of this, for the hardware.")]
+RankMultiple = Annotated[int, typer.Option(help="Ranks are multiples of this, to suit the hardware.")]
 Exclude = Annotated[
     str | None,
     typer.Option(
-        help="Layers to leave dense, with commas: names, or patterns (layer1.*). By default the first convolution."
+        help="Layers that stay dense, separated by commas: names or patterns (layer1.*). By default the first convolution."
     ),
 ]
 Calibration = Annotated[
@@ -64,7 +64,7 @@ Copies = Annotated[
     int | None,
     typer.Option(
         "--calibration-copies",
-        help="Copies of each, turned, moved, scaled and recoloured, that are added; by default 1 of small images.",
+        help="Augmented copies of each calibration image that are added; by default 1 of small images, 0 of large ones.",
     ),
 ]
 Effort = Annotated[
@@ -73,8 +73,8 @@ Effort = Annotated[
 Workers = Annotated[int, typer.Option(help="Processes that decode large images.")]
 Device = Annotated[
     str | None,
-    typer.Option(help="cpu, cuda, ...; by default cuda where there is one. For plans also meta: by shape alone."),
+    typer.Option(help="cpu, cuda, ...; by default cuda if available. For plans also meta: by shape alone."),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write over --output, whatever it holds.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace --output, whatever it holds.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else.")]

@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "arp_hub"
 FLOORS = (
-    {"_version", "errors", "_utils"},
+    {"_version", "_utils"},
+    {"errors"},
     {"schemes", "timing", "effort"},
     {"plan"},
     {"layers"},
