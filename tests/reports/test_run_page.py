@@ -90,6 +90,7 @@ def test_names_are_escaped_and_nothing_is_fetched(tmp_path):
     found = numbers(EVIL)
     found["plan"]["layers"] |= {name: {"scheme": name, "rank": 3} for name in NAMES if name != EVIL}
     found["spectra"] |= {name: [1, 0.5] for name in NAMES}
+    found["config"] = dict.fromkeys(NAMES, "value")
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
     (tmp_path / "metrics.json").write_text(json.dumps(found))
     text = write_report(tmp_path).read_text(encoding="utf-8")
