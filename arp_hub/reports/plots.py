@@ -1,24 +1,29 @@
-"""Pictures of a model: spectra, ranks, violations. Needs the extra ``plots``."""
+"""Figures of a model and of a run: spectra, ranks, violations, curves. Needs the extra ``plots``."""
 
 from __future__ import annotations
 
 import importlib.util
+import io
+import itertools
+import math
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from xml.dom import minidom
 
 from ..errors import ArpHubError
 from .spectra import Spectrum
 
 _SURFACE, _INK, _MUTED, _GRID = "#fcfcfb", "#0b0b0b", "#52514e", "#e1e0d9"
 _FULL, _HIGH, _LOW, _PLANNED = "#e1e0d9", "#86b6ef", "#2a78d6", "#0b0b0b"
-_SCHEMES = ("#2a78d6", "#e08a1e", "#3f9c6b", "#a05cc0", "#c94f4f", "#7a7a72")
-"""Colours of the schemes, in the order in which they appear."""
+_COLOURS = ("#2a78d6", "#e08a1e", "#3f9c6b", "#a05cc0", "#c94f4f", "#7a7a72")
+"""Colours of the schemes, and of the curves, in the order in which they appear."""
 _FEW = 12
 """Layers below which bars are not made wider to fill the picture."""
 _FLOOR = 1e-7
-"""Relative singular values below this are rounding error in float32 and are not drawn."""
+"""Relative singular values and violations below this are drawn at this value: they are rounding error in float32."""
 
 
 def spectra_figure(
@@ -61,7 +66,7 @@ def ranks_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
     ranks, sizes = figure.subplots(2, 1, sharex=True)
     names, positions = [row["name"] for row in rows], range(len(rows))
     schemes = list(dict.fromkeys(row["scheme"] for row in rows))
-    for scheme, colour in zip(schemes, _SCHEMES, strict=False):
+    for scheme, colour in zip(schemes, itertools.cycle(_COLOURS), strict=False):
         mine = [(k, row["rank"] * row["groups"]) for k, row in enumerate(rows) if row["scheme"] == scheme]
         x, y = zip(*mine, strict=True)
         ranks.bar(x, y, width=0.8, color=colour, label=scheme)
@@ -72,7 +77,7 @@ def ranks_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
     sizes.bar(positions, after, width=0.8, color=_LOW, label="decomposed")
     sizes.set(ylabel="parameters", xlim=(-0.6, max(len(rows), _FEW) - 0.4))
     sizes.yaxis.set_major_formatter("{x:,.0f}")
-    sizes.set_xticks(positions, names, rotation=90, fontsize=7 if len(names) <= 60 else 5)
+    _name_columns(sizes, names)
     sizes.set_title("Its parameters", loc="left", fontsize=10, color=_MUTED)
     for axes in (ranks, sizes):
         axes.legend(fontsize=8, frameon=False, ncols=6, loc="lower right", bbox_to_anchor=(1, 1))
@@ -93,12 +98,8 @@ def decays_figure(before: Mapping[str, Sequence[float]], after: Mapping[str, Seq
     figure = _figure(width=10, height=4)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, title, falls in zip(panels, ("dense", "decomposed"), (before, after), strict=True):
-        ramp, norm = _depths(len(falls))
-        for depth, values in enumerate(falls.values(), start=1):
-            _draw_fall(axes, values, ramp(norm(depth)))
-        axes.set(yscale="log", xlim=(0, 1), xlabel="index / full rank")
+        _draw_falls(axes, falls)
         axes.set_title(f"Singular values, {title}", loc="left", fontsize=10, color=_MUTED)
-        _style(axes)
     panels[0].set_ylabel("singular value / largest")
     _depth_bar(figure, panels[1], *_depths(len(before)))
     return figure
@@ -128,6 +129,142 @@ def violation_figure(history: Sequence[Mapping[str, Any]]) -> Any:
     axes.legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     _style(axes)
     return figure
+
+
+def curves_figure(curves: Mapping[str, Mapping[int, Any]], label: str) -> Any:
+    """Draw one value over the epochs of a run, with one curve for each name.
+
+    Args:
+        curves: Value by epoch, by name. A value that is not a finite number leaves a gap.
+        label: Label of the vertical axis.
+
+    Returns:
+        A ``matplotlib.figure.Figure``.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _figure(width=6, height=3)
+    axes = figure.subplots()
+    for (name, points), colour in zip(curves.items(), itertools.cycle(_COLOURS), strict=False):
+        axes.plot(list(points), list(map(_number, points.values())), color=colour, marker=".", markersize=4, label=name)
+    axes.set(xlabel="epoch", ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.legend(fontsize=9, frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
+    _style(axes)
+    return figure
+
+
+def violations_figure(violations: Mapping[str, Mapping[int, Any]]) -> Any:
+    """Draw the violation of every layer at every epoch as a heatmap on a log scale; zero is blank.
+
+    Args:
+        violations: Violation by epoch, by layer.
+
+    Returns:
+        A ``matplotlib.figure.Figure``.
+    """
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [epoch for values in violations.values() for epoch in values]
+    first, last = min(epochs), max(epochs)
+    rows = [[_number(values.get(epoch)) for epoch in range(first, last + 1)] for values in violations.values()]
+    cells = [[min(max(value, _FLOOR), 1.0) if value > 0 else math.nan for value in row] for row in rows]
+    figure = _figure(width=6, height=1 + 0.2 * len(rows))
+    axes = figure.subplots()
+    extent = (first - 0.5, last + 0.5, len(rows) - 0.5, -0.5)
+    image = axes.imshow(
+        cells, cmap=_blues(), norm=LogNorm(_FLOOR, 1), extent=extent, aspect="auto", interpolation="nearest"
+    )
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image, label="violation", location="top", aspect=40, pad=0.01)
+    _style(axes)
+    _name_rows(axes, list(violations))
+    return figure
+
+
+def rank_bars_figure(layers: Mapping[str, tuple[Any, str]]) -> Any:
+    """Draw the rank of every decomposed layer as a bar, with a text beside it.
+
+    Args:
+        layers: Rank over all groups, and the text, by layer.
+
+    Returns:
+        A ``matplotlib.figure.Figure``.
+    """
+    ranks, texts = [_number(rank) for rank, _ in layers.values()], [_short(text) for _, text in layers.values()]
+    largest = max([1.0, *(rank for rank in ranks if rank > 0)])
+    figure = _figure(width=6, height=0.7 + 0.2 * len(ranks))
+    axes = figure.subplots()
+    rest = axes.barh(range(len(ranks)), [largest] * len(ranks), height=0.75, color=_FULL)
+    axes.barh(range(len(ranks)), ranks, height=0.75, color=_LOW)
+    axes.bar_label(rest, texts, padding=4, fontsize=9, color=_MUTED, parse_math=False)
+    axes.set(xlabel="rank, all groups", xlim=(0, largest), ylim=(len(ranks) - 0.5, -0.5))
+    _style(axes)
+    _name_rows(axes, list(layers))
+    return figure
+
+
+def decay_figure(falls: Mapping[str, Sequence[Any]]) -> Any:
+    """Draw the decay of every layer's singular values in one model.
+
+    Args:
+        falls: Singular values over the largest, by layer, first layer first.
+
+    Returns:
+        A ``matplotlib.figure.Figure``.
+    """
+    figure = _figure(width=6, height=3.2)
+    axes = figure.subplots()
+    _draw_falls(axes, {name: list(map(_number, values)) for name, values in falls.items()})
+    axes.set_ylabel("singular value / largest")
+    _depth_bar(figure, axes, *_depths(len(falls)))
+    return figure
+
+
+def inline_svg(label: str, draw: Callable[..., Any], *data: Any) -> str:
+    """Draw a figure as one ``<svg>`` element to be placed into an HTML page, as wide as its column.
+
+    Matplotlib's defaults hold while it draws, whatever the user's ``matplotlibrc`` says.
+
+    Args:
+        label: What the picture shows, for readers who cannot see it. It must be unique in the page.
+        draw: Function that draws the figure.
+        *data: Its arguments.
+
+    Returns:
+        The element, the same text for the same data.
+
+    Raises:
+        ArpHubError: If matplotlib is missing.
+    """
+    _figure(width=1)  # refuses a missing matplotlib
+    import matplotlib
+
+    text = io.StringIO()
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # Matplotlib warns of characters that its own font lacks; the browser has others.
+        warnings.simplefilter("ignore")
+        matplotlib.rcdefaults()
+        matplotlib.rcParams["svg.fonttype"] = "none"
+        # Element ids are hashes of the salt and the content: a salt for each picture keeps them unique in a page.
+        matplotlib.rcParams["svg.hashsalt"] = label
+        draw(*data).savefig(text, format="svg", dpi=150, metadata={"Date": None})
+    svg = minidom.parseString(text.getvalue().encode()).documentElement
+    assert svg is not None
+    for metadata in svg.getElementsByTagName("metadata"):
+        svg.removeChild(metadata)
+    for group in svg.getElementsByTagName("g"):
+        # Names such as "axes_1" are the same in every picture, and nothing refers to them.
+        if group.hasAttribute("id"):
+            group.removeAttribute("id")
+    svg.removeAttribute("width")
+    svg.removeAttribute("height")
+    svg.setAttribute("role", "img")
+    svg.setAttribute("aria-label", label)
+    return svg.toxml()
 
 
 def can_draw() -> bool:
@@ -191,14 +328,28 @@ def _draw_fall(axes: Any, values: Sequence[float], colour: Any) -> None:
     axes.plot(x, [max(value, _FLOOR) for value in values], color=colour, linewidth=1.2)
 
 
+def _draw_falls(axes: Any, falls: Mapping[str, Sequence[float]]) -> None:
+    """The singular values of every layer, the first layer palest."""
+    ramp, norm = _depths(len(falls))
+    for depth, values in enumerate(falls.values(), start=1):
+        _draw_fall(axes, values, ramp(norm(depth)))
+    axes.set(yscale="log", xlim=(0, 1), xlabel="index / full rank")
+    _style(axes)
+
+
 def _depths(count: int) -> tuple[Any, Any]:
-    """Colours for so many layers by depth."""
+    """Colours of ``count`` layers by depth."""
+    from matplotlib.colors import Normalize
+
+    return _blues(), Normalize(1, max(2, count))
+
+
+def _blues() -> Any:
     from matplotlib import colormaps
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.colors import LinearSegmentedColormap
 
     # The palest blues would vanish on the surface, so the ramp starts part of the way in.
-    ramp = LinearSegmentedColormap.from_list("depth", colormaps["Blues"]([0.35 + 0.65 * k / 255 for k in range(256)]))
-    return ramp, Normalize(1, max(2, count))
+    return LinearSegmentedColormap.from_list("depth", colormaps["Blues"]([0.35 + 0.65 * k / 255 for k in range(256)]))
 
 
 def _depth_bar(figure: Any, axes: Any, ramp: Any, norm: Any) -> None:
@@ -224,8 +375,7 @@ def _draw_ranks(axes: Any, spectra: Mapping[str, Spectrum], ranks: Mapping[str, 
         x, y = zip(*marked, strict=True)
         axes.scatter(x, y, marker="_", s=max(12, 4000 / len(names)), linewidth=2, color=_PLANNED, label="rank chosen")
     axes.set(ylabel="rank / full rank", xlim=(-0.6, len(names) - 0.4))
-    size = 7 if len(names) <= 60 else 5
-    axes.set_xticks(positions, names, rotation=90, fontsize=size)
+    _name_columns(axes, names)
     axes.set_title("Ranks of each layer", loc="left", fontsize=10, color=_MUTED)
     axes.legend(fontsize=8, frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
     _style(axes)
@@ -239,3 +389,30 @@ def _style(axes: Any) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(_GRID)
+
+
+def _name_columns(axes: Any, names: Sequence[str]) -> None:
+    size = 7 if len(names) <= 60 else 5
+    axes.set_xticks(range(len(names)), list(map(_short, names)), rotation=90, fontsize=size, parse_math=False)
+
+
+def _name_rows(axes: Any, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), list(map(_short, names)), fontsize=9, parse_math=False)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False)
+
+
+def _short(name: Any, limit: int = 26) -> str:
+    """The end of a name, without characters that cannot be printed: names come from files."""
+    text = str(name)
+    text = text if len(text) <= limit else "…" + text[1 - limit :]
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+def _number(value: Any) -> float:
+    """A value from a file as a float; NaN, which is not drawn, if it is not a number that float32 can hold."""
+    try:
+        number = float(value)
+    except (OverflowError, TypeError, ValueError):
+        return math.nan
+    return number if abs(number) < 3e38 else math.nan

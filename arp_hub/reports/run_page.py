@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, TemplateError
 from markupsafe import Markup
 
 from ..errors import ArpHubError
-from .svg import bars, heatmap, line_chart
+from .plots import can_draw, curves_figure, decay_figure, inline_svg, rank_bars_figure, violations_figure
 
 REPORT = "report.html"
 _PHASES = ("dense", "compress", "finetune")
@@ -22,7 +22,8 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     """Write ``report.html`` from what a run has left in its folder so far.
 
     It shows loss, accuracy and learning rate over epochs, the violation of every layer over time, ranks, spectra, and
-    accuracy against size. Everything is inline, names are escaped, and there is no script.
+    accuracy and size. Everything is inline, names are escaped, and there is no script. The pictures need the extra
+    ``plots``; without it the page has its tables and says how to install it.
 
     Args:
         folder: A run's folder (``OUTPUT-run``), finished or under way: with ``log.jsonl``, ``metrics.json`` or both.
@@ -43,7 +44,8 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         raise ArpHubError(f"'{folder}' holds no log.jsonl and no metrics.json: give a run's folder (OUTPUT-run)")
     text = render(log, metrics, folder.name)
     temporary = folder / f".{REPORT}.{os.getpid()}.tmp"
-    temporary.write_text(text, encoding="utf-8")
+    # A name in a JSON file may hold half of a surrogate pair, which UTF-8 cannot encode.
+    temporary.write_text(text, encoding="utf-8", errors="replace")
     temporary.replace(folder / REPORT)
     return folder / REPORT
 
@@ -64,73 +66,72 @@ def render(log: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], title: 
             title=title,
             finished=bool(metrics),
             sizes=_sizes(metrics),
-            charts=_charts(log, metrics),
+            charts=_charts(log, metrics) if can_draw() else None,
             scores=[(name.replace("_", " "), score) for name, score in metrics.get("scores", {}).items()],
             facts=_facts(metrics),
             command=metrics.get("command"),
         )
     except (AttributeError, LookupError, TemplateError, TypeError, ValueError) as error:
-        raise ArpHubError(f"the numbers of '{title}' are not those of a run ({error!r}): make them anew") from error
+        raise ArpHubError(f"the numbers of '{title}' are not those of a run ({error!r}): run it again") from error
 
 
-def _charts(log: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> list[tuple[str, str, Markup]]:
-    """Heading, explanation and picture of every chart."""
-    numbered = list(enumerate(log, start=1))
+def _charts(log: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> list[tuple[str, str, Markup | None]]:
+    """Heading, explanation and picture of every chart; no picture where there are no values yet."""
+    numbered = dict(enumerate(log, start=1))
     phases = [phase for phase in _PHASES if any(entry["phase"] == phase for entry in log)]
 
-    def curve(key: str) -> dict[str, list[tuple[float, float]]]:
-        return {phase: [(k, entry[key]) for k, entry in numbered if entry["phase"] == phase] for phase in phases}
+    def curves(key: str) -> dict[str, dict[int, Any]]:
+        return {phase: {k: entry[key] for k, entry in numbered.items() if entry["phase"] == phase} for phase in phases}
 
-    held_out = [(float(k), entry["val"]["top1"]) for k, entry in numbered if "val" in entry]
-    accuracy = curve("top1")
-    if held_out:
+    accuracy = curves("top1")
+    if held_out := {k: entry["val"]["top1"] for k, entry in numbered.items() if entry.get("val")}:
         accuracy["held out"] = held_out
-    penalised = [(k, entry) for k, entry in numbered if "violations" in entry]
-    layers = list(dict.fromkeys(name for _, entry in penalised for name in entry["violations"]))
-    rows = {name: [entry["violations"].get(name) for _, entry in penalised] for name in layers}
+    violations: dict[str, dict[int, Any]] = {}
+    for k, entry in numbered.items():
+        for name, value in (entry.get("violations") or {}).items():
+            violations.setdefault(name, {})[k] = value
     return [
-        ("Loss", "Mean over each epoch, in nats.", line_chart(curve("loss"), "epoch", "loss")),
-        ("Accuracy", "Top-1 on training images as they were trained on.", line_chart(accuracy, "epoch", "top-1, %")),
-        ("Learning rate", "At the last step of each epoch.", line_chart(curve("lr"), "epoch", "learning rate")),
-        (
-            "Violations",
-            "Squared distance of each layer from its rank, relative to its weight: 1 is all of it, blank is none.",
-            heatmap(rows, [f"epoch {k}" for k, _ in penalised]),
+        _chart("Loss", "Mean over each epoch, in nats.", curves_figure, curves("loss"), "loss"),
+        _chart(
+            "Accuracy", "Top-1 on augmented training images and on held-out ones.", curves_figure, accuracy, "top-1, %"
         ),
-        ("Ranks", "Scheme and rank of every decomposed layer, next to the largest rank of the plan.", _ranks(metrics)),
-        *_spectra(metrics),
+        _chart("Learning rate", "At the last step of each epoch.", curves_figure, curves("lr"), "learning rate"),
+        _chart(
+            "Violations",
+            "Squared distance of each layer to its low-rank set, relative to its squared weight. Zero is blank.",
+            violations_figure,
+            violations,
+        ),
+        _chart("Ranks", "Scheme and rank of every decomposed layer.", rank_bars_figure, _ranks(metrics)),
+        *(
+            _chart(title, "Singular values of every layer; the first layer is the palest.", decay_figure, spectra)
+            for title, spectra in (
+                ("Spectra before", metrics.get("dense", {}).get("spectra")),
+                ("Spectra after", metrics.get("spectra")),
+            )
+            if spectra
+        ),
     ]
 
 
-def _ranks(metrics: Mapping[str, Any]) -> Markup:
-    layers = metrics.get("plan", {}).get("layers", {})
-    largest = max((layer["rank"] * layer.get("groups", 1) for layer in layers.values()), default=1)
-    values = {}
-    for name, layer in layers.items():
-        groups = layer.get("groups", 1)
-        text = f"{layer['scheme']}, {layer['rank']}" + (f" x {groups}" if groups > 1 else "")
-        values[name] = (layer["rank"] * groups / largest, text)
-    return bars(values, "rank of every decomposed layer")
+def _chart(
+    heading: str, text: str, draw: Callable[..., Any], data: Mapping[str, Any], *labels: str
+) -> tuple[str, str, Markup | None]:
+    # The labels of the SVG and all text in it are escaped by the XML writers.
+    return heading, text, Markup(inline_svg(heading, draw, data, *labels)) if data else None
 
 
-def _spectra(metrics: Mapping[str, Any]) -> list[tuple[str, str, Markup]]:
-    found = []
-    for title, spectra in (
-        ("Spectra before", metrics.get("dense", {}).get("spectra")),
-        ("Spectra after", metrics.get("spectra")),
-    ):
-        if spectra:
-            series = {
-                name: [(k / max(1, len(values) - 1), max(value, 1e-8)) for k, value in enumerate(values)]
-                for name, values in spectra.items()
-            }
-            chart = line_chart(series, "index / full rank", "singular value / largest", log=True)
-            found.append((title, "Singular values of every layer; the first layer is the palest.", chart))
+def _ranks(metrics: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
+    """Rank over all groups, and a text with scheme, rank and groups, by layer."""
+    found = {}
+    for name, layer in metrics.get("plan", {}).get("layers", {}).items():
+        rank, groups = layer["rank"], layer.get("groups", 1)
+        found[name] = (rank * groups, f"{layer['scheme']}, {rank}" + (f" x {groups}" if groups > 1 else ""))
     return found
 
 
 def _sizes(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Accuracy and size: what, dense, this model, share kept."""
+    """Label, dense model, this model and share kept, for accuracy and size."""
     dense, kept, rows = metrics.get("dense", {}), metrics.get("kept", {}), []
     for key, label, form in (
         ("params", "parameters", "{:,d}"),
@@ -147,7 +148,7 @@ def _sizes(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def _facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What stands behind the numbers: settings, hardware, versions."""
+    """Settings, hardware and versions of the run."""
     names = ("data", "split", "images", "bad_images", "seed", "processes", "seconds")
     groups = [{name: metrics[name] for name in names if name in metrics}]
     groups += [metrics.get(name, {}) for name in ("hardware", "versions", "config")]
