@@ -50,7 +50,7 @@ RankMultiple = Annotated[int, typer.Option(help="Ranks are multiples of this, to
 Exclude = Annotated[
     str | None,
     typer.Option(
-        help="Layers that stay dense, separated by commas: names or patterns (layer1.*). By default the first convolution."
+        help="Layers that stay dense, with commas: names or patterns (layer1.*). By default the first convolution."
     ),
 ]
 Calibration = Annotated[
@@ -64,7 +64,7 @@ Copies = Annotated[
     int | None,
     typer.Option(
         "--calibration-copies",
-        help="Augmented copies of each calibration image that are added; by default 1 of small images, 0 of large ones.",
+        help="Augmented copies added for each calibration image; by default 1 for small images, 0 for large ones.",
     ),
 ]
 Effort = Annotated[

@@ -65,9 +65,15 @@ def test_recipes_and_their_options_exist(monkeypatch, capsys):
 
 
 def test_named_modules_and_links_exist():
-    modules = re.findall(r"`([a-z_]+\.py|[a-z_]+/)`", README)
-    assert len(modules) > 10
-    assert [m for m in modules if not (ROOT / "arp_hub" / m).exists()] == []
+    tree = README.partition("arp_hub/\n")[2].partition("\n```")[0]
+    shown = re.findall(r"^  ([a-z_]+/)|([a-z_]+\.py)", tree, re.M)
+    names = {folder or file for folder, file in shown}
+    package = ROOT / "arp_hub"
+    there = {f"{p.name}/" for p in package.iterdir() if (p / "__init__.py").exists()}
+    there |= {
+        p.name for p in package.glob("*.py") if p.name not in ("__init__.py", "__main__.py", "_version.py", "errors.py")
+    }
+    assert names == there
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
