@@ -1,4 +1,4 @@
-"""A folder that is replaced whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,6 +16,39 @@ _RENAME_EXCHANGE = 2
 
 
 @contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path to write; the file moves to ``path`` when the block ends without an error.
+
+    File and folder are flushed to the disk, so that a power failure leaves the old file or the whole new one.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        flush(temporary)
+        temporary.replace(path)
+        flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Write a text (as UTF-8) or binary file whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def flush(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """A new folder to fill; it takes the place of ``folder`` when the block ends without an error.
 
@@ -27,7 +60,10 @@ def replacing(folder: Path) -> Iterator[Path]:
     new.mkdir()
     try:
         yield new
+        for path in (*new.rglob("*"), new):
+            flush(path)
         _put(new, folder)
+        flush(folder.parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .._utils.files import atomic_path, flush
 from ..errors import ArpHubError
 
 FORMAT_VERSION = 1
+PHASES = ("dense", "compress", "finetune")
 _TENSOR = "__tensor__"
+_TURNED = torch.channels_last
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,14 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     tree = _flatten(checkpoint.state, "", tensors)
     save_file(tensors, temporary / "state.safetensors")
     meta = {name: getattr(checkpoint, name) for name in ("phase", "step", "settings", "scores", "plan", "seconds")}
-    text = json.dumps({"format_version": FORMAT_VERSION, "saved": time.time(), **meta, "state": tree})
+    text = json.dumps({"format_version": FORMAT_VERSION, **meta, "state": tree})
     (temporary / "state.json").write_text(text, encoding="utf-8")
     if target.exists():
         target.replace(folder / f".{target.name}.old.tmp")
+    for part in (*temporary.iterdir(), temporary):
+        flush(part)
     temporary.replace(target)
+    flush(folder)
     for old in list_checkpoints(folder)[:-keep]:
         old.replace(folder / f".{old.name}.old.tmp")  # so that a kill leaves no half of it under its name
     remove_unfinished_checkpoints(folder)
@@ -97,22 +102,37 @@ def load_checkpoint(path: Path) -> Checkpoint:
         )
     except ArpHubError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ArpHubError(f"'{path}' is not a whole checkpoint: {error!r}: give another one, or start anew") from error
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        SafetensorError,
+    ) as error:
+        raise ArpHubError(f"'{path}' is not a whole checkpoint: {error!r}: give another, or use --overwrite") from error
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted((path for path in folder.glob("[!.]*") if (path / "state.json").is_file()), key=_saved)
+    """The checkpoints of a run, by phase and step: clocks may step back, and copies of files have other times."""
+    found = [path for path in folder.glob("*-*") if _place(path) and (path / "state.json").is_file()]
+    return sorted(found, key=_place)
 
 
-def _saved(path: Path) -> float:
-    """When a checkpoint was written, in seconds; copies of a folder have other times than its files had."""
-    file = path / "state.json"
-    try:
-        return float(json.loads(file.read_text(encoding="utf-8"))["saved"])
-    except (OSError, ValueError, KeyError, TypeError):  # of an earlier version, or damaged: loading it will tell
-        return file.stat().st_mtime
+def _place(path: Path) -> tuple[int, ...]:
+    """Phase and step of a checkpoint by its name; empty for any other name."""
+    phase, _, step = path.name.rpartition("-")
+    return (PHASES.index(phase), int(step)) if phase in PHASES and step.isdecimal() else ()
+
+
+def remove_later_checkpoints(folder: Path, phase: str, step: int) -> None:
+    """Remove the checkpoints that a run resumed from an earlier one writes again."""
+    for path in list_checkpoints(folder):
+        if _place(path) > (PHASES.index(phase), step):
+            path.replace(folder / f".{path.name}.old.tmp")
+    remove_unfinished_checkpoints(folder)
 
 
 def find_checkpoint(resume: str, folder: Path) -> Path | None:
@@ -157,24 +177,19 @@ def check_same(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path)
         )
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file({name: _own(tensor) for name, tensor in tensors.items()}, temporary)
-    temporary.replace(path)
+    """Write a safetensors file whole or not at all."""
+    with atomic_path(path) as temporary:
+        save_file({name: _own(tensor) for name, tensor in tensors.items()}, temporary)
 
 
 def remove_unfinished_checkpoints(folder: Path) -> None:
-    """Clear away what a killed run left half-written."""
+    """Remove what a killed run left half-written, files and folders."""
     for path in folder.glob(".*.tmp"):
-        shutil.rmtree(path)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -186,7 +201,8 @@ def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """The tree with each tensor replaced by its name in ``tensors``."""
     if isinstance(value, Tensor):
         tensors[name] = _own(value)
-        return {_TENSOR: name}
+        turned = value.dim() == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=_TURNED)
+        return {_TENSOR: name, "channels_last": True} if turned else {_TENSOR: name}
     if isinstance(value, Mapping):
         return {"__dict__": [[key, _flatten(item, f"{name}/{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
@@ -198,7 +214,9 @@ def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     """The tree with its tensors and dictionaries back; tuples come back as lists."""
     if isinstance(value, dict):
         if _TENSOR in value:
-            return tensors[value[_TENSOR]]
+            tensor = tensors[value[_TENSOR]]
+            # The order in memory decides how a norm is summed (lamb), and so the last bit.
+            return tensor.contiguous(memory_format=_TURNED) if value.get("channels_last") else tensor
         return {key: _unflatten(item, tensors) for key, item in value["__dict__"]}
     if isinstance(value, list):
         return [_unflatten(item, tensors) for item in value]

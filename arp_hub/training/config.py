@@ -15,6 +15,7 @@ from typing import Any
 import timm.optim
 import yaml
 
+from .._utils.files import write_atomically
 from ..effort import EFFORTS
 from ..errors import ArpHubError
 from ..schemes import SCHEMES
@@ -165,6 +166,12 @@ class TrainConfig:
             raise ArpHubError(f"teacher_checkpoint='{self.teacher_checkpoint}' needs the teacher's name: set teacher")
         if self.epochs == 0 and self.start_from == "dense":
             raise ArpHubError("epochs=0 trains with no penalty, so that start_from must be 'fit', or raise epochs")
+        if (self.mixup or self.cutmix) and self.batch_size // self.accumulation % 2:
+            raise ArpHubError(
+                f"mixup and cutmix mix pairs of images, but batch_size={self.batch_size} in "
+                f"accumulation={self.accumulation} parts leaves an odd number: choose a multiple of "
+                f"{2 * self.accumulation}"
+            )
         if self.cuda_graphs and self.accumulation > 1:
             raise ArpHubError(f"cuda_graphs records a whole batch, so accumulation={self.accumulation} must be 1")
         if self.optimizer.lower() not in (optimizers := [str(name) for name in timm.optim.list_optimizers()]):
@@ -185,7 +192,7 @@ class TrainConfig:
 
     def save(self, path: Path) -> None:
         """Write the settings as YAML that `read_config` and ``--config`` take."""
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        write_atomically(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     @classmethod
     def from_layers(cls, *layers: Mapping[str, Any]) -> TrainConfig:
@@ -285,8 +292,6 @@ def parse(setting: dataclasses.Field[Any], value: Any) -> Any:
 def _kind(setting: dataclasses.Field[Any]) -> tuple[Any, bool]:
     """The plain type of a field, and whether None is allowed."""
     kind = typing.get_type_hints(TrainConfig)[setting.name]
-    if typing.get_origin(kind) is typing.Literal:
-        return str, False
     if isinstance(kind, types.UnionType):
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
         return typing.get_origin(kind) or kind, True

@@ -98,8 +98,8 @@ def train(run: Run, phase: Phase, start: Checkpoint | None = None) -> nn.Module 
         The moving average of the model, if the config asks for one.
 
     Raises:
-        ArpHubError: If the loss or a weight is no finite number any more, naming step, layer and last checkpoint, or if
-            a checkpoint cannot be written.
+        ArpHubError: If the loss or a weight becomes NaN or infinite, naming step, layer and last checkpoint, or if a
+            checkpoint cannot be written.
         Preempted: If SIGTERM has come; the state is saved.
     """
     return _Loop(run, phase, start).run_to_end()
@@ -140,8 +140,10 @@ class _Loop:
         self.mixup = _mixup(config, run.data.num_classes)
         self.checkpoints = config.run_folder / "checkpoints"
         self.totals = torch.zeros(3, device=accelerator.device)  # of the epoch: summed loss, hits, images
-        if start and accelerator.is_main_process and "totals" in start.state:
-            self.totals += start.state["totals"].to(accelerator.device)
+        if start and "totals" in start.state:  # a row for each process
+            rows = start.state["totals"].view(-1, 3)
+            if accelerator.process_index < len(rows):
+                self.totals += rows[accelerator.process_index].to(accelerator.device)
         self.listen_every = 1 if accelerator.num_processes == 1 else _LISTEN_EVERY
 
     def run_to_end(self) -> nn.Module | None:
@@ -160,7 +162,7 @@ class _Loop:
         return self.ema.module if self.ema else None
 
     def release(self) -> None:
-        """Let go of what Accelerate prepared, gradients and process group with it, whatever keeps this object."""
+        """Free what Accelerate prepared, gradients and process group included, even if this object lives on."""
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         del self.wrapped, self.forward, self.optimizer
         self.accelerator.free_memory()
@@ -302,7 +304,7 @@ class _Loop:
             raise self.diverged("weights are NaN or infinite", self.step, where)
 
     def diverged(self, what: str, step: int, where: str) -> ArpHubError:
-        """The error that ends a run whose numbers are none any more."""
+        """The error for a loss or weight that is NaN or infinite."""
         return ArpHubError(
             f"{what} at step {step} of phase '{self.phase.name}': {where}. The last good checkpoint is "
             f"'{find_checkpoint('auto', self.checkpoints)}'. Start anew with a lower lr "
@@ -338,7 +340,7 @@ class _Loop:
     def save(self) -> None:
         """Write a checkpoint on the main process; the others wait for it. One with NaN or inf is never written."""
         self.check_weights()
-        totals = self.accelerator.reduce(self.totals, "sum")
+        totals = self.accelerator.gather(self.totals[None])
         if self.accelerator.is_main_process:
             penalty, scaler = self.phase.penalty, self.accelerator.scaler
             state = {

@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available
 from tqdm import tqdm
 
+from .._utils.files import write_atomically
 from ..errors import ArpHubError
-from .checkpoint import write_atomically
+from .checkpoint import PHASES
 from .config import TrainConfig
 
 _logger = logging.getLogger(__name__)
@@ -89,18 +90,30 @@ class RunLog:
             return
         kept = []
         if done is not None:
-            order = ["dense", "compress", "finetune"]
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            last = PHASES.index(done[0]), done[1]
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     entry = json.loads(line)
-                    place = (order.index(entry["phase"]), entry["step"])
-                except (ValueError, KeyError, TypeError):
+                    if (PHASES.index(entry["phase"]), entry["step"]) <= last:
+                        kept.append(line)
+                except (ValueError, LookupError, TypeError, RecursionError):
                     continue  # the last line of a killed run may be half-written
-                if place <= (order.index(done[0]), done[1]):
-                    kept.append(line)
         write_atomically(self.path, "".join(line + "\n" for line in kept))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a run's ``log.jsonl``."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    """The entries of a run's ``log.jsonl``.
+
+    Raises:
+        ArpHubError: If the file cannot be read, or a line is no entry.
+    """
+    entries: list[dict[str, Any]] = []
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise TypeError(f"expected an object, got {type(entry).__name__}")
+            entries.append(entry)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ArpHubError(f"cannot read the log '{path}', line {len(entries) + 1}: {error}") from error
+    return entries

@@ -22,7 +22,7 @@ from accelerate.utils import ProjectConfiguration, broadcast
 from torch import Tensor, nn
 
 from .._utils.environment import environment
-from .._utils.files import remove_unfinished
+from .._utils.files import remove_unfinished, write_atomically
 from ..decomposition import decompose, to_dense
 from ..errors import ArpHubError
 from ..hub.load import hub_dataset, is_saved_model, load_model, published_name, read_weights
@@ -41,9 +41,9 @@ from .checkpoint import (
     check_same,
     find_checkpoint,
     load_checkpoint,
+    remove_later_checkpoints,
     remove_unfinished_checkpoints,
     save_tensors,
-    write_atomically,
 )
 from .config import TrainConfig, without_retired
 from .data.dataset import ImageData, calibration_images, input_format, load_data
@@ -132,13 +132,19 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             f"cuda_graphs needs one process on a GPU of CUDA, this run has {accelerator.num_processes} on "
             f"{accelerator.device.type}: leave cuda_graphs out"
         )
-    parts = accelerator.num_processes * config.accumulation
+    parts = accelerator.num_processes * config.accumulation * _evenly(config)
     if config.batch_size % parts:
+        pairs = ", of an even number of images for mixup and cutmix" if _evenly(config) == 2 else ""
         raise ArpHubError(
             f"batch_size={config.batch_size} cannot be shared by {accelerator.num_processes} processes in "
-            f"accumulation={config.accumulation} parts each: choose a multiple of {parts}"
+            f"accumulation={config.accumulation} parts each{pairs}: choose a multiple of {parts}"
         )
     return accelerator
+
+
+def _evenly(config: TrainConfig) -> int:
+    """What the images of one forward pass are a multiple of: mixup and cutmix mix pairs."""
+    return 2 if config.mixup or config.cutmix else 1
 
 
 def _check_folders(config: TrainConfig, accelerator: Accelerator, start: Checkpoint | None) -> None:
@@ -167,6 +173,8 @@ def _open_folder(config: TrainConfig, accelerator: Accelerator, start: Checkpoin
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished_checkpoints(folder / "checkpoints")  # here, because a finished phase saves none any more
+        if start is not None:
+            remove_later_checkpoints(folder / "checkpoints", start.phase, start.step)
         config.save(folder / "config.yaml")
     accelerator.wait_for_everyone()
 
@@ -227,7 +235,10 @@ def _affordable(config: TrainConfig, accelerator: Accelerator, data: ImageData) 
     """The settings, with a smaller batch where a trial run would feed a CPU with what was meant for several GPUs."""
     if not config.max_steps or accelerator.device.type != "cpu":
         return config
-    parts, (height, width) = accelerator.num_processes * config.accumulation, data.train.images.form.size
+    parts, (height, width) = (
+        accelerator.num_processes * config.accumulation * _evenly(config),
+        data.train.images.form.size,
+    )
     most = max(parts, _TRIAL_PIXELS // (height * width) // parts * parts)
     if config.batch_size <= most:
         return config

@@ -135,3 +135,10 @@ def test_help_shows_defaults_of_the_recipe(capsys, monkeypatch):
     assert "torch.distributed.run --nproc_per_node 2 recipe.py --cpu" in shown
     for group in GROUPS:
         assert f"{group}:" in shown
+
+
+@pytest.mark.parametrize("mixing", [{"mixup": 0.2}, {"cutmix": 1.0}])
+@pytest.mark.parametrize("parts", [{"batch_size": 9}, {"batch_size": 6, "accumulation": 2}])
+def test_mixing_needs_pairs(mixing, parts):
+    with pytest.raises(ArpHubError, match="odd number: choose a multiple"):
+        TrainConfig(model="resnet18", keep_params=0.5, **mixing, **parts)

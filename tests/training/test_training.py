@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import re
@@ -6,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -22,7 +24,7 @@ from arp_hub.errors import ArpHubError
 from arp_hub.layers.model import count_params
 from arp_hub.training import TrainConfig, evaluate, load_data, run
 from arp_hub.training.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from arp_hub.training.runlog import read_log
+from arp_hub.training.runlog import RunLog, read_log
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(RECIPES.parent)}
@@ -454,6 +456,7 @@ TREES = st.recursive(
 def test_checkpoints_give_back_what_they_were_given(tmp_path_factory, tree):
     tensors = {"whole": torch.arange(6).view(2, 3), "turned": torch.rand(3, 2).t(), "scalar": torch.tensor(2.5)}
     tensors["shared"] = tensors["whole"][0]
+    tensors["pixels last"] = torch.rand(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     state = {"tree": tree, "tensors": tensors, "list": [tensors["scalar"], {3: torch.zeros(0)}]}
     folder = tmp_path_factory.mktemp("checkpoints")
     path = save_checkpoint(folder, Checkpoint("dense", 3, {"lr": 1}, {}, None, 1.5, state), keep=1)
@@ -461,6 +464,8 @@ def test_checkpoints_give_back_what_they_were_given(tmp_path_factory, tree):
     assert read.state["tree"] == tree
     for name, tensor in tensors.items():
         assert torch.equal(read.state["tensors"][name], tensor)
+    # the order in memory decides how an optimiser's norms are summed, and so the last bit of a resumed run
+    assert read.state["tensors"]["pixels last"].stride() == tensors["pixels last"].stride()
     assert torch.equal(read.state["list"][1][3], torch.zeros(0))
     assert (read.phase, read.step, read.settings, read.seconds) == ("dense", 3, {"lr": 1}, 1.5)
 
@@ -483,16 +488,73 @@ def test_a_resumed_run_clears_away_what_a_killed_one_left(tmp_path):
     assert not list(checkpoints.glob(".*"))
 
 
-def test_a_copied_run_goes_on_from_the_checkpoint_that_was_written_last(tmp_path):
-    for age, (phase, step) in enumerate([("compress", 2), ("dense", 9), ("compress", 1)]):
+def test_checkpoints_are_ordered_by_phase_and_step_whatever_the_clock_says(tmp_path, monkeypatch):
+    written = [("dense", 9), ("compress", 1), ("compress", 2), ("finetune", 1)]
+    for age, (phase, step) in enumerate(written):
+        monkeypatch.setattr(time, "time", lambda age=age: 1e9 - age)
         path = save_checkpoint(tmp_path, Checkpoint(phase, step, {}, {}, None, 0.0, {"x": torch.zeros(2)}), keep=9)
-        os.utime(path / "state.json", (1e9 - age, 1e9 - age))  # as if the files had been copied in another order
-    assert [path.name for path in list_checkpoints(tmp_path)] == [
-        "compress-00000002", "dense-00000009", "compress-00000001"
-    ]  # fmt: skip
+        os.utime(path / "state.json", (1e9 - age, 1e9 - age))
+    (tmp_path / "notes-1").mkdir()
+    (tmp_path / "notes-1" / "state.json").write_text("{}")
+    (tmp_path / ".stray.tmp").write_text("half a file")
+    names = [f"{phase}-{step:08d}" for phase, step in written]
+    assert [path.name for path in list_checkpoints(tmp_path)] == names
+    save_checkpoint(tmp_path, Checkpoint("finetune", 2, {}, {}, None, 0.0, {"x": torch.zeros(2)}), keep=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["finetune-00000001", "finetune-00000002"]
+    assert not (tmp_path / ".stray.tmp").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut tensors", "no tensors", "cut json", "newer"])
+RESUMED = {
+    "model": "test_vit", "start_from": "dense", "calibration_images": 0, "finetune_epochs": 1, "max_steps": 3,
+    "batch_size": 8, "checkpoint_every": 1, "keep_checkpoints": 99, "lr": 1e-3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"optimizer": "lamb"}, {"optimizer": "adan", "ema_decay": 0.9}, {"ema_decay": 0.9, "accumulation": 2}],
+    ids=["lamb", "adan and averaging", "averaging and accumulation"],
+)
+@pytest.mark.parametrize("pattern", ["compress-00000003", pytest.param("*", marks=pytest.mark.slow)])
+@pytest.mark.timeout(900)
+def test_from_every_checkpoint_the_end_is_the_same_to_the_bit(tmp_path, changes, pattern):
+    settings = config(tmp_path, **RESUMED, **changes)
+    scores = run(settings)["scores"]
+    kept = tmp_path / "kept"
+    (settings.run_folder / "checkpoints").rename(kept)
+    log = (settings.run_folder / "log.jsonl").read_text()
+    before = weights(settings.output)
+    checkpoints = [path for path in list_checkpoints(kept) if path.match(pattern)]
+    assert pattern != "*" or {path.name for path in checkpoints} >= {
+        "dense-00000003",
+        "compress-00000003",
+        "finetune-00000003",
+    }
+    assert checkpoints
+    for checkpoint in checkpoints:
+        (settings.run_folder / "log.jsonl").write_text(log)
+        again = run(dataclasses.replace(settings, resume=str(checkpoint), overwrite=True))
+        assert again["scores"] == scores, checkpoint
+        after = weights(settings.output)
+        assert all(torch.equal(before[name], after[name]) for name in before), checkpoint
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"[" * 100_000, b"[1]", b'{"phase": "dense", "step": "x"}', b"{"])
+def test_a_damaged_log_is_one_line_and_a_resumed_run_drops_what_it_cannot_read(tmp_path, damage):
+    settings = config(tmp_path, **RESUMED)
+    if damage != b'{"phase": "dense", "step": "x"}':
+        (tmp_path / "log.jsonl").write_bytes(damage)
+        with pytest.raises(ArpHubError, match="cannot read the log .*line"):
+            read_log(tmp_path / "log.jsonl")
+    settings.run_folder.mkdir()
+    path = settings.run_folder / "log.jsonl"
+    path.write_bytes(b'{"phase": "dense", "step": 1}\n' + damage + b"\n")
+    accelerator = SimpleNamespace(is_main_process=True, init_trackers=lambda *_, **__: None)
+    RunLog(accelerator, settings, ("dense", 1))
+    assert read_log(path) == [{"phase": "dense", "step": 1}]
+
+
+@pytest.mark.parametrize("damage", ["cut tensors", "no tensors", "cut json", "nested json", "other json", "newer"])
 def test_damaged_checkpoints_are_refused(tmp_path, damage):
     path = save_checkpoint(tmp_path, Checkpoint("dense", 1, {}, {}, None, 0.0, {"x": torch.zeros(200)}), keep=1)
     tensors, text = path / "state.safetensors", path / "state.json"
@@ -502,6 +564,11 @@ def test_damaged_checkpoints_are_refused(tmp_path, damage):
         tensors.unlink()
     elif damage == "cut json":
         text.write_text(text.read_text()[:-9])
+    elif damage == "nested json":
+        text.write_text("[" * 100_000)
+    elif damage == "other json":
+        meta = {"format_version": 1, "phase": "dense", "step": 1, "settings": {}, "scores": {}, "plan": None}
+        text.write_text(json.dumps(meta | {"state": {"a": 1}}))
     else:
         text.write_text(text.read_text().replace('"format_version": 1', '"format_version": 99'))
     with pytest.raises(ArpHubError, match="upgrade" if damage == "newer" else "not a whole checkpoint"):
