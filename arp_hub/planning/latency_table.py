@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .._utils.environment import environment
+from .._utils.files import write_atomically
 from ..layers.low_rank import LowRankLayer, low_rank_layer
 from ..plan import LayerPlan
 from ..schemes import Scheme
@@ -82,15 +83,12 @@ class LatencyTable:
         """Add new measurements to the file, atomically. If it cannot be written, they are not kept."""
         if not self._new:
             return
-        temporary = self._file.with_name(f".{self._file.name}.{os.getpid()}.tmp")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({**_read(self._file), **self._new}), encoding="utf-8")
-            temporary.replace(self._file)
+            write_atomically(self._file, json.dumps({**_read(self._file), **self._new}))
         except OSError:
-            temporary.unlink(missing_ok=True)
-        else:
-            self._new = {}
+            return
+        self._new = {}
 
     def _ratios(self, scheme: Scheme, ranks: NDArray[np.int64], size: Pair) -> Floats:
         """Latency over that of the dense layer: lines through the measured ranks that never fall."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from xml.dom import minidom
 
+from .._utils.files import atomic_path
 from ..errors import ArpHubError
 from .spectra import Spectrum
 
@@ -20,8 +21,6 @@ _SURFACE, _INK, _MUTED, _GRID = "#fcfcfb", "#0b0b0b", "#52514e", "#e1e0d9"
 _FULL, _HIGH, _LOW, _PLANNED = "#e1e0d9", "#86b6ef", "#2a78d6", "#0b0b0b"
 _COLOURS = ("#2a78d6", "#e08a1e", "#3f9c6b", "#a05cc0", "#c94f4f", "#7a7a72")
 """Colours of the schemes, and of the curves, in the order in which they appear."""
-_FEW = 12
-"""Layers below which bars are not made wider to fill the picture."""
 _FLOOR = 1e-7
 """Relative singular values and violations below this are drawn at this value: they are rounding error in float32."""
 
@@ -75,7 +74,7 @@ def ranks_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
     before, after = ([row[key] for row in rows] for key in ("params", "params_after"))
     sizes.bar(positions, before, width=0.8, color=_FULL, label="dense")
     sizes.bar(positions, after, width=0.8, color=_LOW, label="decomposed")
-    sizes.set(ylabel="parameters", xlim=(-0.6, max(len(rows), _FEW) - 0.4))
+    sizes.set(ylabel="parameters", xlim=(-0.6, max(len(rows), 12) - 0.4))
     sizes.yaxis.set_major_formatter("{x:,.0f}")
     _name_columns(sizes, names)
     sizes.set_title("Its parameters", loc="left", fontsize=10, color=_MUTED)
@@ -280,12 +279,8 @@ def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     check_picture_path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        figure.savefig(temporary, dpi=150)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format=path.suffix.lower()[1:])
 
 
 def check_picture_path(path: str | os.PathLike[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, TemplateError
 from markupsafe import Markup
 
+from .._utils.files import write_atomically
 from ..errors import ArpHubError
 from .plots import can_draw, curves_figure, decay_figure, inline_svg, rank_bars_figure, violations_figure
 
@@ -43,10 +44,8 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     if not log and not metrics:
         raise ArpHubError(f"'{folder}' holds no log.jsonl and no metrics.json: give a run's folder (OUTPUT-run)")
     text = render(log, metrics, folder.name)
-    temporary = folder / f".{REPORT}.{os.getpid()}.tmp"
-    # A name in a JSON file may hold half of a surrogate pair, which UTF-8 cannot encode.
-    temporary.write_text(text, encoding="utf-8", errors="replace")
-    temporary.replace(folder / REPORT)
+    # a name in a JSON file may hold half of a surrogate pair, which UTF-8 cannot encode
+    write_atomically(folder / REPORT, text.encode("utf-8", errors="replace"))
     return folder / REPORT
 
 

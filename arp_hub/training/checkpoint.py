@@ -24,6 +24,7 @@ from .._utils.files import atomic_path, flush
 from ..errors import ArpHubError
 
 FORMAT_VERSION = 1
+"""The newest checkpoint format that this version reads, and the one that it writes."""
 PHASES = ("dense", "compress", "finetune")
 _TENSOR = "__tensor__"
 _TURNED = torch.channels_last
@@ -173,7 +174,7 @@ def check_same(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path)
     if different:
         raise ArpHubError(
             f"cannot resume from '{path}' with other settings ({'; '.join(different)}): "
-            "use the same ones, or start anew with --overwrite"
+            "use the same ones, or start a new run with --overwrite"
         )
 
 

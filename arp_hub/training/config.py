@@ -136,7 +136,7 @@ class TrainConfig:
 
     output: str = _setting("run", "", "folder for the finished model; by default runs/MODEL")
     resume: str = _setting("run", "", "a checkpoint folder, or 'auto': the newest of this output's run, if any")
-    overwrite: bool = _setting("run", False, "replace a finished model and start a run anew")
+    overwrite: bool = _setting("run", False, "replace a finished model and start a new run")
     push_to_hub: str = _setting("run", "", "USER/NAME to publish the finished model as; checked before training")
     hub_private: bool = _setting("run", False, "make a new repository on the Hub private")
     seed: int = _setting("run", 0, "seed of everything", low=0)

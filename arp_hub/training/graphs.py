@@ -15,9 +15,6 @@ from ..errors import ArpHubError
 
 Forward = Callable[[Tensor], Tensor]
 
-_WARM_UP = 3
-"""Passes before the recording, in which libraries choose their kernels."""
-
 
 def recorded_training(model: nn.Module, images: Tensor) -> Forward:
     """A model's forward pass as a graph, its backward pass as another; parameters are read and trained in place.
@@ -31,7 +28,7 @@ def recorded_training(model: nn.Module, images: Tensor) -> Forward:
     """
     buffers = [buffer.clone() for buffer in model.buffers()]
     try:
-        forward = torch.cuda.make_graphed_callables(_Apart(model), (images,), num_warmup_iters=_WARM_UP)
+        forward = torch.cuda.make_graphed_callables(_Apart(model), (images,), num_warmup_iters=3)
     except RuntimeError as error:
         raise _refusal(error) from error
     for buffer, before in zip(model.buffers(), buffers, strict=True):  # the statistics that warming up has moved
@@ -54,7 +51,7 @@ def recorded_inference(forward: Forward, images: Tensor) -> Forward:
     stream.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
+            for _ in range(3):  # libraries choose their kernels
                 forward(given)
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph):

@@ -34,9 +34,6 @@ from .preemption import Preempted, listening
 from .runlog import RunLog
 from .seeds import keyed_seed, seed_everything
 
-_LISTEN_EVERY = 10
-"""Steps between two exchanges of whether to stop, with several processes."""
-
 
 @dataclass
 class Run:
@@ -144,7 +141,7 @@ class _Loop:
             rows = start.state["totals"].view(-1, 3)
             if accelerator.process_index < len(rows):
                 self.totals += rows[accelerator.process_index].to(accelerator.device)
-        self.listen_every = 1 if accelerator.num_processes == 1 else _LISTEN_EVERY
+        self.listen_every = 1 if accelerator.num_processes == 1 else 10  # steps between exchanges
 
     def run_to_end(self) -> nn.Module | None:
         spe = self.run.steps_per_epoch
@@ -307,7 +304,7 @@ class _Loop:
         """The error for a loss or weight that is NaN or infinite."""
         return ArpHubError(
             f"{what} at step {step} of phase '{self.phase.name}': {where}. The last good checkpoint is "
-            f"'{find_checkpoint('auto', self.checkpoints)}'. Start anew with a lower lr "
+            f"'{find_checkpoint('auto', self.checkpoints)}'. Start a new run with a lower lr "
             f"(now {self.raw_optimizer.param_groups[0]['lr']:.4g}), clip_grad=5 or mixed_precision=no"
         )
 

@@ -57,10 +57,6 @@ _logger = logging.getLogger(__name__)
 _FREE = {"workers", "resume", "overwrite", "log_every", "keep_checkpoints", "checkpoint_every", "tracker", "output"}
 _FREE |= {"max_bad_images", "push_to_hub", "hub_private", "cuda_graphs"}
 """Settings that a resumed run may change, because no number depends on them."""
-_TRIAL_TEST_IMAGES, _TRIAL_CALIBRATION_IMAGES = 32, 4
-"""Images per step of ``max_steps`` that a trial run evaluates and calibrates on, at most."""
-_TRIAL_PIXELS = 2**20
-"""Pixels, over all images, of a step of a trial run on CPUs, at most: 20 images of 224 x 224."""
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -160,7 +156,7 @@ def _check_folders(config: TrainConfig, accelerator: Accelerator, start: Checkpo
             )
         if (folder / "checkpoints").is_dir() and not config.resume:
             raise ArpHubError(
-                f"a run is under way in '{folder}': go on with --resume auto, or start anew with --overwrite"
+                f"a run is under way in '{folder}': go on with --resume auto, or start a new run with --overwrite"
             )
     accelerator.wait_for_everyone()  # nobody may open the folder while another still looks
 
@@ -239,7 +235,7 @@ def _affordable(config: TrainConfig, accelerator: Accelerator, data: ImageData) 
         accelerator.num_processes * config.accumulation * _evenly(config),
         data.train.images.form.size,
     )
-    most = max(parts, _TRIAL_PIXELS // (height * width) // parts * parts)
+    most = max(parts, 2**20 // (height * width) // parts * parts)
     if config.batch_size <= most:
         return config
     _logger.warning("trial run on a CPU: %d images a step instead of batch_size=%d", most, config.batch_size)
@@ -261,7 +257,7 @@ def _settings(config: TrainConfig, accelerator: Accelerator, data: ImageData) ->
 
 
 def _defaults() -> dict[str, Any]:
-    """What settings are that a checkpoint of an earlier version does not know."""
+    """The defaults of settings that a checkpoint may not hold."""
     return {item.name: item.default for item in dataclasses.fields(TrainConfig) if item.name not in _FREE}
 
 
@@ -379,7 +375,7 @@ def _calibration(run: Run) -> Tensor | None:
     if count == 0:
         return None
     if config.max_steps:
-        trial = config.max_steps * _TRIAL_CALIBRATION_IMAGES
+        trial = config.max_steps * 4  # a trial run takes four calibration images a step
         count = trial if count is None else min(count, trial)
     return calibration_images(
         run.data, count, copies=config.calibration_copies, seed=config.seed, workers=config.workers
@@ -389,7 +385,7 @@ def _calibration(run: Run) -> Tensor | None:
 def _score(run: Run, model: nn.Module, title: str) -> Scores:
     """Accuracy on the test split."""
     config = run.config
-    limit = config.max_steps * _TRIAL_TEST_IMAGES if config.max_steps else None
+    limit = config.max_steps * 32 if config.max_steps else None  # a trial run takes 32 test images a step
     scores = evaluate(model, run.data.test, workers=config.workers, accelerator=run.accelerator, max_images=limit)
     run.log.note(
         "%s: top-1 %.2f, top-5 %.2f, loss %.4f on %d test images, %d parameters",
