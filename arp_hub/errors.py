@@ -2,9 +2,6 @@
 
 from ._utils.secrets import printable
 
-_HEAD, _TAIL = 1_500, 400
-"""Characters kept of a longer message: the start names the thing, the end the way out."""
-
 
 class ArpHubError(ValueError):
     """Bad input. The message names the thing, its value, and the way out.
@@ -14,6 +11,6 @@ class ArpHubError(ValueError):
 
     def __init__(self, message: object = "") -> None:
         text = printable(str(message))
-        if len(text) > _HEAD + _TAIL:
-            text = f"{text[:_HEAD]} … {text[-_TAIL:]}"
+        if len(text) > 1_900:  # the start names the thing, the end the way out
+            text = f"{text[:1_500]} … {text[-400:]}"
         super().__init__(text)

@@ -35,7 +35,7 @@ _LISTED_LICENSES = frozenset(
 )
 """What the Hub takes as ``license:`` (https://huggingface.co/docs/hub/repositories-licenses)."""
 _GENERATED = frozenset(ModelCardData(model_name="").__dict__) - {"language", "license_name", "license_link"}
-"""Keys of the card's head that are written anew on every push; what else an owner adds is kept."""
+"""Keys of the card's head that every push writes; keys that an owner adds are kept."""
 
 
 def model_card(

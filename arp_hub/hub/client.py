@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from huggingface_hub import constants
@@ -31,19 +32,29 @@ _logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-ATTEMPTS = 4
-"""How often a call is tried in all."""
-FIRST_WAIT, LONGEST_WAIT = 1.0, 8.0
-"""Seconds before the second attempt, doubled for each further one, and their limit."""
-PATIENCE = 30.0
-"""Seconds after which no new attempt is made: some calls are retried by the client itself, so one can take as long."""
 
-SILENCE = 60.0
-"""Seconds without a byte after which an answer counts as lost; the client itself would wait for ever."""
+@dataclass
+class Patience:
+    """How long a call to a Hub may take, in seconds.
 
-CONNECT = 4.0
-"""Seconds for a connection to the Hub, so that a command without a network ends within five."""
+    Attributes:
+        attempts: Number of attempts in all.
+        first_wait: Wait before the second attempt; each further wait is twice as long.
+        longest_wait: Longest wait, also of those that a Hub asks for.
+        total: Time after which no new attempt starts. The client retries some calls itself, so one can take as long.
+        silence: Time without a byte after which an answer counts as lost; the client itself would wait for ever.
+        connect: Time to reach the Hub, so that a command without a network ends within five seconds.
+    """
 
+    attempts: int = 4
+    first_wait: float = 1.0
+    longest_wait: float = 8.0
+    total: float = 30.0
+    silence: float = 60.0
+    connect: float = 4.0
+
+
+PATIENCE = Patience()
 _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 _HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]
 """What the client's HTTP library raises. The client has changed libraries before, and lets their errors through."""
@@ -79,8 +90,8 @@ def call(what: str, function: Callable[..., Result], *args: Any, again: bool = T
     Raises:
         HubFailure: If it failed, with the reason and the way out.
     """
-    began, wait = time.monotonic(), FIRST_WAIT
-    for attempt in range(1, ATTEMPTS + 1):
+    began, wait = time.monotonic(), PATIENCE.first_wait
+    for attempt in range(1, PATIENCE.attempts + 1):
         try:
             with bounded_waits():
                 return function(*args, **kwargs)
@@ -88,14 +99,14 @@ def call(what: str, function: Callable[..., Result], *args: Any, again: bool = T
             raise
         except (*FAILURES, *ODD_ANSWERS) as failed:
             error = _root(failed)
-            last = attempt == ATTEMPTS or time.monotonic() - began > PATIENCE
+            last = attempt == PATIENCE.attempts or time.monotonic() - began > PATIENCE.total
             if not again or last or not is_transient(error):
                 tries = f" ({attempt} attempts)" if attempt > 1 else ""
                 failure = HubFailure(f"cannot {what}: {explain(error)}{tries}", _status(error), is_transient(error))
                 raise failure from (None if holds_secret(str(error)) else error)
-            _logger.warning("cannot %s yet: %s; attempt %d of %d", what, explain(error), attempt + 1, ATTEMPTS)
+            _logger.warning("cannot %s yet: %s; attempt %d of %d", what, explain(error), attempt + 1, PATIENCE.attempts)
         time.sleep(wait)
-        wait = min(2 * wait, LONGEST_WAIT)
+        wait = min(2 * wait, PATIENCE.longest_wait)
     raise AssertionError  # the last attempt returns or raises
 
 
@@ -119,7 +130,7 @@ def bounded_waits() -> Iterator[None]:
     """While the block runs, the client gives up on a silent connection, and no answer makes it wait for long."""
     session: Any = get_session()
     before, hooks = session.timeout, session.event_hooks
-    session.timeout = SILENCE
+    session.timeout = PATIENCE.silence
     session.event_hooks = {**hooks, "response": [*hooks.get("response", ()), _cap_wait]}
     try:
         yield
@@ -130,9 +141,11 @@ def bounded_waits() -> Iterator[None]:
 def _cap_wait(response: Any) -> None:
     """Shorten the wait that an answer asks for: the client would obey a ``Retry-After`` of days."""
     headers = response.headers
-    if (asked := headers.get("retry-after", "")).isdigit() and int(asked) > LONGEST_WAIT:
-        headers["retry-after"] = str(int(LONGEST_WAIT))
-    if any(int(seconds) > LONGEST_WAIT for seconds in re.findall(r"\bt=(\d{1,18})", headers.get("ratelimit", ""))):
+    if (asked := headers.get("retry-after", "")).isdigit() and int(asked) > PATIENCE.longest_wait:
+        headers["retry-after"] = str(int(PATIENCE.longest_wait))
+    if any(
+        int(seconds) > PATIENCE.longest_wait for seconds in re.findall(r"\bt=(\d{1,18})", headers.get("ratelimit", ""))
+    ):
         del headers["ratelimit"]
 
 
@@ -149,7 +162,7 @@ def cache_if_offline() -> Iterator[BaseException | None]:
     failed: BaseException | None = None
     if not constants.HF_HUB_OFFLINE:
         try:
-            get_session().head(constants.ENDPOINT, timeout=CONNECT)
+            get_session().head(constants.ENDPOINT, timeout=PATIENCE.connect)
         except _HTTP_ERROR as error:
             failed = error if type(error).__name__ in ("ConnectError", "ConnectTimeout") else None
     if failed is None:

@@ -56,7 +56,7 @@ def load_model(
         The model, in evaluation mode.
 
     Raises:
-        ArpHubError: If the name is unknown, its weights cannot be had, or the checkpoint does not fit.
+        ArpHubError: If the name is unknown, its weights cannot be loaded, or the checkpoint does not fit.
 
     Example:
         >>> model = load_model("cifar_resnet20", "resnet20_cifar10.safetensors")  # doctest: +SKIP

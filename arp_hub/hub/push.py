@@ -126,7 +126,7 @@ def download(
         The folder.
 
     Raises:
-        ArpHubError: If it cannot be had, or does not hold a model that this version can build.
+        ArpHubError: If it cannot be downloaded, or does not hold a model that this version can build.
 
     Example:
         >>> folder = arp_hub.download("me/resnet50-arp@v1")  # doctest: +SKIP

@@ -141,7 +141,7 @@ class Repository:
         ))  # fmt: skip
 
     def _commit(self, upload: Upload, message: str, *, create_pr: bool) -> Any:
-        """One commit with all files of a branch, without the pictures that are no longer drawn.
+        """One commit with all files of a branch; pictures that this push does not have are deleted.
 
         Tried again after a lost answer, it finds its files there and changes nothing.
         """

@@ -23,8 +23,8 @@ _logger = logging.getLogger(__name__)
 
 UNFIT = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 """What rendering raises where an entry of the metrics has another type than `save_pretrained` gives it."""
-_MOST_BYTES, _MOST_ROWS = 2**24, 10_000
-"""Size of a ``metrics.json`` and rows of its lists: a run of 10,000 epochs fits."""
+_METRICS_BYTES = 2**24
+"""Bytes of a ``metrics.json`` at most: a hundred times those of the largest kept model."""
 
 MAIN = "main"
 _ABOUT = ("base_model", "dataset", "license")
@@ -158,14 +158,14 @@ def _read_metrics(folder: Path) -> dict[str, Any]:
     """
     path = folder / METRICS
     try:
-        if (size := path.stat().st_size) > _MOST_BYTES:
-            raise ArpHubError(f"'{path}' has {size:,} bytes, {_MOST_BYTES:,} are allowed: save the model again")
+        if (size := path.stat().st_size) > _METRICS_BYTES:
+            raise ArpHubError(f"'{path}' has {size:,} bytes, {_METRICS_BYTES:,} are allowed: save the model again")
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or not isinstance(found.get("dense", {}), dict):
             raise TypeError("it and its 'dense' must be JSON objects")
         for key in ("layers", "history"):
-            if len(found.get(key) or ()) > _MOST_ROWS:
-                raise ValueError(f"'{key}' has {len(found[key]):,} rows, {_MOST_ROWS:,} are allowed")
+            if len(found.get(key) or ()) > 10_000:
+                raise ValueError(f"'{key}' has {len(found[key]):,} rows, {10_000:,} are allowed")
         json.dumps(found, allow_nan=False)
     except ArpHubError:
         raise

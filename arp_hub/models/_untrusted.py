@@ -12,6 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,39 @@ from torch.nn.modules import module as hooks
 from ..errors import ArpHubError
 from ._skip_init import SkipInit
 
-_CONFIG_BYTES = 2**22
-_HEADER_BYTES = 2**23
-"""Bytes of a header of `_MOST_TENSORS` tensors at 400 bytes each, twice what timm's longest names take."""
-_MOST_TENSORS = 20_000
-_MOST_CLASSES = 2**20
-_LARGEST_NUMBER = 2**16
-_MOST_ITEMS, _LONGEST_TEXT, _DEEPEST = 10_000, 1_000, 6
-_COMPRESSION = 100
-"""A decomposed file may stand for a dense model so many times its size ..."""
-_SLACK = 2**22
-"""... plus these numbers, and for buffers that no file keeps."""
-_SLACK_TENSORS = 64
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on a folder from a stranger. Published models stay below a tenth of each.
+
+    Attributes:
+        config_bytes: Bytes of ``config.json``.
+        header_bytes: Bytes of a safetensors header: `tensors` at 400 bytes each, twice what timm's longest names take.
+        tensors: Tensors of a file.
+        classes: Classes of a classifier.
+        number: Largest whole number among the arguments, such as a width.
+        items: Entries of all lists and objects in the arguments together.
+        text: Characters of a text or of a tensor's name.
+        depth: Levels of nested lists and objects in the arguments.
+        compression: Numbers of the dense model for each number in a decomposed file.
+        slack: Numbers on top of that, and in buffers that no file keeps.
+        slack_tensors: Tensors of the dense model beyond those in the file.
+    """
+
+    config_bytes: int = 2**22
+    header_bytes: int = 2**23
+    tensors: int = 20_000
+    classes: int = 2**20
+    number: int = 2**16
+    items: int = 10_000
+    text: int = 1_000
+    depth: int = 6
+    compression: int = 100
+    slack: int = 2**22
+    slack_tensors: int = 64
+
+
+LIMITS = Limits()
 _RESERVED = frozenset(
     {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "device", "dtype"}
     | {"scriptable", "exportable", "no_jit", "features_only", "feature_cls"}
@@ -57,8 +79,8 @@ def read_config(path: Path) -> dict[str, Any]:
         ArpHubError: If it cannot be read, is too large, or is no model config.
     """
     try:
-        if (size := path.stat().st_size) > _CONFIG_BYTES:
-            raise ArpHubError(f"'{path}' has {size:,} bytes, a model config has {_CONFIG_BYTES:,} at most")
+        if (size := path.stat().st_size) > LIMITS.config_bytes:
+            raise ArpHubError(f"'{path}' has {size:,} bytes, a model config has {LIMITS.config_bytes:,} at most")
         found = json.loads(path.read_text(encoding="utf-8"))
     except ArpHubError:
         raise
@@ -84,7 +106,7 @@ def check_args(args: Any, source: str) -> dict[str, Any]:
         raise ArpHubError(f"the config of '{source}': model_args must not hold {reserved[0]!r}, the caller's to say")
     for name, value in args.items():
         if name != "plan":  # that has its own checks
-            largest = _MOST_CLASSES if name == "num_classes" else _LARGEST_NUMBER
+            largest = LIMITS.classes if name == "num_classes" else LIMITS.number
             _check_value(value, f"the config of '{source}': model_args[{_short(name)}]", largest)
     return dict(args)
 
@@ -96,7 +118,7 @@ def check_cfg(cfg: Mapping[str, Any], source: str) -> None:
         ArpHubError: Naming the entry.
     """
     kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "num_classes": (_is_count, f"a whole number up to {_MOST_CLASSES}"),
+        "num_classes": (_is_count, f"a whole number up to {LIMITS.classes}"),
         "input_size": (_is_size, "three whole numbers of at least 1"),
         "test_input_size": (_is_size, "three whole numbers of at least 1"),
         "min_input_size": (_is_size, "three whole numbers of at least 1"),
@@ -121,15 +143,15 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with path.open("rb") as raw:
             size = int.from_bytes(raw.read(8), "little")
-        if _HEADER_BYTES < size <= path.stat().st_size:
-            raise ArpHubError(f"'{path}' has a header of {size:,} bytes, {_HEADER_BYTES:,} are allowed")
+        if LIMITS.header_bytes < size <= path.stat().st_size:
+            raise ArpHubError(f"'{path}' has a header of {size:,} bytes, {LIMITS.header_bytes:,} are allowed")
         with safe_open(path, framework="pt") as file:
             names = file.keys()
-            if len(names) > _MOST_TENSORS:
-                raise ArpHubError(f"'{path}' declares {len(names)} tensors, more than the {_MOST_TENSORS} allowed")
-            if longest := next((name for name in names if len(name) > _LONGEST_TEXT), None):
+            if len(names) > LIMITS.tensors:
+                raise ArpHubError(f"'{path}' declares {len(names)} tensors, more than the {LIMITS.tensors} allowed")
+            if longest := next((name for name in names if len(name) > LIMITS.text), None):
                 raise ArpHubError(
-                    f"'{path}' declares a tensor name of {len(longest):,} characters, {_LONGEST_TEXT:,} are allowed"
+                    f"'{path}' declares a tensor name of {len(longest):,} characters, {LIMITS.text:,} are allowed"
                 )
             return {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except (OSError, SafetensorError) as error:
@@ -152,7 +174,11 @@ def check_build(
     """
     declared = sum(math.prod(shape) for shape in header.values())
     try:
-        with _bounded(branches * len(header) + _SLACK_TENSORS, declared, source), torch.device("meta"), SkipInit():
+        with (
+            _bounded(branches * len(header) + LIMITS.slack_tensors, declared, source),
+            torch.device("meta"),
+            SkipInit(),
+        ):
             build()
     except ArpHubError:
         raise
@@ -200,7 +226,7 @@ def _bounded(tensors: int, declared: int, source: str) -> Iterator[None]:
         parameters, numbers = parameters + 1, numbers + value.numel()
         if parameters > tensors:
             raise refuse("more tensors")
-        if numbers > _COMPRESSION * declared + _SLACK:
+        if numbers > LIMITS.compression * declared + LIMITS.slack:
             raise refuse("far more parameters")
 
     def buffer(module: nn.Module, name: str, value: Tensor | None) -> None:
@@ -208,7 +234,7 @@ def _bounded(tensors: int, declared: int, source: str) -> Iterator[None]:
         if value is None or threading.get_ident() != thread:
             return
         buffered += value.numel()
-        if buffered > declared + _SLACK:
+        if buffered > declared + LIMITS.slack:
             raise refuse("larger buffers")
 
     handles = [
@@ -224,9 +250,9 @@ def _bounded(tensors: int, declared: int, source: str) -> Iterator[None]:
 
 def _check_value(value: Any, what: str, largest: int) -> None:
     for count, (item, depth) in enumerate(_parts(value)):
-        if depth > _DEEPEST or count > _MOST_ITEMS:
+        if depth > LIMITS.depth or count > LIMITS.items:
             raise ArpHubError(f"{what} is nested too deeply or too long")
-        if isinstance(item, str) and len(item) > _LONGEST_TEXT:
+        if isinstance(item, str) and len(item) > LIMITS.text:
             raise ArpHubError(f"{what} holds a text of {len(item)} characters")
         if isinstance(item, (int, float)) and not isinstance(item, bool) and not abs(item) <= largest:
             raise ArpHubError(f"{what} holds the number {_short(item)}, which is beyond {largest}")
@@ -235,14 +261,14 @@ def _check_value(value: Any, what: str, largest: int) -> None:
 def _parts(value: Any, depth: int = 0) -> Iterator[tuple[Any, int]]:
     """A value and all that it is made of, with the depth of each; no deeper than is allowed."""
     yield value, depth
-    if depth <= _DEEPEST:
+    if depth <= LIMITS.depth:
         inner = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
         for item in inner if isinstance(inner, (list, tuple)) else ():
             yield from _parts(item, depth + 1)
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_CLASSES
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LIMITS.classes
 
 
 def _is_size(value: Any) -> bool:

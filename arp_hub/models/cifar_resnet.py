@@ -21,6 +21,7 @@ from ._cifar import CifarModel, cifar_cfg, init_weights
 __all__ = ["CifarResNet"]
 
 WIDTHS = (16, 32, 64)
+"""Channels of the three stages (He et al. 2016, section 4.2)."""
 
 
 class BasicBlock(nn.Module):

@@ -134,7 +134,7 @@ ROWS = {
     "no network": Row(("cannot log in", "no answer from", "check the network"), "nothing", before=NO_SERVER),
     "Hub says nothing": Row(
         ("cannot commit", "no answer", "Timeout", *UNTOUCHED), "as before", ((COMMIT, "hang"),), there=True,
-        before="import arp_hub.hub.client\narp_hub.hub.client.SILENCE = 0.3\n",
+        before="import arp_hub.hub.client\narp_hub.hub.client.PATIENCE.silence = 0.3\n",
     ),
     "5xx at login, once": Row(("load it with",), "complete", (("whoami", 503, 1),), code=0),
     "5xx on create, once": Row(("load it with",), "complete", ((CREATE, 502, 1),), code=0),
