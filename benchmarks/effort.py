@@ -73,7 +73,7 @@ NETWORKS = {
         128,
         "cifar10",
         1000,
-        {"img_size": 112, "num_classes": 10},
+        {"img_size": 112, "num_classes": 10, "pretrained_cfg_overlay": {"input_size": (3, 112, 112), "crop_pct": 1.0}},
     ),
 }
 ROWS = [f"{network}/{effort}" for network in NETWORKS for effort in EFFORTS]
