@@ -1,4 +1,4 @@
-"""Checkpoints of a run: a folder with safetensors and JSON, whole or not there at all. Nothing is pickled.
+"""Checkpoints of a run: folders with safetensors and JSON, written whole or not at all. Nothing is pickled.
 
 run/checkpoints/compress-00001200/
     state.json             phase, step, settings, scores, and the tree of which the tensors are the leaves
@@ -117,7 +117,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, by phase and step: clocks may step back, and copies of files have other times."""
+    """The checkpoints of a run, by phase and step. File times do not count: clocks step back, copies have new times."""
     found = [path for path in folder.glob("*-*") if _place(path) and (path / "state.json").is_file()]
     return sorted(found, key=_place)
 
@@ -137,7 +137,7 @@ def remove_later_checkpoints(folder: Path, phase: str, step: int) -> None:
 
 
 def find_checkpoint(resume: str, folder: Path) -> Path | None:
-    """The checkpoint to go on from.
+    """The checkpoint to resume from.
 
     Args:
         resume: Empty for none; ``auto`` for the newest in ``folder``; or the path of one, or of a run.
@@ -160,7 +160,7 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
 
 
 def check_same(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:
-    """Refuse to go on with other settings.
+    """Refuse to resume with other settings.
 
     Raises:
         ArpHubError: Naming each setting that differs, with both values.

@@ -1,4 +1,4 @@
-"""The command line of the recipes: one option for each setting of `TrainConfig`, over a recipe's defaults."""
+"""The command line of the recipes: one option for each setting of `TrainConfig`, with the recipe's defaults."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def main(description: str, **defaults: Any) -> dict[str, Any]:
 
 
 def parse_command(description: str, defaults: dict[str, Any], arguments: Sequence[str]) -> TrainConfig:
-    """Settings from a recipe's defaults, a ``--config`` file and command-line options, of which later ones win.
+    """Settings from a recipe's defaults, a ``--config`` file and command-line options; later ones win.
 
     Raises:
         ArpHubError: If an option or a value is not known, or does not fit.
@@ -106,7 +106,7 @@ def _parser(description: str, defaults: dict[str, Any]) -> argparse.ArgumentPars
 
 
 def _shape(setting: dataclasses.Field[Any]) -> dict[str, Any]:
-    """How many words an option takes; their types are left to `TrainConfig`, so that messages are the same."""
+    """The number of words that an option takes. `TrainConfig` checks types, so that messages are the same."""
     if setting.type == "bool":
         return {"action": argparse.BooleanOptionalAction}
     if str(setting.type).startswith("tuple"):

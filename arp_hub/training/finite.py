@@ -1,4 +1,4 @@
-"""Which layer is to blame when numbers stop being finite."""
+"""Find the layer in which values first become NaN or infinite."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _first(tensors: Mapping[str, Tensor]) -> str:
 
 @torch.no_grad()
 def first_not_finite(model: nn.Module, images: Tensor) -> str:
-    """The layer that a batch first becomes NaN or infinite in, in words.
+    """The first layer whose output becomes NaN or infinite on a batch, in words.
 
     Runs the batch once more, which may change the statistics of BatchNorm: for a model that is given up.
 

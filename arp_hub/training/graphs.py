@@ -1,6 +1,6 @@
-"""CUDA graphs: the kernels of a pass, recorded once and replayed.
+"""CUDA graphs: record the kernels of a pass once, then replay them.
 
-For small networks on a GPU, where launching kernels one by one takes longer than their work.
+They speed up small networks on a GPU, where launching kernels takes longer than running them.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def recorded_inference(forward: Forward, images: Tensor) -> Forward:
 
 
 class _Apart(nn.Module):
-    """A module around the model, so that recording changes the forward of this one alone."""
+    """A wrapper around the model, so that recording replaces the wrapper's forward only."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

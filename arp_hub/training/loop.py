@@ -37,7 +37,7 @@ from .seeds import keyed_seed, seed_everything
 
 @dataclass
 class Run:
-    """What all phases of a run share."""
+    """The state that all phases of a run share."""
 
     config: TrainConfig
     accelerator: Accelerator
@@ -64,14 +64,14 @@ class Run:
 
 
 def phase_steps(config: TrainConfig, data: ImageData, epochs: int) -> int:
-    """Optimiser steps of ``epochs``, ``max_steps`` at most."""
+    """Optimiser steps of ``epochs``, at most ``max_steps``."""
     total = epochs * steps_per_epoch(len(data.train), config.batch_size)
     return min(total, config.max_steps) if config.max_steps else total
 
 
 @dataclass
 class Phase:
-    """What one phase trains: ``dense``, ``compress`` (ramp and hold) or ``finetune``."""
+    """One phase: ``dense``, ``compress`` (ramp and hold) or ``finetune``, with the model it trains."""
 
     name: str
     model: nn.Module
@@ -103,7 +103,7 @@ def train(run: Run, phase: Phase, start: Checkpoint | None = None) -> nn.Module 
 
 
 class _Loop:
-    """The objects that live as long as a phase."""
+    """The training loop of one phase."""
 
     def __init__(self, run: Run, phase: Phase, start: Checkpoint | None) -> None:
         config, accelerator = run.config, run.accelerator
@@ -165,7 +165,7 @@ class _Loop:
         self.accelerator.free_memory()
 
     def epoch(self, epoch: int, end: int, bar: Any) -> None:
-        """Steps up to ``end``, then the numbers of the epoch and a checkpoint."""
+        """Train up to step ``end``, then log the epoch and save a checkpoint."""
         began = time.perf_counter()
         every = self.config.checkpoint_every
         micro = self.micro_batches(epoch, end)
@@ -189,14 +189,14 @@ class _Loop:
             raise Preempted(f"step {self.step} of phase '{self.phase.name}'")
 
     def anyone_told_to_stop(self) -> bool:
-        """Whether SIGTERM has come to any process, so that all stop at the same step."""
+        """Whether any process received SIGTERM, so that all stop at the same step."""
         if self.accelerator.num_processes == 1:
             return self.told_to_stop()
         heard = torch.tensor(float(self.told_to_stop()), device=self.accelerator.device)
         return bool(self.accelerator.reduce(heard, "sum") > 0)
 
     def share_statistics(self) -> None:
-        """Let all processes judge the same model: each has seen its own images in BatchNorm."""
+        """Average BatchNorm statistics over processes, so that all evaluate the same model."""
         processes = self.accelerator.num_processes
         if processes > 1:
             distribute_bn(self.model, processes, reduce=True)
@@ -204,7 +204,7 @@ class _Loop:
                 distribute_bn(self.ema.module, processes, reduce=False)
 
     def one_step(self, micro: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-        """One optimiser step over this process's share of a global batch, and what follows a step."""
+        """One optimiser step on this process's share of a global batch, with schedule, penalty and moving average."""
         accelerator, config = self.accelerator, self.config
         losses = []
         for part in range(config.accumulation):
@@ -234,7 +234,7 @@ class _Loop:
         return torch.stack(losses).mean()
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy, mixed with distillation from the dense model if there is any."""
+        """Cross-entropy, mixed with distillation from the teacher if there is one."""
         config, target = self.config, labels
         if self.mixup:
             images, target = self.mixup(images, labels)
@@ -258,13 +258,13 @@ class _Loop:
             return cast(nn.Module, self.phase.teacher)(images).float()
 
     def record(self, images: Tensor) -> None:
-        """Replay from now on what passes over batches like this one do."""
+        """Record the passes over a batch as CUDA graphs, and replay these from the next step on."""
         self.forward = recorded_training(self.wrapped, images)
         self.guide = recorded_inference(self.guide, images) if self.guide else None
         self.recorded = True
 
     def micro_batches(self, epoch: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's share of the batches from the present step to ``end``, in parts for accumulation."""
+        """This process's share of the batches from the current step to ``end``, in parts for accumulation."""
         config, split, accelerator = self.config, self.run.data.train, self.accelerator
         first = epoch * self.run.steps_per_epoch
         batches = epoch_batches(len(split), config.batch_size, keyed_seed(config.seed, self.phase.name), epoch)
@@ -286,7 +286,7 @@ class _Loop:
         return zip(images, labels, strict=True)
 
     def report(self, loss: Tensor, lr: float, bar: Any) -> None:
-        """Numbers of this step, for the bar and the tracker."""
+        """Show the numbers of this step in the progress bar and the tracker."""
         self.check_weights()
         top1 = (100 * self.totals[1] / self.totals[2]).item()
         values = {"loss": loss.item(), "top1": top1, "lr": lr}
@@ -335,7 +335,7 @@ class _Loop:
         self.run.log.epoch(entry)
 
     def save(self) -> None:
-        """Write a checkpoint on the main process; the others wait for it. One with NaN or inf is never written."""
+        """Write a checkpoint on the main process while the others wait; never one with NaN or infinite values."""
         self.check_weights()
         totals = self.accelerator.gather(self.totals[None])
         if self.accelerator.is_main_process:
@@ -370,7 +370,7 @@ def _freeze_statistics(model: nn.Module) -> None:
 
 
 def _fetched(value: Tensor) -> Callable[[], float]:
-    """A number on its way to the CPU; the call waits for it, and for nothing that a GPU is given after this."""
+    """Start copying a number to the CPU. The returned function waits for the copy, but not for later GPU work."""
     if value.device.type != "cuda":
         return value.item
     here = torch.empty((), pin_memory=True).copy_(value.detach(), non_blocking=True)
@@ -389,7 +389,7 @@ def _mean(violations: Mapping[str, float]) -> float:
 
 
 def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total: int, spe: int) -> Scheduler:
-    """The timm schedule, counted in steps so that it fits a phase that ``max_steps`` cuts short."""
+    """The timm schedule, counted in steps so that it also fits a phase shortened by ``max_steps``."""
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched=config.schedule,

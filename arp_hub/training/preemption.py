@@ -1,4 +1,4 @@
-"""Being told to stop: a scheduler that takes a machine away sends SIGTERM some time before."""
+"""SIGTERM: schedulers send it some time before they take a machine away."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar, one line an epoch (also as JSON), and a tracker's curves."""
+"""The output of a run: a progress bar, one line for each epoch (also as JSON), and curves for a tracker."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "cl
 
 
 def tracker_name(config: TrainConfig) -> str | None:
-    """The tracker to hand to Accelerate, or None if there is to be none.
+    """The name of Accelerate's tracker, or None for no tracker.
 
     Raises:
         ArpHubError: If Accelerate knows no such tracker.
@@ -65,7 +65,7 @@ class RunLog:
         self.accelerator.log({f"{phase}/{name}": value for name, value in values.items()}, step=step)
 
     def epoch(self, entry: dict[str, Any]) -> None:
-        """One line for people, and the same, with the violations of every layer, for machines."""
+        """Log an epoch as one line of text, and as JSON with the violations of every layer."""
         if not self.main:
             return
         with self.path.open("a", encoding="utf-8") as file:

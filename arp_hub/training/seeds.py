@@ -1,4 +1,4 @@
-"""Seeds keyed by what they are for: the same numbers for any number of processes."""
+"""Seeds keyed by their purpose: the same numbers for any number of processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def seed_everything(*key: int | str) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the global CPU generators, as image transforms use them, and put them back afterwards."""
+    """Seed the global CPU generators, which image transforms use, for a while; then restore them."""
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)

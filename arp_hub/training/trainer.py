@@ -1,4 +1,4 @@
-"""From a model and data to a saved low-rank model: the phases of a run, in order.
+"""The phases of a run, in order, from a model and data to a saved low-rank model.
 
 dense training (or given weights) -> plan -> fit -> ramp and hold -> decompose -> fine-tune (optional) -> save
 """
@@ -60,7 +60,7 @@ _FREE |= {"max_bad_images", "push_to_hub", "hub_private", "cuda_graphs"}
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    """Do a whole run and save the finished model in ``config.output``.
+    """Run all phases and save the finished model in ``config.output``.
 
     Args:
         config: The settings.
@@ -139,12 +139,12 @@ def _accelerator(config: TrainConfig) -> Accelerator:
 
 
 def _evenly(config: TrainConfig) -> int:
-    """What the images of one forward pass are a multiple of: mixup and cutmix mix pairs."""
+    """The number that divides the images of a forward pass: 2 with mixup or cutmix, which mix pairs, else 1."""
     return 2 if config.mixup or config.cutmix else 1
 
 
 def _check_folders(config: TrainConfig, accelerator: Accelerator, start: Checkpoint | None) -> None:
-    """Refuse to write over anything, before any work."""
+    """Check, before any work, that nothing would be overwritten."""
     output, folder = Path(config.output), config.run_folder
     check_folder(output, overwrite=config.overwrite)
     if config.push_to_hub and accelerator.is_main_process:
@@ -176,7 +176,7 @@ def _open_folder(config: TrainConfig, accelerator: Accelerator, start: Checkpoin
 
 
 def _data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
-    """The data, and the model with as many classes as the data has if its classifier will be trained."""
+    """The data and the model. If the classifier will be trained, it gets as many classes as the data has."""
     checkpoint = config.checkpoint or None
     pretrained = config.pretrained or is_saved_model(config.model)
     torch.manual_seed(config.seed)
@@ -205,7 +205,7 @@ def _data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
 
 
 def _teacher(config: TrainConfig, data: ImageData, model: nn.Module) -> nn.Module | None:
-    """The model to distil from, if not the dense one: it sees the same images and tells the same classes apart."""
+    """The teacher, if it is not the dense model. It must take the same images and have the same classes."""
     if not config.teacher:
         return None
     checkpoint = config.teacher_checkpoint or None
@@ -228,7 +228,7 @@ def _teacher(config: TrainConfig, data: ImageData, model: nn.Module) -> nn.Modul
 
 
 def _affordable(config: TrainConfig, accelerator: Accelerator, data: ImageData) -> TrainConfig:
-    """The settings, with a smaller batch where a trial run would feed a CPU with what was meant for several GPUs."""
+    """The settings, with a smaller batch for a trial run on a CPU of a recipe that is meant for several GPUs."""
     if not config.max_steps or accelerator.device.type != "cpu":
         return config
     parts, (height, width) = (
@@ -251,7 +251,7 @@ def _check_schedule(config: TrainConfig, data: ImageData) -> None:
 
 
 def _settings(config: TrainConfig, accelerator: Accelerator, data: ImageData) -> dict[str, Any]:
-    """What decides the numbers of a run, as a checkpoint keeps it."""
+    """The settings that decide the numbers of a run, as checkpoints hold them."""
     settings = {name: value for name, value in config.to_dict().items() if name not in _FREE}
     return settings | {"processes": accelerator.num_processes, "training images": len(data.train)}
 
@@ -284,7 +284,7 @@ def _dense_model(run: Run, model: nn.Module, start: Checkpoint | None) -> nn.Mod
 def _low_rank_model(
     run: Run, dense: nn.Module, teacher: nn.Module, start: Checkpoint | None
 ) -> tuple[nn.Module, RankPlan]:
-    """Plan, penalise and decompose a copy of the dense model; train its factors if asked to."""
+    """Plan, penalise and decompose a copy of the dense model, then fine-tune its factors if the config asks for it."""
     config = run.config
     guide = teacher.to(run.accelerator.device).requires_grad_(False) if config.distill else None
     if start and start.phase == "finetune":
@@ -310,7 +310,7 @@ def _low_rank_model(
 def _penalised_model(
     run: Run, dense: nn.Module, teacher: nn.Module | None, start: Checkpoint | None
 ) -> tuple[nn.Module, RankPlan]:
-    """Ramp and hold, then the cut, which changes nothing any more."""
+    """Ramp, hold and decomposition, which changes nothing after the hold."""
     config = run.config
     model = copy.deepcopy(dense).requires_grad_(True)
     factors = None
@@ -351,7 +351,7 @@ def _penalised_model(
 
 
 def _check_budget(run: Run, model: nn.Module) -> None:
-    """Let an impossible budget or a layer that cannot be penalised show before the dense training, not after it."""
+    """Refuse an impossible budget, or a layer that cannot be penalised, before the dense training."""
     config = run.config
     plan = make_plan(model, **_budget(config))
     if config.start_from == "dense":
@@ -395,7 +395,7 @@ def _score(run: Run, model: nn.Module, title: str) -> Scores:
 
 
 def _same_everywhere(accelerator: Accelerator, plan: RankPlan) -> RankPlan:
-    """The main process's plan: rounding might let others choose otherwise."""
+    """The plan of the main process, on all processes: rounding may differ between machines."""
     if accelerator.num_processes == 1:
         return plan
     text = torch.tensor(list(plan.to_json().encode()), device=accelerator.device)
@@ -417,7 +417,7 @@ def _factors(accelerator: Accelerator, model: nn.Module) -> dict[str, Factors]:
 
 
 def _metrics(run: Run, plan: RankPlan) -> dict[str, Any]:
-    """Every number of the run, with all that stands behind it: the finished model's own on top."""
+    """All numbers of the run with their provenance; those of the finished model are at the top level."""
     last = next(run.scores[name] for name in ("finetuned", "decomposed", "fit") if name in run.scores)
     return {
         **environment(),
@@ -436,7 +436,7 @@ def _metrics(run: Run, plan: RankPlan) -> dict[str, Any]:
 
 
 def _save(run: Run, dense: nn.Module, model: nn.Module, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Save on the main process; it gets the metrics with counts, spectra and the course of training added."""
+    """Save on the main process, with sizes, spectra and the training history added to the metrics."""
     config, output, names = run.config, run.config.output, run.data.class_names
     if run.accelerator.is_main_process:
         published = config.pretrained or is_saved_model(config.model)
@@ -461,7 +461,7 @@ def _save(run: Run, dense: nn.Module, model: nn.Module, metrics: dict[str, Any])
 
 
 def _publish(run: Run) -> None:
-    """Push from the main process, when no other waits for it any more."""
+    """Push from the main process, after all others have finished."""
     if run.config.push_to_hub and run.accelerator.is_main_process:
         done = push_to_hub(run.config.output, run.config.push_to_hub, private=run.config.hub_private or None)
         run.log.note("published: %s", done.url)
