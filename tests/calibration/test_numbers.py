@@ -31,12 +31,12 @@ def small_model() -> nn.Module:
 
 
 IMAGES = torch.randn(24, 3, 12, 12, generator=torch.Generator().manual_seed(0))
-PLANNED = {"keep_params": 0.6, "schemes": ["channel", "cp"], "exclude": (), "input_size": (3, 12, 12)}
+PLANNED = {"keep_params": 0.6, "schemes": ["channel", "cp"], "exclude": (), "input_size": (3, 12, 12), "effort": "fast"}
 
 
 def compressed(model: nn.Module, images: torch.Tensor) -> nn.Module:
     plan = make_plan(model, calibration=images, **PLANNED)
-    return decompose(copy.deepcopy(model), plan, images)
+    return decompose(copy.deepcopy(model), plan, images, effort="fast")
 
 
 def relative_change(model: nn.Module, small: nn.Module, images: torch.Tensor) -> float:
@@ -81,7 +81,7 @@ def test_ambient_modes_change_nothing(mode):
     small = copy.deepcopy(model)
     with mode():
         plan = make_plan(small, calibration=IMAGES, **PLANNED)
-        decompose(small, plan, IMAGES)
+        decompose(small, plan, IMAGES, effort="fast")
     for name, tensor in small.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
     small.train()(IMAGES).sum().backward()  # it can be trained afterwards

@@ -512,7 +512,11 @@ RESUMED = {
 
 @pytest.mark.parametrize(
     "changes",
-    [{"optimizer": "lamb"}, {"optimizer": "adan", "ema_decay": 0.9}, {"ema_decay": 0.9, "accumulation": 2}],
+    [
+        pytest.param({"optimizer": "lamb"}, marks=pytest.mark.slow),
+        {"optimizer": "adan", "ema_decay": 0.9},
+        pytest.param({"ema_decay": 0.9, "accumulation": 2}, marks=pytest.mark.slow),
+    ],
     ids=["lamb", "adan and averaging", "averaging and accumulation"],
 )
 @pytest.mark.parametrize("pattern", ["compress-00000003", pytest.param("*", marks=pytest.mark.slow)])
