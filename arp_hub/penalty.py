@@ -220,10 +220,11 @@ class AdaptiveRankPenalty:
         self.step_count = self._pulls = 0
         self._drifted = False
         """Whether the optimiser has moved weights in the hold since the last pull."""
-        self._modules = {name: model.get_submodule(name) for name in plan.layers if name in _names_of(model)}
+        schemes = check_plan(model, plan)
+        self._modules = {name: model.get_submodule(name) for name in schemes}
         layers = [
             _Layer(name, weight, scheme, plan.layers[name].rank, _start_factors(name, scheme, plan, factors, weight))
-            for name, scheme in check_plan(model, plan).items()
+            for name, scheme in schemes.items()
             if (weight := _trained_weight(name, self._modules[name])).requires_grad
         ]
         if not layers:
@@ -404,10 +405,6 @@ class AdaptiveRankPenalty:
         if bad:
             name = next(name for name in self._names if name in bad)
             raise ArpHubError(f"layer '{name}': its weight is NaN or infinite after step {self.step_count}")
-
-
-def _names_of(model: nn.Module) -> set[str]:
-    return {name for name, _ in model.named_modules(remove_duplicate=False)}
 
 
 def _trained_weight(name: str, module: nn.Module) -> nn.Parameter:
