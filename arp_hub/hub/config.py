@@ -90,7 +90,7 @@ def check_rebuilds(config: Mapping[str, Any], model: nn.Module) -> None:
             model.
     """
     what = f"{config['architecture']} with {_short(config['model_args'])}"
-    way_out = "pass the backbone= and model_args= that the model was made with"
+    way_out = "pass backbone= and model_args=, as given to timm.create_model"
     try:
         with torch.device("meta"):
             rebuilt = timm.create_model(
