@@ -1,1 +1,1 @@
-"""Helpers that know nothing of models: the process's environment, secrets, files, torch."""
+"""Helpers for the environment, secrets, files and torch, independent of models."""

@@ -1,4 +1,4 @@
-"""What stands behind a number: the command, the hardware and the versions of the process that measured it."""
+"""Facts to reproduce a measurement: the command, hardware and versions of this process."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _PACKAGES = ("arp-hub", "torch", "timm", "accelerate", "safetensors")
 
 
 def environment() -> dict[str, Any]:
-    """The facts of this process, as ``metrics.json`` holds them.
+    """The facts of this process, in the format of ``metrics.json``.
 
     Returns:
-        ``command`` (absent where there is none, as in a notebook), ``hardware`` and ``versions``.
+        ``hardware``, ``versions`` and, unless in a notebook or shell, ``command``.
 
     Example:
         >>> sorted(environment()["hardware"])[:2]
@@ -34,7 +34,7 @@ def environment() -> dict[str, Any]:
 
 
 def _command() -> str | None:
-    """The command line, without the folder of its program, and without tokens."""
+    """The command line without tokens; the program is named without its folder."""
     program = Path(sys.argv[0]).name if sys.argv else ""
     if program in ("", "-c", "-m") or hasattr(sys, "ps1") or "ipykernel" in program:
         return None

@@ -47,9 +47,9 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A new folder to fill; it takes the place of ``folder`` when the block ends without an error.
+    """A new folder to fill. It replaces ``folder`` when the block ends without an error.
 
-    The new folder lies beside the old one, which is not touched before the new one is finished.
+    The new folder is created beside the old one, which stays unchanged until the new one is finished.
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -66,14 +66,14 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Clear away what killed processes left beside ``folder``; for the one process that writes it."""
+    """Delete temporary folders of killed processes. Call it only from the one process that writes ``folder``."""
     folder = folder.resolve()
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.????????.tmp"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def _put(new: Path, folder: Path) -> None:
-    """Move ``new`` to ``folder``; what was there is left at ``new``."""
+    """Move ``new`` to ``folder``, and the old folder, if any, to ``new``."""
     if not folder.exists():
         new.rename(folder)
     elif not _exchange(new, folder):
@@ -88,7 +88,7 @@ def _put(new: Path, folder: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two folders in one step, so that neither name is missing for an instant. Linux can; False elsewhere."""
+    """Swap two folders in one step, so that both names exist at all times. Returns False except on Linux."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):

@@ -1,4 +1,4 @@
-"""Text that is safe to show: without tokens, and without characters that a terminal obeys."""
+"""Make text safe to show: without tokens and terminal control characters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unicodedata
 
 _SECRET = re.compile(
     r"""
-    (?<!\w)hf_(?:oauth|jwt|org|app)_[\w.~+/=-]+        # tokens that name their kind
+    (?<!\w)hf_(?:oauth|jwt|org|app)_[\w.~+/=-]+        # tokens with their kind as a prefix
     | (?<![\w/])hf_(?=[a-z0-9]*[A-Z])[A-Za-z0-9]{5,}   # names of models and settings are in lower case
     | (?<!\w)hf_[A-Za-z0-9]{30,}                       # a whole user token, also inside an address
     | (?<![\w/])api_org_[A-Za-z0-9]{8,}
@@ -19,13 +19,13 @@ _known: set[str] = set()
 
 
 def remember(token: str) -> None:
-    """Redact this token from now on, whatever it looks like."""
+    """Make `redact` replace this token, too, whatever its form."""
     if len(token) >= 4:
         _known.add(token)
 
 
 def redact(text: str) -> str:
-    """The text with everything that looks like a token replaced by ``***``, and every remembered token.
+    """Replace remembered tokens, and whatever looks like a token, by ``***``.
 
     Example:
         >>> redact("arp-hub push out me/name --token hf_abcdefghijkl")
@@ -39,12 +39,12 @@ def redact(text: str) -> str:
 
 
 def holds_secret(text: str) -> bool:
-    """Whether a text holds what looks like a token."""
+    """Whether a text contains what looks like a token."""
     return redact(text) != text
 
 
 def printable(text: str) -> str:
-    r"""The text with control characters, direction marks and half characters written as escapes.
+    r"""Escape control characters, direction marks and lone surrogates.
 
     Example:
         >>> printable("layer\x1b[31m")

@@ -1,4 +1,4 @@
-"""Modes of torch and of modules that hold for a while."""
+"""Context managers for the modes of torch and of modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model card: how to load the model, what it is, and the numbers of ``metrics.json``; nothing that is not there."""
+"""The model card: how to load the model, what it is, and its numbers from ``metrics.json``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PICTURES = {
     "spectra.png": "Singular values of the layers, before and after decomposition",
     "violation.png": "Distance of the layers from their ranks during training",
 }
-"""Files that `draw_pictures` may write, with what they show."""
+"""Files that `draw_pictures` may write, with their captions."""
 _OPEN, _CLOSE = re.compile(r"<!-- owner: [^>\n]{0,200}-->\n"), "<!-- /owner -->"
 _TIMM = "https://github.com/huggingface/pytorch-image-models#licenses"
-"""Where timm says which licence which weights have."""
+"""Where timm lists the licences of its weights."""
 _LISTED_LICENSES = frozenset(
     """afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
     bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
@@ -33,7 +33,7 @@ _LISTED_LICENSES = frozenset(
     lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa
     odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib""".split()
 )
-"""What the Hub takes as ``license:`` (https://huggingface.co/docs/hub/repositories-licenses)."""
+"""Values that the Hub accepts for ``license:`` (https://huggingface.co/docs/hub/repositories-licenses)."""
 _GENERATED = frozenset(ModelCardData(model_name="").__dict__) - {"language", "license_name", "license_link"}
 """Keys of the card's head that every push writes; keys that an owner adds are kept."""
 
@@ -51,14 +51,14 @@ def model_card(
 
     Args:
         config: The model's ``config.json``.
-        metrics: Its ``metrics.json``. A number that is not there has no line on the card.
-        name: What to load the model by: ``local-dir:FOLDER`` or ``hf-hub:USER/NAME``.
-        pictures: Names of pictures that lie beside the card, of `PICTURES`.
-        dense: Revision with the merged model, if there is one.
-        tag: Tag of this version, if there is one.
+        metrics: Its ``metrics.json``. The card leaves out lines whose numbers are missing.
+        name: The name to load the model by: ``local-dir:FOLDER`` or ``hf-hub:USER/NAME``.
+        pictures: Pictures in the card's folder, named as in `PICTURES`.
+        dense: Revision that holds the merged model, if any.
+        tag: Tag of this version, if any.
 
     Returns:
-        Markdown with a YAML head, as the Hub takes it.
+        Markdown with a YAML head, in the Hub's format.
     """
     args = config.get("model_args", {})
     plan = args.get("plan")
@@ -93,7 +93,7 @@ def model_card(
 
 
 def card_data(config: Mapping[str, Any], metrics: Mapping[str, Any], name: str) -> ModelCardData:
-    """The card's head. Results are listed only where accuracy was measured and the data is known."""
+    """The card's head. It lists results only if accuracy was measured on known data."""
     decomposed = "plan" in config.get("model_args", {})
     base, dataset = metrics.get("base_model"), metrics.get("dataset")
     results = _results(metrics)
@@ -112,7 +112,7 @@ def card_data(config: Mapping[str, Any], metrics: Mapping[str, Any], name: str) 
 
 
 def draw_pictures(folder: Path, metrics: Mapping[str, Any]) -> list[str]:
-    """Draw what the metrics have numbers for; nothing where matplotlib is missing.
+    """Draw the pictures that the metrics have numbers for; none if matplotlib is missing.
 
     Returns:
         The names of the pictures.
@@ -132,9 +132,9 @@ def draw_pictures(folder: Path, metrics: Mapping[str, Any]) -> list[str]:
 
 
 def keep_by_hand(card: str, earlier: str) -> str:
-    """The new card with what the owner wrote by hand into an earlier one.
+    """Copy the owner's edits from an earlier card into the new one.
 
-    Kept are the text between the two owner's marks, and keys of the head that arp_hub does not write.
+    These are the text between the two owner's marks, and the keys of the head that arp_hub does not write.
     """
     if (notes := by_hand(earlier)) and (place := _owner_place(card)):
         card = f"{card[: place.start]}{notes}\n{card[place.stop :]}"
@@ -149,7 +149,7 @@ def keep_by_hand(card: str, earlier: str) -> str:
 
 
 def by_hand(card: str) -> str:
-    """What the owner wrote between the marks of a card."""
+    """The owner's text between the marks of a card."""
     place = _owner_place(card)
     return card[place].strip() if place else ""
 
@@ -162,7 +162,7 @@ def _owner_place(card: str) -> slice | None:
 
 
 def _license(name: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The licence as the Hub takes it: one that it does not list is ``other``, with its name and a link to it."""
+    """The licence in the Hub's format: ``other`` with a name and a link if the Hub does not list it."""
     if not name or str(name).lower() in _LISTED_LICENSES:
         return {"license": name and str(name).lower()}
     base = metrics.get("base_model")

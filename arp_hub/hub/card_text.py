@@ -1,4 +1,4 @@
-"""The tables and sentences of the model card, from ``metrics.json`` and the plan. What is not there is left out."""
+"""The tables and sentences of the model card, from ``metrics.json`` and the plan. Missing numbers are left out."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _ROWS = {
 }
 _STAGES = {
     "dense": "dense",
-    "fit": "decomposed with no training",
+    "fit": "decomposed without training",
     "before_decomposition": "after penalty training, before decomposition",
     "decomposed": "decomposed",
     "finetuned": "after fine-tuning the factors",
 }
 _FACTS = {
     "data": "data",
-    "split": "accuracy measured on split",
-    "images": "images measured on",
+    "split": "split for the accuracy",
+    "images": "images in the accuracy measurement",
     "calibration_images": "unlabelled calibration images",
-    "calibration_copies": "varied copies of each",
+    "calibration_copies": "augmented copies of each calibration image",
     "seed": "seed",
     "seconds": "seconds",
     "processes": "processes",
@@ -41,7 +41,7 @@ _FASTER = 0.97
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
-    """One line: what was saved, and what it cost."""
+    """One line: the savings in size and compute, and the accuracy."""
     dense, parts = metrics.get("dense", {}), []
     if "params" in dense:
         share = 100 * metrics["params"] / dense["params"]
@@ -55,7 +55,7 @@ def summary(metrics: Mapping[str, Any]) -> str:
 
 
 def numbers(metrics: Mapping[str, Any], decomposed: bool) -> str:
-    """Dense against decomposed, in one table."""
+    """A table that compares the decomposed model with the dense one."""
     dense, rows = metrics.get("dense", {}), []
     for key, (label, form) in _ROWS.items():
         if key in metrics:
@@ -80,12 +80,12 @@ def notes(metrics: Mapping[str, Any]) -> str:
         parts.append(f"Accuracy is measured on {metrics['images']:,d} images{where}.")
     if timings := _timings(metrics):
         places = dict.fromkeys(_place(timing) for timing in timings)
-        parts.append(f"Latency is the median of runs of both in turns, on {'; '.join(places)}.")
+        parts.append(f"Latency is the median of runs that alternate between the two models, on {'; '.join(places)}.")
     return " ".join(parts)
 
 
 def stages(metrics: Mapping[str, Any]) -> str:
-    """Accuracy from stage to stage of a run, if it had more than two."""
+    """The accuracy after each stage of a run."""
     scores = metrics.get("scores", {})
     rows = [
         (label, f"{scores[stage]['top1']:.2f}", f"{scores[stage]['top5']:.2f}", f"{scores[stage]['loss']:.4f}")
@@ -131,11 +131,11 @@ def dense_layers(metrics: Mapping[str, Any]) -> str:
         (_inline(reason), _some([f"`{layer['name']}`" for layer in layers]), str(len(layers)), f"{_sum(layers):,d}")
         for reason, layers in found.items()
     ]
-    return _table(("why", "which", "layers", "parameters"), rows) if rows else ""
+    return _table(("reason", "layers", "count", "parameters"), rows) if rows else ""
 
 
 def facts(metrics: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """What stands behind the numbers, as pairs."""
+    """How the numbers were measured, as pairs of label and value."""
     for key, label in _FACTS.items():
         if metrics.get(key) is not None:
             yield label, _inline(metrics[key])
@@ -146,7 +146,7 @@ def facts(metrics: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def recipe(metrics: Mapping[str, Any]) -> str:
-    """How the weights came about, in one or two sentences."""
+    """How the weights were made, in one or two sentences."""
     config = metrics.get("config")
     if metrics.get("trained") is False:
         count = metrics.get("calibration_images")
@@ -159,7 +159,7 @@ def recipe(metrics: Mapping[str, Any]) -> str:
 
 
 def limits(metrics: Mapping[str, Any], decomposed: bool) -> list[str]:
-    """What the model is not, in plain words."""
+    """The limitations of the model, in plain words."""
     dense, found = metrics.get("dense", {}), []
     if metrics.get("merged_from"):
         pass  # its card has the accuracy
@@ -170,12 +170,14 @@ def limits(metrics: Mapping[str, Any], decomposed: bool) -> list[str]:
         found.append(f"It is {lost:.2f} points of top-1 less accurate than its dense form on the images measured.")
     if metrics.get("shared_images"):
         found.append(
-            "The data had one split only: calibration took some of the images that accuracy was measured on, without "
-            "their labels, so both accuracies flatter. Compare them with each other, not with other models'."
+            "The data has only one split: calibration used some of the test images, without their labels. Both "
+            "accuracies may therefore be too high. Compare them with each other, not with those of other models."
         )
     if decomposed:
         found += _speed(metrics)
-    found.append("It knows the classes of its training data only, and has its dense form's weaknesses and biases.")
+    found.append(
+        "It recognises only the classes of its training data, and inherits the weaknesses and biases of its dense form."
+    )
     return found
 
 
@@ -183,8 +185,9 @@ def _speed(metrics: Mapping[str, Any]) -> list[str]:
     timings = _timings(metrics)
     if not timings:
         return [
-            "Its latency was not measured. Fewer parameters are not always less time: a chain of small layers can be "
-            "slower than one large one, most of all at large batches on a GPU. Measure before you promise."
+            "Its latency was not measured. Fewer parameters do not always mean a lower latency: a chain of small "
+            "layers can be slower than one large layer, especially at large batch sizes on a GPU. Measure it on your "
+            "device."
         ]
     found = [
         f"Smaller but not faster on {_place(timing)} at batch {timing['batch_size']}: it takes "
@@ -192,16 +195,16 @@ def _speed(metrics: Mapping[str, Any]) -> list[str]:
         for timing in timings
         if timing["ratio"]["median"] > _FASTER
     ]
-    return [*found, "On other devices, batch sizes and precisions the latency differs: measure there."]
+    return [*found, "Latency differs on other devices, batch sizes and precisions: measure it on yours."]
 
 
 def _timings(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The measurements against the dense form, as `arp_hub.bench.Benchmark.to_dict` gives them."""
+    """The measurements that compare with the dense form, as `arp_hub.bench.Benchmark.to_dict` gives them."""
     return [timing for timing in metrics.get("latency", ()) if "ratio" in timing]
 
 
 def _place(timing: Mapping[str, Any]) -> str:
-    """What was measured on, and how."""
+    """The device and settings of a measurement."""
     threads = f"{timing['threads']} thread{'s' if timing['threads'] > 1 else ''}" if timing["device"] == "cpu" else ""
     layout = "channels last" if timing.get("channels_last") else ""
     compiled = "compiled" if timing.get("compiled") else ""
@@ -210,7 +213,7 @@ def _place(timing: Mapping[str, Any]) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; columns of numbers stand to the right."""
+    """A Markdown table; columns of numbers are aligned to the right."""
     rows = list(rows)
     numeric = [index > 0 and all(_is_number(row[index]) for row in rows) for index in range(len(head))]
     ruler = ["---:" if right else "---" for right in numeric]

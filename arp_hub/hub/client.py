@@ -1,4 +1,4 @@
-"""Calls to a Hub, which may fail: one retry policy, one sentence for every failure, and no token in any of them."""
+"""Calls to the Hub: retries for transient failures, and error messages without tokens."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Patience:
         first_wait: Wait before the second attempt; each further wait is twice as long.
         longest_wait: Longest wait, also of those that a Hub asks for.
         total: Time after which no new attempt starts. The client retries some calls itself, so one can take as long.
-        silence: Time without a byte after which an answer counts as lost; the client itself would wait for ever.
+        silence: Time without a byte after which an answer counts as lost. The client alone would wait for ever.
         connect: Time to reach the Hub, so that a command without a network ends within five seconds.
     """
 
@@ -57,19 +57,19 @@ class Patience:
 PATIENCE = Patience()
 _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 _HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]
-"""What the client's HTTP library raises. The client has changed libraries before, and lets their errors through."""
+"""Base class of the HTTP library's errors: the client passes them on. The library depends on the client's version."""
 FAILURES = (OSError, RuntimeError, ValueError, SafetensorError, _HTTP_ERROR)
-"""What a call to the client may raise where a Hub, the network or a disk is at fault."""
+"""What the client raises when the Hub, the network or a disk is at fault."""
 ODD_ANSWERS = (AttributeError, LookupError, TypeError)
-"""What the client raises where an answer is valid JSON without the entries that it needs."""
+"""What the client raises when an answer is valid JSON but lacks entries that it needs."""
 
 
 class HubFailure(ArpHubError):
-    """A call failed for good.
+    """A call to the Hub that still failed after its retries.
 
     Attributes:
-        status: The HTTP status, None if there was no answer.
-        transient: Whether it may work later.
+        status: The HTTP status, or None if there was no answer.
+        transient: Whether the same call may succeed later.
     """
 
     def __init__(self, message: str, status: int | None = None, transient: bool = False) -> None:
@@ -78,17 +78,17 @@ class HubFailure(ArpHubError):
 
 
 def call(what: str, function: Callable[..., Result], *args: Any, again: bool = True, **kwargs: Any) -> Result:
-    """Call the Hub's client; what is transient is tried again, a limited number of times, with a message.
+    """Call the Hub's client. Transient failures are retried up to `Patience.attempts` times, with a warning each time.
 
     Args:
-        what: What is being done, for messages: "cannot {what}".
+        what: The action, for messages: "cannot {what}".
         function: A function of the client.
         *args: Its arguments.
-        again: Whether a second attempt does no harm even if the first one arrived.
+        again: Whether the call may be repeated safely even if the first attempt reached the Hub.
         **kwargs: Its keyword arguments.
 
     Raises:
-        HubFailure: If it failed, with the reason and the way out.
+        HubFailure: If the call fails. The message gives the reason and the way out.
     """
     began, wait = time.monotonic(), PATIENCE.first_wait
     for attempt in range(1, PATIENCE.attempts + 1):
@@ -111,7 +111,7 @@ def call(what: str, function: Callable[..., Result], *args: Any, again: bool = T
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same call may work a moment later."""
+    """Whether the same call may succeed a moment later."""
     error = _root(error)
     if (status := _status(error)) is not None:
         return status in _TRANSIENT
@@ -121,13 +121,13 @@ def is_transient(error: BaseException) -> bool:
 
 
 def explain(error: BaseException) -> str:
-    """A failure in words: the reason, then the way out. Never with a token."""
+    """Describe a failure without tokens: the reason, then the way out."""
     return printable(redact(" ".join(_explain(_root(error)).split())))
 
 
 @contextmanager
 def bounded_waits() -> Iterator[None]:
-    """While the block runs, the client gives up on a silent connection, and no answer makes it wait for long."""
+    """While the block runs, limit how long the client waits on a silent connection or at the Hub's request."""
     session: Any = get_session()
     before, hooks = session.timeout, session.event_hooks
     session.timeout = PATIENCE.silence
@@ -139,7 +139,7 @@ def bounded_waits() -> Iterator[None]:
 
 
 def _cap_wait(response: Any) -> None:
-    """Shorten the wait that an answer asks for: the client would obey a ``Retry-After`` of days."""
+    """Shorten the wait that an answer asks for: the client would obey even a ``Retry-After`` of days."""
     headers = response.headers
     if (asked := headers.get("retry-after", "")).isdigit() and int(asked) > PATIENCE.longest_wait:
         headers["retry-after"] = str(int(PATIENCE.longest_wait))
@@ -151,13 +151,13 @@ def _cap_wait(response: Any) -> None:
 
 @contextmanager
 def cache_if_offline() -> Iterator[BaseException | None]:
-    """While the block runs, the client uses its cache alone if no connection to the Hub can be made.
+    """While the block runs, use only the client's cache if no connection to the Hub can be made.
 
-    The client itself would try each file six times over half a minute. A slow Hub that accepts connections is not
-    affected.
+    Without this, the client would try each file six times over half a minute. A slow Hub that accepts connections is
+    not affected.
 
     Yields:
-        Why the Hub cannot be reached, None if it can.
+        Why the Hub cannot be reached, or None if it can.
     """
     failed: BaseException | None = None
     if not constants.HF_HUB_OFFLINE:
@@ -192,14 +192,14 @@ def plain_uploads() -> Iterator[None]:
 
 
 def _root(error: BaseException) -> BaseException:
-    """What is behind the client's own "error while uploading"."""
+    """The cause of the client's generic "error while uploading"."""
     cause = error.__cause__
     return _root(cause) if isinstance(error, RuntimeError) and isinstance(cause, FAILURES) else error
 
 
 def _is_disk_full(error: BaseException) -> bool:
     codes = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-    if isinstance(error, SafetensorError):  # it has the system's code in its text only
+    if isinstance(error, SafetensorError):  # the system's error code is only in its text
         return any(f"(os error {code})" in str(error) for code in codes)
     return isinstance(error, OSError) and error.errno in codes
 
@@ -241,8 +241,8 @@ def _explain(error: BaseException) -> str:
 _ANSWERS = {
     401: "the Hub does not know this token: log in with `hf auth login`, set HF_TOKEN or pass token=",
     403: "this token may not write there: use one with write access (https://huggingface.co/settings/tokens)",
-    409: "it exists already",
-    412: "somebody else changed the repository meanwhile: look at it, then push again",
+    409: "it already exists",
+    412: "somebody else changed the repository during the push: look at the changes, then push again",
     413: "the files are too large for the Hub",
     429: "too many requests: wait some minutes",
 }

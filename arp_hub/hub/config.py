@@ -35,15 +35,15 @@ def write_config(
     Args:
         model: A timm model, dense or decomposed.
         path: The file to write.
-        backbone: Name of the dense timm model; by default the one that timm noted when it created the model.
-        model_args: Replacements for arguments that timm noted; needed for those that JSON cannot hold.
+        backbone: Name of the dense timm model. Default: the name that timm stored on the model.
+        model_args: Replacements for arguments that timm stored; needed for those that JSON cannot hold.
         label_names: Names of the classes, in order.
 
     Returns:
-        What was written.
+        The config that was written.
 
     Raises:
-        ArpHubError: If the model does not say what it is, or an argument or label cannot be stored.
+        ArpHubError: If the model's architecture is unknown, or an argument or label cannot be stored.
     """
     num_classes = getattr(model, "num_classes", None)
     if not isinstance(num_classes, int):
@@ -57,7 +57,7 @@ def write_config(
     args |= {key: value for key, value in _noted_args(model).items() if key not in ("backbone", "plan")}
     if plan.layers and _is_reparameterized(model, name, args, dict(model_args or {})):
         args["reparameterized"] = True
-    # timm writes what a model has noted about itself; this view shares the weights and has notes of its own.
+    # timm writes the cfg and arguments stored on a model: this shallow copy shares the weights and has its own.
     view: Any = copy.copy(model)
     noted = getattr(model, "pretrained_cfg", None) or base
     view.pretrained_cfg = {key: value for key, value in noted.items() if key not in OF_THE_WEIGHTS}
@@ -74,23 +74,23 @@ def write_config(
             "(pass model_args={name: value} with values that JSON and timm take)"
         ) from error
     config = json.loads(path.read_text(encoding="utf-8"))
-    # Loading lays this cfg over the backbone's default one: null keeps out what the default has and this model has not.
+    # Loading overlays this cfg on the backbone's default one: null removes entries that this model lacks.
     config["pretrained_cfg"] = {**dict.fromkeys(base), **config["pretrained_cfg"], "num_classes": config["num_classes"]}
-    # timm takes the number of classes from there, and transformers passes it along itself: twice is an error there.
+    # transformers passes the number of classes by itself, and a second one in model_args would be an error.
     config["model_args"].pop("num_classes", None)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return config
 
 
 def check_rebuilds(config: Mapping[str, Any], model: nn.Module) -> None:
-    """Build the model that ``config`` describes, without memory, and compare it with the one to be saved.
+    """Build the model that ``config`` describes on the meta device, and compare it with the one to be saved.
 
     Raises:
-        ArpHubError: If it cannot be built, or has other weights or convolutions: then what is loaded would be another
+        ArpHubError: If it cannot be built, or has other weights or convolutions, so that loading would give another
             model.
     """
     what = f"{config['architecture']} with {_short(config['model_args'])}"
-    way_out = "pass backbone= and model_args= as the model was made"
+    way_out = "pass backbone= and model_args=, as given to timm.create_model"
     try:
         with torch.device("meta"):
             rebuilt = timm.create_model(
@@ -104,7 +104,7 @@ def check_rebuilds(config: Mapping[str, Any], model: nn.Module) -> None:
         key = differing[0]
         raise ArpHubError(
             f"the model is not what {what} builds: '{key}' is {found.get(key, 'absent')} here and "
-            f"{expected.get(key, 'absent')} there ({len(differing)} such in all): {way_out}"
+            f"{expected.get(key, 'absent')} there ({len(differing)} tensors differ): {way_out}"
         )
     modules = dict(model.named_modules())
     for name, module in rebuilt.named_modules():
@@ -117,7 +117,7 @@ def check_rebuilds(config: Mapping[str, Any], model: nn.Module) -> None:
 
 
 def _is_reparameterized(model: nn.Module, backbone: str, *args: Mapping[str, Any]) -> bool:
-    """Whether a decomposed model is the backbone after ``reparameterize_model``, and not the backbone as it is."""
+    """Whether a decomposed model's backbone went through ``reparameterize_model`` first."""
     options = {key: value for given in args for key, value in given.items() if key not in OURS}
     options.setdefault("num_classes", getattr(model, "num_classes", None))
     try:
@@ -125,12 +125,12 @@ def _is_reparameterized(model: nn.Module, backbone: str, *args: Mapping[str, Any
             dense = timm.create_model(backbone, **options).eval()  # some merge in evaluation mode only
             found = _dense_keys(model)
             return found != _dense_keys(dense) and found == _dense_keys(reparameterize_model(dense))
-    except BAD_CONFIG:  # then it is not: check_rebuilds says what is wrong
+    except BAD_CONFIG:  # check_rebuilds reports the fault
         return False
 
 
 def _dense_keys(model: nn.Module) -> set[str]:
-    """The names of a model's weights, those of factors under the name of the layer that they make up."""
+    """The names of a model's weights; factors have the name of their layer."""
     return {re.sub(r"\.factors\.\d+\.", ".", key) for key in model.state_dict()}
 
 
@@ -150,7 +150,7 @@ def _backbone(model: nn.Module, backbone: str | None) -> str:
 
 
 def _noted_args(model: nn.Module) -> dict[str, Any]:
-    """The arguments that ``timm.create_model`` noted on the model."""
+    """The arguments that ``timm.create_model`` stored on the model."""
     noted: Any = getattr(model, "_model_args", None)
     return dict(noted or {})
 

@@ -1,4 +1,4 @@
-"""Models with their weights, from wherever they are: a timm name, a saved folder, the Hub, a checkpoint file."""
+"""Load models with weights by timm name, from a saved folder, from the Hub, or from a checkpoint file."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def load_model(
 
     Args:
         name: Any timm name (``resnet50``, ``resnet50.a1_in1k``), ``local-dir:folder`` or ``hf-hub:user/name``.
-        checkpoint: A weights file (safetensors, or a torch file that holds tensors only); wins over ``pretrained``.
-        pretrained: Whether to load the weights that belong to the name. By default: where there are any and no
-            checkpoint is given.
-        num_classes: Classes of a new classifier; by default the model's own.
+        checkpoint: A weights file (safetensors, or a torch file that holds tensors only); overrides ``pretrained``.
+        pretrained: Whether to load the weights that belong to the name. Default: if there are any, and no checkpoint
+            is given.
+        num_classes: Number of classes of a new classifier. Default: that of the model.
         **kwargs: Further arguments of ``timm.create_model``.
 
     Returns:
@@ -85,7 +85,7 @@ def load_model(
 
 
 def is_saved_model(name: str) -> bool:
-    """Whether a name stands for a saved folder or a model on the Hub, whose weights belong to it."""
+    """Whether a name refers to a saved folder or a model on the Hub."""
     return name.startswith(_PREFIXES)
 
 
@@ -104,7 +104,7 @@ def published_name(name: str, model: nn.Module) -> str | None:
 
 
 def hub_dataset(source: str | None) -> str | None:
-    """The id of a data set on the Hub, without a configuration; None if ``source`` is anything else, as a folder."""
+    """The id of a data set on the Hub, without a configuration. None for any other ``source``, such as a folder."""
     if not source or Path(source).exists():
         return None
     name = source.partition(":")[0]
@@ -129,7 +129,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
         key = wrong[0]
         raise ArpHubError(
             f"checkpoint '{path}': tensor '{key}' has the shape {tuple(state[key].shape)}, this {kind} needs "
-            f"{tuple(own[key].shape)} ({len(wrong)} such in all): choose the model that the checkpoint was made with"
+            f"{tuple(own[key].shape)} ({len(wrong)} tensors differ in shape): choose the model that the "
+            "checkpoint was made with"
         )
     if missing or unknown:
         parts = [f"lacks {_some(missing)}"] if missing else []
@@ -144,8 +145,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a weights file by name, on the CPU. Nothing in the file is executed.
 
-    A training checkpoint that holds its weights under ``state_dict``, ``model`` or ``state_dict_ema`` is looked into,
-    and the prefixes ``module.``, ``model.`` and ``_orig_mod.`` that wrappers put before every name are dropped.
+    The weights of a training checkpoint are found under ``state_dict``, ``model`` or ``state_dict_ema``. The prefixes
+    ``module.``, ``model.`` and ``_orig_mod.``, which wrappers put before every name, are dropped.
 
     Raises:
         ArpHubError: If there is no such file, or it holds anything but tensors.
@@ -158,11 +159,11 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             read_header(path)
             state: Any = load_file(path)
         else:
-            # weights_only: tensors and plain containers; a file that asks for any other object is refused, not run
+            # weights_only loads tensors and plain containers; it refuses to unpickle any other object
             state = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise ArpHubError(f"checkpoint '{path}' is not a whole safetensors file: {error}") from error
-    except Exception as error:  # torch raises many kinds, and all of them mean this
+    except Exception as error:  # torch raises many kinds of errors for an unreadable file
         raise ArpHubError(
             f"checkpoint '{path}' cannot be read as a file of tensors ({type(error).__name__}). "
             "Files that need unpickling are refused: save the state_dict with safetensors.torch.save_file"
@@ -185,7 +186,7 @@ def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_name(name: str) -> None:
-    """Refuse names that timm would answer with a bare assert, KeyError or RuntimeError."""
+    """Check a name first: timm raises a bare AssertionError, KeyError or RuntimeError for a bad one."""
     if name.startswith("local-dir:"):
         config = Path(name.removeprefix("local-dir:")) / "config.json"
         if not config.is_file():
@@ -200,7 +201,7 @@ def _check_name(name: str) -> None:
 
 
 def _create_saved(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    """Create a model from a folder or the Hub; a dense one is checked here, a decomposed one by its entrypoint."""
+    """Create a model from a folder or the Hub. Dense models are checked here, decomposed ones by their entrypoint."""
     kind, _, place = name.partition(":")
     cache = kwargs.get("cache_dir")
     if kind == "local-dir":
@@ -228,13 +229,13 @@ def _create_saved(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Mod
     with torch.device("meta"):
         saved = timm.create_model(architecture, **built)
     check_tensors(load_file(weights), saved, place)
-    # timm would read any other file that the config names, or a pickle: name the one that was checked.
+    # Without this overlay, timm would read a pickle or another file that the config names, which is not checked.
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=_only(weights), **kwargs)
     return model
 
 
 def _only(weights: Path) -> dict[str, Any]:
-    """Changes to a pretrained_cfg after which timm reads this file alone."""
+    """A pretrained_cfg overlay that makes timm read only this file."""
     return {
         "source": "file",
         "file": str(weights),

@@ -1,4 +1,4 @@
-"""Publishing: a saved model goes to the Hub, whole or not at all, and comes back."""
+"""Publish saved models to the Hub, and download them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from ..errors import ArpHubError
+from ..layers.model import check_model
 from .client import HubFailure, call
 from .load import load_model
 from .repository import Published, Repository, check_name, open_repository
@@ -41,32 +42,33 @@ def push_to_hub(
 ) -> Published:
     """Publish a model with its card, so that ``timm.create_model("hf-hub:USER/NAME", pretrained=True)`` loads it.
 
-    One commit on each branch: config, safetensors, card, metrics, pictures. What can be refused is refused before
-    anything is uploaded; what is transient is tried again a few times; and a push that fails leaves the repository as
-    it was. A second push replaces all of it, but what the owner wrote between the two marks of the card stays.
+    Each branch gets one commit with config, safetensors, card, metrics and pictures. Bad input raises an error before
+    any upload, and transient failures are retried. If the push fails, new repositories and branches are removed. A
+    second push replaces all files, but keeps the owner's text between the two marks of the card.
 
     Args:
         model_or_folder: A timm model, decomposed or dense, or a folder written by `save_pretrained`.
-        repo_id: ``user/name`` or ``organisation/name``; it is made if there is none. Without a namespace: the user's.
-        token: A token that may write; by default ``HF_TOKEN`` or the one of ``hf auth login``.
-        private: Whether a new repository is private; by default as the account has it.
-        revision: Branch to write to, ``main`` by default; it is made from ``main`` if there is none.
+        repo_id: ``user/name`` or ``organisation/name``; created if missing. Default namespace: the user's.
+        token: A token with write access. Default: ``HF_TOKEN`` or the token of ``hf auth login``.
+        private: Whether a new repository is private. Default: the account's setting.
+        revision: Branch to write to, by default ``main``; created from ``main`` if missing.
         tag: Tag for this version, such as ``v1``; the merged model gets the tag ``v1-dense``.
-        create_pr: Open a pull request instead, also in a repository of somebody else. No tag, no merged model.
+        create_pr: Open a pull request instead, without tag and merged model. The repository may belong to others.
         commit_message: Title of the commit.
-        metrics: Numbers as for `save_pretrained`, over those that a folder holds.
-        dense_revision: Branch for the merged model in its plain timm architecture, which loads without arp_hub; on
-            another ``revision`` it is called ``REVISION-DENSE_REVISION``. None: no such branch.
+        metrics: Numbers as for `save_pretrained`; they override those in a folder.
+        dense_revision: Branch for the merged model in its plain timm architecture, which loads without arp_hub. With
+            another ``revision``, its name is ``REVISION-DENSE_REVISION``. None: do not publish the merged model.
 
     Returns:
-        Where it is.
+        The address of what was published.
 
     Raises:
-        ArpHubError: With the reason, what is on the Hub now, and what to run next.
+        ArpHubError: If it fails. The message gives the reason, what changed on the Hub, and the next command.
 
     Example:
         >>> arp_hub.push_to_hub("out", "me/resnet50-arp", tag="v1")  # doctest: +SKIP
     """
+    _check_source(model_or_folder)
     branch = revision or MAIN
     dense = None if create_pr else dense_revision
     with open_repository(repo_id, token, create_pr) as target:
@@ -91,13 +93,13 @@ def push_to_hub(
 
 
 def check_push(repo_id: str, *, token: str | None = None) -> str:
-    """Check that `push_to_hub` may write to a repository, for use before long work. Nothing is made or changed.
+    """Check that `push_to_hub` may write to a repository, for use before long work. It changes nothing.
 
     Returns:
         The full name of the repository.
 
     Raises:
-        ArpHubError: If the name is not valid or belongs to others, or the token is missing, unknown or may not write.
+        ArpHubError: If the name is invalid or belongs to others, or the token is missing, unknown or read-only.
     """
     with open_repository(repo_id, token, create_pr=False) as target:
         return target.repo_id
@@ -113,13 +115,13 @@ def download(
 ) -> Path:
     """Download a published model: a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads.
 
-    Only what `save_pretrained` writes is fetched, and never a pickle. Without a network, it comes from the cache.
+    Only files that `save_pretrained` writes are downloaded, never a pickle. Without a network, the cache is used.
 
     Args:
-        repo_id: ``user/name``, with or without ``hf-hub:`` before and ``@revision`` after it.
+        repo_id: ``user/name``, optionally as ``hf-hub:user/name@revision``.
         revision: Branch, tag or commit, ``main`` by default.
-        token: For private repositories; by default ``HF_TOKEN`` or the one of ``hf auth login``.
-        cache_dir: Where the client keeps its cache; by default under ``HF_HOME``.
+        token: For private repositories. Default: ``HF_TOKEN`` or the token of ``hf auth login``.
+        cache_dir: The client's cache folder. Default: under ``HF_HOME``.
         local_dir: A folder to fill instead of one in the cache.
 
     Returns:
@@ -152,16 +154,23 @@ def download(
     return folder
 
 
+def _check_source(model_or_folder: object) -> None:
+    """Check what the caller wants to publish, before the first call to the Hub."""
+    if not isinstance(model_or_folder, (str, os.PathLike)):
+        check_model(model_or_folder, mergeable=True)
+        return
+    folder = Path(model_or_folder)
+    if not is_saved_folder(folder) or not (folder / WEIGHTS).is_file():
+        raise ArpHubError(f"'{folder}' is not a folder with a saved model: write it with arp_hub.save_pretrained")
+
+
 @contextmanager
 def _folder_of(
     model_or_folder: nn.Module | str | os.PathLike[str], repo_id: str, metrics: Mapping[str, Any] | None
 ) -> Iterator[Path]:
-    """The saved folder; a model is saved first, in a temporary folder that stays if the push fails."""
+    """The saved folder. A model is saved first, in a temporary folder that is kept if the push fails."""
     if not isinstance(model_or_folder, nn.Module):
-        folder = Path(model_or_folder)
-        if not is_saved_folder(folder) or not (folder / WEIGHTS).is_file():
-            raise ArpHubError(f"'{folder}' is no folder with a saved model: write it with arp_hub.save_pretrained")
-        yield folder
+        yield Path(model_or_folder)
         return
     place = Path(tempfile.mkdtemp(prefix="arp-hub-"))
     try:
@@ -176,7 +185,7 @@ def _folder_of(
 def _options(
     private: bool | None, revision: str | None, tag: str | None, create_pr: bool, dense: str | None
 ) -> list[str]:
-    """The options of ``arp-hub push`` that say the same."""
+    """The equivalent options of ``arp-hub push``."""
     words = [] if private is None else ["--private" if private else "--no-private"]
     for option, value in (("--revision", revision), ("--tag", tag)):
         words += [option, value] if value else []
@@ -186,12 +195,12 @@ def _options(
 
 @contextmanager
 def _next_step(folder: Path, target: Repository, options: list[str], kept: bool) -> Iterator[None]:
-    """Say, when a push fails or is interrupted, what is on the Hub now and what to run next."""
+    """If a push fails or is interrupted, report what changed on the Hub and the command to run next."""
     words = shlex.join(["arp-hub", "push", str(folder), target.repo_id, *options])
 
     def state() -> str:
         on_hub = f"Changed on the Hub: {', '.join(target.changed)}" if target.changed else "Nothing changed on the Hub"
-        return f"{on_hub}; the model is whole in '{folder}'. To go on: {words}"
+        return f"{on_hub}; the saved model is kept whole in '{folder}'. To go on: {words}"
 
     try:
         yield
@@ -201,6 +210,6 @@ def _next_step(folder: Path, target: Repository, options: list[str], kept: bool)
     except ArpHubError as error:
         if isinstance(error, HubFailure):
             raise HubFailure(f"{error}. {state()}", error.status, error.transient) from error.__cause__
-        if kept:  # it was never a matter of the Hub, and the caller still has the model
+        if kept:  # the model itself is at fault, so repeating the push would not help
             shutil.rmtree(folder.parent, ignore_errors=True)
         raise

@@ -1,4 +1,4 @@
-"""A repository on the Hub: look at it, and change it whole or not at all."""
+"""A repository on the Hub: inspect it, and publish to it. A failed push is undone."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Published:
-    """What `push_to_hub` has done.
+    """The result of `push_to_hub`.
 
     Attributes:
         repo_id: The repository, ``user/name``.
-        url: Its page, or that of the pull request.
+        url: The page of the repository or of the pull request.
         commit: The commit with the model.
-        revision: The branch it is on, or the reference of the pull request.
-        dense_revision: The branch with the merged model, None if there is none.
-        tag: The tag of this version, None if none was asked for.
+        revision: The branch with that commit, or the reference of the pull request.
+        dense_revision: The branch with the merged model, or None.
+        tag: The tag of this version, or None.
     """
 
     repo_id: str
@@ -47,7 +47,7 @@ class Published:
 
 @dataclass
 class Repository:
-    """A repository, as it is before the push."""
+    """A repository, with its branches and tags before the push and the changes made so far."""
 
     api: HfApi
     repo_id: str
@@ -59,7 +59,7 @@ class Repository:
     xet: bool = True
 
     def look(self) -> None:
-        """Note the branches and tags."""
+        """Read the branches and tags."""
         refs = call(
             f"look at '{self.repo_id}'", _or_none(RepositoryNotFoundError, self.api.list_repo_refs), self.repo_id
         )
@@ -69,28 +69,34 @@ class Repository:
             self.tags = {ref.name: ref.target_commit for ref in refs.tags}
 
     def check(self, branch: str, tags: list[str], create_pr: bool) -> None:
-        """Refuse what the repository as it is does not allow."""
+        """Check that the repository allows this push.
+
+        Raises:
+            ArpHubError: If a tag is taken, the branch is a tag, or a pull request is impossible.
+        """
         if create_pr and (tags or branch != MAIN):
             raise ArpHubError("a pull request has no tag and goes to main: leave out tag and revision")
         self.look()
         if create_pr and not self.exists:
             raise ArpHubError(f"there is no repository '{self.repo_id}' to open a pull request in: check the name")
         for tag in filter(self.tags.__contains__, tags):
-            raise ArpHubError(f"'{self.repo_id}' has the tag '{tag}' already: choose another, a tag should not move")
+            raise ArpHubError(f"'{self.repo_id}' has the tag '{tag}' already: choose another tag")
         if branch in self.tags:
             raise ArpHubError(f"'{branch}' is a tag of '{self.repo_id}', not a branch: choose another revision")
 
     def earlier_card(self, branch: str) -> str:
-        """The card on a branch before this push, empty if there is none."""
+        """The card on a branch before this push, or an empty text."""
         head = self.heads.get(branch)
         if head is None:
             return ""
         fetch = _or_none(EntryNotFoundError, self.api.hf_hub_download)
-        path = call("read the present card", fetch, self.repo_id, CARD, revision=head, cache_dir=self.scratch / "cache")
+        path = call(
+            "read the card on the Hub", fetch, self.repo_id, CARD, revision=head, cache_dir=self.scratch / "cache"
+        )
         return Path(path).read_text(encoding="utf-8") if path else ""
 
     def publish(self, uploads: list[Upload], message: str, *, private: bool | None, create_pr: bool) -> Published:
-        """Make the repository and branches if need be, upload, commit and tag. A failure takes back what was made."""
+        """Create the repository and branches if missing, upload, commit and tag. A failure removes what was created."""
         main, *others = uploads
         with ExitStack() as made:
             if not self.exists:
@@ -98,7 +104,9 @@ class Repository:
                 created = call(f"create '{self.repo_id}'", create, self.repo_id, private=private)
                 self.look()
                 if MAIN not in self.heads:
-                    raise HubFailure(f"'{self.repo_id}' is being created or removed by somebody else: push again later")
+                    raise HubFailure(
+                        f"'{self.repo_id}' is being created or removed by somebody else: push again in a minute"
+                    )
                 if created:
                     made.push(_on_error(self._remove_empty_repository, self.heads[MAIN]))
             for upload in uploads:
@@ -107,7 +115,7 @@ class Repository:
                         made.push(_on_error(self._remove_branch, upload.branch))
             for upload in uploads if not create_pr else ():
                 self._send_weights(upload)
-            for upload in others:  # first, so that main's card never names a branch that is not there
+            for upload in others:  # first, so that main's card never names a missing branch
                 self._commit(upload, message, create_pr=False)
             info = self._commit(main, message, create_pr=create_pr)
         url = info.pr_url or f"{self.api.endpoint}/{self.repo_id}"
@@ -118,22 +126,22 @@ class Repository:
         return Published(self.repo_id, url, info.oid, where, others[0].branch if others else None, main.tag)
 
     def _make_branch(self, branch: str) -> bool:
-        """Make a branch at the head of main that was seen; whether this push made it, and not another one meanwhile."""
-        what, head = f"make the branch '{branch}' of '{self.repo_id}'", self.heads[MAIN]
+        """Create a branch at the head of main; False if another push has created it first."""
+        what, head = f"create the branch '{branch}' of '{self.repo_id}'", self.heads[MAIN]
         made = call(what, _unless_there(self.api.create_branch), self.repo_id, branch=branch, revision=head)
         self.heads[branch] = head
         return made
 
     def _set_tag(self, tag: str, commit: str) -> None:
-        """Tag a commit of this push; a tag that another push set meanwhile is an error."""
+        """Tag a commit of this push. It is an error if another push has set the tag first."""
         what = f"set the tag '{tag}' on '{self.repo_id}'"
         if not call(what, _unless_there(self.api.create_tag), self.repo_id, tag=tag, revision=commit):
             self.look()
             if self.tags.get(tag) != commit:
-                raise HubFailure(f"cannot {what}: somebody else has set it meanwhile: choose another tag")
+                raise HubFailure(f"cannot {what}: somebody else set it during the push: choose another tag")
 
     def _send_weights(self, upload: Upload) -> None:
-        """Upload large files; nobody sees them before a commit names them."""
+        """Upload the weights. They stay invisible until a commit names them."""
         what = f"upload the weights to '{self.repo_id}'"
         files = {name: path for name, path in upload.files.items() if name == WEIGHTS}
         call(what, self._xet_or_plain, lambda: self.api.preupload_lfs_files(
@@ -141,9 +149,9 @@ class Repository:
         ))  # fmt: skip
 
     def _commit(self, upload: Upload, message: str, *, create_pr: bool) -> Any:
-        """One commit with all files of a branch; pictures that this push does not have are deleted.
+        """Commit all files of a branch, and delete generated pictures that this push lacks.
 
-        Tried again after a lost answer, it finds its files there and changes nothing.
+        A retry after a lost answer finds the files in place and changes nothing.
         """
 
         def commit() -> Any:
@@ -165,18 +173,18 @@ class Repository:
         return info
 
     def _xet_or_plain(self, send: Callable[[], Any]) -> Any:
-        """Send files as the client prefers; where the Hub has no Xet, through plain LFS from then on."""
+        """Send files through Xet if possible; after a failure, through plain LFS for the rest of the push."""
         if uses_xet() and self.xet:
             try:
                 return send()
             except (ConnectionError, RuntimeError) as error:
-                _logger.warning("no upload through Xet: %s; going on with plain LFS", explain(error))
+                _logger.warning("cannot upload through Xet: %s; continuing with plain LFS", explain(error))
                 self.xet = False
         with plain_uploads():
             return send()
 
     def _remove_empty_repository(self, first: str) -> None:
-        """Remove the repository that this push created, unless somebody else has changed it since."""
+        """Remove the repository that this push created, unless somebody else has changed it."""
         refs = self.api.list_repo_refs(self.repo_id, include_pull_requests=True)
         if {ref.name: ref.target_commit for ref in refs.branches} == {MAIN: first} and not (
             refs.tags or refs.pull_requests
@@ -185,7 +193,7 @@ class Repository:
             self.changed.clear()
 
     def _remove_branch(self, branch: str) -> None:
-        """Remove a branch that this push made, unless somebody else has committed to it since."""
+        """Remove a branch that this push created, unless somebody else has committed to it."""
         refs = self.api.list_repo_refs(self.repo_id)
         if self.heads[branch] not in [ref.target_commit for ref in refs.branches if ref.name == branch]:
             return
@@ -196,13 +204,11 @@ class Repository:
 
 @contextmanager
 def open_repository(repo_id: str, token: str | None, create_pr: bool) -> Iterator[Repository]:
-    """A repository that the token may write to, with a scratch folder."""
+    """Open a repository that the token may write to, with a scratch folder."""
     check_name(repo_id)
     token = token or get_token()
     if not token:
-        raise ArpHubError(
-            f"no token to publish '{repo_id}' with: log in with `hf auth login`, set HF_TOKEN or pass token="
-        )
+        raise ArpHubError(f"no token to publish '{repo_id}': log in with `hf auth login`, set HF_TOKEN or pass token=")
     remember(token)
     api = HfApi(token=token)
     user, role, orgs = call("log in to the Hub", _who, api)
@@ -222,18 +228,18 @@ def open_repository(repo_id: str, token: str | None, create_pr: bool) -> Iterato
 
 
 def _who(api: HfApi) -> tuple[str, str | None, dict[str, str | None]]:
-    """The user, what the token may do, and the user's role in each organisation."""
+    """The user, the token's role, and the user's role in each organisation."""
     who = api.whoami()
     role = who.get("auth", {}).get("accessToken", {}).get("role")
     return who["name"], role, {org["name"]: org.get("roleInOrg") for org in who.get("orgs", ())}
 
 
 def check_name(repo_id: str) -> None:
-    """Refuse what the Hub would not take as a repository's name."""
+    """Check a repository's name by the rules of the Hub."""
     try:
         validate_repo_id(repo_id)
     except FAILURES as error:
-        raise ArpHubError(f"'{repo_id}' is no valid name for a repository: {explain(error)}") from None
+        raise ArpHubError(f"'{repo_id}' is not a valid name for a repository: {explain(error)}") from None
 
 
 def _additions(files: Mapping[str, Path]) -> list[CommitOperationAdd]:
@@ -241,7 +247,7 @@ def _additions(files: Mapping[str, Path]) -> list[CommitOperationAdd]:
 
 
 def _or_none(kind: type[Exception], function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, with None for an answer that says there is no such thing."""
+    """The function, returning None if it raises ``kind``."""
 
     def attempt(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -253,10 +259,10 @@ def _or_none(kind: type[Exception], function: Callable[..., Any]) -> Callable[..
 
 
 def _unless_there(make: Callable[..., Any]) -> Callable[..., bool]:
-    """Make something on the Hub; False if it is there already.
+    """Create something on the Hub; False if it already exists.
 
-    After a lost answer, a second attempt finds what the first one made. It answers False as well: what is not known to
-    be this push's own is never removed.
+    A retry after a lost answer also gives False, because the first attempt may have created it. A failed push removes
+    only what it certainly created itself.
     """
 
     def attempt(*args: Any, **kwargs: Any) -> bool:
@@ -272,14 +278,14 @@ def _unless_there(make: Callable[..., Any]) -> Callable[..., bool]:
 
 
 def _on_error(function: Callable[..., None], *args: Any) -> Callable[..., bool]:
-    """An exit of a with block that undoes something if the block fails; it tries once, and then says so."""
+    """An exit of a with block that undoes something if the block fails. It tries once, and warns if it cannot."""
 
     def leave(kind: type[BaseException] | None, *_: Any) -> bool:
         if kind is not None:
             try:
                 function(*args)
             except (*FAILURES, *ODD_ANSWERS) as error:
-                _logger.warning("what was made on the Hub could not be removed: %s", explain(error))
+                _logger.warning("what this push created on the Hub could not be removed: %s", explain(error))
         return False
 
     return leave

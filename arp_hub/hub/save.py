@@ -1,4 +1,4 @@
-"""Saving: a folder that timm loads, with the numbers, the card and the pictures of the model."""
+"""Save a model in a folder that timm loads, with its metrics, card and pictures."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from .._utils.secrets import redact
 from ..errors import ArpHubError
 from ..layers.model import check_model
 from ..layers.trace import input_size_of
+from ..reports.run_page import REPORT
 from ..reports.summary import layer_sizes, model_sizes
 from .card import draw_pictures, model_card
 from .config import check_rebuilds, write_config
 
 CONFIG, WEIGHTS, CARD, METRICS = "config.json", "model.safetensors", "README.md", "metrics.json"
-_FILES = frozenset({CONFIG, WEIGHTS, CARD, METRICS})
+_FILES = frozenset({CONFIG, WEIGHTS, CARD, METRICS, REPORT})
+"""Files that arp_hub writes into a saved folder; `write_report` adds its page."""
 _PICTURES = frozenset({".png", ".svg"})
 FAILED_WRITES = (OSError, SafetensorError)
-"""What a full disk or a folder that may not be written raises."""
+"""What a full disk or a read-only folder raises."""
 
 
 def save_pretrained(
@@ -41,28 +43,28 @@ def save_pretrained(
 ) -> Path:
     """Save a model so that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it.
 
-    The folder is replaced whole: at any moment it is what it was, or finished. It holds ``config.json``,
-    ``model.safetensors``, ``metrics.json``, and the model card ``README.md`` with its pictures (where matplotlib is
+    The folder is replaced in one step, so it never holds a half-written model. It contains ``config.json``,
+    ``model.safetensors``, ``metrics.json``, and the model card ``README.md`` with its pictures (if matplotlib is
     installed).
 
     Args:
         model: A timm model, decomposed or dense, bare (``accelerator.unwrap_model(model)``).
         folder: Where to save. An earlier saved model is replaced.
-        metrics: Numbers for ``metrics.json`` and the card: those of this model on top (``top1`` and ``top5`` in per
-            cent, ``loss`` in nats), those of the dense model under ``dense``, and what stands behind them (``data``,
-            ``split``, ``images``, ``seed``, ``command``). ``base_model`` and ``dataset``, both ids on the Hub,
-            ``license``, ``latency``, ``spectra`` and ``history`` have their places on the card, too
-            (docs/publishing.md). Sizes and MACs are counted here.
+        metrics: Numbers for ``metrics.json`` and the card. This model's are at the top level (``top1`` and ``top5`` in
+            per cent, ``loss`` in nats), the dense model's under ``dense``. Say how they were measured with ``data``,
+            ``split``, ``images``, ``seed`` and ``command``. The card also shows ``base_model`` and ``dataset`` (ids on
+            the Hub), ``license``, ``latency``, ``spectra`` and ``history`` (docs/publishing.md). Sizes and MACs are
+            counted automatically.
         label_names: Names of the classes, in order.
-        backbone: timm name of the dense model; needed only if timm did not create the model.
-        model_args: Arguments that the model was made with, to add to those that timm noted or to replace them.
-        overwrite: Replace the folder even if it holds something else. All that is in it is lost.
+        backbone: timm name of the dense model, if ``timm.create_model`` did not create the model.
+        model_args: Arguments of the model that add to or replace those that timm stored on it.
+        overwrite: Replace the folder even if it holds other files. They are deleted.
 
     Returns:
         The folder.
 
     Raises:
-        ArpHubError: If the folder holds something else, or the model could not be loaded from what would be saved.
+        ArpHubError: If the folder holds other files, or the saved model would not load.
 
     Example:
         >>> model = timm.create_model("resnet18", pretrained=True)  # doctest: +SKIP
@@ -86,9 +88,9 @@ def save_pretrained(
             card = model_card(config, numbers, f"local-dir:{folder.name}", pictures=pictures)
             (new / CARD).write_text(card, encoding="utf-8")
             save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
-            (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode)  # safetensors lets nobody else read it
+            (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode)  # safetensors gives only the owner read access
     except FAILED_WRITES as error:
-        raise ArpHubError(f"cannot save in '{folder}': {error} (what was there is untouched)") from error
+        raise ArpHubError(f"cannot save in '{folder}': {error} (the earlier content is unchanged)") from error
     return folder
 
 
@@ -96,7 +98,8 @@ def check_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> 
     """Check that `save_pretrained` may save in a folder, for use before long work.
 
     Raises:
-        ArpHubError: If it is a file, the current directory, or (unless ``overwrite``) holds anything but a saved model.
+        ArpHubError: If it is a file or contains the current directory; also, unless ``overwrite``, if it holds files
+            that `save_pretrained` did not write.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -104,19 +107,19 @@ def check_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> 
     if not folder.is_dir():
         raise ArpHubError(f"'{folder}' is a file: choose a folder to save the model in")
     if Path.cwd().is_relative_to(folder.resolve()):
-        raise ArpHubError(f"'{folder}' holds the current directory and cannot be replaced: choose a folder of its own")
+        raise ArpHubError(f"'{folder}' contains the current directory and cannot be replaced: choose another folder")
     names = [entry.name for entry in folder.iterdir()]
     strange = sorted(name for name in names if name not in _FILES and Path(name).suffix not in _PICTURES)
     if names and not overwrite and (strange or not is_saved_folder(folder)):
         shown = f"'{strange[0]}'" if strange else "another model"
         raise ArpHubError(
-            f"'{folder}' holds {shown}, not saved by arp_hub: choose another folder, or replace all of it with "
+            f"'{folder}' holds {shown}, which arp_hub did not save: choose another folder, or replace all of it with "
             "overwrite=True"
         )
 
 
 def is_saved_folder(folder: Path) -> bool:
-    """Whether `save_pretrained` wrote a folder."""
+    """Whether a folder was written by `save_pretrained`."""
     try:
         return "arp_hub" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
@@ -124,7 +127,7 @@ def is_saved_folder(folder: Path) -> bool:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The weights as safetensors takes them: contiguous, on the CPU, and no two in one place."""
+    """The weights as safetensors needs them: contiguous, on the CPU, and without shared memory."""
     tensors: dict[str, Tensor] = {}
     places: set[int] = set()
     for name, tensor in model.state_dict().items():
@@ -139,7 +142,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _numbers(model: nn.Module, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that ``metrics.json`` holds: the facts of this process under the given metrics, the counts on top."""
+    """The content of ``metrics.json``. Given metrics override facts of this process; counts override both."""
     own = getattr(model, "pretrained_cfg", None) or {}
     size = input_size_of(model, None if own.get("input_size") else tuple(config["pretrained_cfg"]["input_size"]))
     figures = model_sizes(model, size)
@@ -151,7 +154,7 @@ def _numbers(model: nn.Module, config: Mapping[str, Any], given: Mapping[str, An
 
 
 def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics as JSON gives them back, without tokens.
+    """Metrics after a round trip through JSON, without tokens.
 
     Raises:
         ArpHubError: If JSON cannot hold them.
@@ -159,12 +162,14 @@ def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     try:
         plain = json.loads(redact(json.dumps(dict(metrics), allow_nan=False)))
     except (TypeError, ValueError) as error:
-        raise ArpHubError(f"metrics must be what JSON holds (finite numbers, texts, objects): {error}") from error
+        raise ArpHubError(
+            f"metrics must be what JSON holds (finite numbers, strings, lists, objects): {error}"
+        ) from error
     if not isinstance(plain.get("dense", {}), dict):
         raise ArpHubError(f"metrics['dense'] must hold the dense model's metrics by name, got {plain['dense']!r}")
     return plain
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write JSON that people can read."""
+    """Write indented JSON."""
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

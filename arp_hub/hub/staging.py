@@ -1,4 +1,4 @@
-"""What a push will upload: every file of every branch, made and checked before the Hub is told anything."""
+"""Prepare a push: write and check all files of all branches before any upload."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from .save import CARD, CONFIG, FAILED_WRITES, METRICS, WEIGHTS, plain_metrics, 
 _logger = logging.getLogger(__name__)
 
 UNFIT = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""What rendering raises where an entry of the metrics has another type than `save_pretrained` gives it."""
+"""What rendering raises if an entry of the metrics has an unexpected type."""
 _METRICS_BYTES = 2**24
-"""Bytes of a ``metrics.json`` at most: a hundred times those of the largest kept model."""
+"""Largest ``metrics.json`` in bytes."""
 
 MAIN = "main"
 _ABOUT = ("base_model", "dataset", "license")
-"""Metrics that hold for the merged model as well."""
+"""Metrics that also apply to the merged model."""
 
 
 @dataclass
 class Upload:
-    """What one branch will hold.
+    """The content of one branch after the push.
 
     Attributes:
         branch: Its name.
-        tag: The tag that its commit gets, if any.
-        files: Names in the repository, and where the files are here.
+        tag: The tag for its commit, if any.
+        files: Names in the repository, with the local paths.
     """
 
     branch: str
@@ -57,17 +57,17 @@ def stage(
     tag: str | None,
     earlier_card: Callable[[str], str],
 ) -> list[Upload]:
-    """Make everything that will be uploaded.
+    """Write all files that the push uploads.
 
     Args:
-        folder: A saved model; it is read only.
-        scratch: An empty folder for what is made.
-        repo_id: Where the model goes.
+        folder: A saved model. It is not changed.
+        scratch: An empty folder for the new files.
+        repo_id: The repository to publish to.
         branch: The branch of the model.
-        dense_revision: The branch of the merged model beside ``main``, None if there is to be none.
-        metrics: Numbers over those of the folder.
+        dense_revision: The branch of the merged model beside ``main``, or None.
+        metrics: Numbers that override those of the folder.
         tag: Tag of this version, for the card.
-        earlier_card: Gives the card that is on a branch now, or an empty text.
+        earlier_card: Returns the card on a branch of the Hub, or an empty text.
 
     Returns:
         One entry for each branch, the model's first.
@@ -107,7 +107,7 @@ def stage(
 
 
 def _pictures(folder: Path) -> list[Path]:
-    """The pictures of a folder. A link is left out: it would publish a file from elsewhere."""
+    """The pictures of a folder, without links: those could publish a file from another place."""
     found = [path for path in folder.iterdir() if path.suffix in (".png", ".svg")]
     for path in found:
         if path.is_symlink():
@@ -116,7 +116,7 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def dense_name(name: str, dense: str) -> str:
-    """The branch or tag of the merged model that goes with another one."""
+    """The branch or tag of the merged model, for that of the decomposed one."""
     return dense if name == MAIN else f"{name}-{dense}"
 
 
@@ -128,7 +128,7 @@ def _merged(
     numbers: Mapping[str, Any],
     earlier_card: Callable[[str], str],
 ) -> dict[str, Path] | None:
-    """The model with its factors merged, in the plain architecture; None where that would be another model."""
+    """The merged model in the plain architecture, or None if that architecture cannot hold it."""
     about = {key: numbers[key] for key in _ABOUT if numbers.get(key)}
     try:
         save_pretrained(to_dense(model), folder, metrics={**about, "merged_from": repo_id, "command": None})
@@ -144,17 +144,17 @@ def _merged(
 
 
 def _write_card(path: Path, card: str, here: str, there: str) -> None:
-    """Write a card with what was written by hand into the one on the Hub or, if there is none, into the local one."""
+    """Write a card with the owner's edits, taken from the Hub or, if there are none, from the local card."""
     if by_hand(here) and by_hand(there) and by_hand(here) != by_hand(there):
-        _logger.warning("the owner's notes here and on the Hub differ: those on the Hub are kept, edit them there")
+        _logger.warning("the owner's notes in the folder and on the Hub differ: the Hub's are kept, edit them there")
     path.write_text(keep_by_hand(card, there if by_hand(there) or not by_hand(here) else here), encoding="utf-8")
 
 
 def _read_metrics(folder: Path) -> dict[str, Any]:
-    """The folder's ``metrics.json``, whoever wrote it.
+    """Read and check the folder's ``metrics.json``, which may come from anybody.
 
     Raises:
-        ArpHubError: If it is no JSON object, or larger, longer or deeper than what `save_pretrained` writes.
+        ArpHubError: If it is not a JSON object, or larger, longer or deeper than allowed.
     """
     path = folder / METRICS
     try:
@@ -188,4 +188,4 @@ def _check_texts(uploads: Sequence[Upload]) -> None:
     for upload in uploads:
         for file in (CONFIG, CARD, METRICS):
             if holds_secret(upload.files[file].read_text(encoding="utf-8")):
-                raise ArpHubError(f"{file} holds what looks like a token: take it out before you publish the model")
+                raise ArpHubError(f"{file} contains what looks like a token: remove it before publishing the model")

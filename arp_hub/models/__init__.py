@@ -1,4 +1,4 @@
-"""Models that arp_hub registers with timm: the CIFAR networks, and the one that rebuilds decomposed backbones."""
+"""Models that arp_hub registers with timm: CIFAR networks, and ``arp_lowrank``, which rebuilds decomposed backbones."""
 
 from .cifar_resnet import CifarResNet
 from .cifar_vgg import CifarVgg

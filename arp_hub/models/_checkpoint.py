@@ -1,4 +1,4 @@
-"""Saved weights on their way into a decomposed model, between reading the file and ``load_state_dict``."""
+"""Adapt saved weights to a decomposed model, before ``load_state_dict``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def names_of(value: str | Iterable[str] | None) -> frozenset[str]:
 
 
 def _as_built(saved: Tensor, built: Tensor | None) -> Tensor:
-    """A factor with or without sides of 1x1: for some arguments a backbone builds a linear layer as such a conv."""
+    """Add or drop the 1x1 kernel of a factor: some arguments make a backbone build a linear layer as a convolution."""
     if built is None or saved.numel() != built.numel():
         return saved
     flat, conv = sorted((tuple(saved.shape), tuple(built.shape)), key=len)
@@ -40,16 +40,16 @@ def weights_source(cfg: Mapping[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointAdapter:
-    """The ``pretrained_filter_fn`` of a decomposed model: checks the factors, lets the backbone adapt the rest.
+    """The ``pretrained_filter_fn`` of a decomposed model: checks the factors, and lets the backbone adapt the rest.
 
     Attributes:
         saved: The plan of the saved weights.
-        kept: The part of it that the model was built with; the caller's arguments make the other layers dense.
-        first_convs: Names of the layers that meet the input image.
+        kept: The part of it that the model was built with. The caller's arguments make the other layers dense.
+        first_convs: Names of the layers that read the input image.
         channels: Channels of the input image in the saved weights, and in the model.
-        may_lack: Layers that the saved weights may lack. None: any, because the caller asks for other layers.
-        load: What the backbone makes of dense weights for the caller's arguments (it resamples position embeddings and
-            the like). None: nothing, because those arguments leave all shapes as they were saved.
+        may_lack: Layers that the saved weights may lack. None: any layer, because the caller's arguments add layers.
+        load: Lets the backbone adapt dense weights to the caller's arguments, such as position embeddings to the image
+            size. None: those arguments change no shapes.
         source: Where the weights come from, for messages.
     """
 
@@ -62,10 +62,10 @@ class CheckpointAdapter:
     source: str
 
     def __call__(self, state: StateDict, model: nn.Module) -> StateDict:
-        """The saved weights under the names and in the shapes that ``model`` takes.
+        """The saved weights, with the names and shapes of ``model``.
 
         Raises:
-            ArpHubError: If the factors are not those of the plan, or weights are missing.
+            ArpHubError: If the factors do not match the plan, or weights are missing.
         """
         check_tensors(state, model, self.source)
         own = model.state_dict()
@@ -102,7 +102,7 @@ class CheckpointAdapter:
                 )
 
     def _check_complete(self, state: StateDict, model: nn.Module) -> None:
-        """Name missing weights: timm leaves all that are missing random as soon as the number of classes changes."""
+        """Refuse missing weights: if the number of classes changes, timm would leave them random without an error."""
         if self.may_lack is None:
             return
         optional = tuple(f"{name}." for name in self.may_lack)
@@ -110,11 +110,11 @@ class CheckpointAdapter:
         if missing:
             raise ArpHubError(
                 f"the weights in '{self.source}' do not fit the backbone: they lack '{missing[0]}' "
-                f"({len(missing)} such in all)"
+                f"({len(missing)} tensors are missing)"
             )
 
     def _merged(self, name: str, found: StateDict, module: nn.Module) -> StateDict:
-        """The dense weight of a first convolution, with the channels that were saved: timm adapts it to the model's."""
+        """The merged weight of a first convolution with its saved input channels, which timm then adapts."""
         layer = self.saved.layers[name]
         weights = [found[key] for key in sorted(found) if key.endswith(".weight")]
         saved_channels, channels = self.channels
@@ -127,7 +127,9 @@ class CheckpointAdapter:
             raise self._misfit(name, expected, [tuple(w.shape) for w in weights])
         merged = scheme.compose([w.double() for w in weights]).to(weights[0].dtype)
         others = {f"{name}.bias": value for key, value in found.items() if key.endswith(".bias")}
-        if isinstance(gain := getattr(module, "gain", None), Tensor):  # standardised: the scale is apart
+        if isinstance(
+            gain := getattr(module, "gain", None), Tensor
+        ):  # standardised convolutions keep their scale in a separate gain
             others[f"{name}.gain"] = (merged.flatten(1).std(1, correction=0) / _scale(module, merged)).view_as(gain)
         return {f"{name}.weight": merged[..., 0, 0] if shape.kind == "linear" else merged, **others}
 
@@ -141,5 +143,5 @@ class CheckpointAdapter:
 
 
 def _scale(module: Any, weight: Tensor) -> float:
-    """The factor that a scaled and standardised convolution would have with a weight of other input channels."""
+    """The scale of a standardised convolution for a weight with other input channels."""
     return float(module.scale * (module.weight[0].numel() / weight[0].numel()) ** 0.5)

@@ -1,4 +1,4 @@
-"""What the CIFAR models share: a chain of stages, pooling, one linear classifier, and timm's methods on them."""
+"""Base class of the CIFAR models: stages, pooling, one linear classifier, and timm's methods."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
-    """The pretrained_cfg of a CIFAR model. It names no weights: a checkpoint is loaded by path."""
+    """The pretrained_cfg of a CIFAR model. It names no weights: load a checkpoint by path."""
     return {
         "num_classes": 10,
         "input_size": (3, 32, 32),
@@ -62,7 +62,7 @@ class CifarModel(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay must pass over (timm leaves out biases and norms by itself)."""
+        """Parameters without weight decay, besides biases and norms, which timm excludes by itself."""
         return set()
 
     @torch.jit.ignore
@@ -76,7 +76,7 @@ class CifarModel(nn.Module):
         return "fc" if name_only else self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put in a new classifier; the pooling stays as it is unless named."""
+        """Replace the classifier, and the pooling if ``global_pool`` is given."""
         like = next(self.parameters())
         pool = cast(Any, self.global_pool).pool_type if global_pool is None else global_pool
         self._build_head(num_classes, pool, device=like.device, dtype=like.dtype)
@@ -92,15 +92,15 @@ class CifarModel(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The outputs of chosen stages, and of the last one.
+        """The outputs of the selected stages, and of the last one.
 
         Args:
             x: Images ``(N, in_chans, H, W)``.
-            indices: The last n stages if a number, all if None, else the stages of these indices.
-            norm: Taken for timm's sake; there is no final norm.
-            stop_early: Leave out the stages after the last chosen one.
-            output_fmt: ``NCHW`` is all there is.
-            intermediates_only: Return the chosen outputs alone.
+            indices: Indices of the stages; a number n selects the last n stages, None all of them.
+            norm: Ignored, because there is no final norm; part of timm's interface.
+            stop_early: Skip the stages after the last selected one.
+            output_fmt: Only ``NCHW`` is supported.
+            intermediates_only: Return only the selected outputs.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
@@ -116,7 +116,7 @@ class CifarModel(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the chosen stages do not need; returns their indices."""
+        """Remove the parts that the selected stages do not need, and return the indices of those stages."""
         total = len(self.feature_info)
         chosen, last = feature_take_indices(total, indices)
         self.keep_stages(last + 1)
@@ -127,13 +127,13 @@ class CifarModel(nn.Module):
         return chosen
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The last stage's map ``(N, num_features, h, w)``."""
+        """The last stage's feature map ``(N, num_features, h, w)``."""
         for stage in self.stages():
             x = self._run(stage, x)
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool, drop out, classify (unless ``pre_logits``)."""
+        """Apply pooling, dropout and, unless ``pre_logits``, the classifier."""
         x = self.global_pool(x)
         if self.drop_rate:
             x = F.dropout(x, p=self.drop_rate, training=self.training)

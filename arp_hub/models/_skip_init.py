@@ -1,4 +1,4 @@
-"""Build a model without drawing random weights that are overwritten at once."""
+"""Skip the random initialisation of weights that are loaded afterwards."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _FILLS = frozenset({Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, nn.init.kaiming_uniform_, nn.init.normal_})
-"""What the initialisers of torch and timm draw with (``erfinv_`` is the slow part of a truncated normal), and those
-initialisers that come here whole."""
+"""Functions that fill a tensor at random. ``erfinv_`` is the slow part of a truncated normal."""
 
 
 class SkipInit(TorchFunctionMode):
-    """While this is active, parameters keep whatever is in their memory where they would be filled at random.
+    """While this is active, parameters are not filled at random: they keep uninitialised memory.
 
-    For models all of whose parameters are then loaded. Buffers are filled as ever.
+    Use it only if all parameters are loaded afterwards. Buffers are filled as usual.
     """
 
     def __torch_function__(
@@ -26,7 +25,7 @@ class SkipInit(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Pass over random fills of parameters; do everything else."""
+        """Skip random fills of parameters, and run every other function."""
         named = kwargs or {}
         if func in _FILLS:
             filled = args[0] if args else named.get("tensor")

@@ -1,7 +1,7 @@
-"""What a model folder from a stranger may make this process do: nothing before its claims are checked.
+"""Check model folders from strangers before anything is built or loaded.
 
-The file of weights declares its tensors in its header. That bounds all else: the model that the config describes is
-first built without memory, and given up as soon as it has more tensors, or far more numbers, than the file could fill.
+The header of the weights file declares its tensors, and these bound the model. The model that the config describes is
+first built on the meta device. Building stops once it has more tensors, or far more numbers, than the file could fill.
 """
 
 from __future__ import annotations
@@ -63,20 +63,20 @@ _RESERVED = frozenset(
     | {"scriptable", "exportable", "no_jit", "features_only", "feature_cls"}
     | set(inspect.signature(build_model_with_cfg).parameters)
 ) - {"kwargs"}
-"""Arguments that say how to load a model, not what it is."""
+"""Arguments that control how a model is loaded, and do not define it."""
 _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 BAD_CONFIG = (
     ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NameError, OSError, RuntimeError,
     TypeError, ValueError,
 )  # fmt: skip
-"""What timm and torch raise when they build a model from arguments that make no sense."""
+"""What timm and torch raise when they build a model from senseless arguments."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a ``config.json`` as far as timm relies on it.
+    """Read a ``config.json``, and check the entries that timm relies on.
 
     Raises:
-        ArpHubError: If it cannot be read, is too large, or is no model config.
+        ArpHubError: If it cannot be read, is too large, or is not a model config.
     """
     try:
         if (size := path.stat().st_size) > LIMITS.config_bytes:
@@ -95,7 +95,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check_args(args: Any, source: str) -> dict[str, Any]:
-    """Check that a config's ``model_args`` are plain, small, and about the model only.
+    """Check that a config's ``model_args`` are plain, small, and define only the model.
 
     Raises:
         ArpHubError: Naming the argument.
@@ -103,16 +103,18 @@ def check_args(args: Any, source: str) -> dict[str, Any]:
     if not isinstance(args, Mapping):
         raise ArpHubError(f"the config of '{source}': model_args must be an object, got {_short(args)}")
     if reserved := sorted(str(key) for key in args if key in _RESERVED or str(key).startswith("pretrained")):
-        raise ArpHubError(f"the config of '{source}': model_args must not hold {reserved[0]!r}, the caller's to say")
+        raise ArpHubError(
+            f"the config of '{source}': model_args must not hold {reserved[0]!r}, which only the caller may set"
+        )
     for name, value in args.items():
-        if name != "plan":  # that has its own checks
+        if name != "plan":  # RankPlan.from_dict checks it
             largest = LIMITS.classes if name == "num_classes" else LIMITS.number
             _check_value(value, f"the config of '{source}': model_args[{_short(name)}]", largest)
     return dict(args)
 
 
 def check_cfg(cfg: Mapping[str, Any], source: str) -> None:
-    """Check the entries of a pretrained_cfg that a model or its data are built by.
+    """Check the entries of a pretrained_cfg that the model or its transforms are built from.
 
     Raises:
         ArpHubError: Naming the entry.
@@ -126,8 +128,8 @@ def check_cfg(cfg: Mapping[str, Any], source: str) -> None:
         "std": (_are_numbers, "up to 64 finite numbers"),
         "crop_pct": (_is_number, "a finite number"),
         "label_names": (_is_list_of_text, "a list of names"),
-        "classifier": (_is_name, "a name or a few"),
-        "first_conv": (_is_name, "a name or a few"),
+        "classifier": (_is_name, "a name or a list of names"),
+        "first_conv": (_is_name, "a name or a list of names"),
     }
     for key, (holds, wanted) in kinds.items():
         if cfg.get(key) is not None and not holds(cfg[key]):
@@ -135,10 +137,10 @@ def check_cfg(cfg: Mapping[str, Any], source: str) -> None:
 
 
 def read_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors in a safetensors file; nothing else is read.
+    """The shapes of all tensors in a safetensors file. Only the header is read.
 
     Raises:
-        ArpHubError: If it is no whole safetensors file, or declares more tensors than any model has.
+        ArpHubError: If it is not a whole safetensors file, or its header exceeds `LIMITS`.
     """
     try:
         with path.open("rb") as raw:
@@ -155,19 +157,19 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
                 )
             return {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except (OSError, SafetensorError) as error:
-        raise ArpHubError(f"'{path}' is not a whole safetensors file: {error}: get the model again") from error
+        raise ArpHubError(f"'{path}' is not a whole safetensors file: {error}: download the model again") from error
 
 
 def check_build(
     build: Callable[[], nn.Module], header: Mapping[str, tuple[int, ...]], source: str, branches: int = 1
 ) -> None:
-    """Build a model without memory, and stop as soon as it outgrows what its weights declare.
+    """Build a model on the meta device, and stop once it outgrows what its weights declare.
 
     Args:
         build: Builds the dense model, as the saved config describes it.
         header: Shapes of the saved tensors, by name.
         source: Where the model comes from, for messages.
-        branches: Tensors that may have become one since the model was built.
+        branches: Most tensors that reparameterisation may have merged into one.
 
     Raises:
         ArpHubError: If the model would be larger than the weights allow, or cannot be built.
@@ -185,15 +187,15 @@ def check_build(
     except BAD_CONFIG as error:
         reason = " ".join(str(error).split())[:300]
         raise ArpHubError(
-            f"the config of '{source}' describes no model that can be built: {type(error).__name__}: {reason}"
+            f"the config of '{source}' describes a model that cannot be built: {type(error).__name__}: {reason}"
         ) from error
 
 
 def check_tensors(tensors: Mapping[str, Tensor], model: nn.Module, source: str) -> None:
-    """Check that saved weights are numbers.
+    """Check the types and values of saved weights.
 
     Raises:
-        ArpHubError: If one is NaN or infinite, or of integers where the model has floating-point numbers.
+        ArpHubError: If a value is NaN or infinite, or a tensor has another kind of type than the model's.
     """
     own = model.state_dict()
     for name, tensor in tensors.items():
@@ -209,14 +211,14 @@ def check_tensors(tensors: Mapping[str, Tensor], model: nn.Module, source: str) 
 
 @contextmanager
 def _bounded(tensors: int, declared: int, source: str) -> Iterator[None]:
-    """While the block runs, modules of this thread may register only so many parameters and numbers."""
+    """While the block runs, bound the parameters and buffers that modules of this thread register."""
     thread = threading.get_ident()
     parameters, numbers, buffered = 0, 0, 0
 
     def refuse(what: str) -> ArpHubError:
         return ArpHubError(
             f"the config of '{source}' describes a model with {what} than its weights could fill "
-            f"({declared:,} numbers): it is damaged, or not to be trusted"
+            f"({declared:,} numbers): it is damaged or malicious, do not use it"
         )
 
     def parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
@@ -259,7 +261,7 @@ def _check_value(value: Any, what: str, largest: int) -> None:
 
 
 def _parts(value: Any, depth: int = 0) -> Iterator[tuple[Any, int]]:
-    """A value and all that it is made of, with the depth of each; no deeper than is allowed."""
+    """A value and all its parts with their depths, down to the allowed depth."""
     yield value, depth
     if depth <= LIMITS.depth:
         inner = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value

@@ -3,7 +3,7 @@
 Paper: `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
 
 A shortcut that changes the shape has no parameters: it takes every second pixel and pads the new channels with zeros,
-half of them before and half after the old ones.
+half of them before and half after the existing channels.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)
 
 
 class CifarVgg(CifarModel):
-    """A VGG network for 32x32 images. ``features`` holds its layers in one row, as torchvision's ``vgg16_bn`` does.
+    """A VGG network for 32x32 images. ``features`` is one flat sequence of layers, as in torchvision's ``vgg16_bn``.
 
     Args:
         widths: Widths of the convolutions, stage by stage.
@@ -78,7 +78,7 @@ class CifarVgg(CifarModel):
         return [nn.Sequential(self.features[start:end]) for start, end in zip(ends, ends[1:], strict=False)]
 
     def keep_stages(self, count: int) -> None:
-        """Cut off all stages but the first ``count``."""
+        """Remove all stages but the first ``count``."""
         self.features = self.features[: self._ends()[count - 1]]
 
     def forward_features(self, x: Tensor) -> Tensor:

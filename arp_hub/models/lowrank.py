@@ -1,13 +1,13 @@
 """``arp_lowrank``, the timm entrypoint that rebuilds any decomposed backbone from its name and its plan.
 
 A saved ``config.json`` names this architecture and carries both as ``model_args``. The backbone is built by its own
-entrypoint, the plan is applied, then timm loads the weights: so every argument of ``timm.create_model`` means what it
-means for the dense backbone. Two layers may have to differ from what was saved, and are then built dense:
+entrypoint, the plan is applied, then timm loads the weights. So every argument of ``timm.create_model`` works as for
+the dense backbone. Two layers may differ from the saved ones, and are then built dense:
 
-- the classifier, when the number of classes changes: its saved factors are left out, as timm leaves out a dense one;
+- the classifier, when the number of classes changes: its saved factors are dropped, as timm drops those of a dense one;
 - the first convolution, when the input channels change: its factors are merged, and timm adapts the merged weight.
 
-The config may come from anybody: only names of registered backbones, plain numbers and safetensors files are taken.
+The config may come from anybody: only names of registered backbones, plain values and safetensors files are accepted.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ __all__: list[str] = []
 NAME = "arp_lowrank"
 _BACKBONE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")
 _UNTRUSTED = frozenset({"url", "state_dict", "hf_hub_filename", "custom_load"})
-"""Keys of a pretrained_cfg by which a config could point somewhere else than to its own safetensors file."""
+"""Keys of a pretrained_cfg that could make timm load another file than the safetensors file of the folder."""
 _SAME_LAYERS = frozenset(
     {"num_classes", "in_chans", "img_size", "features_only", "out_indices", "feature_cls", "cache_dir"}
     | {"drop_rate", "drop_path_rate", "drop_block_rate", "pretrained_model_args"}
 )
 """Arguments that add no layer to a model, apart from the classifier."""
 _SAME_SHAPES = _SAME_LAYERS - {"img_size"}
-"""Those of them that leave all shapes as they are, apart from those of the classifier and the first convolution."""
+"""Arguments of `_SAME_LAYERS` that change no shapes, apart from the classifier's and the first convolution's."""
 _NOT_THE_MODEL = frozenset({"features_only", "out_indices", "feature_cls", "cache_dir", "pretrained_model_args"})
 _MOST_BRANCHES = 16
-"""Tensors of a backbone before its branches are merged for each one after."""
+"""Most tensors that ``reparameterize_model`` merges into one."""
 OURS = frozenset({"backbone", "plan", "reparameterized"})
 """Arguments of `arp_lowrank` itself."""
 OF_THE_WEIGHTS = frozenset(
     {"architecture", "tag", "custom_load", "label_offset", "origin_url", "notes", "description", *_UNTRUSTED}
 )
-"""Keys of a pretrained_cfg that say something about published weights, not about the model."""
+"""Keys of a pretrained_cfg that describe the published weights, not the model."""
 
 
 @register_model
@@ -75,10 +75,10 @@ def arp_lowrank(
         plan: The rank plan or its JSON form.
         reparameterized: Whether the backbone's branches were merged (``timm.utils.reparameterize_model``) before it
             was decomposed.
-        **kwargs: Whatever the backbone takes.
+        **kwargs: Further arguments of the backbone.
 
     Raises:
-        ArpHubError: If the backbone is unknown, the plan is not one or does not fit it, or the weights fit neither.
+        ArpHubError: If the backbone is unknown, the plan does not fit it, or the weights do not fit both.
 
     Example:
         >>> plan = {"format_version": 1, "layers": {"layer1.0.conv1": {"scheme": "cp", "rank": 16}}}
@@ -112,7 +112,9 @@ def arp_lowrank(
     def build_as_saved(**model_kwargs: Any) -> nn.Module:
         model = entrypoint(pretrained=False, pretrained_cfg=dict(cfg), **model_kwargs)
         if reparameterized:
-            model = reparameterize_model(model.eval(), inplace=True).train()  # some merge in evaluation mode only
+            model = reparameterize_model(
+                model.eval(), inplace=True
+            ).train()  # some backbones merge only in evaluation mode
         return apply_plan(model, kept)
 
     adapter = CheckpointAdapter(
@@ -141,11 +143,11 @@ def arp_lowrank(
 
 
 def _entrypoint(backbone: str) -> Callable[..., nn.Module]:
-    """The backbone's entrypoint; anything but a registered dense model is refused."""
+    """The entrypoint of the backbone, which must be a registered dense model."""
     if not isinstance(backbone, str) or not backbone:
         raise ArpHubError(f"{NAME} needs backbone= (a timm name) and plan=; got backbone={backbone!r}")
     if not _BACKBONE.fullmatch(backbone):
-        raise ArpHubError(f"backbone {backbone[:100]!r} is no timm name (like 'resnet50' or 'resnet50.a1_in1k')")
+        raise ArpHubError(f"backbone {backbone[:100]!r} is not a timm name (like 'resnet50' or 'resnet50.a1_in1k')")
     name = backbone.partition(".")[0]
     if name == NAME:
         raise ArpHubError(f"the backbone of {NAME} cannot be {NAME} itself: name the dense model")
@@ -160,7 +162,7 @@ def _entrypoint(backbone: str) -> Callable[..., nn.Module]:
 
 
 def _merged_cfg(backbone: str, given: Any, overlay: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The backbone's own pretrained_cfg without its weights, under the saved one, under the caller's overlay."""
+    """The backbone's pretrained_cfg without its weights, updated by the saved one, then by the caller's overlay."""
     if isinstance(given, str):
         raise ArpHubError(f"{NAME} has no tags, got '{given}': create local-dir:FOLDER or hf-hub:USER/NAME")
     given = given.to_dict() if isinstance(given, PretrainedCfg) else given or {}
@@ -173,13 +175,13 @@ def _merged_cfg(backbone: str, given: Any, overlay: Mapping[str, Any] | None) ->
 
 
 def backbone_cfg(backbone: str) -> dict[str, Any]:
-    """The pretrained_cfg of a registered model, without what is true of its published weights alone."""
+    """The pretrained_cfg of a registered model, without the entries about its published weights."""
     own = timm.get_pretrained_cfg(backbone) or timm.get_pretrained_cfg(backbone.partition(".")[0]) or PretrainedCfg()
     return {key: value for key, value in own.to_dict(remove_source=True).items() if key not in OF_THE_WEIGHTS}
 
 
 def _check_saved(entrypoint: Callable[..., nn.Module], cfg: Mapping[str, Any], saved: Any) -> None:
-    """Check what comes from a folder or the Hub, before it costs time or memory."""
+    """Check a config from a folder or the Hub, before it can cost time or memory."""
     if saved is None:
         return
     source = weights_source(cfg)
@@ -192,7 +194,7 @@ def _check_saved(entrypoint: Callable[..., nn.Module], cfg: Mapping[str, Any], s
 
 
 def _weights_file(cfg: Mapping[str, Any], cache_dir: Any) -> dict[str, Any]:
-    """What to change in the cfg so that timm loads ``model.safetensors`` and never falls back to a pickle."""
+    """Changes to the cfg that make timm load ``model.safetensors``, never a pickle."""
     if cfg.get("source") == "local-dir":
         file = Path(cfg["file"]) / "model.safetensors"
         if not file.is_file():
@@ -209,7 +211,7 @@ def _weights_file(cfg: Mapping[str, Any], cache_dir: Any) -> dict[str, Any]:
 
 
 def _same_as_saved(kwargs: Mapping[str, Any], harmless: frozenset[str]) -> bool:
-    """Whether the caller's arguments are the saved ones, apart from ``harmless`` ones."""
+    """Whether the caller's arguments equal the saved ones, apart from ``harmless`` ones."""
     saved = kwargs.get("pretrained_model_args") or {}
     return all(key in harmless or (key in saved and saved[key] == value) for key, value in kwargs.items())
 
@@ -217,7 +219,7 @@ def _same_as_saved(kwargs: Mapping[str, Any], harmless: frozenset[str]) -> bool:
 def _removed(
     plan: RankPlan, entrypoint: Callable[..., nn.Module], cfg: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> frozenset[str]:
-    """The planned layers that the backbone has by the saved arguments, and has no more by the caller's."""
+    """The planned layers that exist with the saved arguments, but not with the caller's."""
     present = dict(_without_memory(entrypoint, cfg, kwargs).named_modules(remove_duplicate=False))
     if not (missing := plan.layers.keys() - present.keys()):
         return frozenset()
@@ -232,9 +234,9 @@ def _load_dense(
     plan: RankPlan,
     state: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Dense weights as the backbone's own loading, with all that is special about it, adapts them to arguments.
+    """Adapt dense weights to the caller's arguments, through the backbone's own loading code.
 
-    Tensors without memory of their own stand in for the decomposed layers.
+    Expanded scalars, which need no memory, stand in for the decomposed layers.
     """
     saved = _without_memory(entrypoint, cfg, kwargs.get("pretrained_model_args") or {})
     modules = dict(saved.named_modules(remove_duplicate=False))
@@ -262,17 +264,17 @@ def _without_memory(
 
 
 def _model_args(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that say what the model is, not how it is loaded or wrapped."""
+    """The arguments that define the model, not how it is loaded or wrapped."""
     return {key: value for key, value in kwargs.items() if key not in _NOT_THE_MODEL | OURS}
 
 
 def _feature_cfg(
     entrypoint: Callable[..., nn.Module], cfg: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """How to take features off a decomposed backbone: as its own entrypoint takes them off the dense one.
+    """Settings that extract the same features from a decomposed backbone as from the dense one.
 
-    The dense feature extractor is built without memory, and looked at. timm's list extractor is set up the same way;
-    the others, some of which are classes of their own, are replaced by the one that calls ``forward_intermediates``.
+    The dense feature extractor is built on the meta device to read its settings. timm's list extractor is kept; all
+    others, including custom classes, are replaced by the extractor that calls ``forward_intermediates``.
     """
     with torch.device("meta"):
         dense: Any = entrypoint(pretrained=False, pretrained_cfg=dict(cfg), **kwargs)

@@ -14,7 +14,7 @@ from ..errors import ArpHubError
 from ..layers.apply_plan import apply_plan, check_plan, plan_of
 from ..layers.dense import refusal
 from ..layers.low_rank import layer_shape
-from ..layers.model import count_params, low_rank_layers, other_parameters, weight_layers
+from ..layers.model import check_model, count_params, low_rank_layers, other_parameters, weight_layers
 from ..layers.trace import InputSize, count_macs, meta_copy, trace
 from ..plan import RankPlan
 from ..schemes.shapes import ConvSpec, LayerShape, Pair, chain_macs
@@ -116,6 +116,7 @@ def plan_report(model: nn.Module, plan: RankPlan, input_size: InputSize | None =
     Raises:
         ArpHubError: If the plan does not fit the model, or the model cannot run on the input size.
     """
+    check_model(model)
     schemes = check_plan(model, plan)
     before = trace(model, input_size)
     smaller = apply_plan(copy.deepcopy(model).to("meta"), plan)

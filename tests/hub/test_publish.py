@@ -131,7 +131,7 @@ def test_a_second_push_refreshes_and_keeps_what_was_written_by_hand(
     repo = hub.repos[NAME]
     by_hand = repo.files()["README.md"].decode()
     by_hand = by_hand.replace(
-        "kept by the next push -->\n", "kept by the next push -->\nAsk Ann | <b>about</b> \\1 cats."
+        "between these two lines -->\n", "between these two lines -->\nAsk Ann | <b>about</b> \\1 cats."
     )
     by_hand = by_hand.replace("\ntags:\n", "\nlanguage: en\nco2: small\ntags:\n- cats\n")
     repo.commit("refs/heads/main", {**repo.files(), "README.md": by_hand.encode(), "notes.txt": b"mine"}, "by hand")
@@ -361,7 +361,7 @@ def test_the_accuracy_on_the_card_is_what_anybody_measures(
     [
         ("alice/model", None, "no token to publish 'alice/model'"),
         ("bob/model", ALICE, "'alice' may not write to 'bob/model'"),
-        ("not a name", ALICE, "'not a name' is no valid name"),
+        ("not a name", ALICE, "'not a name' is not a valid name"),
     ],
 )
 def test_a_recipe_refuses_before_training(

@@ -113,8 +113,8 @@ ROWS = {
     "organisation that one may only read": Row(
         ("'bob' may not write to 'acme/model'",), "nothing", token=BOB, repo="acme/model"
     ),
-    "invalid name": Row(("'alice/bad--name' is no valid name",), "nothing", repo="alice/bad--name"),
-    "name with two slashes": Row(("'alice/models/m' is no valid name",), "nothing", repo="alice/models/m"),
+    "invalid name": Row(("'alice/bad--name' is not a valid name",), "nothing", repo="alice/bad--name"),
+    "name with two slashes": Row(("'alice/models/m' is not a valid name",), "nothing", repo="alice/models/m"),
     "tag exists": Row(("has the tag 'v1' already", "choose another"), "as before", words=("--tag", "v1"), there=True),
     "tag given as a branch": Row(
         ("'v1' is a tag", "not a branch"), "as before", words=("--revision", "v1"), there=True
@@ -123,10 +123,10 @@ ROWS = {
         ("a pull request has no tag",), "as before", words=("--create-pr", "--tag", "v2"), there=True
     ),
     "pull request into nothing": Row(("there is no repository 'alice/model'",), "nothing", words=("--create-pr",)),
-    "folder without a model": Row(("is no folder with a saved model",), "nothing", prepare=no_config),
+    "folder without a model": Row(("is not a folder with a saved model",), "nothing", prepare=no_config),
     "weights cut off": Row(("is not a whole safetensors file",), "as before", prepare=break_weights, there=True),
     "weights of another plan": Row(("do not fit",), "as before", prepare=other_weights, there=True),
-    "token in the card": Row(("README.md holds what looks like a token",), "nothing", prepare=leave_a_token),
+    "token in the card": Row(("README.md contains what looks like a token",), "nothing", prepare=leave_a_token),
     "offline mode": Row(("HF_HUB_OFFLINE is set", "unset it"), "nothing", before=OFFLINE),
     "metadata refused": Row(("metadata", "base_model is unheard of", *UNTOUCHED), "nothing",
                             (("validate-yaml", "base_model is unheard of"),)),
@@ -178,7 +178,7 @@ ROWS = {
         ("cannot set the tag 'v9'", "Changed on the Hub: branch 'main'", NEXT, "--tag v9"),
         "complete", (("POST .*/tag/", 500),), ("--no-dense", "--tag", "v9"),
     ),
-    "branch cannot be made": Row(("cannot make the branch 'dense'", *UNTOUCHED), "nothing", (("/branch/", 500),), ()),
+    "branch cannot be made": Row(("cannot create the branch 'dense'", *UNTOUCHED), "nothing", (("/branch/", 500),), ()),
     "no Xet on this Hub": Row(("load it with",), "complete", before=WITH_XET, code=0),
     "Hub repeats the token": Row(("401",), "nothing", token="hf_nobodyKnowsThis0000000"),
     "disk full while the merged model is made": Row(
@@ -314,7 +314,7 @@ arp_hub.push_to_hub(timm.create_model(f"local-dir:{mine}", pretrained=True), "al
 def test_disk_full_while_saving(client: Client, mine: Path, tmp_path: Path) -> None:
     code = f"import timm, arp_hub\nmodel = timm.create_model(f'local-dir:{{mine}}', pretrained=True)\n{FULL_DISK}"
     done = client.run(code + "arp_hub.save_pretrained(model, mine)", token=None, mine=mine)
-    assert done.code == 1 and read_in_order(done.last_line, ("cannot save in", "untouched"))
+    assert done.code == 1 and read_in_order(done.last_line, ("cannot save in", "the earlier content is unchanged"))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (
         client.run("import timm\ntimm.create_model(f'local-dir:{mine}', pretrained=True)", token=None, mine=mine).code

@@ -28,6 +28,7 @@ from arp_hub.hub.save import check_folder
 from arp_hub.layers.apply_plan import plan_of
 from arp_hub.layers.model import count_params
 from arp_hub.layers.trace import count_macs
+from arp_hub.reports.run_page import write_report
 
 FILES = ["README.md", "config.json", "metrics.json", "model.safetensors"]
 PICTURED = [*FILES, "ranks.png"]
@@ -289,10 +290,14 @@ def test_an_earlier_model_is_replaced_and_anything_else_is_not(tmp_path: Path) -
     arp_hub.save_pretrained(timm.create_model("cifar_resnet20", num_classes=2), folder)
     assert read(folder)["num_classes"] == 2 and names_in(folder) == FILES
 
+    write_report(folder)
+    arp_hub.save_pretrained(timm.create_model("cifar_resnet20", num_classes=3), folder)
+    assert read(folder)["num_classes"] == 3 and names_in(folder) == FILES
+
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(arp_hub.ArpHubError, match="'notes.txt'.*overwrite=True"):
         arp_hub.save_pretrained(small_model(), folder)
-    assert (folder / "notes.txt").read_text() == "mine" and read(folder)["num_classes"] == 2
+    assert (folder / "notes.txt").read_text() == "mine" and read(folder)["num_classes"] == 3
     arp_hub.save_pretrained(small_model(), folder, overwrite=True)
     assert names_in(folder) == PICTURED and names_in(tmp_path) == ["out"]
 
@@ -310,7 +315,7 @@ def test_folders_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         check_folder(other / "config.json", overwrite=True)
     monkeypatch.chdir(other)
     for here in (Path(), other, tmp_path):
-        with pytest.raises(arp_hub.ArpHubError, match="holds the current directory"):
+        with pytest.raises(arp_hub.ArpHubError, match="contains the current directory"):
             check_folder(here, overwrite=True)
 
 

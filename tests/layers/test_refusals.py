@@ -16,10 +16,12 @@ from arp_hub import (
     benchmark,
     decompose,
     make_plan,
+    push_to_hub,
     save_pretrained,
     to_dense,
 )
 from arp_hub.layers.model import count_params
+from arp_hub.reports.summary import plan_report
 
 NAME = "layer3.1.conv1"
 PLAN = RankPlan({NAME: LayerPlan("channel", 4)})
@@ -200,6 +202,7 @@ ENTRIES = {
     "save_pretrained": lambda model, folder: save_pretrained(model, folder / "out"),
     "AdaptiveRankPenalty": lambda model, folder: AdaptiveRankPenalty(model, PLAN, total_steps=10),
     "benchmark": lambda model, folder: benchmark(model),
+    "plan_report": lambda model, folder: plan_report(model, PLAN),
 }
 
 
@@ -210,6 +213,20 @@ def test_what_is_no_bare_model_is_refused_everywhere(make, message, use, tmp_pat
     with pytest.raises(ArpHubError, match=message):
         use(make(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [*(case for name, case in MODELS.items() if name != "name"), (lambda: "resnet18", "'resnet18' is not a folder")],
+    ids=[*(name for name in MODELS if name != "name"), "no folder"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_push_is_refused_before_the_first_call_to_the_hub(make, message, monkeypatch):
+    calls = []
+    monkeypatch.setattr("arp_hub.hub.push.open_repository", lambda *args: calls.append(args))
+    with pytest.raises(ArpHubError, match=message):
+        push_to_hub(make(), "user/name", token="none")
+    assert calls == []
 
 
 @pytest.mark.parametrize(

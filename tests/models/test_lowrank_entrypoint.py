@@ -156,9 +156,9 @@ def change_layer(name: str, **values: Any) -> Any:
 BAD_CONFIGS = {
     "no backbone": (change_backbone(""), "needs backbone="),
     "backbone of another type": (change_backbone(["resnet18"]), "needs backbone="),
-    "backbone on the Hub": (change_backbone("hf-hub:someone/model"), "is no timm name"),
-    "backbone in a folder": (change_backbone("local-dir:/tmp"), "is no timm name"),
-    "backbone by a path": (change_backbone("../../resnet18"), "is no timm name"),
+    "backbone on the Hub": (change_backbone("hf-hub:someone/model"), "is not a timm name"),
+    "backbone in a folder": (change_backbone("local-dir:/tmp"), "is not a timm name"),
+    "backbone by a path": (change_backbone("../../resnet18"), "is not a timm name"),
     "backbone that is a decomposed one": (change_backbone("arp_lowrank"), "cannot be arp_lowrank itself"),
     "unknown backbone": (change_backbone("resnet19"), "unknown backbone 'resnet19'.*did you mean 'resnet18'"),
     "another backbone": (change_backbone("resnet34"), "do not fit .*layer1.2.conv1"),
