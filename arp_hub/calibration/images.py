@@ -121,7 +121,7 @@ def check_normalised(images: Images, model: nn.Module) -> None:
     """Refuse images that cannot be normalised as the model expects, and warn where they may not be.
 
     Normalised pixels lie between ``(0 - mean) / std`` and ``(1 - mean) / std``, by the model's ``pretrained_cfg``; they
-    may exceed that range by twice its width, as augmented or synthetic images do.
+    may exceed that range by four times its width, as augmented or synthetic images do.
 
     Raises:
         ArpHubError: If pixels of the first batch lie farther out, as bytes between 0 and 255 do.
@@ -135,7 +135,7 @@ def check_normalised(images: Images, model: nn.Module) -> None:
     )
     batch = next(batches(images))
     found = float(batch.min()), float(batch.max())
-    if found[0] < low - 2 * (high - low) or found[1] > high + 2 * (high - low):
+    if found[0] < low - 4 * (high - low) or found[1] > high + 4 * (high - low):
         raise ArpHubError(
             f"calibration images have pixels from {found[0]:.3g} to {found[1]:.3g}, normalised ones lie between "
             f"{low:.3g} and {high:.3g} for this model: divide bytes by 255, then subtract the mean and divide by the "
