@@ -17,7 +17,21 @@ from torchvision.transforms.functional import pil_to_tensor
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for child processes, of which several run side by side
-LONGEST = ("test_training.py", "test_golden.py", "test_cli.py", "test_publish.py", "test_backbones.py")
+LONGEST = (
+    "test_training.py",
+    "test_backbones.py",
+    "test_publish.py",
+    "test_recipes.py",
+    "test_latency.py",
+    "test_cli.py",
+    "test_publish_failures.py",
+    "test_golden.py",
+    "test_kills.py",
+    "test_docs.py",
+    "test_decompose.py",
+    "test_strangers.py",
+    "test_make_plan.py",
+)
 """Files that take longest, in this order: they start first, so that no process ends long after the others."""
 
 
@@ -31,6 +45,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first; within a file the order stays."""
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
+
+
+WITHOUT_PICTURES = {"test_training.py", "test_recipes.py", "test_kills.py", "test_cli.py", "test_backbones.py"}
+"""Files of many runs that look at no pictures, which take more than half of a short run's time."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leave pictures out where no test looks at them, in child processes too."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name in WITHOUT_PICTURES:
+            patch.setenv("ARP_HUB_PICTURES", "0")
+        yield
 
 
 @pytest.fixture(scope="session")

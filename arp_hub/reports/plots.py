@@ -267,8 +267,11 @@ def inline_svg(label: str, draw: Callable[..., Any], *data: Any) -> str:
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
+    """Whether pictures are drawn: matplotlib is installed, and ``ARP_HUB_PICTURES`` is not 0.
+
+    The pictures of a card and a report take about 8 seconds of CPU time.
+    """
+    return os.environ.get("ARP_HUB_PICTURES") != "0" and importlib.util.find_spec("matplotlib") is not None
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:

@@ -311,7 +311,8 @@ def test_a_model_without_a_number_of_classes_is_checked_by_its_logits(sorted_cla
 def test_evaluate_and_compress_go_by_one_rule(tmp_path, capsys):
     overlay = {"input_size": (3, 32, 32)}
     model = timm.create_model("test_resnet", num_classes=2, pretrained_cfg_overlay=overlay)
-    timm.models.save_for_hf(model, tmp_path / "model", model_config={"label_names": ["dog", "cat"]})
+    names = {"label_names": ["dog", "cat"]}
+    timm.models.save_for_hf(model, tmp_path / "model", model_config=names, safe_serialization=True)
     for name in ("cat", "dog"):
         (tmp_path / "data" / name).mkdir(parents=True)
         grey(np.uint8, 0, 255).save(tmp_path / "data" / name / "1.png")

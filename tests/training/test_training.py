@@ -67,7 +67,9 @@ def finished(tmp_path_factory):
     """One run through every phase."""
     folder = tmp_path_factory.mktemp("finished")
     settings = config(folder, finetune_epochs=1, val_fraction=0.1, distill=0.5, tracker="tensorboard", log_every=2)
-    return settings, run(settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ARP_HUB_PICTURES", "1")
+        return settings, run(settings)
 
 
 def test_a_run_passes_through_every_phase(finished):
