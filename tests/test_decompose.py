@@ -138,5 +138,5 @@ def test_images_beat_weights_alone(resnet20, cifar_test, cifar_train):
     plan = make_plan(resnet20, keep_params=0.3)
     plain = top1(decompose(copy.deepcopy(resnet20), plan), images, labels)
     aware = decompose(copy.deepcopy(resnet20), plan, cifar_train(128), effort="fast")
-    assert top1(aware, images, labels) > plain + 5
+    assert top1(aware, images, labels) > plain + 2
     assert not aware.training
