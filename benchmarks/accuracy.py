@@ -1,9 +1,9 @@
 """Every row of the accuracy tables, by name: with no training, and with the penalty.
 
-    python benchmarks/accuracy.py list
-    python benchmarks/accuracy.py run fit/resnet20/0.5 --shared ../shared
-    python benchmarks/accuracy.py run 'fit/*' 'weights/*' --shared ../shared
-    python benchmarks/accuracy.py table
+    python -m benchmarks.accuracy list
+    python -m benchmarks.accuracy run fit/resnet20/0.5 --shared ../shared
+    python -m benchmarks.accuracy run 'fit/*' 'weights/*' --shared ../shared
+    python -m benchmarks.accuracy table
 
 `--shared` is a folder with `weights/` (trained checkpoints) and `data/` (CIFAR-10 and a sample of ImageNet, as
 parquet). `run` writes results/accuracy.json, one entry a row; rows that are there already are left out unless `--again`
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import chosen, load_results, print_rows, row_parser, write_result
 from torch import Tensor, nn
 
 import arp_hub
@@ -35,9 +34,9 @@ from arp_hub.plan import LayerPlan, RankPlan
 from arp_hub.schemes import make_scheme
 from arp_hub.training import Split, TrainConfig, calibration_images, evaluate, load_data
 from arp_hub.training import run as train
+from benchmarks.rows import HERE, chosen, load_results, print_rows, results_file, row_parser, write_result
 
-HERE = Path(__file__).parent
-RESULTS, MODELS = HERE / "results" / "accuracy.json", HERE / "models"
+RESULTS, MODELS = results_file("accuracy"), HERE / "models"
 SEED = 0
 
 
@@ -169,7 +168,7 @@ def main() -> None:
     elif args.command == "run":
         measure(chosen(ROWS, args.rows), args.shared, args.again, args.cuda_graphs)
     else:
-        from accuracy_report import write_report
+        from benchmarks.accuracy_report import write_report
 
         write_report(load_results(RESULTS))
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-HERE = Path(__file__).parent
+from benchmarks.rows import HERE
+
 README, DOCS = HERE.parent / "README.md", HERE.parent / "docs"
 PAGE, FIGURE = DOCS / "results.md", DOCS / "img" / "accuracy.png"
 NETWORKS = {
@@ -52,12 +52,12 @@ BEGIN, END = "<!-- written by benchmarks/accuracy.py table -->\n", "<!-- to here
 
 HEAD = """# Results
 
-Written by `python benchmarks/accuracy.py table` from
+Written by `python -m benchmarks.accuracy table` from
 [benchmarks/results/accuracy.json](https://github.com/arp-hub/arp-hub/blob/main/benchmarks/results/accuracy.json), which
 holds seed, hardware, versions, time and the whole plan of every row. Reproduce a row with
 
 ```bash
-python benchmarks/accuracy.py run ROW --again --shared ../shared
+python -m benchmarks.accuracy run ROW --again --shared ../shared
 ```
 
 CIFAR-10: calibration on 1,024 training images without their labels, top-1 on all 10,000 test images. The sample of
@@ -217,4 +217,4 @@ def _lost(points: float) -> float:
 
 
 if __name__ == "__main__":
-    raise SystemExit("run: python benchmarks/accuracy.py table")
+    raise SystemExit("run: python -m benchmarks.accuracy table")

@@ -1,8 +1,8 @@
 """What the presets of effort cost and reach, on four trained networks.
 
-    python benchmarks/effort.py list
-    OMP_NUM_THREADS=1 python benchmarks/effort.py run 'resnet20/*' --shared ../shared
-    python benchmarks/effort.py table
+    python -m benchmarks.effort list
+    OMP_NUM_THREADS=1 python -m benchmarks.effort run 'resnet20/*' --shared ../shared
+    python -m benchmarks.effort table
 
 A row is NETWORK/EFFORT. Each plans and decomposes with no training, on unlabelled training images, in a process of one
 thread, and notes CPU seconds (user and system), peak memory, and top-1 on test images that chose nothing. It writes
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import chosen, load_results, print_rows, row_parser, run_rows
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -29,8 +28,9 @@ from arp_hub.hub.load import load_model
 from arp_hub.layers.model import count_params
 from arp_hub.training import Split, evaluate, load_data
 from arp_hub.training.seeds import keyed_generator
+from benchmarks.rows import chosen, load_results, print_rows, results_file, row_parser, run_rows
 
-RESULTS = Path(__file__).parent / "results" / "effort.json"
+RESULTS = results_file("effort")
 SEED = 0
 
 

@@ -1,9 +1,9 @@
 """Peers side by side on one network with no training: accuracy, cost, latency and time at the same kept parameters.
 
     pip install "arp-hub[bench]"
-    OMP_NUM_THREADS=1 python benchmarks/peers.py --shared ../shared --network resnet20 --keep 0.7 0.5 0.35
-    OMP_NUM_THREADS=1 python benchmarks/peers.py --shared ../shared --network lite0 --keep 0.84 0.7
-    python benchmarks/peers.py --shared ../shared --table
+    OMP_NUM_THREADS=1 python -m benchmarks.peers --shared ../shared --network resnet20 --keep 0.7 0.5 0.35
+    OMP_NUM_THREADS=1 python -m benchmarks.peers --shared ../shared --network lite0 --keep 0.84 0.7
+    python -m benchmarks.peers --shared ../shared --table
 
 ResNet-20 on 2,000 test images of CIFAR-10, or tf_efficientnet_lite0 on the sample of ImageNet, less the images that
 calibrate. Every peer gets its fair best: the same layers, BatchNorm re-estimated where that helps it. A peer that is
@@ -23,14 +23,13 @@ import copy
 import json
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accuracy import NETWORKS, images_and_test
 from torch import Tensor, nn
 
 import arp_hub
@@ -43,8 +42,10 @@ from arp_hub.planning.costs import rank_at
 from arp_hub.reports.benchmark import benchmark
 from arp_hub.schemes import make_scheme
 from arp_hub.training import Split, evaluate
+from benchmarks.accuracy import NETWORKS, images_and_test
+from benchmarks.rows import load_rows, replace_row, results_file
 
-RESULTS = Path(__file__).parent / "results" / "peers.json"
+RESULTS = results_file("peers")
 TEST_IMAGES = 2000
 Peer = Callable[[nn.Module, float, Tensor], nn.Module]
 
@@ -177,7 +178,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table of docs/speed.md")
     args = parser.parse_args()
     if args.table:
-        print_table(json.loads(RESULTS.read_text(encoding="utf-8"))["rows"])
+        print_table(load_rows(RESULTS))
         return
     if args.shared is None:
         parser.error("--shared is needed, a folder with weights/ and data/")
@@ -190,15 +191,7 @@ def main() -> None:
         for peer in args.peers:
             row = measure(args.network, model, peer, keep, images, test)
             print(json.dumps({key: row[key] for key in row if key not in ("versions", "hardware")}), flush=True)
-            write({**row, "dense": dense, "seed": 0})
-
-
-def write(row: Mapping[str, Any]) -> None:
-    """Add a row to the results, in place of an earlier one of its network, peer and budget."""
-    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
-    place = ("network", "peer", "keep_params")
-    rows = [old for old in rows if any(old.get(key) != row[key] for key in place)] + [row]
-    RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+            replace_row(RESULTS, {**row, "dense": dense, "seed": 0}, same=("network", "peer", "keep_params"))
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Rows of a benchmark by name: its command line, which were chosen, and the results file, one entry a row."""
+"""What benchmarks share: the command line ``list``, ``run``, ``table``, and results files with one entry a row."""
 
 from __future__ import annotations
 
@@ -10,22 +10,34 @@ from pathlib import Path
 from typing import Any
 
 Results = dict[str, dict[str, Any]]
+HERE = Path(__file__).parent
+"""Folder of the benchmarks, which holds ``results/``, and ``models/``."""
+
+
+def results_file(name: str) -> Path:
+    """The file that holds the results of one benchmark."""
+    return HERE / "results" / f"{name}.json"
 
 
 def row_parser(doc: str | None, table: str) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """The command line with ``list``, ``run`` and ``table``, for which there is the help; and that of ``run`` alone."""
+    """Make the command line with ``list``, ``run`` and ``table``; returns it and the parser of ``run``.
+
+    Args:
+        doc: Description: the docstring of the script.
+        table: Help text of ``table``.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="names of all rows, with the results there are")
+    commands.add_parser("list", help="print the name of every row, and its result if there is one")
     runner = commands.add_parser("run", help="measure rows")
     runner.add_argument("rows", nargs="+", help="names or patterns")
-    runner.add_argument("--again", action="store_true", help="measure rows that have a result already")
+    runner.add_argument("--again", action="store_true", help="measure also the rows that have a result")
     commands.add_parser("table", help=table)
     return parser, runner
 
 
 def chosen(rows: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """The names that one of the patterns matches, in the order of ``rows``; the program ends if there is none."""
+    """The names that match one of the patterns, in the order of ``rows``; exits if there is none."""
     names = [name for name in rows if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     if not names:
         raise SystemExit(f"no row matches {' '.join(patterns)}: see 'list'")
@@ -33,16 +45,31 @@ def chosen(rows: Iterable[str], patterns: Sequence[str]) -> list[str]:
 
 
 def load_results(path: Path) -> Results:
-    """Results by row name; none if there is no file yet."""
+    """Results by row name; empty without a file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
+def load_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results file that is a list; empty without a file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def replace_row(path: Path, row: Mapping[str, Any], *, same: Sequence[str]) -> None:
+    """Write a row in place of the one that agrees with it in the columns ``same``; the other rows stay."""
+    kept = [old for old in load_rows(path) if any(old.get(key) != row[key] for key in same)]
+    _write(path, [*kept, dict(row)])
+
+
 def write_result(path: Path, name: str, result: Mapping[str, Any]) -> None:
-    """Put one result in, the others stay."""
-    results = load_results(path) | {name: dict(result)}
+    """Write one result; the others stay."""
+    _write(path, load_results(path) | {name: dict(result)}, sort_keys=True)
+
+
+def _write(path: Path, content: Any, sort_keys: bool = False) -> None:
+    """Replace a results file in one step, so that a stopped benchmark leaves no broken one."""
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(content, indent=1, sort_keys=sort_keys) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
@@ -53,7 +80,7 @@ def run_rows(
     measure: Callable[[str], Mapping[str, Any]],
     number: Callable[[dict[str, Any]], str],
 ) -> None:
-    """Measure rows one after the other, those with a result only ``again``; each is written as soon as it is known."""
+    """Measure rows one by one and write each result at once; ``again`` repeats those that have one."""
     for name in names:
         if again or name not in load_results(path):
             result = dict(measure(name))
@@ -62,6 +89,6 @@ def run_rows(
 
 
 def print_rows(rows: Iterable[str], found: Results, number: Callable[[dict[str, Any]], str]) -> None:
-    """All names, one a line, with the number of those that have a result."""
+    """Print all names, one a line, with the number of those that have a result."""
     for name in rows:
         print(f"{name:45} {number(found[name])}" if name in found else name)

@@ -15,7 +15,6 @@ import pytest
 import timm
 import torch
 from timm.utils import reparameterize_model
-from timm_checks import CHECKS, EXPORTS, full_rank_plan, make_case, random_model, run_check
 from torch import nn
 from typer.testing import CliRunner
 
@@ -24,6 +23,7 @@ from arp_hub.hub.load import load_model
 from arp_hub.layers.model import count_params, low_rank_layers
 from arp_hub.training import evaluate, load_data
 from arp_hub_cli.app import app
+from benchmarks.layers.timm_checks import CHECKS, EXPORTS, full_rank_plan, make_case, random_model, run_check
 
 # One small model for every oddity; entrypoints of timm take the arguments that make them small.
 TINY_VIT = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}

@@ -1,13 +1,13 @@
 """What sensitivities are worth, and how well the trial of a plan predicts the decomposed model.
 
-    python benchmarks/importance.py list
-    python benchmarks/importance.py run 'resnet20/0.2/*' --shared ../shared
-    python benchmarks/importance.py table
+    python -m benchmarks.planning.sensitivity list
+    python -m benchmarks.planning.sensitivity run 'resnet20/0.2/*' --shared ../shared
+    python -m benchmarks.planning.sensitivity table
 
 A row is NETWORK/KEEP/EXPONENT: errors of layers are weighted by their sensitivities to this power. `make_plan` tries
 several exponents. `run` notes the divergence of the predictions from the dense model's, in nats: in the trial of the
 plan, and after decomposition on images that did not calibrate (for lite0 on those that did: it has no others). It also
-notes top-1 on the test images, and writes results/importance.json; `table` prints it.
+notes top-1 on the test images, and writes results/sensitivity.json; `table` prints it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from accuracy import NETWORKS, SEED, Network, images_and_test
-from rows import chosen, load_results, print_rows, row_parser, run_rows
 from torch import Tensor, nn
 
 import arp_hub
@@ -30,8 +28,10 @@ from arp_hub.hub.load import load_model
 from arp_hub.planning.output_errors import OutputErrors
 from arp_hub.training import evaluate, load_data
 from arp_hub.training.seeds import keyed_generator
+from benchmarks.accuracy import NETWORKS, SEED, Network, images_and_test
+from benchmarks.rows import chosen, load_results, print_rows, results_file, row_parser, run_rows
 
-RESULTS = Path(__file__).parent / "results" / "importance.json"
+RESULTS = results_file("sensitivity")
 ROWS = {
     f"{network}/{keep}/{power}": (network, keep, power)
     for network, keep in (("resnet20", 0.2), ("lite0", 0.84), ("lite0", 0.7))

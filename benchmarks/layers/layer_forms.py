@@ -1,6 +1,6 @@
 """A decomposed layer against the dense one: every scheme, eager and channels-last, at some shares of the parameters.
 
-    OMP_NUM_THREADS=1 python benchmarks/layer_forms.py
+    OMP_NUM_THREADS=1 python -m benchmarks.layers.layer_forms
 
 Ratios of CPU seconds on one thread, in turns, medians. Below 1 is faster than the dense layer in the same layout,
 and `gain` is the dense layer's own gain from channels-last. Written to results/layer_forms.json.
@@ -8,8 +8,8 @@ and `gain` is the dense layer's own gain from channels-last. Written to results/
 
 from __future__ import annotations
 
+import argparse
 import json
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,8 +20,9 @@ from arp_hub.layers.low_rank import layer_shape, low_rank_layer
 from arp_hub.planning.costs import rank_at
 from arp_hub.schemes import make_scheme
 from arp_hub.timing import forward_call, paired_ratio, take_turns
+from benchmarks.rows import results_file
 
-RESULTS = Path(__file__).parent / "results" / "layer_forms.json"
+RESULTS = results_file("layer_forms")
 CASES = ((64, 56, 1), (256, 14, 1), (512, 7, 1), (64, 8, 32), (256, 14, 32))
 """Channels, side of the map, batch."""
 SHARES, SCHEMES = (0.5, 0.25), ("channel", "spatial", "cp", "tucker2")
@@ -29,6 +30,7 @@ SHARES, SCHEMES = (0.5, 0.25), ("channel", "spatial", "cp", "tucker2")
 
 def main() -> None:
     """Measure all cases."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.manual_seed(0)
     rows = []
     for channels, side, batch in CASES:

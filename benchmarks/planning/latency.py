@@ -1,10 +1,10 @@
 """Latency over that of the dense model: what a budget of time gives, and what half of the parameters gives.
 
-    OMP_NUM_THREADS=1 python benchmarks/latency.py list
-    OMP_NUM_THREADS=1 python benchmarks/latency.py run 'budget/*' 'half/*' 'forms/*'
-    OMP_NUM_THREADS=1 python benchmarks/latency.py run 'curve/*' --shared ../shared
-    python benchmarks/latency.py run 'gpu/*'
-    python benchmarks/latency.py table
+    OMP_NUM_THREADS=1 python -m benchmarks.planning.latency list
+    OMP_NUM_THREADS=1 python -m benchmarks.planning.latency run 'budget/*' 'half/*' 'forms/*'
+    OMP_NUM_THREADS=1 python -m benchmarks.planning.latency run 'curve/*' --shared ../shared
+    python -m benchmarks.planning.latency run 'gpu/*'
+    python -m benchmarks.planning.latency table
 
 Weights are random, except in `curve`: the trained tf_efficientnet_lite0 under budgets of time, planned and fitted on
 256 images of a sample of ImageNet, and judged on its other images. `gpu` rows are in bfloat16, channels last. On one
@@ -25,7 +25,6 @@ from typing import Any
 
 import timm
 import torch
-from rows import chosen, load_results, print_rows, row_parser, run_rows
 from torch import nn
 
 import arp_hub
@@ -35,8 +34,9 @@ from arp_hub.layers.low_rank import layer_shape
 from arp_hub.layers.model import count_params
 from arp_hub.schemes import make_scheme
 from arp_hub.timing import paired_ratio, take_turns
+from benchmarks.rows import chosen, load_results, print_rows, results_file, row_parser, run_rows
 
-RESULTS = Path(__file__).parent / "results" / "latency.json"
+RESULTS = results_file("latency")
 MODELS = ("resnet18", "resnet50", "vgg16", "tf_efficientnet_lite0", "convnext_atto", "vit_tiny_patch16_224")
 BATCHES = (1, 32)
 BUDGET = 0.7
@@ -222,10 +222,9 @@ def in_form(form: str) -> dict[str, Any]:
 
 def trade_off(keep: float, shared: Path) -> dict[str, Any]:
     """Top-1 and measured latency of the trained network under a budget of time, with no training."""
-    from accuracy import NETWORKS, images_and_test
-
     from arp_hub.hub.load import load_model
     from arp_hub.training import evaluate
+    from benchmarks.accuracy import NETWORKS, images_and_test
 
     network = NETWORKS["lite0"]
     dense = load_model(network.model, str(shared / "weights" / network.checkpoint)).eval()

@@ -1,9 +1,9 @@
 """What a training step is made of: data, forward and backward, penalty; in one process or several.
 
-    OMP_NUM_THREADS=1 python benchmarks/training_step.py cifar_resnet20 --data ../shared/data/cifar10
-    OMP_NUM_THREADS=1 python -m torch.distributed.run --nproc_per_node 2 benchmarks/training_step.py cifar_resnet20 \
-        --data ../shared/data/cifar10
-    python benchmarks/training_step.py cifar_resnet20 --data ../shared/data/cifar10 --gpu --recorded
+    OMP_NUM_THREADS=1 python -m benchmarks.training.training_step cifar_resnet20 --data ../shared/data/cifar10
+    OMP_NUM_THREADS=1 python -m torch.distributed.run --nproc_per_node 2 \
+        -m benchmarks.training.training_step cifar_resnet20 --data ../shared/data/cifar10
+    python -m benchmarks.training.training_step cifar_resnet20 --data ../shared/data/cifar10 --gpu --recorded
 
 Blocks of steps with the penalty and without take turns in one run; medians of wall time, so the machine should have
 nothing else to do. The row goes into results/training_step.json.
@@ -15,12 +15,10 @@ import argparse
 import json
 import statistics
 import time
-from pathlib import Path
 
 import timm
 import torch
 from accelerate import Accelerator
-from penalty_cost import plan_of
 from torch.nn.functional import cross_entropy
 
 import arp_hub
@@ -29,8 +27,10 @@ from arp_hub.training import load_data
 from arp_hub.training.data.augment import epoch_batches
 from arp_hub.training.data.images import TrainBatch
 from arp_hub.training.graphs import recorded_training
+from benchmarks.penalty.penalty_cost import plan_of
+from benchmarks.rows import replace_row, results_file
 
-RESULTS = Path(__file__).parent / "results" / "training_step.json"
+RESULTS = results_file("training_step")
 
 
 def main() -> None:
@@ -107,10 +107,7 @@ def main() -> None:
     }
     if accelerator.is_main_process:
         print(json.dumps({key: row[key] for key in list(row)[2:]}, indent=1))
-        rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-        same = ("model", "processes", "device", "batch_size", "recorded")
-        rows = [old for old in rows if any(old.get(key, False) != row[key] for key in same)] + [row]
-        RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        replace_row(RESULTS, row, same=("model", "processes", "device", "batch_size", "recorded"))
     wrapped, forward, optimizer = accelerator.free_memory(wrapped, forward, optimizer)  # they hold the process group
     accelerator.end_training()
 

@@ -1,6 +1,6 @@
 """Loading a decomposed model from a folder against loading its dense form, and what `import arp_hub` adds to timm.
 
-    OMP_NUM_THREADS=1 python benchmarks/loading_time.py resnet50
+    OMP_NUM_THREADS=1 python -m benchmarks.hub.loading_time resnet50
 
 Loads are timed in turns in one process, imports in new processes in turns; CPU seconds, medians with quartiles. Written
 to results/loading_time.json.
@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import timm
 import torch
@@ -21,8 +20,9 @@ import torch
 import arp_hub
 from arp_hub._utils.environment import environment
 from arp_hub.timing import Spread, paired_ratio, take_turns
+from benchmarks.rows import results_file
 
-RESULTS = Path(__file__).parent / "results" / "loading_time.json"
+RESULTS = results_file("loading_time")
 IMPORT = "import time; import {}; print(time.process_time())"
 
 

@@ -1,8 +1,8 @@
 """Time and memory of planning and decomposing a model with random weights.
 
-    OMP_NUM_THREADS=1 python benchmarks/planning_time.py resnet50
-    OMP_NUM_THREADS=1 python benchmarks/planning_time.py resnet50 --images 256
-    python benchmarks/planning_time.py resnet50 --images 256 --device cuda
+    OMP_NUM_THREADS=1 python -m benchmarks.planning.planning_time resnet50
+    OMP_NUM_THREADS=1 python -m benchmarks.planning.planning_time resnet50 --images 256
+    python -m benchmarks.planning.planning_time resnet50 --images 256 --device cuda
 
 The row in results/planning_time.json holds wall time, CPU time (which other processes do not add to), and the peak of
 the process's memory, or of the GPU's, beyond what it held before planning, in multiples of the weights. The images are
@@ -16,7 +16,6 @@ import json
 import resource
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -25,8 +24,9 @@ import torch
 import arp_hub
 from arp_hub._utils.environment import environment
 from arp_hub.layers.trace import input_size_of
+from benchmarks.rows import replace_row, results_file
 
-RESULTS = Path(__file__).parent / "results" / "planning_time.json"
+RESULTS = results_file("planning_time")
 
 
 def memory(device: torch.device) -> int:
@@ -79,10 +79,7 @@ def main() -> None:
         "peak_over_weights": round(peak / (4 * weights), 2),
     }
     print(json.dumps({key: row[key] for key in list(row)[3:]}))
-    rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-    measured = ("model", "images", "device")
-    rows = [old for old in rows if any(old[key] != row[key] for key in measured)] + [row]
-    RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    replace_row(RESULTS, row, same=("model", "images", "device"))
 
 
 if __name__ == "__main__":

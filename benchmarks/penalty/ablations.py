@@ -1,8 +1,8 @@
 """What each part of the penalty is worth: ResNet-20 on CIFAR-10, one epoch, one thing changed at a time.
 
-    python benchmarks/ablations.py list
-    python benchmarks/ablations.py run '0.35/*' --shared ../shared
-    python benchmarks/ablations.py table
+    python -m benchmarks.penalty.ablations list
+    python -m benchmarks.penalty.ablations run '0.35/*' --shared ../shared
+    python -m benchmarks.penalty.ablations table
 
 All rows of a budget share data, batches, learning rate, plan and (unless their name says otherwise) the start: the
 trained network, or its data-aware decomposition. `run` writes results/ablations.json; rows that are there already are
@@ -20,19 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rival_penalties import (
-    LR,
-    RAMP,
-    FixedShare,
-    InLoss,
-    KeepsEnergy,
-    Nothing,
-    NuclearNorm,
-    NuclearTail,
-    Pull,
-    Replanned,
-)
-from rows import chosen, load_results, print_rows, row_parser, write_result
 from safetensors.torch import load_file, save_file
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -49,13 +36,21 @@ from arp_hub.training import ImageData, calibration_images, evaluate, load_data
 from arp_hub.training.data.augment import epoch_batches, steps_per_epoch
 from arp_hub.training.data.images import TrainBatch
 from arp_hub.training.seeds import keyed_seed
-
-HERE = Path(__file__).parent
-RESULTS, PAGE, CACHE = (
-    HERE / "results" / "ablations.json",
-    HERE.parent / "docs" / "ablations.md",
-    Path("runs/ablations"),
+from benchmarks.penalty.rival_penalties import (
+    LR,
+    RAMP,
+    FixedShare,
+    InLoss,
+    KeepsEnergy,
+    Nothing,
+    NuclearNorm,
+    NuclearTail,
+    Pull,
+    Replanned,
 )
+from benchmarks.rows import HERE, chosen, load_results, print_rows, results_file, row_parser, write_result
+
+RESULTS, PAGE, CACHE = results_file("ablations"), HERE.parent / "docs" / "ablations.md", Path("runs/ablations")
 BATCH, DISTILL, HEAT, CLIP = 128, 0.9, 4.0, 5.0
 
 
@@ -306,8 +301,8 @@ def train(task: Task, variant: Variant, model: nn.Module, pull: Pull, total: int
 
 HEAD = """# Ablations
 
-Written by `python benchmarks/ablations.py table`; reproduce a row with
-`OMP_NUM_THREADS=1 python benchmarks/ablations.py run ROW --again --shared ../shared`.
+Written by `python -m benchmarks.penalty.ablations table`; reproduce a row with
+`OMP_NUM_THREADS=1 python -m benchmarks.penalty.ablations run ROW --again --shared ../shared`.
 
 ResNet-20 on CIFAR-10 from one trained checkpoint (91.73). In every row: one epoch of the same batches, SGD with
 momentum 0.9 from a rate of 0.03 along a cosine, distillation 0.9 at temperature 4, gradients clipped at 5, the same

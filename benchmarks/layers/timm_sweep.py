@@ -1,9 +1,9 @@
 """Decompose the smallest model of every timm family and check all that timm does with it.
 
-    python benchmarks/timm_sweep.py            # one model for each family: the checks of timm_checks.py
-    python benchmarks/timm_sweep.py --exports  # the same models: torch.compile, torch.export, ONNX, TorchScript
-    python benchmarks/timm_sweep.py --all      # every architecture: planned on the meta device
-    python benchmarks/timm_sweep.py --docs     # write docs/supported-models.md from the results
+    python -m benchmarks.layers.timm_sweep            # one model for each family: the checks of timm_checks.py
+    python -m benchmarks.layers.timm_sweep --exports  # the same models: torch.compile, torch.export, ONNX, TorchScript
+    python -m benchmarks.layers.timm_sweep --all      # every architecture: planned on the meta device
+    python -m benchmarks.layers.timm_sweep --docs     # write docs/supported-models.md from the results
 
 Each family runs in a process of its own under a time limit, so that one crash does not end the sweep. Results are
 written after each; what is there already is not run again, unless it is named with ``--family``.
@@ -29,7 +29,6 @@ import matplotlib.pyplot  # noqa: F401 - imported before the forks, so that no p
 import timm
 import torch
 import torch._dynamo  # noqa: F401 - imported before the forks, as matplotlib is
-from timm_checks import CHECKS, EXPORTS, Case, feasible_plan, flat, make_case, random_model, run_check, smallest_size
 from torch import nn
 
 import arp_hub
@@ -37,9 +36,21 @@ import arp_hub.reports.plots
 import arp_hub.reports.summary  # noqa: F401 - imported before the forks, as matplotlib is
 from arp_hub._utils.environment import environment
 from arp_hub.layers.model import count_params
+from benchmarks.layers.timm_checks import (
+    CHECKS,
+    EXPORTS,
+    Case,
+    feasible_plan,
+    flat,
+    make_case,
+    random_model,
+    run_check,
+    smallest_size,
+)
+from benchmarks.rows import HERE, load_results, results_file
 
-RESULTS = Path(__file__).parent / "results" / "timm_sweep.json"
-DOCS = Path(__file__).parents[1] / "docs" / "supported-models.md"
+RESULTS = results_file("timm_sweep")
+DOCS = HERE.parent / "docs" / "supported-models.md"
 LARGEST = 60_000_000
 KEEP = 0.5
 
@@ -57,7 +68,7 @@ def main() -> None:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    results: dict[str, Any] = load_results(RESULTS)
     if args.docs:
         write_docs(results)
         return
@@ -247,7 +258,7 @@ def save(results: dict[str, Any]) -> None:
 
 INTRO = """# Supported models
 
-Written by `python benchmarks/timm_sweep.py --docs` from `benchmarks/results/timm_sweep.json`; do not edit.
+Written by `python -m benchmarks.layers.timm_sweep --docs` from `benchmarks/results/timm_sweep.json`; do not edit.
 timm {timm}, torch {torch}, {threads} thread of {cpu}, seed 0.
 
 Every family of timm is one of its model files. For each, the smallest architecture is decomposed with random weights,

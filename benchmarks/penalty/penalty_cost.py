@@ -1,9 +1,9 @@
 """What the penalty adds to a training step, beside plain training and a nuclear norm by full SVDs.
 
-    OMP_NUM_THREADS=1 python benchmarks/penalty_cost.py cifar_resnet20 --batch-size 128
-    OMP_NUM_THREADS=1 python benchmarks/penalty_cost.py resnet50 --batch-size 8
-    OMP_NUM_THREADS=1 python benchmarks/penalty_cost.py vit_large_patch16_224 --batch-size 1 --seconds 1 --alone
-    python benchmarks/penalty_cost.py resnet50 --batch-size 256 --device cuda --bf16 --alone
+    OMP_NUM_THREADS=1 python -m benchmarks.penalty.penalty_cost cifar_resnet20 --batch-size 128
+    OMP_NUM_THREADS=1 python -m benchmarks.penalty.penalty_cost resnet50 --batch-size 8
+    OMP_NUM_THREADS=1 python -m benchmarks.penalty.penalty_cost vit_large_patch16_224 --batch-size 1 --seconds 1 --alone
+    python -m benchmarks.penalty.penalty_cost resnet50 --batch-size 256 --device cuda --bf16 --alone
 
 All are timed in turns in one run, by the process's own CPU time on one thread; medians. torchao's nuclear norm is among
 them where torchao is installed. Every k x k layer is CP and
@@ -18,7 +18,6 @@ import argparse
 import copy
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import timm
 import torch
@@ -33,8 +32,9 @@ from arp_hub.layers.trace import input_size_of
 from arp_hub.planning.costs import rank_at
 from arp_hub.schemes import make_scheme
 from arp_hub.timing import Spread, paired_ratio, take_turns
+from benchmarks.rows import replace_row, results_file
 
-RESULTS = Path(__file__).parent / "results" / "penalty_cost.json"
+RESULTS = results_file("penalty_cost")
 SHARE = 0.45
 
 
@@ -113,10 +113,7 @@ def main() -> None:
         **in_training,
     }
     print(json.dumps({key: row[key] for key in list(row)[3:]}, indent=1))
-    rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-    same = ("model", "device")
-    rows = [old for old in rows if any(old.get(key, "cpu") != row[key] for key in same)] + [row]
-    RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    replace_row(RESULTS, row, same=("model", "device"))
 
 
 def share_in_training(

@@ -1,0 +1,55 @@
+"""Every benchmark starts, lies in the folder of what it measures, and is named right wherever a command names it."""
+
+from __future__ import annotations
+
+import ast
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+SCRIPTS = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in BENCHMARKS.rglob("*.py")
+    if "ArgumentParser" in path.read_text(encoding="utf-8") or "row_parser(__doc__" in path.read_text(encoding="utf-8")
+)
+SCRIPTS.remove("benchmarks.rows")
+TEXTS = [
+    path
+    for pattern in ("*.md", "docs/**/*.md", "benchmarks/**/*.py", "arp_hub/**/*.py", "recipes/*.py", "pyproject.toml")
+    for path in sorted(ROOT.glob(pattern))
+    if path.name != "CHANGELOG.md"
+]
+COMMAND = re.compile(r"-m benchmarks((?:\.\w+)+)|\bbenchmarks/([\w/]+)\.py")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_benchmark_starts(script, monkeypatch, capsys):
+    """It imports what it needs, and prints what its docstring says, commands included."""
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+    assert ended.value.code == 0
+    doc = ast.get_docstring(ast.parse(Path(ROOT, *script.split(".")).with_suffix(".py").read_text(encoding="utf-8")))
+    assert doc.splitlines()[0] in capsys.readouterr().out
+    assert script in doc or script.replace(".", "/") in doc
+
+
+def test_folders_are_those_of_the_package():
+    folders = {path.parent.relative_to(BENCHMARKS).as_posix() for path in BENCHMARKS.rglob("*.py")} - {"."}
+    parts = {path.relative_to(ROOT / "arp_hub").with_suffix("").parts[0] for path in (ROOT / "arp_hub").rglob("*.py")}
+    assert folders <= parts
+
+
+def test_commands_name_benchmarks_that_exist():
+    named = {
+        (path.name, match[1].strip(".").replace(".", "/") if match[1] else match[2])
+        for path in TEXTS
+        for match in COMMAND.finditer(path.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 15
+    assert [name for name in named if not (BENCHMARKS / f"{name[1]}.py").is_file()] == []
