@@ -1,4 +1,4 @@
-"""Every row of the accuracy tables, by name: with no training, and with the penalty.
+"""The rows of the accuracy tables: without training, and with the penalty.
 
     python -m benchmarks.accuracy list
     python -m benchmarks.accuracy run fit/resnet20/0.5 --shared ../shared
@@ -6,9 +6,9 @@
     python -m benchmarks.accuracy table
 
 `--shared` is a folder with `weights/` (trained checkpoints) and `data/` (CIFAR-10 and a sample of ImageNet, as
-parquet). `run` writes results/accuracy.json, one entry a row; rows that are there already are left out unless `--again`
-is given, and `--cuda-graphs` records the passes of those that train, on a GPU. The rows of training in `KEPT` keep
-their finished models in models/. `table` writes the tables of docs/results.md and the figure beside it.
+parquet). `run` writes results/accuracy.json, one entry a row, and skips rows that it holds unless `--again` is given.
+With `--cuda-graphs`, rows that train record their passes on a GPU. The rows in `KEPT` store their finished models in
+models/. `table` writes docs/results.md, its figure, and the table of the README.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Network:
-    """A trained network and the images it is judged on.
+    """A trained network and its data.
 
     Attributes:
         model: timm name.
-        checkpoint: File under ``weights/``; empty: its rows train it first.
+        checkpoint: File under ``weights/``; if empty, rows train the dense network first.
         data: Folder under ``data/``.
-        images: Unlabelled images to calibrate on.
-        one_split: Whether the data has a single split, from which the calibration images are taken out of the test.
+        images: Number of unlabelled calibration images.
+        one_split: Whether the data has a single split, which is then divided into calibration and test images.
     """
 
     model: str
@@ -76,9 +76,9 @@ class Row:
     Attributes:
         network: A key of `NETWORKS`.
         keep: Share of the parameters to keep.
-        images: Calibration images; None: as many as are good for the network, 0: weights alone.
+        images: Number of calibration images; None: the network's own number, 0: weights alone.
         schemes: Schemes to choose from; empty: all.
-        uniform: One scheme for all k x k layers, at one share, instead of a plan by error.
+        uniform: Scheme for all k x k layers at the same share of parameters, instead of a plan by error.
         train: Settings of the recipe, if the row trains.
     """
 
@@ -138,13 +138,13 @@ FROM_NOTHING: dict[str, Any] = {
     "mixed_precision": "bf16",
     "checkpoint_every": 0,
 }
-"""The dense network is trained first, in fewer epochs than is usual."""
+"""Settings that train the dense network first, for fewer epochs than usual."""
 RAMP: dict[str, Any] = {"start_from": "dense", "ramp": 0.65}
-"""The same epochs from the dense network, which the penalty pulls over."""
+"""Settings that start from the dense network, with a ramp of the penalty."""
 TEACHER: dict[str, Any] = {"teacher": "cifar_resnet56", "teacher_checkpoint": "weights/resnet56_cifar10.safetensors"}
-"""Distillation from a larger network."""
+"""Settings that distil from a larger network."""
 FACTORS: dict[str, Any] = {"epochs": 0, "finetune_epochs": 10, "finetune_lr": 0.003}
-"""The same epochs with no penalty: the factors of the fit are trained, at the rate that they bear."""
+"""Settings that fine-tune the factors of the fit, without a penalty, at a rate at which they converge."""
 ROWS = _rows()
 KEPT = (
     "train/resnet20/0.5",
@@ -154,7 +154,7 @@ KEPT = (
     "long/resnet56/0.2",
     "long/resnet110/0.35",
 )
-"""Rows of training whose finished models stay in models/: of each network and budget the one that ended best."""
+"""Rows that train and whose finished models stay in models/: the most accurate one of each network and budget."""
 
 
 def main() -> None:
@@ -174,7 +174,7 @@ def main() -> None:
 
 
 def measure(names: list[str], shared: Path, again: bool = False, cuda_graphs: bool = False) -> None:
-    """Measure rows one after the other; each is written as soon as it is known."""
+    """Measure rows one by one and write each result at once."""
     for name in names:
         if name in load_results(RESULTS) and not again:
             continue
@@ -188,7 +188,7 @@ def measure(names: list[str], shared: Path, again: bool = False, cuda_graphs: bo
 
 
 def measure_fit(row: Row, shared: Path) -> dict[str, Any]:
-    """Plan and decompose with no training, and judge on the test images."""
+    """Plan and decompose without training, and evaluate on the test images."""
     network = NETWORKS[row.network]
     torch.manual_seed(SEED)
     model = load_model(network.model, str(shared / "weights" / network.checkpoint)).eval()
@@ -215,7 +215,7 @@ def measure_fit(row: Row, shared: Path) -> dict[str, Any]:
 
 
 def images_and_test(network: Network, model: nn.Module, shared: Path) -> tuple[Tensor, Split]:
-    """Calibration images, and the images for the last number: never the same ones."""
+    """Calibration images and test images, which do not overlap."""
     data = load_data(str(shared / "data" / network.data), model, seed=SEED)
     if not network.one_split:
         return calibration_images(data, network.images, seed=SEED), data.test
@@ -228,7 +228,7 @@ def images_and_test(network: Network, model: nn.Module, shared: Path) -> tuple[T
 
 
 def uniform_plan(model: nn.Module, keep: float, scheme: str) -> RankPlan:
-    """The same share of parameters in every k x k convolution but the first, so that ``keep`` remain in all."""
+    """A plan with one share of parameters for every k x k convolution but the first, so that ``keep`` of all remain."""
     convs = {
         name: module
         for name, module in model.named_modules()
@@ -244,7 +244,7 @@ def uniform_plan(model: nn.Module, keep: float, scheme: str) -> RankPlan:
 
 
 def measure_trained(name: str, row: Row, shared: Path, cuda_graphs: bool = False) -> dict[str, Any]:
-    """Run the recipe's trainer; the finished model stays in ``models/``, and a run that was stopped goes on."""
+    """Run the recipe's trainer, or resume a stopped run; models of `KEPT` rows go to ``models/``."""
     network = NETWORKS[row.network]
     output = Path("runs") / "accuracy" / name.replace("/", "-")
     settings = {"checkpoint_every": 100, **row.train}
@@ -282,7 +282,7 @@ def _counts(model: nn.Module) -> dict[str, int]:
 
 
 def _plain(row: Row) -> dict[str, Any]:
-    """The row's own settings, without what it leaves at its default."""
+    """The settings of the row that are not empty."""
     defaults = {item.name for item in dataclasses.fields(row) if getattr(row, item.name) in (None, "", (), {})}
     values = {item.name: getattr(row, item.name) for item in dataclasses.fields(row) if item.name not in defaults}
     return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}

@@ -48,7 +48,7 @@ _LEAST_LOST = 0.1
 Results = Mapping[str, Mapping[str, Any]]
 
 BEGIN, END = "<!-- written by benchmarks/accuracy.py table -->\n", "<!-- to here -->"
-"""What stands in the README around the table."""
+"""The lines of the README around its table."""
 
 HEAD = """# Results
 
@@ -61,35 +61,46 @@ python -m benchmarks.accuracy run ROW --again --shared ../shared
 ```
 
 CIFAR-10: calibration on 1,024 training images without their labels, top-1 on all 10,000 test images. The sample of
-ImageNet has 1,000 images, very likely of the training set: 256 of them calibrate, the other 744 are judged, and the
-numbers compare a network with its own dense form, no more. One seed, the last epoch, and no choice made on these test
-images. Rows were recorded at different commits, as `git log benchmarks/results/accuracy.json` tells. Training rows have
-a pull of the penalty every eighth step, `long/resnet56/0.35` every 32nd. That row was planned on a CPU, trained up to
-step 7,649 of 9,750 on an H200 (`--cuda-graphs`) and to its end on a CPU.
+ImageNet has 1,000 images, very likely of the training set: 256 of them calibrate and the other 744 are the test images,
+so that numbers only compare a network with its own dense form. Every row is the last epoch of one run, seed 0; no
+setting is chosen on the test images. Rows were recorded at different commits, see `git log
+benchmarks/results/accuracy.json`. Training rows have a pull of the penalty every eighth step, `long/resnet56/0.35`
+every 32nd. That row was planned on a CPU, trained up to step 7,649 of 9,750 on an H200 (`--cuda-graphs`) and to its end
+on a CPU.
 
 ![Points of top-1 lost over the share of parameters kept](img/accuracy.png)
 """
 
 
 def write_report(results: Results) -> None:
-    """Write docs/results.md and its figure."""
+    """Write docs/results.md, its figure, and the table of the README."""
     if not results:
         raise SystemExit("there are no results yet: run some rows first")
+    PAGE.write_text(page(results), encoding="utf-8")
+    FIGURE.parent.mkdir(exist_ok=True)
+    _figure(results).savefig(FIGURE, dpi=150)
+    README.write_text(with_table(README.read_text(encoding="utf-8"), results), encoding="utf-8")
+    print(f"wrote {PAGE.name}, {FIGURE.name} and the table of {README.name}")
+
+
+def page(results: Results) -> str:
+    """The text of docs/results.md."""
     parts = [HEAD]
     for network, title in NETWORKS.items():
         own = {name: result for name, result in results.items() if result["network"] == network}
         if own:
             parts.append(_network(network, title, own))
-    PAGE.write_text("\n".join(parts), encoding="utf-8")
-    FIGURE.parent.mkdir(exist_ok=True)
-    _figure(results).savefig(FIGURE, dpi=150)
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    README.write_text(before + BEGIN + _summary(results) + END + rest.partition(END)[2], encoding="utf-8")
-    print(f"wrote {PAGE.name}, {FIGURE.name} and the table of {README.name}")
+    return "\n".join(parts)
+
+
+def with_table(readme: str, results: Results) -> str:
+    """The README with its table written from results."""
+    before, _, rest = readme.partition(BEGIN)
+    return before + BEGIN + _summary(results) + END + rest.partition(END)[2]
 
 
 def _summary(results: Results) -> str:
-    """Top-1 of every network and budget, by what was done."""
+    """Top-1 by network, budget and method."""
     measured = {name.split("/")[0] for name in results}
     shown = ("svd", "weights", "fit", "factors", "train")
     columns = {method: METHODS[method] for method in shown if method in measured}
@@ -172,7 +183,7 @@ def _size(counts: Mapping[str, Any]) -> str:
 
 
 def _figure(results: Results) -> Figure:
-    """Points lost over the share kept, a panel for each network of several rows; both axes grow towards better."""
+    """Points of top-1 lost over the share kept, one panel a network with more than one row; up and right is better."""
     rows = Counter(row["network"] for row in results.values())
     networks = [network for network in NETWORKS if rows[network] > 1]
     figure = Figure(figsize=(max(6.5, 4.6 * len(networks)), 5.2), layout="constrained")

@@ -1,12 +1,12 @@
-"""What the presets of effort cost and reach, on four trained networks.
+"""Accuracy and time of the effort presets, on four trained networks.
 
     python -m benchmarks.effort list
     OMP_NUM_THREADS=1 python -m benchmarks.effort run 'resnet20/*' --shared ../shared
     python -m benchmarks.effort table
 
-A row is NETWORK/EFFORT. Each plans and decomposes with no training, on unlabelled training images, in a process of one
-thread, and notes CPU seconds (user and system), peak memory, and top-1 on test images that chose nothing. It writes
-results/effort.json; `table` prints it.
+A row is NETWORK/EFFORT: planning and decomposition without training, calibrated on unlabelled training images, on one
+thread. It records CPU seconds (user and system), peak memory, and top-1 on test images, which no choice depends on.
+`run` writes results/effort.json; `table` prints it.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Network:
-    """A trained network, the images it is fitted on, and those it is judged on.
+    """A trained network, its calibration images and its test images.
 
     Attributes:
         model: timm name.
         checkpoint: File under ``weights/``.
         keep: Share of the parameters to keep.
-        data: Folder under ``data/`` whose training images calibrate.
-        images: Number of these images.
-        test: Folder under ``data/`` whose test images judge.
-        test_images: Number of these images.
+        data: Folder under ``data/`` with the calibration images.
+        images: Number of calibration images.
+        test: Folder under ``data/`` with the test images.
+        test_images: Number of test images.
         args: Arguments of the model.
     """
 
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def network_and_images(name: str, shared: Path) -> tuple[nn.Module, Tensor, Split]:
-    """The dense network, calibration images, and the split that judges."""
+    """The dense network, its calibration images and its test split."""
     network = NETWORKS[name]
     model = load_model(network.model, pretrained=False, **network.args)
     state = load_file(shared / "weights" / f"{network.checkpoint}.safetensors")

@@ -1,17 +1,17 @@
-"""Peers side by side on one network with no training: accuracy, cost, latency and time at the same kept parameters.
+"""Peers side by side on one network, without training: accuracy, cost, latency and time at the same budget.
 
     pip install "arp-hub[bench]"
     OMP_NUM_THREADS=1 python -m benchmarks.peers --shared ../shared --network resnet20 --keep 0.7 0.5 0.35
     OMP_NUM_THREADS=1 python -m benchmarks.peers --shared ../shared --network lite0 --keep 0.84 0.7
     python -m benchmarks.peers --shared ../shared --table
 
-ResNet-20 on 2,000 test images of CIFAR-10, or tf_efficientnet_lite0 on the sample of ImageNet, less the images that
-calibrate. Every peer gets its fair best: the same layers, BatchNorm re-estimated where that helps it. A peer that is
-not installed, or fails, leaves a row that says so. Other rows in results/peers.json stay.
+ResNet-20 is tested on 2,000 test images of CIFAR-10, tf_efficientnet_lite0 on the images of the sample of ImageNet that
+do not calibrate. Every peer compresses the same layers, and gets its BatchNorms re-estimated where that helps. A peer
+that is not installed or fails gets a row that says so. Other rows in results/peers.json stay.
 
 - `arp_hub`: planned and fitted on unlabelled images; `arp_hub, no images`: on the weights alone.
-- `svd`: a plain loop of truncated SVDs, ranks by energy per parameter. torchao's low-rank training (`prototype/pat`)
-  ends in one, and has nothing of its own without training.
+- `svd`: truncated SVDs with ranks by energy per parameter, as at the end of torchao's low-rank training
+  (`prototype/pat`), which has no method without training.
 - `tltorch cp`, `tltorch tucker`: `FactorizedConv`, the same share of parameters in every layer.
 - `torch-pruning lamp`, `torch-pruning group`: channels pruned by LAMP or group magnitude, BatchNorm re-estimated.
 """
@@ -51,17 +51,17 @@ Peer = Callable[[nn.Module, float, Tensor], nn.Module]
 
 
 def ours(model: nn.Module, keep: float, images: Tensor) -> nn.Module:
-    """Planned and fitted on images."""
+    """Plan and fit on images."""
     return arp_hub.decompose(model, arp_hub.make_plan(model, keep_params=keep, calibration=images), images)
 
 
 def ours_without_images(model: nn.Module, keep: float, images: Tensor) -> nn.Module:
-    """On the weights alone."""
+    """Plan and fit on the weights alone."""
     return arp_hub.decompose(model, arp_hub.make_plan(model, keep_params=keep))
 
 
 def svd(model: nn.Module, keep: float, images: Tensor) -> nn.Module:
-    """Truncated SVDs of the weights; the next rank goes where it saves most energy for its parameters."""
+    """Truncated SVDs of the weights; each next rank goes to the layer that gains most energy per parameter."""
     convs = _layers(model, (nn.Conv2d, nn.Linear))
     spectra, ranks = {}, dict.fromkeys(convs, 1)
     for name, conv in convs.items():
@@ -81,7 +81,7 @@ def svd(model: nn.Module, keep: float, images: Tensor) -> nn.Module:
 
 
 def tltorch(factorization: str, model: nn.Module, keep: float, images: Tensor) -> nn.Module:
-    """Factorised convolutions of tensorly-torch; a share that gives too many parameters is lowered."""
+    """Factorised convolutions of tensorly-torch, whose share is lowered until the budget holds."""
     inside = sum(conv.weight.numel() for conv in _layers(model, (nn.Conv2d,)).values())
     share = (keep * count_params(model) - (count_params(model) - inside)) / inside
     while True:
@@ -92,7 +92,7 @@ def tltorch(factorization: str, model: nn.Module, keep: float, images: Tensor) -
 
 
 def tltorch_at(share: float, factorization: str, model: nn.Module) -> nn.Module:
-    """The same share of parameters in every layer, about."""
+    """Every convolution factorised at about the same share of its parameters."""
     from tltorch import FactorizedConv
 
     for name, conv in _layers(model, (nn.Conv2d,)).items():
@@ -105,7 +105,7 @@ def tltorch_at(share: float, factorization: str, model: nn.Module) -> nn.Module:
 
 
 def torch_pruning(importance: str, model: nn.Module, keep: float, images: Tensor) -> nn.Module:
-    """Channels pruned by magnitude until the parameters are kept, BatchNorm re-estimated."""
+    """Prune channels by magnitude down to the budget, and re-estimate the BatchNorms."""
     import torch_pruning as tp
 
     goal = keep * count_params(model)
@@ -139,7 +139,7 @@ PEERS: dict[str, tuple[Peer, str | None, bool]] = {
     "torch-pruning lamp": (partial(torch_pruning, "LAMPImportance"), "torch-pruning", False),
     "torch-pruning group": (partial(torch_pruning, "GroupMagnitudeImportance"), "torch-pruning", False),
 }
-"""How a peer compresses, the package it needs, and whether its result reloads in one line of timm."""
+"""For each peer: how it compresses, the package it needs, and whether its result reloads in one line of timm."""
 
 
 def measure(network: str, model: nn.Module, peer: str, keep: float, images: Tensor, test: Split) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def measure(network: str, model: nn.Module, peer: str, keep: float, images: Tens
         row["one_line_reload"] = reloads
     except PackageNotFoundError:
         row["missing"] = f"{package} is not installed"
-    except Exception as error:  # a peer may fail in any way, and the table says so
+    except Exception as error:  # a peer may raise anything; the table reports it
         row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return row
 
@@ -181,7 +181,7 @@ def main() -> None:
         print_table(load_rows(RESULTS))
         return
     if args.shared is None:
-        parser.error("--shared is needed, a folder with weights/ and data/")
+        parser.error("--shared is required: a folder with weights/ and data/")
     network = NETWORKS[args.network]
     torch.manual_seed(0)
     model = load_model(network.model, args.shared / "weights" / network.checkpoint).eval()
@@ -195,7 +195,7 @@ def main() -> None:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Markdown, one table a network."""
+    """Print one Markdown table for each network."""
     for network in dict.fromkeys(row["network"] for row in rows):
         print("| kept | peer | top-1 | MACs | latency | CPU seconds | reloads in one line |\n" + "|---" * 7 + "|")
         own = [row for row in rows if row["network"] == network]
@@ -211,7 +211,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def _layers(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> dict[str, Any]:
-    """The layers that are decomposed: not the first convolution, depthwise ones, or the ten rows of a CIFAR head."""
+    """The layers that peers compress: all but the first convolution, depthwise layers and the CIFAR classifier."""
     return {
         name: module
         for name, module in model.named_modules()

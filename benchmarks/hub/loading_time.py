@@ -1,9 +1,9 @@
-"""Loading a decomposed model from a folder against loading its dense form, and what `import arp_hub` adds to timm.
+"""Loading time of a decomposed model and of its dense form, and what `import arp_hub` adds to `import timm`.
 
     OMP_NUM_THREADS=1 python -m benchmarks.hub.loading_time resnet50
 
-Loads are timed in turns in one process, imports in new processes in turns; CPU seconds, medians with quartiles. Written
-to results/loading_time.json.
+Loads take turns in one process; imports take turns in new processes. Times are CPU seconds, medians with quartiles. The
+script writes results/loading_time.json.
 """
 
 from __future__ import annotations

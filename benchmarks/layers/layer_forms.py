@@ -1,9 +1,10 @@
-"""A decomposed layer against the dense one: every scheme, eager and channels-last, at some shares of the parameters.
+"""Latency of a decomposed layer over the dense one: four schemes, two memory layouts, two shares of the parameters.
 
     OMP_NUM_THREADS=1 python -m benchmarks.layers.layer_forms
 
-Ratios of CPU seconds on one thread, in turns, medians. Below 1 is faster than the dense layer in the same layout,
-and `gain` is the dense layer's own gain from channels-last. Written to results/layer_forms.json.
+A ratio is the median over runs in turns, of CPU seconds on one thread. Below 1 the decomposed layer is faster than the
+dense one in the same layout. `gain` is the ratio of the dense layer channels-last to contiguous. The script writes
+results/layer_forms.json.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from benchmarks.rows import results_file
 
 RESULTS = results_file("layer_forms")
 CASES = ((64, 56, 1), (256, 14, 1), (512, 7, 1), (64, 8, 32), (256, 14, 32))
-"""Channels, side of the map, batch."""
+"""Channels, side of the feature map in pixels, batch size."""
 SHARES, SCHEMES = (0.5, 0.25), ("channel", "spatial", "cp", "tucker2")
 
 

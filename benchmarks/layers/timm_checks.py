@@ -1,8 +1,8 @@
-"""What must hold for a decomposed timm model: each entry point against the dense model's, as one table of checks.
+"""Checks of a decomposed timm model: every entry point is compared with the dense model's.
 
-Weights are random; what is compared is structure. At full rank a decomposed model computes what the dense one does, so
-that every difference is a fault. Parameters that start at zero are perturbed and BatchNorm statistics are measured on
-random images, because logits of an untrained model hide errors.
+Weights are random, because the checks compare structure. At full rank a decomposed model computes the same outputs as
+the dense one, so every difference is a fault. Parameters near zero are perturbed and BatchNorm statistics are measured
+on random images, because the logits of an untrained model hide errors.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _SIDES = (64, 128, 160, 192, 224, 256)
 
 
 class Failed(Exception):
-    """A check that does not hold, with the reason."""
+    """A check fails, with the reason."""
 
 
 class NotApplicable(Exception):
-    """The dense backbone does not have or cannot do what is checked, with the reason."""
+    """The dense backbone lacks or refuses the checked feature, with the reason."""
 
 
 @dataclass
@@ -67,8 +67,8 @@ class Case:
         return torch.randn(2, *self.size, generator=torch.Generator().manual_seed(1))
 
     def load(self, kind: str, **arguments: Any) -> nn.Module:
-        """The saved ``dense`` or ``exact`` model, made anew by timm."""
-        torch.manual_seed(2)  # what the arguments leave random is random alike
+        """Create the saved ``dense``, ``exact`` or ``half`` model through timm."""
+        torch.manual_seed(2)  # the same random weights where the arguments leave some random
         return timm.create_model(f"local-dir:{self.folder / kind}", pretrained=True, **arguments).eval()
 
 
@@ -78,13 +78,13 @@ def make_case(name: str, folder: Path, keep: float = 0.5, **arguments: Any) -> C
     Args:
         name: timm name.
         folder: Where to save them.
-        keep: Share of the parameters to keep, or as little as can be.
+        keep: Share of the parameters to keep; raised to the lowest possible one if necessary.
         **arguments: Arguments of ``timm.create_model``.
     """
     size = smallest_size(name, **arguments)
     dense = random_model(name, size, **arguments)
     exact = arp_hub.decompose(copy.deepcopy(dense), full_rank_plan(dense, size))
-    began = time.process_time()  # to which other processes do not add
+    began = time.process_time()
     plan = feasible_plan(dense, keep)
     seconds = time.process_time() - began
     half = arp_hub.decompose(copy.deepcopy(dense), plan)
@@ -98,7 +98,7 @@ def make_case(name: str, folder: Path, keep: float = 0.5, **arguments: Any) -> C
 
 
 def feasible_plan(model: nn.Module, keep: float) -> arp_hub.RankPlan:
-    """A plan for a share of the parameters, or for as few as can be."""
+    """A plan for a share of the parameters, or for the lowest possible share."""
     try:
         return arp_hub.make_plan(model, keep_params=keep)
     except arp_hub.ArpHubError as error:
@@ -109,7 +109,7 @@ def feasible_plan(model: nn.Module, keep: float) -> arp_hub.RankPlan:
 
 
 def smallest_size(name: str, **arguments: Any) -> tuple[int, int, int]:
-    """The smallest square image that a backbone takes as it is, at most its default."""
+    """The smallest square image that a backbone takes without other arguments, at most its default."""
     with torch.device("meta"):
         model = timm.create_model(name, **arguments)
     if "img_size" in arguments:
@@ -121,13 +121,13 @@ def smallest_size(name: str, **arguments: Any) -> tuple[int, int, int]:
                 maps = model.eval()(torch.zeros(2, channels, side, side, device="meta"))
             if isinstance(maps, Tensor):
                 return channels, side, side
-        except Exception:  # whatever it says, this size is none of its
+        except Exception:  # the backbone refuses this size
             continue
     return channels, *default
 
 
 def random_model(name: str, size: tuple[int, int, int], **arguments: Any) -> nn.Module:
-    """A backbone with random weights, none of them zero, and with BatchNorm statistics of random images."""
+    """A backbone with random weights, no parameter near zero, and BatchNorm statistics of random images."""
     torch.manual_seed(0)
     model = timm.create_model(name, **arguments).eval()
     with torch.no_grad():
@@ -147,7 +147,7 @@ def random_model(name: str, size: tuple[int, int, int], **arguments: Any) -> nn.
 
 
 def full_rank_plan(model: nn.Module, size: tuple[int, int, int]) -> arp_hub.RankPlan:
-    """Every layer that can be decomposed, stem and classifier too, at full rank, the schemes taking turns."""
+    """A plan for every decomposable layer, stem and classifier too, at full rank, with the schemes in turn."""
     turns = itertools.count()
     called = trace(model, size).sizes
     plans = {}
@@ -176,7 +176,7 @@ def flat(value: Any) -> list[Any]:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected."""
+    """Norm of the difference over the norm of ``expected``."""
     if found.shape != expected.shape:
         raise Failed(f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
     difference = (found.double() - expected.double()).norm()
@@ -185,7 +185,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def same(found: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
-    """Compare what two calls gave; tensors up to ``tolerance``, all else exactly."""
+    """Compare two results: tensors up to ``tolerance``, everything else exactly."""
     pairs = list(zip(flat(found), flat(expected), strict=True))
     for one, other in pairs:
         if isinstance(other, Tensor):
@@ -196,25 +196,25 @@ def same(found: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
 
 
 def alike(case: Case, call: Callable[[nn.Module], Any], tolerance: float = TOLERANCE) -> None:
-    """Call something on a copy of the dense model and on one of the decomposed, and compare."""
+    """Compare the results of a call on copies of the decomposed and the dense model."""
     compare(lambda: call(copy.deepcopy(case.exact)), lambda: call(copy.deepcopy(case.dense)), tolerance)
 
 
 def compare(ours: Callable[[], Any], theirs: Callable[[], Any], tolerance: float = TOLERANCE) -> None:
-    """Compare two results, or that both calls raise."""
+    """Compare the results of two calls; not applicable if the dense model raises."""
     try:
         with torch.no_grad():
             torch.manual_seed(3)
             expected = theirs()
-    except Exception as error:  # the dense model says what is right
+    except Exception as error:  # the dense model is the reference
         try:
             with torch.no_grad():
                 ours()
         except Exception as found:
             if not isinstance(found, (type(error), arp_hub.ArpHubError)):
-                raise Failed(f"{type(found).__name__}: {found}, where the dense one raises {error!r}") from None
-            raise NotApplicable(f"raises {type(error).__name__}, as the dense one does") from None
-        raise NotApplicable(f"works, where the dense one raises {type(error).__name__}") from None
+                raise Failed(f"{type(found).__name__}: {found}, but the dense model raises {error!r}") from None
+            raise NotApplicable(f"raises {type(error).__name__}, as the dense model does") from None
+        raise NotApplicable(f"works, but the dense model raises {type(error).__name__}") from None
     with torch.no_grad():
         torch.manual_seed(3)
         same(ours(), expected, tolerance)
@@ -227,7 +227,7 @@ def needs(model: nn.Module, name: str) -> None:
 
 
 def feature_maps(case: Case) -> None:
-    """Every module's output, layer by layer."""
+    """The output of every module."""
     for dtype in (torch.float32, torch.float64):
         try:
             name, error = _largest_map_error(case, dtype)
@@ -241,7 +241,7 @@ def feature_maps(case: Case) -> None:
 
 
 def _largest_map_error(case: Case, dtype: torch.dtype) -> tuple[str, float]:
-    """In double precision rounding does not count: then the fault is one of structure."""
+    """The module with the largest error; in double precision, the error excludes rounding."""
     dense, exact = case.dense, case.exact
     if dtype != torch.float32:
         dense = copy.deepcopy(dense).to(dtype)
@@ -261,7 +261,7 @@ def _largest_map_error(case: Case, dtype: torch.dtype) -> tuple[str, float]:
 
 @contextmanager
 def _outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """The output of every module's last call, factors not looked into."""
+    """The output of every module's last call, except inside factors."""
     found: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -319,7 +319,7 @@ def prune_intermediate_layers(case: Case) -> None:
 
 
 def feature_info(case: Case) -> None:
-    """What the model tells of its feature maps."""
+    """``feature_info``: the same feature maps."""
     needs(case.dense, "feature_info")
     if [dict(i) for i in case.exact.feature_info] != [dict(i) for i in case.dense.feature_info]:
         raise Failed("differs")
@@ -337,10 +337,10 @@ def layer_decay(case: Case) -> None:
         return {key: sorted({owner(name) for name in names}) for key, names in found.items()}
 
     if by_layer(case.exact) != by_layer(case.dense):
-        raise Failed("parameters are in other groups")
+        raise Failed("parameters are in different groups")
     count = sum(len(group["params"]) for group in param_groups_layer_decay(case.exact, layer_decay=0.9))
     if count != sum(p.requires_grad for p in case.exact.parameters()):
-        raise Failed(f"{count} parameters have a rate")
+        raise Failed(f"{count} parameters have a learning rate")
 
 
 def no_weight_decay(case: Case) -> None:
@@ -363,16 +363,16 @@ def classifier(case: Case) -> None:
 
 
 def training(case: Case) -> None:
-    """Gradient checkpointing, a backward pass, an optimiser's step."""
+    """Gradient checkpointing, a backward pass and an optimiser step."""
     model = copy.deepcopy(case.half)
     if hasattr(model, "set_grad_checkpointing"):
         try:
             model.set_grad_checkpointing(True)
-        except AssertionError:  # not every backbone can
+        except AssertionError:  # some backbones have none
             pass
     model.train()
     for norm in (m for m in model.modules() if isinstance(m, BatchNorm)):
-        norm.eval()  # a map of one pixel has no statistics
+        norm.eval()  # a one-pixel map has no batch statistics
     sum(y.float().mean() for y in flat(model(case.images))).backward()
     bad = [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
     if bad:
@@ -384,7 +384,7 @@ def training(case: Case) -> None:
 
 
 def set_input_size(case: Case) -> None:
-    """Another size of the image, after the model was made."""
+    """Another image size on an existing model."""
     needs(case.dense, "set_input_size")
     side = max(case.size[1] // 64 * 32, 32)
     images = torch.randn(1, case.size[0], side, side)
@@ -397,9 +397,9 @@ def set_input_size(case: Case) -> None:
 
 
 def init_weights(case: Case) -> None:
-    """New random factors: ``init_weights`` reaches those that it finds as linear layers and convolutions.
+    """``init_weights`` gives the factors new random values, and outputs stay finite.
 
-    A model that rescales merged weights there is refused, since that would change nothing.
+    A model that rescales merged weights is refused, because that would change nothing.
     """
     needs(case.dense, "init_weights")
     model: Any = copy.deepcopy(case.half)
@@ -415,11 +415,11 @@ def init_weights(case: Case) -> None:
         if not all(bool(torch.isfinite(y).all()) for y in flat(model(case.images))):
             raise Failed("outputs are not finite")
     if not changed:
-        raise NotApplicable("leaves the factors as they are")
+        raise NotApplicable("leaves the factors unchanged")
 
 
 def reparameterize(case: Case) -> None:
-    """Reparameterised first and decomposed then; the other order is refused, or leaves the factors alone."""
+    """Decomposition after reparameterisation works; the other order is refused or changes no factor."""
     merged = reparameterize_model(case.dense)
     changes = merged.state_dict().keys() != case.dense.state_dict().keys()
     try:
@@ -428,7 +428,7 @@ def reparameterize(case: Case) -> None:
             raise Failed("dense layers come back")
     except arp_hub.ArpHubError:
         if not changes:
-            raise Failed("refused, where the dense one has nothing to merge") from None
+            raise Failed("refused, but the dense model has nothing to merge") from None
     if not changes:
         raise NotApplicable("nothing to merge")
     exact = arp_hub.decompose(copy.deepcopy(merged), full_rank_plan(merged, case.size))
@@ -438,11 +438,11 @@ def reparameterize(case: Case) -> None:
     loaded = case.load("merged")
     with torch.no_grad():
         if not torch.equal(loaded(case.images), exact(case.images)):
-            raise Failed("another output once saved and loaded")
+            raise Failed("the output differs after saving and loading")
 
 
 def ema(case: Case) -> None:
-    """An average of weights, with its copy of the model."""
+    """An exponential moving average of the weights, with its copy of the model."""
     average = ModelEmaV3(case.exact, decay=0.5)
     average.update(case.exact)
     with torch.no_grad():
@@ -454,11 +454,11 @@ def copies(case: Case) -> None:
     for other in (copy.deepcopy(case.exact), pickle.loads(pickle.dumps(case.exact))):
         with torch.no_grad():
             if not torch.equal(other(case.images), case.exact(case.images)):
-                raise Failed("a copy computes something else")
+                raise Failed("the output of a copy differs")
 
 
 def channels_last(case: Case) -> None:
-    """The other memory layout."""
+    """The channels-last memory layout."""
     layout: Any = torch.channels_last
     alike(case, lambda m: m.to(memory_format=layout)(case.images.contiguous(memory_format=layout)))
 
@@ -474,24 +474,24 @@ def half_precision(case: Case, dtype: torch.dtype) -> None:
     try:
         dense = error(case.dense)
     except RuntimeError as reason:
-        raise NotApplicable(f"the dense one fails: {reason}") from None
+        raise NotApplicable(f"the dense model fails: {reason}") from None
     if (ours := error(case.exact)) > max(10 * dense, 0.1):
-        raise Failed(f"differs by {ours:.1e} from single precision, the dense one by {dense:.1e}")
+        raise Failed(f"differs by {ours:.1e} from single precision, the dense model by {dense:.1e}")
 
 
 def compiled(case: Case) -> None:
-    """torch.compile, as far as its tracer goes; code generation meets nothing but small plain layers."""
+    """The tracer of torch.compile. Code generation is left out: it only meets plain small layers."""
     with torch.no_grad():
         same(torch.compile(case.half, backend="eager")(case.images), case.half(case.images))
     torch.compiler.reset()
 
 
 def exported(case: Case) -> None:
-    """torch.export: the same outputs, and the small layers in the graph."""
+    """torch.export: the same outputs, and the factors in the graph."""
     try:
         torch.export.export(case.dense, (case.images,), strict=False)
     except Exception as error:
-        raise NotApplicable(f"the dense one fails: {type(error).__name__}") from None
+        raise NotApplicable(f"the dense model fails: {type(error).__name__}") from None
     program = torch.export.export(case.half, (case.images,), strict=False)
     with torch.no_grad():
         same(program.module()(case.images), case.half(case.images))
@@ -501,7 +501,7 @@ def exported(case: Case) -> None:
 
 
 def onnx(case: Case) -> None:
-    """ONNX: parity with onnxruntime, and the small layers in the file."""
+    """ONNX: the same outputs in onnxruntime, and the factors in the file."""
     onnxruntime = __import__("onnxruntime")
     with tempfile.TemporaryDirectory() as folder:
         half, dense = Path(folder, "half"), Path(folder, "dense")
@@ -511,24 +511,24 @@ def onnx(case: Case) -> None:
             try:
                 onnx_bytes(case.dense, case.images, dense)
             except Exception:
-                raise NotApplicable(f"the dense one fails: {type(error).__name__}") from None
+                raise NotApplicable(f"the dense model fails: {type(error).__name__}") from None
             raise Failed(str(error)) from None
         found = onnxruntime.InferenceSession(half / "model.onnx", providers=["CPUExecutionProvider"])
         outputs = found.run(None, {found.get_inputs()[0].name: case.images.numpy()})
         with torch.no_grad():
             for y, expected in zip(outputs, flat(case.half(case.images)), strict=True):
                 same(torch.from_numpy(y), expected, ONNX_TOLERANCE)
-        constants = size - weight_bytes(case.half)  # folded into the graph, such as tables of relative positions
+        constants = size - weight_bytes(case.half)  # constants in the graph, such as tables of relative positions
         if constants > 0.1 * weight_bytes(case.half) + 2e6:
             with torch.no_grad():
-                case.dense(case.images)  # as the half has been, so that both hold what timm caches on the way
+                case.dense(case.images)  # fills timm's caches, as for the compressed model
             allowed = onnx_bytes(case.dense, case.images, dense) - weight_bytes(case.dense)
             if constants > 1.1 * allowed:
-                raise Failed(f"beside the weights the file has {constants} bytes, that of the dense model {allowed}")
+                raise Failed(f"beyond the weights the file has {constants} bytes, that of the dense model {allowed}")
 
 
 def onnx_bytes(model: nn.Module, images: torch.Tensor, folder: Path) -> int:
-    """Export a model as ``model.onnx`` in a new folder, and how large that is."""
+    """Export a model as ``model.onnx`` into a new folder; returns the size of the folder."""
     folder.mkdir()
     torch.onnx.export(model, (images,), folder / "model.onnx", dynamo=True, verbose=False)
     return sum(file.stat().st_size for file in folder.iterdir())
@@ -544,7 +544,7 @@ def torchscript(case: Case) -> None:
     try:
         torch.jit.script(timm.create_model(case.name, scriptable=True))
     except Exception as error:
-        raise NotApplicable(f"the dense one fails: {type(error).__name__}") from None
+        raise NotApplicable(f"the dense model fails: {type(error).__name__}") from None
     model = case.load("half", scriptable=True)
     script = torch.jit.script(model)
     with torch.no_grad():
@@ -567,7 +567,7 @@ def create_with(**arguments: Any) -> Callable[[Case], None]:
             if given.get("features_only"):
                 info = model.feature_info
                 return [*found, info.channels(), info.reduction(), info.module_name()]
-            if given.get("num_classes"):  # a new classifier is random: compare what it sees
+            if given.get("num_classes"):  # a new classifier is random: compare its inputs
                 shapes = [tuple(y.shape) for y in found]
                 model.reset_classifier(0)
                 return [*flat(model(images)), shapes]
@@ -609,7 +609,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "features_only": create_with(features_only=True),
     "scriptable": create_with(scriptable=True),
 }
-"""The entry points by name; a check returns where it holds, and raises `Failed` or `NotApplicable` where not."""
+"""Checks by the name of the entry point. A check returns if it holds, and raises `Failed` or `NotApplicable` if not."""
 
 EXPORTS: dict[str, Callable[[Case], None]] = {
     "torch.compile": compiled,
@@ -617,7 +617,7 @@ EXPORTS: dict[str, Callable[[Case], None]] = {
     "ONNX": onnx,
     "TorchScript": torchscript,
 }
-"""The ways out of Python, each of which takes longer than all of the other checks together."""
+"""Checks of compilers and exports, each slower than all `CHECKS` together."""
 
 
 EXCEPTIONS: dict[tuple[str, str], str] = {
@@ -635,16 +635,16 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("halonet_h1", "num_classes=7, in_chans=4"): "with random weights it amplifies rounding: the dense model in "
     "float32 and in float64 differ by 2e-3",
 }
-"""What is known not to hold, by the beginning of the model's name, and why."""
+"""Known failures, by the beginning of the model's name and the check, with the reason."""
 
 
 def run_check(case: Case, name: str) -> str:
-    """The outcome of one check in words: ``ok``, ``n/a: why``, ``exception: why`` or ``fails: why``."""
+    """Run one check; returns ``ok``, ``n/a: why``, ``exception: why`` or ``fails: why``."""
     try:
         (CHECKS | EXPORTS)[name](case)
     except NotApplicable as reason:
         return f"n/a: {reason}"
-    except Exception as error:  # whatever goes wrong in a backbone is a finding
+    except Exception as error:  # any error is a finding
         for (beginning, check), why in EXCEPTIONS.items():
             if check == name and case.name.startswith(beginning):
                 return f"exception: {why}"

@@ -1,12 +1,12 @@
-"""Decompose the smallest model of every timm family and check all that timm does with it.
+"""Decompose the smallest model of every timm family and check timm's entry points on it.
 
     python -m benchmarks.layers.timm_sweep            # one model for each family: the checks of timm_checks.py
     python -m benchmarks.layers.timm_sweep --exports  # the same models: torch.compile, torch.export, ONNX, TorchScript
     python -m benchmarks.layers.timm_sweep --all      # every architecture: planned on the meta device
     python -m benchmarks.layers.timm_sweep --docs     # write docs/supported-models.md from the results
 
-Each family runs in a process of its own under a time limit, so that one crash does not end the sweep. Results are
-written after each; what is there already is not run again, unless it is named with ``--family``.
+Each family runs in its own process under a time limit, so that one crash does not end the sweep. Results are written
+after each family. Families with a result are skipped, unless ``--family`` names them.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot  # noqa: F401 - imported before the forks, so that no process has to again
+import matplotlib.pyplot  # noqa: F401 - imported once, before the forks
 import timm
 import torch
-import torch._dynamo  # noqa: F401 - imported before the forks, as matplotlib is
+import torch._dynamo  # noqa: F401 - imported once, before the forks
 from torch import nn
 
 import arp_hub
 import arp_hub.reports.plots
-import arp_hub.reports.summary  # noqa: F401 - imported before the forks, as matplotlib is
+import arp_hub.reports.summary  # noqa: F401 - imported once, before the forks
 from arp_hub._utils.environment import environment
 from arp_hub.layers.model import count_params
 from benchmarks.layers.timm_checks import (
@@ -56,14 +56,14 @@ KEEP = 0.5
 
 
 def main() -> None:
-    """Run what was asked for."""
+    """Run the part that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="+", default=[], help="run these families, again if need be")
-    parser.add_argument("--model", help="run this model in place of the family's smallest; with one --family")
+    parser.add_argument("--family", nargs="+", default=[], help="run these families, even if they have results")
+    parser.add_argument("--model", help="run this model instead of the family's smallest; needs one --family")
     parser.add_argument("--exports", action="store_true", help="export the models of the families")
     parser.add_argument("--all", action="store_true", help="plan every architecture on the meta device")
     parser.add_argument("--docs", action="store_true", help="write docs/supported-models.md")
-    parser.add_argument("--limit", type=float, default=600, help="seconds for a family")
+    parser.add_argument("--limit", type=float, default=600, help="time limit for a family, in seconds")
     args = parser.parse_args()
 
     warnings.simplefilter("ignore")
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def families_of_timm() -> dict[str, list[str]]:
-    """The architectures of every model file of timm, without those that other packages register."""
+    """The architectures of every model file of timm; those that other packages register are left out."""
     families: dict[str, list[str]] = {}
     for name in timm.list_models():
         package, _, family = timm.models.model_entrypoint(name).__module__.rpartition(".")
@@ -108,13 +108,13 @@ def smallest(names: list[str]) -> str:
 
 
 def meta_params(name: str) -> int:
-    """Parameters of an architecture, counted without memory."""
+    """Parameters of an architecture, counted on the meta device."""
     with torch.device("meta"):
         return count_params(timm.create_model(name))
 
 
 def in_process(call: Callable[[], dict[str, Any]], limit: float) -> dict[str, Any]:
-    """Run a call in a process of its own; what goes wrong there is its result."""
+    """Run a call in its own process; an error is returned as a result."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "row.json"
 
@@ -138,7 +138,7 @@ def in_process(call: Callable[[], dict[str, Any]], limit: float) -> dict[str, An
 
 
 def check_family(name: str, exports: bool, limit: float) -> dict[str, Any]:
-    """All checks of one model; one above the largest size is planned only."""
+    """Run all checks of one model; a model above the largest size is only planned."""
     if in_process(lambda: {"params": meta_params(name)}, limit)["params"] > LARGEST:
         return {"model": name, **({} if exports else in_process(lambda: plan_one(name), limit))}
     with tempfile.TemporaryDirectory() as folder:
@@ -179,7 +179,7 @@ def export_model(name: str, folder: Path) -> dict[str, Any]:
 
 
 def shares(model: nn.Module, plan: arp_hub.RankPlan) -> dict[str, Any]:
-    """Parameters, the share of them in layers that can be decomposed, and what stays dense for which reason."""
+    """Number of parameters, their share in decomposable layers, and the shares that stay dense by reason."""
     total, modules = count_params(model), dict(model.named_modules(remove_duplicate=False))
     parameters = dict(model.named_parameters())
     reasons: dict[str, list[int]] = {}
@@ -205,7 +205,7 @@ def shares(model: nn.Module, plan: arp_hub.RankPlan) -> dict[str, Any]:
 
 
 def reload(folder: Path) -> dict[str, Any]:
-    """Load what was saved where nothing of it is known, and compare bit by bit."""
+    """Load the saved model in a process that has not seen it, and compare its outputs bit by bit."""
     expected = torch.load(folder / "expected.pt", weights_only=True)
     model = timm.create_model(f"local-dir:{folder / 'half'}", pretrained=True).eval()
     with torch.no_grad():
@@ -226,7 +226,7 @@ def plan_one(name: str) -> dict[str, Any]:
 
 
 def plan_all(names: list[str]) -> dict[str, Any]:
-    """Plan architectures on the meta device, one after the other."""
+    """Plan architectures on the meta device, one by one."""
     rows = {}
     for name in names:
         try:
@@ -249,7 +249,7 @@ def summary(family: str, row: dict[str, Any]) -> str:
 
 
 def save(results: dict[str, Any]) -> None:
-    """Write the results, atomically."""
+    """Write the results in one step."""
     RESULTS.parent.mkdir(exist_ok=True)
     temporary = RESULTS.with_suffix(".tmp")
     temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -292,7 +292,7 @@ same error. An *exception* is something that does not hold, and why.
 
 
 def write_docs(results: dict[str, Any]) -> None:
-    """Write the table of families from what was measured."""
+    """Write docs/supported-models.md from the results."""
     families = {family: row for family, row in results.get("families", {}).items() if "params" in row}
     checked = {family: row for family, row in families.items() if "checks" in row}
     exports, architectures = results.get("exports", {}), results.get("architectures", {})
@@ -333,19 +333,19 @@ def write_docs(results: dict[str, Any]) -> None:
 
 
 def problems(row: dict[str, Any]) -> list[str]:
-    """The checks of a row that do not hold."""
+    """The checks of a row that fail or are stated exceptions."""
     return [
         f"{check}: {result}" for check, result in row.get("checks", {}).items() if not result.startswith(("ok", "n/a"))
     ]
 
 
 def failures(row: dict[str, Any]) -> list[str]:
-    """The checks of a row that fail, without the stated exceptions."""
+    """The checks of a row that fail."""
     return [line for line in problems(row) if ": exception: " not in line]
 
 
 def cell(lines: list[str]) -> str:
-    """Lines in a cell of a table: short, and with nothing in them that ends the cell."""
+    """Lines as a table cell: shortened, and without characters that end a cell."""
     return "<br>".join(" ".join(line.replace("|", "/").split())[:400] for line in lines)
 
 

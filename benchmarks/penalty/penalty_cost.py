@@ -1,15 +1,15 @@
-"""What the penalty adds to a training step, beside plain training and a nuclear norm by full SVDs.
+"""Time that the penalty adds to a training step, compared with a nuclear norm by full SVDs.
 
     OMP_NUM_THREADS=1 python -m benchmarks.penalty.penalty_cost cifar_resnet20 --batch-size 128
     OMP_NUM_THREADS=1 python -m benchmarks.penalty.penalty_cost resnet50 --batch-size 8
     OMP_NUM_THREADS=1 python -m benchmarks.penalty.penalty_cost vit_large_patch16_224 --batch-size 1 --seconds 1 --alone
     python -m benchmarks.penalty.penalty_cost resnet50 --batch-size 256 --device cuda --bf16 --alone
 
-All are timed in turns in one run, by the process's own CPU time on one thread; medians. torchao's nuclear norm is among
-them where torchao is installed. Every k x k layer is CP and
-each other one `channel`, at 45 % of their weights. On a GPU a block of steps that ends with a pull takes turns with one
-that does not, because a pull that is timed alone counts its launches, which in training run ahead of the GPU. Rows of
-other models and devices that are in results/penalty_cost.json stay.
+The step and the penalties take turns in one run; times are medians of CPU seconds on one thread. torchao's nuclear norm
+is included if torchao is installed. Every k x k layer is `cp` and every other layer `channel`, at 45 % of their
+weights. On a GPU, blocks of steps with and without a pull at their end take turns. (A pull timed alone would count its
+kernel launches, which in training overlap with work on the GPU.) Rows of other models and devices in
+results/penalty_cost.json stay.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SHARE = 0.45
 
 
 def plan_of(model: nn.Module, schemes: tuple[str, str]) -> arp_hub.RankPlan:
-    """All layers but the first and the classifier, k x k ones by the first scheme and the others by the second."""
+    """A plan for all but the first layer and the classifier: k x k layers by the first scheme, others by the second."""
     plans = {}
     for name, layer in weight_layers(model):
         if refusal(layer) is None and name not in ("conv1", "fc"):
@@ -83,7 +83,7 @@ def main() -> None:
     def nuclear_norm() -> None:
         for weight in weights:
             u, _, v = torch.linalg.svd(weight, full_matrices=False)
-            u @ v  # its gradient
+            u @ v  # the gradient
 
     rivals: dict[str, Callable[[], object]] = {}
     if not args.alone:
@@ -119,7 +119,7 @@ def main() -> None:
 def share_in_training(
     model: nn.Module, plan: arp_hub.RankPlan, step: Callable[[], None], every: int, seconds: float
 ) -> dict[str, float]:
-    """What the penalty adds to the steps of a training on a GPU, over their time."""
+    """Time of training steps on a GPU with the penalty, over the time without it."""
     penalty = arp_hub.AdaptiveRankPenalty(model, plan, total_steps=10**6, ramp=0.9, every=1)
 
     def steps() -> None:
@@ -131,10 +131,10 @@ def share_in_training(
         penalty.step()
 
     device = next(model.parameters()).device
-    penalty.step()  # finds its first factors
+    penalty.step()  # the first pull computes the factors from scratch
     samples = take_turns({"plain": steps, "with": steps_and_pull}, device, seconds)
     ratio = paired_ratio(samples["with"], samples["plain"]).to_dict()
-    torch.cuda.set_sync_debug_mode("error")  # whatever waits for the GPU raises
+    torch.cuda.set_sync_debug_mode("error")  # raises where the host waits for the GPU
     try:
         penalty.step()
         waits = False
@@ -146,7 +146,7 @@ def share_in_training(
 
 
 def torchao_steps(model: nn.Module, names: list[str]) -> dict[str, Callable[[], object]]:
-    """An optimiser's step with torchao's proximal nuclear norm (prototype/pat), and without, if it is installed."""
+    """Optimiser steps with and without torchao's proximal nuclear norm (prototype/pat); none without torchao."""
     try:
         from torchao.prototype.pat.optim import PruneOptimizer
     except ImportError:
@@ -161,21 +161,21 @@ def torchao_steps(model: nn.Module, names: list[str]) -> dict[str, Callable[[], 
 
 
 def nuclear_share(spread: dict[str, Spread]) -> float | None:
-    """What a nuclear norm takes, over a training step."""
+    """Time of the nuclear norm over that of a training step."""
     return round(spread["nuclear"].median / spread["step"].median, 4) if "nuclear" in spread else None
 
 
 def torchao_share(spread: dict[str, Spread]) -> float | None:
-    """What torchao's step takes beyond the plain one, over a training step."""
+    """Time that torchao's step adds to the plain one, over that of a training step."""
     if "torchao" not in spread:
         return None
     return round((spread["torchao"].median - spread["sgd"].median) / spread["step"].median, 4)
 
 
 def captured(name: str, every: int, device: torch.device, steps: int = 20) -> float:
-    """The largest share of any layer's energy that the warm bases miss of what exact ones hold, after some steps.
+    """The largest share of a layer's captured energy that warm-started bases lose against exact ones, after some steps.
 
-    The weights are moved by 0.1 % of their norm a step, at random, about as much as training moves them.
+    Each step moves the weights at random by 0.1 % of their norm, about as much as training does.
     """
     torch.manual_seed(0)
     model = timm.create_model(name).to(device)

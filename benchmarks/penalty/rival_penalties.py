@@ -1,6 +1,6 @@
-"""Other forms of the penalty, and what a training does with them: the rivals of `ablations.py`.
+"""Other forms of the penalty, and training loops without it, for `ablations.py`.
 
-They were tried and did not win, which is why the library does not have them.
+None of them is more accurate than the library's penalty, so the library does not contain them.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from arp_hub.penalty import AdaptiveRankPenalty
 from arp_hub.schemes import MatrixScheme
 
 LR, RAMP = 0.03, 0.65
-"""Learning rate and share of the ramp that all rivals share."""
+"""Learning rate, and share of the steps in the ramp, of all rivals."""
 
 
 class FixedShare(AdaptiveRankPenalty):
-    """The same share of the way at every pull of the ramp, whatever the violation."""
+    """Moves a tenth of the way to the nearest point at every pull of the ramp, whatever the violation."""
 
     def _shares(self, stack: Any, violation: Tensor) -> Tensor:
         return torch.full_like(violation, 0.1)
 
 
 class KeepsEnergy(AdaptiveRankPenalty):
-    """Every projection is scaled back to the norm that the weight had."""
+    """Scales every projection back to the norm of the weight before it."""
 
     def _pull(self, holding: bool, keep: bool = False) -> None:
         before = [_norms(stack) for stack in self._stacks]
@@ -41,7 +41,7 @@ class KeepsEnergy(AdaptiveRankPenalty):
 
 
 class NuclearTail(AdaptiveRankPenalty):
-    """In the ramp, soft thresholds on the singular values behind the rank, instead of one factor for all of them."""
+    """In the ramp, thresholds the singular values beyond the rank softly, instead of scaling all by one factor."""
 
     def _pull(self, holding: bool, keep: bool = False) -> None:
         if holding:
@@ -68,7 +68,7 @@ def _norms(stack: Any) -> Tensor:
 
 
 def _threshold(tail: Tensor, left: Tensor) -> Tensor:
-    """The threshold that leaves ``left`` of the squared sum."""
+    """The soft threshold after which the squared sum of ``tail`` is ``left``."""
     low, high = torch.zeros(()), tail.max()
     for _ in range(40):
         middle = (low + high) / 2
@@ -78,31 +78,31 @@ def _threshold(tail: Tensor, left: Tensor) -> Tensor:
 
 
 class Pull:
-    """What happens before and after an optimiser's step in one variant: here, the library's own penalty."""
+    """Runs one variant before and after the optimiser's step. This base class runs the library's own penalty."""
 
     def __init__(self, penalty: AdaptiveRankPenalty) -> None:
         self.penalty = penalty
 
     def before(self, step: int) -> None:
-        """Add to the gradients."""
+        """Change the gradients, before the optimiser's step."""
 
     def after(self, step: int) -> None:
-        """Change the weights."""
+        """Change the weights, after the optimiser's step."""
         self.penalty.step()
 
     def cut(self, model: nn.Module, plan: arp_hub.RankPlan) -> nn.Module:
-        """Decompose at the end."""
+        """Decompose the trained model."""
         return arp_hub.decompose(model, plan, factors=self.penalty.factors())
 
 
 class InLoss(Pull):
-    """The squared distance to the nearest point as a term of the loss in the ramp; then the hold."""
+    """Adds the squared distance to the nearest point to the loss in the ramp; then the hold."""
 
-    strength = 0.1 / 4 / LR * (1 - 0.9)  # with momentum 0.9 and rate LR it moves as far a step as `FixedShare`
+    strength = 0.1 / 4 / LR * (1 - 0.9)  # a step as long as that of `FixedShare`, at momentum 0.9 and rate LR
 
     @torch.no_grad()
     def before(self, step: int) -> None:
-        """Its gradient: the way from the nearest point."""
+        """Add the gradient: the difference from the nearest point."""
         if self.penalty.phase == "ramp":
             for stack in self.penalty._stacks:
                 weight = stack.dense_weights()
@@ -111,7 +111,7 @@ class InLoss(Pull):
                     layer.weight.grad += pull.view(layer.weight.shape)
 
     def after(self, step: int) -> None:
-        """Nothing in the ramp."""
+        """Pull in the hold; only count the step in the ramp."""
         if self.penalty.phase == "ramp":
             self.penalty.step_count += 1
         else:
@@ -119,13 +119,13 @@ class InLoss(Pull):
 
 
 class NuclearNorm(InLoss):
-    """The nuclear norm of the channel fold as a term of the loss (as in Trained Rank Pruning); then the hold."""
+    """Adds the nuclear norm of the channel fold to the loss (as in Trained Rank Pruning); then the hold."""
 
     strength = 3e-4
 
     @torch.no_grad()
     def before(self, step: int) -> None:
-        """Its subgradient, by a full singular value decomposition."""
+        """Add the subgradient, from a full singular value decomposition."""
         if self.penalty.phase == "ramp":
             for layer in (layer for stack in self.penalty._stacks for layer in stack.layers):
                 u, _, v = torch.linalg.svd(layer.weight.detach().flatten(1), full_matrices=False)
@@ -133,21 +133,21 @@ class NuclearNorm(InLoss):
 
 
 class Nothing(Pull):
-    """No penalty: the factors themselves are trained."""
+    """Trains the factors of the decomposed model, without a penalty."""
 
     def __init__(self) -> None:
         pass
 
     def after(self, step: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def cut(self, model: nn.Module, plan: arp_hub.RankPlan) -> nn.Module:
-        """It is decomposed already."""
+        """Return the model, which is decomposed from the start."""
         return model
 
 
 class Replanned(Pull):
-    """Ranks are chosen anew in the middle of the ramp."""
+    """Chooses the ranks a second time in the middle of the ramp."""
 
     def __init__(self, model: nn.Module, plan: arp_hub.RankPlan, keep: float, images: Tensor, total: int) -> None:
         super().__init__(AdaptiveRankPenalty(model, plan, total_steps=total, ramp=RAMP))
@@ -155,7 +155,7 @@ class Replanned(Pull):
         self.at = int(RAMP * total / 2)
 
     def after(self, step: int) -> None:
-        """Pull; at the middle, plan."""
+        """Pull; in the middle of the ramp, plan first."""
         if step == self.at:
             self.plan = arp_hub.make_plan(self.model.eval(), keep_params=self.keep, calibration=self.images)
             self.model.train()
@@ -165,5 +165,5 @@ class Replanned(Pull):
         self.penalty.step()
 
     def cut(self, model: nn.Module, plan: arp_hub.RankPlan) -> nn.Module:
-        """By the new plan."""
+        """Decompose by the second plan."""
         return super().cut(model, self.plan)

@@ -1,4 +1,4 @@
-"""Latency over that of the dense model: what a budget of time gives, and what half of the parameters gives.
+"""Latency of compressed over dense models: under latency budgets, and at half of the parameters.
 
     OMP_NUM_THREADS=1 python -m benchmarks.planning.latency list
     OMP_NUM_THREADS=1 python -m benchmarks.planning.latency run 'budget/*' 'half/*' 'forms/*'
@@ -6,11 +6,10 @@
     python -m benchmarks.planning.latency run 'gpu/*'
     python -m benchmarks.planning.latency table
 
-Weights are random, except in `curve`: the trained tf_efficientnet_lite0 under budgets of time, planned and fitted on
-256 images of a sample of ImageNet, and judged on its other images. `gpu` rows are in bfloat16, channels last. On one
-thread times are the process's own, to which
-other processes do not add. `run` writes results/latency.json, one entry a row; `table` prints the tables of
-docs/speed.md.
+Weights are random, except in `curve`: the trained tf_efficientnet_lite0 under latency budgets, planned and fitted on
+256 images of a sample of ImageNet, and tested on its other images. `gpu` rows are in bfloat16, channels last. On one
+thread, times are CPU seconds of the process. `run` writes results/latency.json, one entry a row; `table` prints the
+tables of docs/speed.md.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ def _rows() -> dict[str, Row]:
 
 
 def fresh(model: str) -> nn.Module:
-    """The model with random weights, always the same ones."""
+    """The model with random weights from seed 0."""
     torch.manual_seed(0)
     return timm.create_model(model).eval()
 
@@ -102,9 +101,11 @@ def ratio_of(
 def least_plan(
     dense: nn.Module, asked: float, by: float, workload: Workload, **options: Any
 ) -> tuple[arp_hub.RankPlan | None, dict[str, Any]]:
-    """A plan for a share of the time, or the least above it, in steps, that is to be had; none if nothing is.
+    """Plan for a share of the latency; raise the share step by step while it is refused.
 
-    With it what was asked for in the end, and the refusal of what was asked for first.
+    Returns:
+        The plan, or None if every share below 1 is refused; and the row: the share that was planned for, and the
+        refusal of the first one.
     """
     refusal = None
     while asked < 1:
@@ -117,7 +118,7 @@ def least_plan(
 
 
 def under_budget(name: str, workload: Workload) -> dict[str, Any]:
-    """A plan for 70 % of the time; where that is not to be had, for the least that is."""
+    """Plan for 70 % of the latency, or for the lowest share that is not refused."""
     dense = fresh(name)
     plan, row = least_plan(dense, BUDGET, 0.05, workload)
     if plan is None:
@@ -135,7 +136,7 @@ def half(scheme: str, batch: int) -> dict[str, Any]:
 
 
 def two_thirds(batch: int) -> dict[str, Any]:
-    """ResNet-50 planned for 65 % of its time, which is 1.5 times as fast, or for less until half its parameters go."""
+    """Plan ResNet-50 for 65 % of its latency, and lower the budget until at most half of the parameters remain."""
     dense, workload, asked = fresh("resnet50"), Workload(batch_size=batch, channels_last=True), 0.65
     while True:
         plan = arp_hub.make_plan(dense, keep_latency=asked, workload=workload)
@@ -146,7 +147,7 @@ def two_thirds(batch: int) -> dict[str, Any]:
 
 
 def vgg_quarter(batch: int) -> dict[str, Any]:
-    """The convolutions of VGG-16, each but the first at a quarter of its weights by `channel`; no classifier."""
+    """VGG-16 without its classifier, each convolution but the first at a quarter of its weights by `channel`."""
     dense = fresh("vgg16").features
     plans = {}
     for name, layer in dense.named_modules():
@@ -159,7 +160,7 @@ def vgg_quarter(batch: int) -> dict[str, Any]:
 
 
 def vgg_third(batch: int) -> dict[str, Any]:
-    """The convolutions of VGG-16 planned for a third of their time, or the least above it that can be had."""
+    """The convolutions of VGG-16 planned for a third of their latency, or for the lowest share that is not refused."""
     dense = fresh("vgg16").features
     workload = Workload(batch_size=batch, channels_last=True)
     plan, row = least_plan(dense, 0.33, 0.03, workload, input_size=(3, 224, 224))
@@ -169,7 +170,7 @@ def vgg_third(batch: int) -> dict[str, Any]:
 
 
 def convolutions_ratio(small: nn.Module, dense: nn.Module, batch: int) -> dict[str, Any]:
-    """As `ratio_of`, channels last, of models that are no classifiers."""
+    """As `ratio_of`, channels last, for models without a classifier."""
     layout = torch.channels_last
     images = torch.randn(batch, 3, 224, 224).to(memory_format=layout)
     small, dense = (copy.deepcopy(model).to(memory_format=layout) for model in (small, dense))
@@ -198,7 +199,7 @@ def gpu_budget(name: str, batch: int) -> dict[str, Any]:
 
 
 def in_form(form: str) -> dict[str, Any]:
-    """ResNet-50 at half of its parameters, one image, in one way to run it."""
+    """ResNet-50 at half of its parameters, one image, in one of `FORMS`."""
     dense = fresh("resnet50")
     small = arp_hub.decompose(copy.deepcopy(dense), arp_hub.make_plan(dense, keep_params=0.5, rank_multiple=8))
     if form != "onnxruntime":
@@ -221,7 +222,7 @@ def in_form(form: str) -> dict[str, Any]:
 
 
 def trade_off(keep: float, shared: Path) -> dict[str, Any]:
-    """Top-1 and measured latency of the trained network under a budget of time, with no training."""
+    """Top-1 and measured latency of the trained network under a latency budget, without training."""
     from arp_hub.hub.load import load_model
     from arp_hub.training import evaluate
     from benchmarks.accuracy import NETWORKS, images_and_test
@@ -257,17 +258,17 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure the rows that were asked for."""
+    """Measure the rows that the command line names."""
     names = chosen(ROWS, args.rows)
     if args.shared is None and any(name.startswith("curve/") for name in names):
         raise SystemExit("'curve' needs --shared, a folder with weights/ and data/")
     if not torch.cuda.is_available() and any(name.startswith("gpu/") for name in names):
-        raise SystemExit("'gpu' needs a GPU of CUDA")
+        raise SystemExit("'gpu' needs a CUDA GPU")
     run_rows(names, RESULTS, args.again, lambda name: {**environment(), "seed": 0, **ROWS[name](args)}, _short)
 
 
 def print_tables(found: dict[str, Any]) -> None:
-    """Markdown, one table a kind of row."""
+    """Print one Markdown table for each kind of row."""
     print("| model | batch | budget | latency, measured | parameters kept |" + "\n" + "|---" * 5 + "|")
     for name in ROWS:
         if name.startswith("budget/") and name in found:

@@ -4,9 +4,9 @@
     OMP_NUM_THREADS=1 python -m benchmarks.planning.planning_time resnet50 --images 256
     python -m benchmarks.planning.planning_time resnet50 --images 256 --device cuda
 
-The row in results/planning_time.json holds wall time, CPU time (which other processes do not add to), and the peak of
-the process's memory, or of the GPU's, beyond what it held before planning, in multiples of the weights. The images are
-smooth noise: what they show does not matter for the time.
+The row in results/planning_time.json holds wall time, CPU time, and peak memory. Peak memory is that of the process, or
+of the GPU, minus what was held before planning, in multiples of the weights. The images are smooth noise, because their
+content does not change the time.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ RESULTS = results_file("planning_time")
 
 
 def memory(device: torch.device) -> int:
-    """The most memory held so far, in bytes: the process's, or its tensors' on a GPU."""
+    """Peak memory so far, in bytes: of the process, or of its tensors on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, dict[str, float]]:
-    """What the work gives, and its wall and CPU seconds."""
+    """The result of ``work``, and its wall and CPU seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
     result = work()
     if device.type == "cuda":

@@ -1,13 +1,13 @@
-"""What sensitivities are worth, and how well the trial of a plan predicts the decomposed model.
+"""What sensitivities gain in accuracy, and how well the trial of a plan predicts the decomposed model.
 
     python -m benchmarks.planning.sensitivity list
     python -m benchmarks.planning.sensitivity run 'resnet20/0.2/*' --shared ../shared
     python -m benchmarks.planning.sensitivity table
 
-A row is NETWORK/KEEP/EXPONENT: errors of layers are weighted by their sensitivities to this power. `make_plan` tries
-several exponents. `run` notes the divergence of the predictions from the dense model's, in nats: in the trial of the
-plan, and after decomposition on images that did not calibrate (for lite0 on those that did: it has no others). It also
-notes top-1 on the test images, and writes results/sensitivity.json; `table` prints it.
+A row is NETWORK/KEEP/EXPONENT: layer errors are weighted by sensitivities to this power. (`make_plan` tries several
+exponents.) `run` records the divergence of the predictions from the dense model's, in nats: in the trial of the plan,
+and after decomposition. The second is measured on held-out images, or on the calibration images of lite0, which has no
+others. `run` also records top-1 on the test images. It writes results/sensitivity.json; `table` prints it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ROWS = {
     for power in (0.0, *Effort().exponents)
 }
 HELD_OUT = 2000
-"""Training images, of those that do not calibrate, on which a network with a test split of its own is judged."""
+"""Number of held-out training images on which the divergence is measured, for data with a test split."""
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def measure(name: str, keep: float, power: float, shared: Path) -> dict[str, Any]:
-    """Plan with one power, decompose, and judge."""
+    """Plan with one exponent, decompose, and measure divergence and top-1."""
     network = NETWORKS[name]
     model = load_model(network.model, str(shared / "weights" / network.checkpoint)).eval()
     images, test = images_and_test(network, model, shared)
@@ -67,7 +67,7 @@ def measure(name: str, keep: float, power: float, shared: Path) -> dict[str, Any
 
     def noted(errors: OutputErrors, plan: arp_hub.RankPlan) -> float:
         tried.append(divergence(errors, plan))
-        return -float(len(tried))  # the last plan is taken, whatever its trial says
+        return -float(len(tried))  # lowest for the last plan, so that `make_plan` returns it
 
     effort = Effort(exponents=() if power == 0 else (power,))
     with patch.object(OutputErrors, "divergence", noted):
@@ -85,9 +85,11 @@ def measure(name: str, keep: float, power: float, shared: Path) -> dict[str, Any
 
 
 def _held_out(network: Network, model: nn.Module, shared: Path) -> Tensor:
-    """Training images behind those that calibrate, as they are."""
+    """Training images that do not calibrate, without augmentation."""
     split = load_data(str(shared / "data" / network.data), model, seed=SEED).train
-    order = torch.randperm(len(split), generator=keyed_generator(SEED, "calibration"))  # as the calibration's
+    order = torch.randperm(
+        len(split), generator=keyed_generator(SEED, "calibration")
+    )  # the order of the calibration images
     rest = split.indices[order[network.images : network.images + HELD_OUT]]
     return torch.cat(list(split.images.evaluation(rest, 64, torch.device("cpu"), 0)))
 

@@ -1,12 +1,12 @@
-"""What a training step is made of: data, forward and backward, penalty; in one process or several.
+"""Time of a training step and its parts: data, forward and backward pass, penalty; in one process or several.
 
     OMP_NUM_THREADS=1 python -m benchmarks.training.training_step cifar_resnet20 --data ../shared/data/cifar10
     OMP_NUM_THREADS=1 python -m torch.distributed.run --nproc_per_node 2 \
         -m benchmarks.training.training_step cifar_resnet20 --data ../shared/data/cifar10
     python -m benchmarks.training.training_step cifar_resnet20 --data ../shared/data/cifar10 --gpu --recorded
 
-Blocks of steps with the penalty and without take turns in one run; medians of wall time, so the machine should have
-nothing else to do. The row goes into results/training_step.json.
+Blocks of steps with and without the penalty take turns in one run. Times are medians of wall time: run nothing else on
+the machine. The script writes a row to results/training_step.json.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ RESULTS = results_file("training_step")
 
 
 def main() -> None:
-    """Measure and write the row."""
+    """Measure one model and write its row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="timm name")
-    parser.add_argument("--data", default="digits", help="as in the recipes")
-    parser.add_argument("--batch-size", type=int, default=128, help="over all processes")
+    parser.add_argument("--data", default="digits", help="data set, as for the recipes")
+    parser.add_argument("--batch-size", type=int, default=128, help="images a step, over all processes")
     parser.add_argument("--every", type=int, default=32, help="steps from one pull to the next")
     parser.add_argument("--blocks", type=int, default=8, help="pairs of blocks; a block is two rounds of pulls")
     parser.add_argument("--gpu", action="store_true", help="use a GPU")
@@ -71,7 +71,7 @@ def main() -> None:
         return time.perf_counter()
 
     def block(pull: bool) -> tuple[float, float]:
-        """Seconds a step, and of them for the data."""
+        """Seconds a step, and the part of them spent on data."""
         loading, began = 0.0, now()
         for _ in range(length):
             started = now()

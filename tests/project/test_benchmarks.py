@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import accuracy, accuracy_report
+from benchmarks.penalty import ablations
+from benchmarks.rows import load_results
+
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = sorted(
@@ -53,3 +57,11 @@ def test_commands_name_benchmarks_that_exist():
     }
     assert len(named) > 15
     assert [name for name in named if not (BENCHMARKS / f"{name[1]}.py").is_file()] == []
+
+
+def test_pages_are_what_the_benchmarks_write():
+    results = load_results(accuracy.RESULTS)
+    readme = accuracy_report.README.read_text(encoding="utf-8")
+    assert accuracy_report.PAGE.read_text(encoding="utf-8") == accuracy_report.page(results)
+    assert readme == accuracy_report.with_table(readme, results)
+    assert ablations.PAGE.read_text(encoding="utf-8") == ablations.page(load_results(ablations.RESULTS))

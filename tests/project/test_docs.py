@@ -106,9 +106,7 @@ def test_tables_are_those_of_the_results(command, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command.split())
     runpy.run_module(f"benchmarks.{command.split()[0]}", run_name="__main__", alter_sys=True)
     printed = capsys.readouterr().out
-    rows = [
-        line for line in printed.partition("| row |")[0].splitlines() if line
-    ]  # the page groups the others differently
+    rows = [line for line in printed.partition("| row |")[0].splitlines() if line]  # the page regroups the rest
     assert len(rows) > 15
     assert [row for row in rows if row not in PAGES["docs/speed.md"].splitlines()] == []
 
