@@ -63,8 +63,8 @@ python -m benchmarks.accuracy run ROW --again --shared ../shared
 CIFAR-10: calibration on 1,024 training images without their labels, top-1 on all 10,000 test images. The sample of
 ImageNet has 1,000 images, very likely of the training set: 256 of them calibrate and the other 744 are the test images,
 so that numbers only compare a network with its own dense form. Every row is the last epoch of one run, seed 0; no
-setting is chosen on the test images. Rows were recorded at different commits, see `git log
-benchmarks/results/accuracy.json`. Training rows have a pull of the penalty every eighth step, `long/resnet56/0.35`
+setting is chosen on the test images. Rows were recorded at different commits, see the log of
+`benchmarks/results/accuracy.json`. Training rows have a pull of the penalty every eighth step, `long/resnet56/0.35`
 every 32nd. That row was planned on a CPU, trained up to step 7,649 of 9,750 on an H200 (`--cuda-graphs`) and to its end
 on a CPU.
 

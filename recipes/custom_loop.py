@@ -1,8 +1,8 @@
-"""The penalty in a training loop of one's own: plain Accelerate, small images, three lines of arp_hub.
+"""The penalty in your own training loop: plain Accelerate, small images, three lines of arp_hub.
 
   accelerate launch custom_loop.py
 
-Shows the loop and no more; the other recipes also resume, distil, fine-tune and read settings from files.
+This recipe shows only the loop. The others also resume, distil, fine-tune and read settings from files.
 """
 
 import argparse
@@ -22,23 +22,23 @@ from arp_hub.training import evaluate, load_data
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="cifar_resnet20", help="timm name (default: %(default)s)")
-parser.add_argument("--checkpoint", help="its weights; without them it starts from random ones")
-parser.add_argument("--data", default="digits", help="small labelled images, as the other recipes take them")
+parser.add_argument("--checkpoint", help="file with its weights; without it they are random")
+parser.add_argument("--data", default="digits", help="labelled images, small enough for memory (%(default)s)")
 parser.add_argument("--keep-params", type=float, default=0.5, help="share of the parameters to keep (%(default)s)")
-parser.add_argument("--epochs", type=int, default=8, help="ramp and hold together (%(default)s)")
-parser.add_argument("--max-steps", type=int, help="stop after so many steps, for trial runs")
+parser.add_argument("--epochs", type=int, default=8, help="epochs of ramp and hold together (%(default)s)")
+parser.add_argument("--max-steps", type=int, help="stop after this many steps, for trial runs")
 parser.add_argument("--batch-size", type=int, default=64, help="images a step on each process (%(default)s)")
 parser.add_argument("--lr", type=float, default=0.05, help="learning rate (%(default)s)")
 parser.add_argument("--output", default="runs/custom_loop", help="folder for the finished model (%(default)s)")
 parser.add_argument("--push-to-hub", metavar="USER/NAME", help="publish the finished model on the Hub")
-parser.add_argument("--seed", type=int, default=0, help="seed of everything (%(default)s)")
-parser.add_argument("--cpu", action="store_true", help="needed for several CPU processes")
+parser.add_argument("--seed", type=int, default=0, help="seed of data order and weights (%(default)s)")
+parser.add_argument("--cpu", action="store_true", help="run on the CPU; required for several CPU processes")
 args = parser.parse_args()
 
 set_seed(args.seed)
 accelerator = Accelerator(cpu=args.cpu)
 if args.push_to_hub and accelerator.is_main_process:
-    check_push(args.push_to_hub)  # refuse a bad name or token now, not after the training
+    check_push(args.push_to_hub)  # refuses a bad name or token before the training
 model = load_model(args.model, args.checkpoint, pretrained=False)
 data = load_data(args.data, model)
 loader = DataLoader(TensorDataset(*data.train.tensors()), args.batch_size, shuffle=True, drop_last=True)
@@ -49,7 +49,7 @@ model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 steps = min(args.epochs * len(loader), args.max_steps or args.epochs * len(loader))
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer.optimizer, steps)
 plain = accelerator.unwrap_model(model)
-penalty = arp_hub.AdaptiveRankPenalty(plain, plan, total_steps=steps)  # (1) a plan's penalty, over so many steps
+penalty = arp_hub.AdaptiveRankPenalty(plain, plan, total_steps=steps)  # (1) the penalty of a plan, over all steps
 
 model.train()
 batches = itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), steps)
@@ -62,7 +62,7 @@ for x, y in tqdm(batches, total=steps, disable=None if accelerator.is_main_proce
     penalty.step()  # (2) after every optimiser step; exactly low-rank at the end
 
 before = evaluate(plain, data.test, accelerator=accelerator)
-arp_hub.decompose(plain, plan, factors=penalty.factors())  # (3) changes nothing any more
+arp_hub.decompose(plain, plan, factors=penalty.factors())  # (3) leaves the outputs unchanged
 after = evaluate(plain, data.test, accelerator=accelerator)
 accelerator.print(f"top-1 before decomposition {before['top1']:.2f}, after {after['top1']:.2f}")
 if accelerator.is_main_process:

@@ -1,7 +1,7 @@
 """The whole of arp_hub in three minutes, without a download.
 
 Trains a small CIFAR-style ResNet on scikit-learn's 8x8 digits, penalises it down to 35 % of its parameters, decomposes
-it, saves it, and loads it again as anybody would.
+it, saves it, and loads it through timm.
 """
 
 import timm
@@ -29,7 +29,7 @@ if __name__ == "__main__":
     )
     if PartialState().is_main_process:
         folder = metrics["config"]["output"]
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True)  # needs `import arp_hub`, nothing else
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)  # needs only `import arp_hub`
         again = evaluate(model, load_data(metrics["config"]["data"], model).test)
         before, after = metrics["dense"]["params"], count_params(model)
         print(f"{folder}, reloaded through timm with arp_hub {arp_hub.__version__}:")

@@ -1,4 +1,4 @@
-"""What several test files need."""
+"""Fixtures and settings that several test files share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # for child processes, of which several run side by side
+os.environ["OMP_NUM_THREADS"] = "1"  # several child processes run side by side
 LONGEST = (
     "test_training.py",
     "test_backbones.py",
@@ -32,7 +32,7 @@ LONGEST = (
     "test_strangers.py",
     "test_make_plan.py",
 )
-"""Files that take longest, in this order: they start first, so that no process ends long after the others."""
+"""The slowest files, in the order in which they start, so that all processes end at about the same time."""
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
@@ -42,18 +42,18 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first; within a file the order stays."""
+    """Run the slowest files first; the order within a file stays."""
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
 
 
 WITHOUT_PICTURES = {"test_training.py", "test_recipes.py", "test_kills.py", "test_cli.py", "test_backbones.py"}
-"""Files of many runs that look at no pictures, which take more than half of a short run's time."""
+"""Files with many runs and no checks of pictures, which would take more than half of the time of a short run."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Leave pictures out where no test looks at them, in child processes too."""
+    """Switch pictures off where no test checks them, in child processes too."""
     with pytest.MonkeyPatch.context() as patch:
         if request.path.name in WITHOUT_PICTURES:
             patch.setenv("ARP_HUB_PICTURES", "0")
@@ -77,7 +77,7 @@ def cifar_test(shared: Path) -> Callable[[int], tuple[Tensor, Tensor]]:
 
 @pytest.fixture(scope="session")
 def cifar_train(shared: Path) -> Callable[[int], Tensor]:
-    """The first ``count`` CIFAR-10 training images, likewise, for calibration."""
+    """The first ``count`` CIFAR-10 training images, normalised in the same way."""
     return lambda count: _cifar(shared, "train", count)[0]
 
 
@@ -98,7 +98,7 @@ def hub() -> Iterator[HubServer]:
 
 @pytest.fixture(scope="module")
 def client(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """Processes with the real client, which know that Hub alone."""
+    """Processes with the real client, which can reach only that Hub."""
     started = Client(tmp_path_factory.mktemp("home"), hub.endpoint)
     yield started
     started.close()

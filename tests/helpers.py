@@ -1,4 +1,4 @@
-"""Decomposed models, and the way of child processes to the repository, for several tests."""
+"""Decomposed models, and the import path of child processes, for several tests."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from arp_hub.schemes import make_scheme
 
 
 def search_path(root: Path) -> str:
-    """``PYTHONPATH`` of a child process: the repository, and then what its parent has there."""
+    """``PYTHONPATH`` of a child process: the repository, then the entries of its parent."""
     return os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-# by address, because not every machine's own name can be looked up
+# localhost, because some machines cannot resolve their own name
 ON_TWO = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost", "--nproc_per_node", "2",
           str(Path(__file__).with_name("watched.py"))]  # fmt: skip
-"""Options of Python that start the script after them on two processes, and have them say what is left of Gloo."""
+"""Options of Python that run the following script on two processes, which report Gloo threads left at their end."""
 
 
 def both_ended_clean(said: str) -> bool:
-    """Whether both processes say, on stderr, that no thread of their process group outlives them."""
+    """Whether both processes report that no thread of their process group outlives them."""
     return said.count(NONE_LEFT) == 2
 
 
 def half_rank_plan(model: nn.Module, layers: dict[str, str]) -> arp_hub.RankPlan:
-    """A plan with the given scheme of every named layer, at half its full rank."""
+    """A plan with the given scheme for every named layer, at half its full rank."""
     modules = dict(model.named_modules())
     plans = {}
     for name, scheme in layers.items():
@@ -54,7 +54,7 @@ def low_rank_model(name: str, layers: dict[str, str], **kwargs: object) -> nn.Mo
 
 
 def load(folder: Path, **kwargs: object) -> nn.Module:
-    """What ``timm.create_model`` makes of a saved folder."""
+    """The model that ``timm.create_model`` loads from a saved folder."""
     return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval()
 
 

@@ -1,6 +1,6 @@
-"""Model folders from a stranger, loaded one after the other. A program, so that its memory can be measured.
+"""Load hostile model folders one by one. A program of its own, so that its memory can be measured.
 
-python hostile.py FOLDER      one JSON line a case: what came of it, seconds of CPU, growth of the peak memory
+python hostile.py FOLDER      one JSON line a case: outcome, CPU seconds, growth of peak memory
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def poison(value: float) -> Callable[[Path], Any]:
 
 
 def lie(folder: Path) -> None:
-    """A header that declares a tensor of a million million numbers."""
+    """A header that declares a tensor of 10**12 numbers."""
     file = folder / "model.safetensors"
     data = file.read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
@@ -186,7 +186,7 @@ def peak() -> float:
 
 
 def measure(place: Path) -> dict[str, Any]:
-    """Load a folder, and tell what came of it."""
+    """Load a folder, and return the outcome."""
     before, start = peak(), time.process_time()
     try:
         load_model(f"local-dir:{place}")

@@ -1,4 +1,4 @@
-"""The official client and timm against the loopback Hub, in processes of their own with their own ``HF_HOME``."""
+"""The official client and timm against the loopback Hub, in new processes with their own ``HF_HOME``."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ QUICK = """
 import time
 time.sleep = lambda seconds: None
 """
-"""Code before a job's own: nobody waits between attempts. Their number stays what it is."""
+"""Code that runs before a job: the client does not wait between attempts. Their number is unchanged."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """What a job printed, and how it ended."""
+    """Output and exit code of a job."""
 
     code: int
     out: str
@@ -44,7 +44,7 @@ def environment(home: Path, endpoint: str, token: str | None) -> dict[str, str]:
 
 
 class Client:
-    """Runs code in a forked process that has everything imported already."""
+    """Runs code in a forked process in which everything is imported."""
 
     def __init__(self, home: Path, endpoint: str) -> None:
         self.files = (home / "out", home / "err")
@@ -70,7 +70,7 @@ class Client:
         by: int = signal.SIGINT,
         **names: Any,
     ) -> Done:
-        """Run code with the given names; once ``interrupt`` returns, the process gets the signal ``by``."""
+        """Run code with the given names; send the signal ``by`` once ``interrupt`` returns."""
         assert self.process.stdin and self.process.stdout
         out, err = self.files
         plain = {key: str(value) if isinstance(value, Path) else value for key, value in names.items()}

@@ -1,7 +1,7 @@
-"""A Hub on loopback for tests: what the official client asks of the real one, in memory, with faults on demand.
+"""A Hub on loopback for tests: the routes that the official client uses, in memory, with faults on demand.
 
-Two users, Alice and Bob; an organisation that Alice may write to and Bob may read; private repositories, branches,
-tags, pull requests, uploads as the client does them without Xet (with Xet it gets a 404, for there is no such route).
+It has two users, Alice and Bob, and an organisation that Alice may write to and Bob may read. It serves private
+repositories, branches, tags, pull requests, and uploads without Xet; routes of Xet get a 404.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LFS = re.compile(r"\.(safetensors|png|bin)$")
 
 @dataclass
 class Repo:
-    """A repository: commits by id, each the whole content, and the names that point at them."""
+    """A repository: commits by id, each with its whole content, and the refs that point at them."""
 
     private: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -54,16 +54,16 @@ class Repo:
         return self.commits[oid]
 
     def history(self, revision: str = "main") -> int:
-        """The number of commits that were made, the first empty one left out."""
+        """Number of commits, without the first empty one."""
         return len(self.commits) - 1
 
 
 @dataclass
 class Fault:
-    """What to do instead of answering, so many times.
+    """A fault that replaces an answer, at most ``times`` times.
 
-    ``action`` is a status code; ``drop``, which closes the connection; ``lose``, which does what was asked and then
-    closes it; ``hang``, which says nothing until the server ends; a text, which is sent as a 400 of the metadata check;
+    ``action`` is a status code; ``drop``, which closes the connection; ``lose``, which carries out the request and then
+    closes it; ``hang``, which stays silent until the server ends; a text, which is sent as a 400 of the metadata check;
     or a function, which is called before the answer.
     """
 
@@ -99,7 +99,7 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no error."""
+        """Ignore clients that hang up."""
 
     def fault(self, route: str, action: Any, times: int = 10**6) -> Fault:
         """Answer requests whose ``METHOD path`` matches the expression ``route`` with a fault."""
@@ -107,7 +107,7 @@ class HubServer(ThreadingHTTPServer):
         return self.faults[-1]
 
     def mend(self) -> None:
-        """No more faults; forget the requests seen."""
+        """Remove all faults, and clear the list of requests."""
         self.ending.set()
         self.ending = threading.Event()
         self.faults.clear()

@@ -1,7 +1,7 @@
 """A process that has imported everything and forks for each job: a fresh client in milliseconds.
 
-Reads jobs as JSON lines from stdin: ``code``, ``names`` it sees, ``env``, and files for ``out`` and ``err``. Answers
-with the child's process id at once, and with its exit code when it has ended.
+Reads jobs as JSON lines from stdin: ``code``, its ``names``, ``env``, and files for ``out`` and ``err``. Answers with
+the child's process id at once, and with its exit code at its end.
 """
 
 import json
@@ -10,18 +10,18 @@ import signal
 import sys
 import traceback
 
-import accelerate  # noqa: F401 - imported before the forks, so that no child has to
-import datasets  # noqa: F401 - imported before the forks, so that no child has to
-import huggingface_hub  # noqa: F401 - imported before the forks, so that no child has to
-import matplotlib.pyplot  # noqa: F401 - imported before the forks, so that no child has to
-import sklearn.datasets  # noqa: F401 - imported before the forks, so that no child has to
-import timm  # noqa: F401 - imported before the forks, so that no child has to
+import accelerate  # noqa: F401 - imported once, before the forks
+import datasets  # noqa: F401 - imported once, before the forks
+import huggingface_hub  # noqa: F401 - imported once, before the forks
+import matplotlib.pyplot  # noqa: F401 - imported once, before the forks
+import sklearn.datasets  # noqa: F401 - imported once, before the forks
+import timm  # noqa: F401 - imported once, before the forks
 import torch
 
-import arp_hub  # noqa: F401 - imported before the forks, so that no child has to
-import arp_hub.hub.push  # noqa: F401 - imported before the forks, so that no child has to
-import arp_hub.training  # noqa: F401 - imported before the forks, so that no child has to
-import arp_hub_cli.app  # noqa: F401 - imported before the forks, so that no child has to
+import arp_hub  # noqa: F401 - imported once, before the forks
+import arp_hub.hub.push  # noqa: F401 - imported once, before the forks
+import arp_hub.training  # noqa: F401 - imported once, before the forks
+import arp_hub_cli.app  # noqa: F401 - imported once, before the forks
 
 torch.set_num_threads(1)
 
@@ -29,7 +29,7 @@ torch.set_num_threads(1)
 def work(job: dict) -> int:
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make background jobs ignore it
     os.environ.update(job["env"])
     sys.argv = ["arp-hub"]
     try:

@@ -1,7 +1,7 @@
-"""Runs that are killed with SIGKILL at chosen events in their folder. A program, so that its children can be forked.
+"""Kill runs with SIGKILL at chosen events in their folder. A program of its own, so that it can fork children.
 
-An event is anything that Python does to a file under the run's parent folder: opening, renaming, making, removing.
-A run has a hundred or so; a kill before the n-th of them shows what a crash leaves behind at that moment.
+An event is an operation on a file under the run's parent folder: opening, renaming, making, removing. A run has about a
+hundred. A kill before the n-th event shows what a crash leaves behind at that moment.
 
     python killing.py FOLDER count            how many events an undisturbed run has; it ends in FOLDER/whole
     python killing.py FOLDER kill 3 17 90     for each: a run killed there, then resumed to its end in FOLDER/N
@@ -49,7 +49,7 @@ SETTINGS = {
 
 
 def forked(work: Callable[[], None]) -> int:
-    """Do something in a child; how it ended, as `os.waitstatus_to_exitcode` tells."""
+    """Run a call in a child; returns its exit code, as `os.waitstatus_to_exitcode` does."""
     child = os.fork()
     if child == 0:
         try:
@@ -62,7 +62,7 @@ def forked(work: Callable[[], None]) -> int:
 
 
 def watch(folder: Path, at: int | None, told: Path | None = None) -> None:
-    """Count this process's events in a folder; be killed before the one that is number ``at``."""
+    """Count this process's events in a folder; kill the process before event number ``at``."""
     seen = [0]
     mark = str(folder)
 
@@ -86,12 +86,12 @@ def go(output: Path, at: int | None = None, told: Path | None = None) -> None:
 
 
 def finish(output: Path, **changes: Any) -> None:
-    """A run to its end, from wherever it is."""
+    """Resume a run and finish it."""
     run(TrainConfig(**{**SETTINGS, **changes}, output=str(output), resume="auto"))
 
 
 def look(output: Path, whole: Path) -> dict[str, Any]:
-    """What a finished run that was killed on its way has in its folders, next to one that was not."""
+    """Compare the folders of a killed and resumed run with those of an undisturbed one."""
     folder, checkpoints = output.parent, output.with_name("out-run") / "checkpoints"
     logs = [read_log(place.with_name("out-run") / "log.jsonl") for place in (output, whole)]
     return {
@@ -114,7 +114,7 @@ def killed_at(folder: Path, event: int) -> dict[str, Any]:
 
 
 def killed_at_random(folder: Path, kills: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Kill runs at random moments, again and again, until so many kills have hit; each run goes on where it was."""
+    """Kill runs at random moments until ``kills`` kills have hit; each run is resumed after a kill."""
     changes = {"max_steps": 12, "ema_decay": 0.9, "checkpoint_every": 2}
     dice, done = random.Random(seed), 0
     whole = folder / "undisturbed" / "out"

@@ -1,4 +1,4 @@
-"""Budgets and decompositions on real models and data: promises kept, floors held, errors before any harm."""
+"""Budgets and decompositions on real models and data: sizes, lowest accuracies, and errors that leave models intact."""
 
 import copy
 
@@ -56,7 +56,7 @@ def test_an_error_midway_leaves_the_model_whole():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     class Broken(list):
-        """Images whose source fails when they are read once more."""
+        """Images whose source fails at a chosen read."""
 
         reads = 0
 
@@ -102,7 +102,7 @@ def test_passes_look_at_as_many_images_as_are_affordable(needs, images, affordab
         assert min(images, max(names[name] for name in group)) <= count <= images
     if len(names) * images <= affordable:
         assert passes == [([name], images) for name in names]
-    elif len(passes) == len(names) and looked_at < len(names) * images:  # with twice as many it would be too much
+    elif len(passes) == len(names) and looked_at < len(names) * images:  # twice as many would exceed it
         assert sum(min(images, 2 * count) for _, count in passes) > affordable
 
 

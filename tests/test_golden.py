@@ -1,6 +1,6 @@
-"""Kept models and plans give what they gave when `golden/` was written: the same plans, and the same outputs.
+"""Kept models and stored plans give the plans and outputs in `golden/`.
 
-    python tests/test_golden.py --shared ../shared      writes golden/ again, after a change that is meant to alter them
+    python tests/test_golden.py --shared ../shared      rewrites golden/ after an intended change
 
 On the CPU and with the torch that the files were written with, outputs are compared bit for bit; elsewhere kernels
 round differently, and outputs are compared to 1e-4.
@@ -35,7 +35,7 @@ BY_WEIGHTS = {
 
 
 def machine() -> dict[str, str]:
-    """What the last bits of an output depend on."""
+    """Facts that the last bits of an output depend on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
     return {"cpu": cpu, "torch": torch.__version__, "timm": timm.__version__}
@@ -86,7 +86,7 @@ def calibration(shared: Path) -> Tensor:
 
 
 def by_images(shared: Path) -> tuple[arp_hub.RankPlan, Tensor]:
-    """ResNet-20 planned and fitted by images: the plan, and what comes out of the result."""
+    """ResNet-20 planned and fitted on images: the plan, and the outputs."""
     model, images = trained("cifar_resnet20", shared), calibration(shared)
     plan = arp_hub.make_plan(model, keep_params=0.35, calibration=images, effort="fast")
     return plan, outputs(arp_hub.decompose(model, plan, images, effort="fast"))

@@ -1,4 +1,4 @@
-"""The adaptive penalty: on time at its ranks, exactly, in any training loop; errors that say what is wrong."""
+"""The adaptive penalty: exactly low-rank at the end of the ramp, in any training loop; and its errors."""
 
 import copy
 import itertools
@@ -109,7 +109,7 @@ def test_without_a_gradient_the_end_is_the_nearest_point():
 
 @pytest.mark.parametrize("every", [1, 4])
 def test_violations_are_measured_on_the_weights_as_they_are(every):
-    """In the hold, too: between two pulls the optimiser moves layers away from the low-rank set."""
+    """Also in the hold, where the optimiser moves layers away from the low-rank set between pulls."""
     model = network()
     penalty = AdaptiveRankPenalty(model, PLAN, total_steps=20, ramp=0, every=every)
     for step in range(20):
@@ -227,7 +227,7 @@ ALIKE = {
 
 
 def alike(kernel):
-    """Five layers of one shape, of weights of very different size, and one of another."""
+    """Five layers of one shape with weights of very different norms, and one layer of another shape."""
     torch.manual_seed(0)
     size = int(kernel[0])
     layers = [nn.Conv2d(8, 8, size, padding=size // 2) for _ in range(5)]
@@ -317,7 +317,7 @@ def test_little_is_kept_from_one_pull_to_the_next(scheme):
 
 @pytest.mark.parametrize("cut", [10, 18, STEPS])
 def test_resuming_in_the_hold_ends_with_the_same_factors(cut):
-    """From the very last checkpoint as well, where only the factors are still needed."""
+    """Also from the last checkpoint, where only the factors are still needed."""
     straight = network()
     whole = AdaptiveRankPenalty(straight, PLAN, total_steps=STEPS, ramp=0.25, every=3)
     train(straight, whole, STEPS, optimizer=torch.optim.SGD(straight.parameters(), lr=0.02))

@@ -1,6 +1,6 @@
-"""Runs a script, and says at the very end which of the process group's threads are still there.
+"""Run a script, and report the threads of the process group that are left at its end.
 
-They must not be: one that lets go of a tensor after Python has ended takes the process with it (SIGABRT).
+None may be left: a thread that frees a tensor after Python has ended aborts the process (SIGABRT).
 
     python watched.py SCRIPT [OPTION ...]
 """
@@ -24,4 +24,4 @@ if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     __file__ = sys.argv[0]
     sys.path[0] = str(Path(__file__).parent)
-    exec(compile(Path(__file__).read_text(), __file__, "exec"))  # not in a function: as `python SCRIPT` does
+    exec(compile(Path(__file__).read_text(), __file__, "exec"))  # at module level, as with `python SCRIPT`

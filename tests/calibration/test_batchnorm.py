@@ -15,7 +15,7 @@ from arp_hub.schemes import SCHEMES
 
 
 class Fading(nn.Module):
-    """A layer to decompose, then dense ones behind BatchNorms that expect what it gives at full rank."""
+    """A layer to decompose, then dense layers behind BatchNorms whose statistics fit its full-rank output."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +33,7 @@ class Fading(nn.Module):
 def fading_with_statistics():
     model, images = Fading(), torch.randn(256, 16, 8, 8)
     for _ in range(60):
-        model(torch.randn(64, 16, 8, 8))  # in training mode: the statistics of other images
+        model(torch.randn(64, 16, 8, 8))  # training mode moves the statistics to other images
     return model.eval(), images
 
 

@@ -10,7 +10,7 @@ from arp_hub.layers.low_rank import layer_shape
 
 CPU = torch.device("cpu")
 PLENTY = 1e12
-"""Multiply-accumulates that suffice for every position."""
+"""A bound on multiply-accumulates that allows every position."""
 
 
 def exact_moment(conv: nn.Conv2d, images: torch.Tensor, centred: bool) -> torch.Tensor:
@@ -43,7 +43,7 @@ def test_moments_do_not_depend_on_batches_and_match_the_plain_sum(centred):
 
 @pytest.mark.parametrize("mean", [0.0, 3.0, 100.0])
 def test_a_mean_that_is_taken_out_does_not_add_to_the_shrinkage(mean):
-    """With the mean at three times the spread, the scatter of uncentred parts would shrink all of the moment."""
+    """With a mean three times the spread, shrinkage of an uncentred moment would be far too strong."""
     torch.manual_seed(0)
     linear = nn.Linear(16, 4)
     shares = []
@@ -62,7 +62,7 @@ def test_a_mean_that_is_taken_out_does_not_add_to_the_shrinkage(mean):
 
 
 def test_windows_of_one_image_are_one_image():
-    """Attention in windows splits images; windows of one image look alike, so few images are a small sample."""
+    """Window attention splits images. Windows of one image are similar, so few images are a small sample."""
     torch.manual_seed(0)
     linear = nn.Linear(24, 4)
     weight = linear.weight.detach()[..., None, None]

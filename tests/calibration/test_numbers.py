@@ -1,4 +1,4 @@
-"""Numbers of every kind: images, weights and modes of torch that are computed with, or refused in one line."""
+"""Images, weights and modes of torch of every kind are computed with, or refused in one line."""
 
 import copy
 
@@ -115,7 +115,7 @@ def test_images_that_say_little(images):
     model = small_model()
     small = compressed(model, images)
     assert all(bool(tensor.isfinite().all()) for tensor in small.state_dict().values())
-    assert relative_change(model, small, IMAGES) < 2  # the weights decide where the images do not
+    assert relative_change(model, small, IMAGES) < 2  # where images say nothing, the fit follows the weights
 
 
 @pytest.mark.parametrize("dead", ["stem.0", "plain", "last"])
@@ -166,7 +166,7 @@ def test_images_that_may_not_be_normalised_are_named():
 
 
 class Shared(nn.Module):
-    """The output of a layer goes to a BatchNorm, and somewhere else too."""
+    """A layer whose output goes to a BatchNorm, and to one more reader."""
 
     def __init__(self, reader: str) -> None:
         super().__init__()
@@ -188,18 +188,18 @@ class Shared(nn.Module):
         return self.norm(y)
 
 
-@pytest.mark.parametrize("reader", ["nobody else", "a sum", "a second BatchNorm", "the caller", "a second call"])
+@pytest.mark.parametrize("reader", ["no other", "a sum", "a second BatchNorm", "the caller", "a second call"])
 def test_only_a_sole_reader_takes_up_a_change_of_mean(reader):
     model = Shared(reader).eval()
     images = torch.randn(32, 8, 6, 6) + 2
     plan = make_plan(model, keep_params=0.5, schemes=["channel"], exclude=(), input_size=(8, 6, 6))
     small = decompose(copy.deepcopy(model), plan, images)
     moved = not torch.equal(small.norm.running_mean, model.norm.running_mean)
-    assert moved  # by the fit, or by the pass in which the norms behind dense layers follow
+    assert moved  # by the fit, or by the later pass that updates the norms behind dense layers
     change = small.norm.running_mean - model.norm.running_mean
     with torch.no_grad():
         shift = (model.conv(images) - small.conv(images)).mean((0, 2, 3))
     taken_up = torch.allclose(change, -shift, rtol=1e-3, atol=1e-4) and torch.equal(
         small.norm.running_var, model.norm.running_var
     )
-    assert taken_up == (reader == "nobody else")
+    assert taken_up == (reader == "no other")

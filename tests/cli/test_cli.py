@@ -1,4 +1,4 @@
-"""The command line, run for real: a small network trained on digits, and CIFAR-10 where it is at hand."""
+"""The command line, run on a small network trained on digits, and on CIFAR-10 where it is available."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run(capsys):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[str, ...]:
-    """Options that name a small ResNet trained on digits for a few seconds."""
+    """Options for a small ResNet, trained on digits for a few seconds."""
     torch.manual_seed(0)
     overlay = {"input_size": (3, 32, 32)}
     model = timm.create_model("test_resnet", num_classes=10, pretrained_cfg_overlay=overlay)
@@ -177,7 +177,7 @@ def test_overwrite(run, trained, tmp_path):
     assert refused.code == 2
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
     assert run(*words, "--overwrite").code == 0
-    assert run(*words).code == 0, "a saved folder is written anew without being told"
+    assert run(*words).code == 0, "a folder that arp-hub saved is replaced without --overwrite"
 
 
 FINE = "--model test_resnet --input-size 3 32 32 --num-classes 10 --checkpoint {checkpoint}"
@@ -241,7 +241,7 @@ BAD_INPUTS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Files that are not what a command asks for."""
+    """Files that a command must refuse."""
     tmp = tmp_path_factory.mktemp("bad")
     save_file(timm.create_model("test_resnet", num_classes=7).state_dict(), tmp / "seven.safetensors")
     save_file({"fc.weight": torch.zeros(10, 3)}, tmp / "wrong.safetensors")

@@ -1,4 +1,4 @@
-"""Help and version come at once, and what only loads a model imports nothing else."""
+"""Help and version print quickly, and loading a model imports only what it needs."""
 
 import resource
 import subprocess
@@ -49,7 +49,7 @@ def test_loading_and_saving_imports_nothing_else(tmp_path):
     assert cpu_seconds(code)[1].endswith("set()\n")
 
 
-def test_choices_named_in_help_are_those_there_are():
+def test_help_names_the_choices_that_exist():
     assert options.SCHEMES == tuple(schemes.SCHEMES)
     assert options.DTYPES == tuple(timing.DTYPES)
     assert options.EFFORTS == tuple(EFFORTS)

@@ -1,4 +1,4 @@
-"""Publishing and loading with the official client and timm against a Hub on loopback, each in a process of its own."""
+"""Publishing and loading with the official client and timm in new processes, against a Hub on loopback."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def push(client: Client, *words: object, token: str = ALICE) -> dict[str, Any]:
 
 
 def fresh_process(code: str, home: Path, hub: HubServer, token: str | None = None) -> Done:
-    """A process that starts from nothing, with its own HF_HOME."""
+    """A new process with an empty HF_HOME."""
     env = environment(home, hub.endpoint, token)
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=240)
     return Done(done.returncode, done.stdout, done.stderr)
@@ -212,7 +212,7 @@ def test_a_token_given_outright_works_and_is_not_written_down(hub: HubServer, cl
     code = "import timm, sys, arp_hub\nsys.argv = ['train.py', '--token', token, '--lr', '1']\n"
     saved = client.run(code + "arp_hub.save_pretrained(timm.create_model('test_resnet'), out, metrics={'note': token})",
                        token=None, out=folder.parent / "other")  # fmt: skip
-    assert saved.code == 1  # the name `token` is not known there
+    assert saved.code == 1  # the child process does not know the name `token`
     saved = client.run(f"token = {ALICE!r}\n{code}arp_hub.save_pretrained(timm.create_model('test_resnet'), out, "
                        "metrics={'note': token})", token=None, out=folder.parent / "other")  # fmt: skip
     assert saved.code == 0, saved.err

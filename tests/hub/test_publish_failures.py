@@ -1,6 +1,6 @@
-"""What goes wrong on the way to the Hub and back: where, what the user reads, and what state remains.
+"""Failures of pushes and loads: where they happen, what the user reads, and which state remains.
 
-The rows are those of the table in docs/hub-failures.md, which has one line for each.
+The table in docs/hub-failures.md has one line for each row here.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def test_push(name: str, hub: HubServer, client: Client, earlier: Repo, mine: Pa
     assert done.code == row.code, done.err
     assert read_in_order(done.last_line, row.says), done.last_line
     assert not re.search(r"Traceback|hf_[A-Za-z0-9]{8}", done.out + done.err), done.err
-    assert all(fault.seen for fault in hub.faults), "a fault never came about"
+    assert all(fault.seen for fault in hub.faults), "a fault was never triggered"
     assert content(mine) == here
     check_state(row, hub, earlier, here)
 
@@ -264,7 +264,7 @@ def check_state(row: Row, hub: HubServer, earlier: Repo, here: dict[str, bytes])
         assert row.then == "complete"
         assert repo.files().keys() == {".gitattributes", *here}
         assert all(repo.files()[file] == here[file] for file in ("config.json", "model.safetensors"))
-        assert len(repo.commits) == 2  # the first, empty one, and ours
+        assert len(repo.commits) == 2  # the first, empty commit, and ours
 
 
 def test_what_is_transient_is_tried_a_limited_number_of_times(hub: HubServer, client: Client, mine: Path) -> None:
@@ -342,7 +342,7 @@ def rank_beyond(config: dict[str, Any]) -> None:
 
 
 BACK: dict[str, tuple[Any, ...]] = {
-    # what is asked for, what the config becomes, by timm's own create_model or by ours, what it says
+    # source, config, loader (timm's create_model or ours), message
     "no such repository": ("alice/nothing", None, "download", ("no such repository", "check the name")),
     "private, no token": ("alice/private", None, "download", ("no such repository, or it is private", "hf auth login")),
     "no such revision": ("alice/there@v7", None, "download", ("no such revision", "choose one")),

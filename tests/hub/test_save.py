@@ -1,4 +1,4 @@
-"""``save_pretrained``: what is in the folder, that it loads bit for bit anywhere, and that it is never half written."""
+"""``save_pretrained``: the content of the folder, loading bit for bit elsewhere, and no half-written folder."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = read(folder, "metrics.json")
     assert f"| parameters | {numbers['dense']['params']:,} | {numbers['params']:,} |" in card.text
     assert "| top-1, % | 92.50 | 91.23 |" in card.text and "- seed: 3" in card.text
-    assert "top-5" not in card.text  # never given, so not on the card
+    assert "top-5" not in card.text  # no top-5 was given
     assert "| `cp` | 1 |" in card.text and "| `channel` | 2 |" in card.text
     snippet = card.text.split("```python\n")[1].split("```")[0]
     assert "import arp_hub" in snippet
@@ -382,7 +382,7 @@ def test_a_killed_process_leaves_a_whole_folder(tmp_path: Path) -> None:
         process = multiprocessing.get_context("fork").Process(target=save_forever, args=(folder, 100 * moment))
         process.start()
         try:
-            while int(load(folder).fc.bias[0]) < 100 * moment + 1:  # also: a reader finds a whole folder at any moment
+            while int(load(folder).fc.bias[0]) < 100 * moment + 1:  # a reader finds a whole folder at any moment
                 assert process.is_alive()
             process.join(0.07 * moment)
         finally:

@@ -1,4 +1,4 @@
-"""What strangers and races can do to a push or a load: each kind with a table of cases."""
+"""Effects of hostile content and of races on pushes and loads, with a table of cases for each kind."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def second(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def race(hub: HubServer, clients: tuple[Client, Client], folder: Path) -> None:
-    """Two pushes at once: the repository is complete afterwards, and is what a push that said so published."""
+    """After two pushes at once, the repository is complete and equals one that a successful push published."""
     hub.mend()
     hub.repos = {}
     done: list[Any] = [None, None]

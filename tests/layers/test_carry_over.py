@@ -52,7 +52,7 @@ HOOKS = {
 
 
 def use(model: nn.Module) -> None:
-    """Everything that fires a hook."""
+    """Calls that fire each kind of hook."""
     model(images().to(next(model.parameters()).dtype).requires_grad_()).sum().backward()
     model.load_state_dict(model.state_dict())
 
@@ -72,7 +72,7 @@ def test_hooks_fire_after_the_layer_is_replaced_and_can_be_removed(register, way
     log.clear()
     use(model)
     assert len(log) == expected
-    if isinstance(log[0], type):  # the hook is passed the layer that is there now
+    if isinstance(log[0], type):  # the hook gets the new layer
         assert log[0] is type(model[0])
     handle.remove()
     log.clear()

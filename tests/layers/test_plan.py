@@ -1,4 +1,4 @@
-"""Plans: JSON there and back, what is refused, and what a model says of a plan."""
+"""Plans: JSON round trips, refusals, and the plan of a decomposed model."""
 
 import copy
 import dataclasses

@@ -28,7 +28,7 @@ PLAN = RankPlan({NAME: LayerPlan("channel", 4)})
 
 
 class Adapter(nn.Module):
-    """A layer with a low-rank update beside it, built as PEFT builds its LoRA layers."""
+    """A layer with a parallel low-rank update, as in PEFT's LoRA layers."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -249,7 +249,7 @@ def test_a_model_that_is_one_layer_cannot_be_replaced_in_place():
         decompose(nn.Linear(64, 64), RankPlan({"": LayerPlan("channel", 4)}))
 
 
-def test_a_factor_is_not_decomposed_once_more():
+def test_a_factor_is_not_decomposed_again():
     model = decompose(nn.Sequential(nn.Linear(64, 64)), RankPlan({"0": LayerPlan("channel", 32)}))
     with pytest.raises(ArpHubError, match="part of the low-rank layer '0'"):
         decompose(model, RankPlan({"0.factors.0": LayerPlan("channel", 4)}))

@@ -1,4 +1,4 @@
-"""What a forward pass on the meta device tells."""
+"""Layers and sizes found by a forward pass on the meta device."""
 
 from torch import nn
 

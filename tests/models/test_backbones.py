@@ -1,4 +1,4 @@
-"""Any timm backbone: what timm does with a dense model it does with a decomposed one, oddities included."""
+"""timm backbones of every kind: timm treats a decomposed model as it treats a dense one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from arp_hub.training import evaluate, load_data
 from arp_hub_cli.app import app
 from benchmarks.layers.timm_checks import CHECKS, EXPORTS, full_rank_plan, make_case, random_model, run_check
 
-# One small model for every oddity; entrypoints of timm take the arguments that make them small.
+# One small model for each special case; arguments of timm's entrypoints make them small.
 TINY_VIT = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
 ODDITIES: dict[str, tuple[str, dict[str, Any]]] = {
     "strided and plain convolutions": ("test_resnet", {}),
@@ -166,7 +166,7 @@ def test_reparameterize_first_then_decompose(name: str) -> None:
 
 
 def test_a_resampled_position_embedding_is_that_of_the_dense_backbone(tmp_path: Path) -> None:
-    name, small = "flexivit_small", {**TINY_VIT, "img_size": 64}  # its filter has settings of its own
+    name, small = "flexivit_small", {**TINY_VIT, "img_size": 64}  # its filter has its own settings
     dense = random_model(name, (3, 64, 64), **small)
     timm.models.save_for_hf(dense, tmp_path / "dense", safe_serialization=True)
     arp_hub.save_pretrained(arp_hub.decompose(dense, full_rank_plan(dense, (3, 64, 64))), tmp_path / "low")
@@ -186,7 +186,7 @@ def test_layers_that_arguments_remove_are_left_out(tmp_path: Path) -> None:
 
 
 class OnnxModel(nn.Module):
-    """An ONNX file as a module, so that the same code evaluates it."""
+    """An ONNX file as a module, so that `evaluate` accepts it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What comes from a stranger is refused with one clear error, at once, and costs next to nothing."""
+"""Hostile folders are refused with one clear error, quickly and in little memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``arp_lowrank`` behind ``timm.create_model``: decomposed backbones answer every argument as dense ones do."""
+"""``arp_lowrank`` through ``timm.create_model``: decomposed backbones take every argument as dense ones do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import arp_hub
 from arp_hub.layers.apply_plan import plan_of
 from arp_hub.layers.model import low_rank_layers
 
-# Backbone: its decomposed layers (always the stem and the classifier, and a spread of schemes), and an image side.
+# Backbone: decomposed layers (stem, classifier and layers for several schemes) and the image side.
 BACKBONES: dict[str, tuple[dict[str, str], int]] = {
     "resnet18": ({"conv1": "channel", "layer1.0.conv1": "cp", "layer2.0.conv1": "tucker2", "fc": "channel"}, 64),
     "mobilenetv3_small_100": ({"conv_stem": "cp", "blocks.1.0.conv_pw": "group_out", "classifier": "channel"}, 64),
@@ -66,7 +66,7 @@ def test_arguments_mean_what_they_mean_for_the_dense_backbone(saved: tuple[Path,
         torch.manual_seed(1)
         theirs = load(dense, **arguments)
         x = torch.randn(2, arguments.get("in_chans", 3), side, side)
-        if "num_classes" in arguments and arguments["num_classes"]:  # a new classifier is random: compare what it sees
+        if "num_classes" in arguments and arguments["num_classes"]:  # a new classifier is random: compare its inputs
             assert ours(x).shape == (2, arguments["num_classes"])
             ours.reset_classifier(0)
             theirs.reset_classifier(0)
@@ -188,7 +188,7 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
-@pytest.mark.parametrize("arguments", [{}, {"num_classes": 7}])  # a new classifier makes timm's own load lenient
+@pytest.mark.parametrize("arguments", [{}, {"num_classes": 7}])  # timm loads leniently if the classifier is new
 def test_bad_configs_are_refused(case: str, arguments: dict[str, Any], resnet: Path, tmp_path: Path) -> None:
     change, message = BAD_CONFIGS[case]
     folder = shutil.copytree(resnet, tmp_path / "out")
@@ -202,7 +202,7 @@ def test_bad_configs_are_refused(case: str, arguments: dict[str, Any], resnet: P
 @pytest.mark.parametrize("arguments", [{}, {"in_chans": 1}])
 def test_damaged_weights_are_refused(arguments: dict[str, Any], resnet: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(resnet, tmp_path / "out")
-    # Copies: some releases of safetensors map the file, which is written over below.
+    # Copied, because some releases of safetensors map the file, which is overwritten below.
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
     for key, message in [
         ("conv1.factors.0.weight", "do not fit the plan of the layer 'conv1'"),
@@ -238,7 +238,7 @@ def test_a_config_cannot_point_to_other_weights(resnet: Path, tmp_path: Path) ->
     assert torch.equal(load(folder)(x), load(resnet)(x))
 
 
-def test_weights_of_its_own_it_has_none() -> None:
+def test_it_has_no_pretrained_weights() -> None:
     plan = half_rank_plan(timm.create_model("resnet18"), {"layer1.0.conv1": "cp"})
     with pytest.raises(arp_hub.ArpHubError, match="no weights of its own"):
         timm.create_model("arp_lowrank", pretrained=True, backbone="resnet18", plan=plan)

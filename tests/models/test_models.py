@@ -1,4 +1,4 @@
-"""The CIFAR models: sizes, trained weights, and everything that timm expects of a model."""
+"""The CIFAR models: sizes, trained weights, and the interface that timm expects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Timing: what is compared, what a latency budget promises, what is remembered, what is refused."""
+"""Latency: comparisons, budgets, the cache of measurements, and refusals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
-    """A cache of measurements of this test alone."""
+    """An empty cache of measurements for each test."""
     monkeypatch.setenv("ARP_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "latency.json"
 
@@ -84,14 +84,14 @@ def test_compiled_models_are_timed():
     model = timm.create_model("test_resnet").eval()
     try:
         torch.compile(torch.nn.Linear(2, 2))(torch.zeros(1, 2))
-    except Exception as error:  # whatever the toolchain raises
+    except Exception as error:  # the toolchain may raise anything
         pytest.skip(f"torch.compile does not work here: {error}")
     assert benchmark(model, compiled=True, seconds=0.1).compiled
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_latency_on_a_gpu():
-    model = timm.create_model("vgg16").cuda()  # smaller networks are a matter of launches there
+    model = timm.create_model("vgg16").cuda()  # on a GPU, kernel launches dominate smaller networks
     workload = Workload(64, "bfloat16", channels_last=True)
     arp_hub.decompose(model, make_plan(model, keep_latency=0.7, workload=workload, schemes=["channel"]))
     assert benchmark(model, workload).ratio.median < 0.735
@@ -129,11 +129,11 @@ def test_a_latency_budget_is_kept_end_to_end(cache, options):
     assert cache.is_file()
     arp_hub.decompose(model, plan)
     assert low_rank_layers(model).keys() == plan.layers.keys()
-    most = options["keep_latency"] * 1.15  # 5 % promised; room for a noisy machine
+    most = options["keep_latency"] * 1.15  # 5 % is promised; the rest allows for a noisy machine
     assert benchmark(model, input_size=SIZE).ratio.median < most
 
 
-def test_what_cannot_be_faster_is_refused_with_what_can():
+def test_a_budget_below_the_fastest_plan_is_refused():
     with pytest.raises(ArpHubError, match=r"keep_latency=0.01 cannot be met: .* of the dense latency"):
         make_plan(resnet(), keep_latency=0.01, input_size=SIZE, schemes=["channel"])
 
@@ -145,7 +145,7 @@ def test_measurements_are_remembered_and_a_damaged_file_is_not_trusted(cache):
     table.save()
     known = json.loads(cache.read_text())
     assert known
-    cache.write_text(json.dumps(dict.fromkeys(known, 7.0)))  # as if it had been slow
+    cache.write_text(json.dumps(dict.fromkeys(known, 7.0)))  # a measurement that claims to be slow
     assert LatencyTable(Workload(), CPU).faster([scheme], [(16, 16)]) == []
     assert LatencyTable(Workload(2), CPU).faster([scheme], [(16, 16)]) == before
     cache.write_text("{not json")
@@ -153,7 +153,7 @@ def test_measurements_are_remembered_and_a_damaged_file_is_not_trusted(cache):
 
 
 class OneLayer:
-    """Plans of one layer at some ranks, whose time is its rank over the largest one."""
+    """Plans of one layer at several ranks; the time of each is its rank over the largest."""
 
     def __init__(self, ranks: range) -> None:
         self.ranks = ranks
@@ -167,7 +167,7 @@ class OneLayer:
 
 
 class Network:
-    """Measurements of whole networks that are not quite the sum of their layers."""
+    """Measurements of whole networks that differ from the sum of their layers."""
 
     def __init__(self, layers: OneLayer, factor: float, closely: float | None = None) -> None:
         self.layers, self.factor, self.closely = layers, factor, closely or factor
@@ -193,7 +193,7 @@ def test_a_budget_is_met_though_layers_do_not_add_up(factor, closely):
 
 @pytest.mark.parametrize("factor", [0.94, 0.96, 1.0, 1.03])
 def test_a_budget_is_used_up(factor):
-    """Where layers promise too little or too much, and many ranks are possible: at least 97 % of it."""
+    """With many possible ranks, at least 97 % of the budget is used, even if layers over- or underestimate."""
     layers = OneLayer(range(1, 1001))
     network = Network(layers, factor)
     budget = LatencyBudget(0.9, layers, network)
@@ -201,7 +201,7 @@ def test_a_budget_is_used_up(factor):
     assert 0.97 * 0.9 <= network.ratio(plan) <= 0.9
 
 
-def test_trials_teach_what_to_aim_at():
+def test_trials_correct_the_aim():
     layers = OneLayer(range(1, 1001))
     network = Network(layers, 1.03)
     budget = LatencyBudget(0.9, layers, network)
@@ -209,7 +209,7 @@ def test_trials_teach_what_to_aim_at():
     assert network.ratio(trial) <= 0.9
     network.measured.clear()
     assert budget.final_plan({}) == trial
-    assert len(network.measured) == 2  # quickly, then closely: no further correction
+    assert len(network.measured) == 2  # a quick and an accurate measurement, without a further correction
 
 
 def test_a_budget_is_met_though_some_ranks_are_slower_than_their_neighbours(cache):
@@ -224,7 +224,7 @@ def test_a_budget_is_met_though_some_ranks_are_slower_than_their_neighbours(cach
     cliff = next(rank for rank in (16, 24, 40, 48) if rank not in measured)
     cache.write_text(json.dumps(known | {next(iter(known)).rsplit("|", 1)[0] + f"|{cliff}": 0.96}))
     table = LatencyTable(Workload(), CPU)
-    assert first == table.timed(scheme, 32, sizes)  # remembered
+    assert first == table.timed(scheme, 32, sizes)  # from the cache
     before = table.costs(scheme, sizes, 1.0)
     assert before[cliff] < 0.96 and table.timed(scheme, cliff, sizes) == 0.96
     after = table.costs(scheme, sizes, 1.0)

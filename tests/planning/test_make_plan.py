@@ -86,7 +86,7 @@ def test_planning_a_decomposed_model_is_refused():
 
 
 class TwoBranches(nn.Module):
-    """Two convolutions of equal weights, of which the second hardly reaches the output."""
+    """Two convolutions with equal weights; the second hardly changes the output."""
 
     def __init__(self, wrap, num_classes=0):
         super().__init__()
@@ -131,7 +131,7 @@ def test_a_plan_is_tried_by_what_it_does_to_the_output(num_classes, scale):
         errors.candidates(name, [SCHEMES["channel"](layer_shape(layer))])
     plan = RankPlan({"loud": LayerPlan("channel", 6), "quiet": LayerPlan("channel", 3)}, {})
     small = copy.deepcopy(model)
-    for name in plan.layers:  # each on its own, as it is tried
+    for name in plan.layers:  # one at a time, as in the trials
         alone = decompose(copy.deepcopy(model), RankPlan({name: plan.layers[name]}, {}), images)
         setattr(small, name, getattr(alone, name))
     with torch.no_grad():
@@ -142,8 +142,8 @@ def test_a_plan_is_tried_by_what_it_does_to_the_output(num_classes, scale):
     assert errors.divergence(plan) == pytest.approx(float(expected), rel=1e-2)
 
 
-def test_of_several_plans_none_harms_clearly_less_than_the_one_taken(resnet20, cifar_test):
-    """A plan by one exponent of the sensitivities alone is never better than the plan by all exponents."""
+def test_no_tried_plan_is_clearly_better_than_the_chosen_one(resnet20, cifar_test):
+    """No exponent alone gives a better plan than trying all exponents."""
     images, _ = cifar_test(64)
     quick = {"curve_iterations": 5, "curve_shares": (0.2, 0.5), "sensitivity_images": 64}
     arguments = {"keep_params": 0.3, "calibration": images, "schemes": ["channel", "tucker2"]}
@@ -167,7 +167,7 @@ def test_a_model_that_says_no_size_is_planned_at_that_of_the_images(pixels):
     model, images = nn.Sequential(*layers).eval(), torch.randn(64, 3, pixels, pixels)
     before = model(images)
     plan = make_plan(model, keep_params=0.5, calibration=images, exclude=["0"])
-    assert list(plan.layers) == ["1", "3"]  # of which a map of two pixels is less than a kernel
+    assert list(plan.layers) == ["1", "3"]  # a map of two pixels is smaller than a kernel
     after = decompose(model, plan, images)(images)
     assert after.shape == before.shape
     assert (after - before).square().sum() < before.square().sum()

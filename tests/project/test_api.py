@@ -1,4 +1,4 @@
-"""The public surface, pinned: a change here is a change for users, and belongs into the changelog."""
+"""The public names and arguments. A change here is a change for users and belongs in the changelog."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SURFACE = {
     "save_pretrained": "model folder metrics label_names overwrite",
     "to_dense": "model",
 }
-"""Every public name, with arguments that users pass by name."""
+"""Every public name, and the arguments that users pass by name."""
 TRAINING = ["ImageData", "Scores", "Split", "TrainConfig", "calibration_images", "evaluate", "load_data", "main", "run"]
 
 

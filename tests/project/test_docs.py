@@ -1,4 +1,4 @@
-"""The documentation keeps its word: its Python runs, its commands and options exist, its tables name what there is."""
+"""The documentation is true: its Python runs, its commands and options exist, its tables are those of the results."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_every_page_is_in_the_navigation():
 
 
 def test_python_of_all_pages_runs(tmp_path):
-    """One process for all pages, each with names of its own, as a reader would type them in."""
+    """Run all pages in one process, each with its own names."""
     pages = {page: "\n".join(blocks(page, "python")) for page in RUN}
     assert all(pages[page] for page in ("docs/index.md", "docs/tutorial.md", "docs/how-to/your-loop.md"))
     parts = [f"exec({code!r}, {{'__name__': {page!r}}})" for page, code in pages.items()]

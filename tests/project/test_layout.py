@@ -25,7 +25,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAG
 
 
 def imports(path: Path) -> list[tuple[str, int]]:
-    """The rooms that a module imports from, each with its line."""
+    """The packages that a module imports from, each with its line."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     package = list(parts[:-1])
     found = []

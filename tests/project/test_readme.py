@@ -1,4 +1,4 @@
-"""The README keeps its word: its Python runs, its options and files exist."""
+"""The README is true: its Python runs, its options and files exist."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ BLOCKS = [(m["language"], m["code"], m["mark"] or "") for m in BLOCK.finditer(RE
 
 
 def commands() -> list[list[str]]:
-    """Every line of every shell block, as words, ``&&`` taken apart."""
+    """Every command of every shell block, split into words."""
     lines = [line for kind, code, _ in BLOCKS if kind == "bash" for line in code.splitlines() if line.strip()]
     return [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
 
 
 def test_python_runs(tmp_path):
-    """All blocks one after the other, as a reader would type them in; a small network stands in for the large ones."""
+    """Run all blocks in order, with a small network in place of large ones."""
     blocks = [code for kind, code, mark in BLOCKS if kind == "python" and not mark.startswith("no-test: ")]
     code = "\n".join(blocks)
     small = re.sub(r'create_model\("resnet\d+", pretrained=True\)', 'create_model("test_resnet")', code)

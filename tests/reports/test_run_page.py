@@ -1,4 +1,4 @@
-"""The report of a run: what it shows, and that nothing in it is taken for HTML."""
+"""The report of a run: its content, and the escaping of names."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_figures_of_one_epoch(value):
 
 
 @pytest.mark.parametrize("entries", [[], [{**entry(1), "violations": None, "val": None}]])
-def test_a_report_of_hardly_any_epoch(entries):
+def test_a_report_of_few_epochs(entries):
     pictures = 6 if entries else 3  # ranks and spectra need no epoch; violations need one of the penalty
     assert Page(render(entries, numbers("layer1"), "run")).tags.count("svg") == pictures
 

@@ -1,4 +1,4 @@
-"""The maths of every scheme on every kind of layer: exactness, costs, nearest points, fits."""
+"""The mathematics of every scheme on every kind of layer: exactness, costs, nearest points, fits."""
 
 import itertools
 import math

@@ -64,7 +64,7 @@ def test_settings_survive_yaml(tmp_path):
 
 
 def test_launchers_do_not_take_our_options_for_theirs():
-    # argparse reads what follows the script too, and stops at a prefix of two of its own options.
+    # argparse of the launcher also reads options of the script, and refuses a prefix of two of its own.
     theirs = [name for action in get_args_parser()._actions for name in action.option_strings]
     for setting in dataclasses.fields(TrainConfig):
         ours = f"--{setting.name.replace('_', '-')}"

@@ -50,7 +50,7 @@ def parquet(root, features, **columns):
     return str(root)
 
 
-def test_digits_are_split_the_same_way_always(model):
+def test_digits_are_always_split_the_same_way(model):
     data = load_data("digits", model)
     assert (len(data.train), len(data.test), data.num_classes) == (1437, 360, 10)
     assert torch.bincount(data.test.labels).tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
@@ -165,7 +165,7 @@ def test_named_columns_settle_what_types_do_not(tmp_path, model):
 
 
 def test_sources_that_are_not_there(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # else it takes the client's retries to find out
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # saves the client's retries
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "empty").mkdir()
     cases = {
@@ -174,7 +174,7 @@ def test_sources_that_are_not_there(tmp_path, model, monkeypatch):
         str(tmp_path / "empty"): "no images",
         str(tmp_path): "no images",
         str(tmp_path / "notes.txt"): "is a file",
-        "nobody/no-such-dataset": "cannot load the data 'nobody/no-such-dataset'",
+        "someone/no-such-dataset": "cannot load the data 'someone/no-such-dataset'",
     }
     for source, words in cases.items():
         with pytest.raises(ArpHubError, match=words):
@@ -314,7 +314,7 @@ DAMAGES = {
 
 
 def bomb():
-    """A PNG of a few bytes that says it has 40,000 x 40,000 pixels."""
+    """A PNG of a few bytes whose header declares 40,000 x 40,000 pixels."""
     head = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -326,7 +326,7 @@ def bomb():
 def test_damaged_images_are_counted_named_and_refused_beyond_a_limit(tmp_path, model, caplog, size):
     root = class_folders(tmp_path, size=size, count=5)
     files = sorted((tmp_path / "train").rglob("*.png"))
-    for file, damage in zip(files, DAMAGES.values(), strict=False):  # the first of all among them
+    for file, damage in zip(files, DAMAGES.values(), strict=False):  # the first image is among them
         file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ArpHubError, match=r"image 'train/.*' cannot be decoded: .*max_bad_images=5"):
         calibration_images(load_data(root, model, max_bad_images=5), 10)
@@ -335,7 +335,7 @@ def test_damaged_images_are_counted_named_and_refused_beyond_a_limit(tmp_path, m
         data = load_data(root, model, max_bad_images=6)
         images = [calibration_images(data, 10, seed=seed, workers=workers) for seed in (1, 2)]
         assert data.bad_images() == 6
-        if not workers:  # warnings of workers go straight to stderr
+        if not workers:  # warnings of workers bypass pytest
             named = [match[1] for line in caplog.messages if (match := re.search(r"image '(.*?)' cannot", line))]
             assert sorted(named) == [str(file.relative_to(tmp_path)) for file in files[:6]]
         grey = (images[0].abs().amax((1, 2, 3)) < 0.02).sum()
@@ -379,7 +379,7 @@ def test_auto_augment_changes_small_images_too_and_is_keyed(model):
 
 
 def test_an_unknown_augmentation_is_refused(model):
-    data = load_data("digits", model, auto_augment="v0")  # which posterises to no bits at all now and then
+    data = load_data("digits", model, auto_augment="v0")  # which sometimes posterises to zero bits
     for _ in data.train.images.training([TrainBatch(torch.arange(1000), 0, slice(0, 1000))], CPU, 0):
         pass
     with pytest.raises(ArpHubError, match="auto_augment: timm knows no augmentation 'sometimes'"):

@@ -26,7 +26,7 @@ def model():
 
 
 def grey(dtype, low, high):
-    """An image of two halves: the left one dark, the right one bright."""
+    """An image with a dark left and a bright right half."""
     values = np.full((32, 32), low, dtype)
     values[:, 16:] = high
     return Image.fromarray(values)
@@ -193,7 +193,7 @@ def test_an_image_of_too_many_pixels_is_not_decoded(tmp_path, model, monkeypatch
     Image.new("1", (13_300, 13_300)).save(tmp_path / "cat" / "1.png")
     Image.new("RGB", (120, 120)).save(tmp_path / "cat" / "2.png")
     assert (tmp_path / "cat" / "1.png").stat().st_size < 30_000
-    monkeypatch.setattr(Image.core, "new", None)  # no memory for pixels is taken before the refusal
+    monkeypatch.setattr(Image.core, "new", None)  # allocating memory for pixels would fail
     with pytest.raises(
         ArpHubError, match="'cat/1.png' cannot .* its 13300 x 13300 pixels are more than the 67 million"
     ):
@@ -238,14 +238,14 @@ def test_a_row_without_an_image_is_named(tmp_path, model):
 
 @pytest.fixture
 def sorted_classes():
-    """A split of five classes, one after the other, in which an image's value is its class."""
+    """A split sorted by five classes, in which an image's value is its class."""
     labels = torch.arange(5).repeat_interleave(100)
     images = SimpleNamespace(evaluation=lambda rows, size, device, workers: (labels[part] for part in rows.split(size)))
     return Split("test", images, labels, torch.arange(500))
 
 
 class Recorder(torch.nn.Module):
-    """Takes class numbers for images, and answers rightly."""
+    """Takes class numbers as images, and predicts them correctly."""
 
     def __init__(self, classes=5):
         super().__init__()
@@ -322,5 +322,5 @@ def test_evaluate_and_compress_go_by_one_rule(tmp_path, capsys):
     assert stop.value.code == 2
     assert reason in capsys.readouterr().err
     model = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
-    assert _test_split(model, load_data(str(tmp_path / "data"), model)) is None  # as compress asks for it
+    assert _test_split(model, load_data(str(tmp_path / "data"), model)) is None  # the call that compress makes
     assert reason in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What is found in a folder: class folders as torchvision's ImageFolder finds them, parquet files by their names."""
+"""Data folders: class folders as torchvision's ImageFolder reads them, and parquet files by their names."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def model():
 
 
 def write(root: Path, files):
-    """Images, each of a grey of its own; other files hold text."""
+    """Write images, each of a different grey, and text into all other files."""
     for grey, name in enumerate(files):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def found(split):
 
 
 def expected(folder):
-    """The same by torchvision."""
+    """Grey and class of each image, as torchvision reads them."""
     data = ImageFolder(folder)
     return [(image.getpixel((0, 0))[0], data.classes[label]) for image, label in data]
 
@@ -230,7 +230,7 @@ def test_the_same_part_of_a_split_in_two_folders_is_refused(tmp_path):
 
 
 def table(path, labels, **more):
-    """A parquet file as pandas writes it: images as bytes, and no types of the datasets library."""
+    """Write a parquet file as pandas does: images as bytes, without types of the datasets library."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8)).save(path.with_suffix(".png"))
     data = path.with_suffix(".png").read_bytes()
@@ -279,7 +279,7 @@ def test_labels_that_make_no_sense_are_refused(tmp_path, model, labels, words):
 
 @pytest.fixture
 def configured(tmp_path):
-    """A parquet folder with the configurations ``fine`` and ``coarse``, as a clone from the Hub has them."""
+    """A parquet folder with the configurations ``fine`` and ``coarse``, as in a clone from the Hub."""
     root = tmp_path / "pets[2]"
     for name, labels in (("fine", [0, 1, 2]), ("coarse", [0, 0, 1])):
         table(root / name / "train-00000-of-00001.parquet", pa.array(labels))
@@ -315,7 +315,7 @@ def test_a_configuration_is_chosen_after_a_colon(configured, model):
 
 
 def test_a_configuration_of_a_hub_dataset_is_chosen_after_a_colon(tmp_path, configured, model, monkeypatch):
-    local = str(configured.rename(tmp_path / "pets"))  # the Hub's name stands for this folder
+    local = str(configured.rename(tmp_path / "pets"))  # the folder that the Hub's name is mapped to
     load, names = datasets.load_dataset, datasets.get_dataset_config_names
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config: load(local, config))
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: names(local))

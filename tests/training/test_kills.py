@@ -1,4 +1,4 @@
-"""SIGKILL at any moment loses nothing: runs killed at chosen file-system events, and at random moments."""
+"""SIGKILL loses nothing: runs are killed at chosen file-system events and at random moments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILES = {"README.md", "config.json", "metrics.json", "model.safetensors"}
 
 
 def killing(folder: Path, *words: object) -> list[Any]:
-    """What `killing.py` reports, one JSON value a line."""
+    """The reports of `killing.py`, one JSON value a line."""
     command = [sys.executable, KILLING, folder, *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(KILLING.parents[1])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)

@@ -21,7 +21,7 @@ WEIGHTS_ONLY = ["--start-from", "dense", "--calibration-images", "0", "--schemes
 
 @pytest.fixture
 def recipe(monkeypatch, capsys):
-    """Runs a recipe with options in this process, which saves the time to start another; gives what it printed."""
+    """Runs a recipe in this process, which is faster than a new one; returns its output."""
 
     def run(name, *options):
         monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
@@ -32,7 +32,7 @@ def recipe(monkeypatch, capsys):
 
 
 def launch(name, *options, processes=1, timeout=240):
-    """Start a recipe as a user would; its standard output."""
+    """Run a recipe as a user would; returns its standard output."""
     start = ON_TWO if processes == 2 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(RECIPES.parent)}
     command = [sys.executable, *start, str(RECIPES / name), *map(str, options)]

@@ -58,7 +58,7 @@ def largest_difference(a, b, read=weights):
 
 
 def merged(folder):
-    """The dense weights: factors may turn into each other where the weights stay as they are."""
+    """The dense weights, because different factors can give the same weight."""
     return to_dense(timm.create_model(f"local-dir:{folder}", pretrained=True)).state_dict()
 
 
@@ -112,7 +112,7 @@ def test_decomposition_changes_nothing_after_the_hold(finished):
 def test_the_saved_model_is_the_one_that_was_measured(finished):
     settings, metrics = finished
     model = timm.create_model(f"local-dir:{settings.output}", pretrained=True)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")  # as the run, so that no image tips over by rounding
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # the layout of the run, so that rounding is the same
     scores = evaluate(model, load_data("digits", model).test, max_images=4 * 32)
     assert scores["top1"] == metrics["top1"] == metrics["scores"]["finetuned"]["top1"]
     assert count_params(model) == metrics["params"] <= 0.5 * metrics["dense"]["params"]
@@ -268,7 +268,7 @@ def test_a_run_under_way_is_not_overwritten(tmp_path):
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """Starts processes that have everything imported."""
+    """Starts processes in which everything is imported."""
     client = Client(tmp_path_factory.mktemp("home"), "http://127.0.0.1:9")
     yield client
     client.close()
@@ -320,7 +320,7 @@ def test_two_processes_and_one_end_in_the_same_weights(tmp_path, processes):
 
 
 def test_a_failure_in_one_of_two_processes_ends_both_with_its_message(tmp_path):
-    """Each image is read by one process alone, and one of them cannot be decoded."""
+    """Each image is read by one process only, and one image cannot be decoded."""
     for number in range(16):
         picture = tmp_path / "data" / "train" / f"class{number % 2}" / f"{number:02}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
@@ -353,7 +353,7 @@ def test_graphs_train_to_the_same_weights(tmp_path, precision):
         words = ("--output", tmp_path / name, *ON_GPU, *options, *arguments(settings))
         subprocess.run([sys.executable, RECIPES / "any_backbone.py", *words], env=ENVIRONMENT, check=True)
     before, after = (load_file(tmp_path / f"{name}-run" / "dense.safetensors") for name in ("plain", "recorded"))
-    for name in before:  # summed in another order here and there
+    for name in before:  # some sums run in another order
         apart = (before[name].double() - after[name].double()).norm()
         assert apart < 0.02 * before[name].double().norm().clamp_min(1), name
 
@@ -374,10 +374,10 @@ recorded_training(Looking(3, 4, 1).cuda(), torch.randn(2, 3, 8, 8, device="cuda"
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_model_that_looks_at_values_cannot_be_recorded():
     done = subprocess.run([sys.executable, "-c", LOOKING], env=ENVIRONMENT, capture_output=True, text=True)
-    assert "cuda_graphs: this model cannot be recorded" in done.stderr  # apart, because CUDA is of no use afterwards
+    assert "cuda_graphs: this model cannot be recorded" in done.stderr  # a new process: CUDA is unusable afterwards
 
 
-def test_several_processes_need_cpu_said(tmp_path):
+def test_several_processes_need_the_cpu_option(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("with GPUs the processes do find each other")
     with pytest.raises(AssertionError, match="2 processes were launched.*--cpu"):
@@ -466,7 +466,7 @@ def test_checkpoints_give_back_what_they_were_given(tmp_path_factory, tree):
     assert read.state["tree"] == tree
     for name, tensor in tensors.items():
         assert torch.equal(read.state["tensors"][name], tensor)
-    # the order in memory decides how an optimiser's norms are summed, and so the last bit of a resumed run
+    # the memory layout decides the order of sums, and so the last bit of a resumed run
     assert read.state["tensors"]["pixels last"].stride() == tensors["pixels last"].stride()
     assert torch.equal(read.state["list"][1][3], torch.zeros(0))
     assert (read.phase, read.step, read.settings, read.seconds) == ("dense", 3, {"lr": 1}, 1.5)
@@ -485,7 +485,7 @@ def test_old_checkpoints_go_and_half_written_ones_do_not_count(tmp_path):
 def test_a_resumed_run_clears_away_what_a_killed_one_left(tmp_path):
     run(config(tmp_path))
     checkpoints = config(tmp_path).run_folder / "checkpoints"
-    (checkpoints / ".compress-00000002.old.tmp").mkdir()  # of the last phase, which saves no checkpoint any more
+    (checkpoints / ".compress-00000002.old.tmp").mkdir()  # of the last phase, which saves no checkpoint
     run(config(tmp_path, resume="auto", overwrite=True))
     assert not list(checkpoints.glob(".*"))
 
