@@ -8,13 +8,14 @@
 `--shared` is a folder with `weights/` (trained checkpoints) and `data/` (CIFAR-10 and a sample of ImageNet, as
 parquet). `run` writes results/accuracy.json, one entry a row, and skips rows that it holds unless `--again` is given.
 With `--cuda-graphs`, rows that train record their passes on a GPU. The rows in `KEPT` store their finished models in
-models/. `table` writes docs/results.md, its figure, and the table of the README.
+models/. `table` writes docs/results.md, its figure, the table of the README, and the cards of models/.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,7 +27,9 @@ from torch import Tensor, nn
 
 import arp_hub
 from arp_hub._utils.environment import environment
+from arp_hub.hub.card import keep_by_hand, model_card
 from arp_hub.hub.load import load_model
+from arp_hub.hub.save import CARD, CONFIG, METRICS
 from arp_hub.layers.low_rank import layer_shape
 from arp_hub.layers.model import count_params
 from arp_hub.layers.trace import count_macs
@@ -159,7 +162,7 @@ KEPT = (
 
 def main() -> None:
     """Parse the command line and do what it asks for."""
-    parser, runner = row_parser(__doc__, table="write docs/results.md, its figure and the table of the README")
+    parser, runner = row_parser(__doc__, table="write docs/results.md, its figure, the table of the README, and cards")
     runner.add_argument("--shared", type=Path, required=True, help="folder with weights/ and data/")
     runner.add_argument("--cuda-graphs", action="store_true", help="record the passes of rows that train, on a GPU")
     args = parser.parse_args()
@@ -171,6 +174,8 @@ def main() -> None:
         from benchmarks.accuracy_report import write_report
 
         write_report(load_results(RESULTS))
+        for folder in MODELS.iterdir():
+            write_card(folder)
 
 
 def measure(names: list[str], shared: Path, again: bool = False, cuda_graphs: bool = False) -> None:
@@ -266,6 +271,7 @@ def measure_trained(name: str, row: Row, shared: Path, cuda_graphs: bool = False
     if name in KEPT:
         kept = MODELS / f"{network.model}-keep{round(100 * row.keep)}"
         _copy_model(output, kept)
+        write_card(kept)
         metrics["model_folder"] = f"benchmarks/models/{kept.name}"
     return {key: metrics[key] for key in metrics if key not in ("command", "data", "layers", "history")}
 
@@ -275,6 +281,19 @@ def _copy_model(source: Path, target: Path) -> None:
     for path in source.iterdir():
         if path.is_file():
             (target / path.name).write_bytes(path.read_bytes())
+
+
+def card(folder: Path) -> str:
+    """The model card of a kept folder under its own name, with the owner's notes."""
+    config, metrics = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (CONFIG, METRICS))
+    pictures = [path.name for path in folder.glob("*.png")]
+    written = model_card(config, metrics, f"local-dir:{folder.name}", pictures=pictures)
+    return keep_by_hand(written, (folder / CARD).read_text(encoding="utf-8"))
+
+
+def write_card(folder: Path) -> None:
+    """Write the card of a kept folder again."""
+    (folder / CARD).write_text(card(folder), encoding="utf-8")
 
 
 def _counts(model: nn.Module) -> dict[str, int]:

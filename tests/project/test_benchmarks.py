@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from arp_hub.hub.card import TEMPLATE
 from benchmarks import accuracy, accuracy_report
 from benchmarks.penalty import ablations
 from benchmarks.rows import load_results
@@ -58,6 +59,19 @@ def test_commands_name_benchmarks_that_exist():
     }
     assert len(named) > 15
     assert [name for name in named if not (BENCHMARKS / f"{name[1]}.py").is_file()] == []
+
+
+@pytest.mark.parametrize("folder", sorted(accuracy.MODELS.iterdir()), ids=lambda folder: folder.name)
+def test_cards_of_kept_models_are_what_the_hub_package_writes(folder):
+    assert (folder / "README.md").read_text(encoding="utf-8") == accuracy.card(folder)
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "docs" / "examples").iterdir()), ids=lambda folder: folder.name)
+def test_cards_of_the_examples_have_the_headings_of_the_template(folder):
+    headings = re.findall(r"^## .+$", TEMPLATE.read_text(encoding="utf-8"), re.M)
+    found = re.findall(r"^## .+$", (folder / "README.md").read_text(encoding="utf-8"), re.M)
+    assert len(found) > 5
+    assert [heading for heading in headings if heading in found] == found
 
 
 def test_pages_are_what_the_benchmarks_write():
