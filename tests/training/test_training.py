@@ -293,7 +293,7 @@ PLAIN = [*ON_GPU, "--cpu"]
 
 
 def test_two_processes_and_one_end_in_the_same_weights(tmp_path, client):
-    settings = {"model": "test_vit", "max_steps": 20, "batch_size": 16, "calibration_images": 8}
+    settings = {"model": "test_vit", "max_steps": 12, "batch_size": 16, "calibration_images": 8}
     words = ("--output", tmp_path / "of1", *PLAIN, *arguments(settings))
     assert client.recipe("any_backbone.py", *words).code == 0
     words = ("--output", tmp_path / "of2", *PLAIN, *arguments(settings))
@@ -401,7 +401,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, client, uninterrupte
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_sigterm_saves_and_ends_with_a_code_of_its_own(tmp_path, client, number):
-    settings = {"model": "test_vit", "max_steps": 500, "batch_size": 8, "epochs": 500, "mixed_precision": "bf16",
+    settings = {"model": "cifar_resnet20", "max_steps": 500, "batch_size": 8, "epochs": 500, "mixed_precision": "bf16",
                 "checkpoint_every": 1}  # fmt: skip
     options = [*PLAIN, "--start-from", "dense", "--calibration-images", "0"]
     checkpoints = tmp_path / "out-run" / "checkpoints"
@@ -494,7 +494,7 @@ def test_checkpoints_are_ordered_by_phase_and_step_whatever_the_clock_says(tmp_p
 
 
 RESUMED = {
-    "model": "test_vit", "start_from": "dense", "calibration_images": 0, "finetune_epochs": 1, "max_steps": 3,
+    "model": "cifar_resnet20", "start_from": "dense", "calibration_images": 0, "finetune_epochs": 1, "max_steps": 3,
     "batch_size": 8, "checkpoint_every": 1, "keep_checkpoints": 99, "lr": 1e-3,
 }  # fmt: skip
 
