@@ -22,17 +22,22 @@ os.environ["ARP_HUB_PICTURES"] = "0"  # pictures take half of the time of a save
 LONGEST = (
     "test_training.py",
     "test_backbones.py",
-    "test_publish.py",
     "test_recipes.py",
+    "test_golden.py",
     "test_latency.py",
     "test_cli.py",
-    "test_publish_failures.py",
-    "test_golden.py",
-    "test_kills.py",
-    "test_docs.py",
+    "test_publish.py",
     "test_decompose.py",
-    "test_strangers.py",
+    "test_save.py",
+    "test_docs.py",
     "test_make_plan.py",
+    "test_lowrank_entrypoint.py",
+    "test_kills.py",
+    "test_hostile.py",
+    "test_readme.py",
+    "test_data.py",
+    "test_strangers.py",
+    "test_publish_failures.py",
 )
 """Files that take longest, in this order: they start first, so that no process ends long after the others."""
 
