@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,21 +17,27 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # several child processes run side by side
+os.environ["OMP_NUM_THREADS"] = "1"  # for child processes, of which several run side by side
+os.environ["ARP_HUB_PICTURES"] = "0"  # pictures take half of the time of a save: tests that look at them ask for them
 LONGEST = (
     "test_training.py",
     "test_backbones.py",
-    "test_publish.py",
     "test_recipes.py",
+    "test_golden.py",
     "test_latency.py",
     "test_cli.py",
-    "test_publish_failures.py",
-    "test_golden.py",
-    "test_kills.py",
-    "test_docs.py",
+    "test_publish.py",
     "test_decompose.py",
-    "test_strangers.py",
+    "test_save.py",
+    "test_docs.py",
     "test_make_plan.py",
+    "test_lowrank_entrypoint.py",
+    "test_kills.py",
+    "test_hostile.py",
+    "test_readme.py",
+    "test_data.py",
+    "test_strangers.py",
+    "test_publish_failures.py",
 )
 """The slowest files, in the order in which they start, so that all processes end at about the same time."""
 
@@ -47,17 +54,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
 
 
-WITHOUT_PICTURES = {"test_training.py", "test_recipes.py", "test_kills.py", "test_cli.py", "test_backbones.py"}
-"""Files with many runs and no checks of pictures, which would take more than half of the time of a short run."""
+def pytest_collection_finish() -> None:
+    """Exempt what is imported from garbage collection, which every run triggers and which walks all objects."""
+    gc.collect()
+    gc.freeze()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Switch pictures off where no test checks them, in child processes too."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.path.name in WITHOUT_PICTURES:
-            patch.setenv("ARP_HUB_PICTURES", "0")
-        yield
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the pictures of cards and reports, in child processes too."""
+    monkeypatch.setenv("ARP_HUB_PICTURES", "1")
 
 
 @pytest.fixture(scope="session")
@@ -89,16 +95,16 @@ def _cifar(shared: Path, split: str, count: int) -> tuple[Tensor, Tensor]:
     return (pixels / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1), torch.tensor(rows["label"])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def hub() -> Iterator[HubServer]:
-    """A Hub on loopback."""
+    """A Hub on loopback. Tests start with repositories of their own."""
     with HubServer() as server:
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def client(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """Processes with the real client, which can reach only that Hub."""
+    """Processes with the real client, which know that Hub alone. One start, which takes seconds, serves all files."""
     started = Client(tmp_path_factory.mktemp("home"), hub.endpoint)
     yield started
     started.close()

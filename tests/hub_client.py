@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -47,7 +48,7 @@ class Client:
     """Runs code in a forked process in which everything is imported."""
 
     def __init__(self, home: Path, endpoint: str) -> None:
-        self.files = (home / "out", home / "err")
+        self.home = home
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("hub_zygote.py"))],
             stdin=subprocess.PIPE,
@@ -61,34 +62,63 @@ class Client:
         self.process.stdin.close()
         self.process.wait(60)
 
-    def run(
+    def run(self, code: str, *, token: str | None, **options: Any) -> Done:
+        """Run code with the given names; once ``interrupt`` returns, the process gets the signal ``by``."""
+        (done,) = self.side_by_side([code], token=token, **options)
+        return done
+
+    def side_by_side(
         self,
-        code: str,
+        codes: list[str],
         *,
         token: str | None,
         interrupt: Callable[[], None] | None = None,
         by: int = signal.SIGINT,
         **names: Any,
-    ) -> Done:
-        """Run code with the given names; send the signal ``by`` once ``interrupt`` returns."""
+    ) -> list[Done]:
+        """Run several pieces of code at the same time, each in its own process; only the first is interrupted."""
         assert self.process.stdin and self.process.stdout
-        out, err = self.files
         plain = {key: str(value) if isinstance(value, Path) else value for key, value in names.items()}
-        job = {"code": code, "names": plain, "env": {"HF_TOKEN": token or ""}, "out": str(out), "err": str(err)}
-        self.process.stdin.write(json.dumps(job) + "\n")
+        env = {"HF_TOKEN": token or "", "ARP_HUB_PICTURES": os.environ["ARP_HUB_PICTURES"]}
+        files = [(self.home / f"out{number}", self.home / f"err{number}") for number in range(len(codes))]
+        jobs = [
+            {"code": code, "names": plain, "env": env, "out": str(out), "err": str(err)}
+            for code, (out, err) in zip(codes, files, strict=True)
+        ]
+        self.process.stdin.write(json.dumps(jobs) + "\n")
         self.process.stdin.flush()
-        pid = int(self.process.stdout.readline())
+        pids = json.loads(self.process.stdout.readline())
         if interrupt:
             interrupt()
-            os.kill(pid, by)
-        ended = int(self.process.stdout.readline())
-        return Done(ended, out.read_text(), err.read_text())
+            os.kill(pids[0], by)
+        ended = json.loads(self.process.stdout.readline())
+        return [Done(code, out.read_text(), err.read_text()) for code, (out, err) in zip(ended, files, strict=True)]
+
+    def program(self, path: Path, *words: object) -> Done:
+        """Run a Python file with words on its command line."""
+        code = "import runpy, sys\nsys.argv = [path, *words]\nrunpy.run_path(path, run_name='__main__')"
+        return self.run(code, token=None, path=path, words=[str(word) for word in words])
 
     def recipe(self, name: str, *words: object, token: str | None = None, before: str = "", **options: Any) -> Done:
         """Run a recipe as a user would."""
-        code = f"{before}\nimport runpy, sys\nsys.argv = [path, *words]\nrunpy.run_path(path, run_name='__main__')"
-        path = ROOT / "recipes" / name
-        return self.run(code, token=token, path=path, words=[str(word) for word in words], **options)
+        (done,) = self._recipe(name, *words, token=token, befores=[before], **options)
+        return done
+
+    def recipe_on_two(self, name: str, *words: object, token: str | None = None) -> list[Done]:
+        """Run a recipe on two processes, with the environment that ``torchrun`` gives them."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        place |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        ranks = [place | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+        befores = [f"import os\nos.environ.update({rank})" for rank in ranks]
+        return self._recipe(name, *words, token=token, befores=befores)
+
+    def _recipe(self, name: str, *words: object, token: str | None, befores: list[str], **options: Any) -> list[Done]:
+        code = "import runpy, sys\nsys.argv = [path, *words]\nrunpy.run_path(path, run_name='__main__')"
+        path, given = ROOT / "recipes" / name, [str(word) for word in words]
+        codes = [f"{before}\n{code}" for before in befores]
+        return self.side_by_side(codes, token=token, path=path, words=given, **options)
 
     def arp_hub(self, *words: object, token: str | None, before: str = QUICK, **options: Any) -> Done:
         """Run the command ``arp-hub``."""

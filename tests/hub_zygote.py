@@ -1,9 +1,10 @@
 """A process that has imported everything and forks for each job: a fresh client in milliseconds.
 
-Reads jobs as JSON lines from stdin: ``code``, its ``names``, ``env``, and files for ``out`` and ``err``. Answers with
-the child's process id at once, and with its exit code at its end.
+Reads lists of jobs as JSON lines from stdin: ``code``, ``names`` it sees, ``env``, and files for ``out`` and ``err``.
+The jobs of a list run side by side. Answers with their process ids at once, and with their exit codes at the end.
 """
 
+import gc
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ import arp_hub.training  # noqa: F401 - imported once, before the forks
 import arp_hub_cli.app  # noqa: F401 - imported once, before the forks
 
 torch.set_num_threads(1)
+gc.freeze()  # children need not walk through what is imported here
 
 
 def work(job: dict) -> int:
@@ -44,11 +46,13 @@ def work(job: dict) -> int:
 
 if __name__ == "__main__":
     for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            code = work(json.loads(line))
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        pids = []
+        for job in json.loads(line):
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                code = work(job)
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        print(json.dumps(pids), flush=True)
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)

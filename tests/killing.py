@@ -29,7 +29,7 @@ from arp_hub.training.runlog import read_log
 
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
 SETTINGS = {
-    "model": "test_vit",
+    "model": "cifar_resnet20",
     "data": "digits",
     "keep_params": 0.5,
     "schemes": ("channel",),

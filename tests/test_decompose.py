@@ -27,6 +27,12 @@ def resnet20(shared):
     return model.eval()
 
 
+@pytest.fixture(scope="module")
+def half(resnet20):
+    """ResNet-20 decomposed to half of its parameters by its weights alone."""
+    return decompose(copy.deepcopy(resnet20), make_plan(resnet20, keep_params=0.5))
+
+
 def top1(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
     with torch.inference_mode():
         found = torch.cat([model(batch).argmax(1) for batch in images.split(250)])
@@ -70,12 +76,12 @@ def test_an_error_midway_leaves_the_model_whole():
     while True:  # whichever read fails, from the first to the last
         images.reads = reads
         try:
-            decompose(copy.deepcopy(model), plan, images)
+            decompose(copy.deepcopy(model), plan, images, effort="fast")
             break
         except RuntimeError:
             images.reads = reads
             with pytest.raises(RuntimeError, match="disk gone"):
-                decompose(model, plan, images)
+                decompose(model, plan, images, effort="fast")
             assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
             assert not low_rank_layers(model)
             reads += 1
@@ -106,21 +112,17 @@ def test_passes_look_at_as_many_images_as_are_affordable(needs, images, affordab
         assert sum(min(images, 2 * count) for _, count in passes) > affordable
 
 
-def test_merging_gives_the_decomposed_model_back(resnet20, cifar_test):
+def test_merging_gives_the_decomposed_model_back(resnet20, half, cifar_test):
     images, _ = cifar_test(64)
-    model = copy.deepcopy(resnet20)
-    decompose(model, make_plan(model, keep_params=0.5))
+    model = copy.deepcopy(half)
     with torch.no_grad():
         expected = model(images)
         torch.testing.assert_close(to_dense(model)(images), expected, rtol=1e-4, atol=1e-4)
     assert count_params(model) == count_params(resnet20)
 
 
-def test_weights_alone_hold_the_floor(resnet20, cifar_test):
-    images, labels = cifar_test(1000)
-    model = copy.deepcopy(resnet20)
-    decompose(model, make_plan(model, keep_params=0.5))
-    assert top1(model, images, labels) > 88.0
+def test_weights_alone_hold_the_floor(half, cifar_test):
+    assert top1(half, *cifar_test(1000)) > 88.0
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from ..errors import ArpHubError
 from ..layers.model import check_model
 from ..layers.trace import input_size_of
 from ..reports.run_page import REPORT
-from ..reports.summary import layer_sizes, model_sizes
+from ..reports.summary import model_sizes
 from .card import draw_pictures, model_card
 from .config import check_rebuilds, write_config
 
@@ -145,11 +145,9 @@ def _numbers(model: nn.Module, config: Mapping[str, Any], given: Mapping[str, An
     """The content of ``metrics.json``. Given metrics override facts of this process; counts override both."""
     own = getattr(model, "pretrained_cfg", None) or {}
     size = input_size_of(model, None if own.get("input_size") else tuple(config["pretrained_cfg"]["input_size"]))
-    figures = model_sizes(model, size)
+    figures = model_sizes(model, size, (given.get("plan") or {}).get("dense", {}))
     dense = {**given.get("dense", {}), **figures.pop("dense", {})}
     numbers = {**environment(), **given, **figures}
-    if "plan" in config["model_args"]:
-        numbers["layers"] = layer_sizes(model, size, (given.get("plan") or {}).get("dense", {}))
     return {**numbers, "dense": dense} if dense else numbers
 
 

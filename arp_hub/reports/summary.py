@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, cast
 
 from torch import nn
@@ -15,55 +16,48 @@ from ..layers.apply_plan import apply_plan, check_plan, plan_of
 from ..layers.dense import refusal
 from ..layers.low_rank import layer_shape
 from ..layers.model import check_model, count_params, low_rank_layers, other_parameters, weight_layers
-from ..layers.trace import InputSize, count_macs, meta_copy, trace
+from ..layers.trace import InputSize, Trace, meta_copy, trace
 from ..plan import RankPlan
 from ..schemes.shapes import ConvSpec, LayerShape, Pair, chain_macs
 from .spectra import Spectrum
 
 
-def model_sizes(model: nn.Module, input_size: InputSize) -> dict[str, Any]:
-    """Parameters and MACs, with those of the dense form and the kept share if the model is decomposed.
+def model_sizes(
+    model: nn.Module, input_size: InputSize, reasons: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Parameters and MACs; for a decomposed model also its dense form, the kept share, and every layer.
 
     Args:
         model: A timm model, decomposed or dense; it is left as it is.
         input_size: ``(channels, height, width)`` of the image that MACs are counted for.
-
-    Returns:
-        ``params``, ``bytes`` of all weights, ``macs`` (absent where the model cannot be traced), ``input_size``, and
-        for a decomposed model ``dense`` and ``kept``, each with ``params``, ``bytes`` and ``macs``.
-    """
-    figures: dict[str, Any] = {**_count(model, input_size), "input_size": list(input_size)}
-    if low_rank_layers(model):
-        dense = _count(to_dense(meta_copy(model)), input_size)
-        figures["dense"] = dense
-        figures["kept"] = {key: round(figures[key] / dense[key], 4) for key in dense if key in figures}
-    return figures
-
-
-def layer_sizes(model: nn.Module, input_size: InputSize, reasons: Mapping[str, str]) -> list[dict[str, Any]]:
-    """What became of every layer of a decomposed model: scheme, rank, sizes, or the reason why it stays dense.
-
-    Args:
-        model: A decomposed model; it is left as it is.
-        input_size: As for `model_sizes`.
         reasons: Why layers stay dense, by name, as a plan gives them; the model itself does not know.
 
     Returns:
-        Rows as `arp_hub.report.LayerReport` has them, in the order of the model; none if it cannot be traced.
+        ``params``, ``bytes`` of all weights, ``macs`` (absent where the model cannot be traced) and ``input_size``. A
+        decomposed model adds ``dense`` and ``kept``, each with ``params``, ``bytes`` and ``macs``, and ``layers``: the
+        fields of `LayerReport` for each layer, in the order of the model (none where the dense form cannot be traced).
     """
-    plan = RankPlan(plan_of(model).layers, dict(reasons))
+    figures: dict[str, Any] = {**_count(model, _traced(model, input_size)), "input_size": list(input_size)}
+    if low_rank_layers(model):
+        twin = to_dense(meta_copy(model))
+        found = _traced(twin, input_size)
+        figures["dense"] = dense = _count(twin, found)
+        figures["kept"] = {key: round(figures[key] / dense[key], 4) for key in dense if key in figures}
+        plan = RankPlan(plan_of(model).layers, dict(reasons))
+        figures["layers"] = [asdict(row) for row in _layer_reports(twin, plan, found)] if found else []
+    return figures
+
+
+def _traced(model: nn.Module, input_size: InputSize) -> Trace | None:
     try:
-        return [asdict(row) for row in plan_report(to_dense(meta_copy(model)), plan, input_size).layers]
+        return trace(model, input_size)
     except ArpHubError:
-        return []
+        return None
 
 
-def _count(model: nn.Module, input_size: InputSize) -> dict[str, int]:
+def _count(model: nn.Module, found: Trace | None) -> dict[str, int]:
     size = {"params": count_params(model), "bytes": sum(tensor.nbytes for tensor in model.state_dict().values())}
-    try:
-        return {**size, "macs": count_macs(model, input_size)}
-    except ArpHubError:
-        return size
+    return {**size, "macs": found.macs} if found else size
 
 
 @dataclass(frozen=True)
@@ -117,10 +111,16 @@ def plan_report(model: nn.Module, plan: RankPlan, input_size: InputSize | None =
         ArpHubError: If the plan does not fit the model, or the model cannot run on the input size.
     """
     check_model(model)
-    schemes = check_plan(model, plan)
+    check_plan(model, plan)
     before = trace(model, input_size)
-    smaller = apply_plan(copy.deepcopy(model).to("meta"), plan)
-    after = trace(smaller, input_size)
+    after = trace(apply_plan(copy.deepcopy(model).to("meta"), plan), input_size)
+    layers = tuple(_layer_reports(model, plan, before))
+    return PlanReport(layers, before.params, after.params, before.macs, after.macs)
+
+
+def _layer_reports(model: nn.Module, plan: RankPlan, before: Trace) -> list[LayerReport]:
+    """One row for each layer of a dense model, and for each parameter of the model itself."""
+    schemes = check_plan(model, plan)
     layers = []
     for name, module in weight_layers(model):
         sizes = before.sizes.get(name)
@@ -148,7 +148,7 @@ def plan_report(model: nn.Module, plan: RankPlan, input_size: InputSize | None =
         reason = plan.dense.get(name, "no layer's weight")
         size, count = "x".join(map(str, parameter.shape)), parameter.numel()
         layers.append(LayerReport(name, size, None, None, None, count, count, None, None, reason))
-    return PlanReport(tuple(layers), before.params, after.params, before.macs, after.macs)
+    return layers
 
 
 @dataclass(frozen=True)

@@ -53,13 +53,14 @@ def names_in(folder: Path) -> list[str]:
 
 # --- loading in another process -------------------------------------------------------------------------------------
 
+TINY_COAT = {"embed_dims": [32] * 4, "serial_depths": [1] * 4, "parallel_depth": 1, "img_size": 64}
 ELSEWHERE: dict[str, Callable[[], nn.Module]] = {
     "cifar": small_model,
-    "dense": lambda: timm.create_model("cifar_vgg16", num_classes=3).eval(),
+    "dense": lambda: timm.create_model("cifar_resnet20", num_classes=3).eval(),
     "vit": lambda: low_rank_model("test_vit", {"blocks.0.attn.qkv": "group_out", "head": "channel"}, img_size=96),
     "half": lambda: small_model().half(),
     "arguments": lambda: low_rank_model("test_resnet", {"layer1.0.conv1": "tucker2"}, act_layer="silu", in_chans=1),
-    "shared modules": lambda: low_rank_model("coat_tiny", {"parallel_blocks.0.mlp2.fc1": "channel"}),
+    "shared modules": lambda: low_rank_model("coat_tiny", {"parallel_blocks.0.mlp2.fc1": "channel"}, **TINY_COAT),
     "channels last": lambda: small_model().to(memory_format=torch.channels_last),
     "standardised": lambda: low_rank_model("test_nfnet", {"stages.0.0.conv1": "channel"}),
 }
@@ -82,6 +83,8 @@ for name, x in load_file(folder / "inputs.safetensors").items():
     with torch.no_grad():
         outputs[name] = timm.create_model(source, pretrained=True, dtype=x.dtype).eval()(x)
 save_file(outputs, folder / "outputs.safetensors")
+arp_hub.save_pretrained(timm.create_model(f"local-dir:{folder / 'cifar'}", pretrained=True), folder / "again")
+print({"rich", "typer", "accelerate", "datasets", "sklearn"} & set(sys.modules))
 """
 
 
@@ -94,7 +97,7 @@ def put_in_hub_cache(folder: Path, hub: Path) -> None:
     (repository / "refs" / "main").write_text(commit)
 
 
-def test_bit_equal_in_a_fresh_process(tmp_path: Path) -> None:
+def test_bit_equal_in_a_fresh_process_that_imports_nothing_else(tmp_path: Path) -> None:
     inputs, expected = {}, {}
     for name, make in ELSEWHERE.items():
         model = make()
@@ -106,7 +109,9 @@ def test_bit_equal_in_a_fresh_process(tmp_path: Path) -> None:
     inputs["hub cifar"], expected["hub cifar"] = inputs["cifar"].clone(), expected["cifar"]
     save_file(inputs, tmp_path / "inputs.safetensors")
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", LOADER, str(tmp_path)], check=True, env=environment)
+    command = [sys.executable, "-c", LOADER, str(tmp_path)]
+    done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
+    assert done.stdout.endswith("set()\n")
     found = load_file(tmp_path / "outputs.safetensors")
     assert found.keys() == expected.keys()
     for name, y in expected.items():
@@ -116,6 +121,7 @@ def test_bit_equal_in_a_fresh_process(tmp_path: Path) -> None:
 # --- what is written ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("pictures")
 def test_files_and_config(tmp_path: Path) -> None:
     model = small_model()
     folder = arp_hub.save_pretrained(model, tmp_path / "new" / "out", label_names=list("abcdefghij"))
@@ -284,6 +290,7 @@ def test_bad_input(make: Any, arguments: dict[str, Any], message: str, tmp_path:
 # --- the folder -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("pictures")
 def test_an_earlier_model_is_replaced_and_anything_else_is_not(tmp_path: Path) -> None:
     folder = arp_hub.save_pretrained(small_model(), tmp_path / "out")
     (folder / "spectra.png").write_bytes(b"a picture of the old model")
@@ -341,12 +348,24 @@ FAULTS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model that is copied for each failure."""
+    return arp_hub.save_pretrained(small_model(), tmp_path_factory.mktemp("earlier") / "out")
+
+
 @pytest.mark.parametrize(("target", "call", "swap"), FAULTS)
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
 def test_a_failure_leaves_the_old_folder_whole(
-    target: str, call: int, swap: bool, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: str,
+    call: int,
+    swap: bool,
+    error: BaseException,
+    earlier: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    folder, other = arp_hub.save_pretrained(small_model(), tmp_path / "out"), timm.create_model("cifar_resnet20")
+    folder, other = Path(shutil.copytree(earlier, tmp_path / "out")), timm.create_model("cifar_resnet20")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     calls = 0
 
@@ -384,6 +403,7 @@ def test_a_killed_process_leaves_a_whole_folder(tmp_path: Path) -> None:
         try:
             while int(load(folder).fc.bias[0]) < 100 * moment + 1:  # a reader finds a whole folder at any moment
                 assert process.is_alive()
+                process.join(0.05)  # loading all the time would slow the saves
             process.join(0.07 * moment)
         finally:
             process.kill()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 import timm
 import torch
 from helpers import low_rank_model
-from hub_client import Client
+from hub_client import QUICK, Client
 from hub_server import ALICE, HubServer
 from safetensors.torch import load_file, save_file
 
@@ -39,27 +38,15 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return arp_hub.save_pretrained(timm.create_model("cifar_resnet20"), tmp_path_factory.mktemp("dense") / "model")
 
 
-@pytest.fixture(scope="module")
-def second(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    started = Client(tmp_path_factory.mktemp("home2"), hub.endpoint)
-    yield started
-    started.close()
-
-
-def race(hub: HubServer, clients: tuple[Client, Client], folder: Path) -> None:
-    """After two pushes at once, the repository is complete and equals one that a successful push published."""
+def race(hub: HubServer, client: Client, folder: Path) -> None:
+    """Two pushes at once: the repository is complete afterwards, and is what a push that said so published."""
     hub.mend()
     hub.repos = {}
-    done: list[Any] = [None, None]
-
-    def push(number: int) -> None:
-        done[number] = clients[number].arp_hub("push", folder, "alice/model", "--tag", f"v{number}", token=ALICE)
-
-    threads = [threading.Thread(target=push, args=(number,)) for number in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    code = (
+        f"{QUICK}\nimport sys\nfrom arp_hub_cli.app import app\nsys.argv = ['arp-hub', 'push', folder, 'alice/model']"
+    )
+    codes = [f"{code} + ['--tag', 'v{number}']\napp()" for number in (0, 1)]
+    done = client.side_by_side(codes, token=ALICE, folder=folder)
     assert any(each.code == 0 for each in done), [each.err for each in done]
     repo = hub.repos["alice/model"]
     for branch in ("main", "dense"):
@@ -71,15 +58,15 @@ def race(hub: HubServer, clients: tuple[Client, Client], folder: Path) -> None:
                 assert "model.safetensors" in repo.files(tag)
 
 
-def test_two_pushes_at_once_lose_nothing(hub: HubServer, client: Client, second: Client, folder: Path) -> None:
+def test_two_pushes_at_once_lose_nothing(hub: HubServer, client: Client, folder: Path) -> None:
     for _ in range(2):
-        race(hub, (client, second), folder)
+        race(hub, client, folder)
 
 
 @pytest.mark.slow
-def test_thirty_pushes_in_pairs_lose_nothing(hub: HubServer, client: Client, second: Client, folder: Path) -> None:
+def test_thirty_pushes_in_pairs_lose_nothing(hub: HubServer, client: Client, folder: Path) -> None:
     for _ in range(15):
-        race(hub, (client, second), folder)
+        race(hub, client, folder)
 
 
 def test_a_loser_leaves_what_the_winner_made(hub: HubServer, client: Client, folder: Path) -> None:

@@ -32,7 +32,7 @@ ODDITIES: dict[str, tuple[str, dict[str, Any]]] = {
     "padding by the input's size": ("tf_mobilenetv3_small_minimal_100", {}),
     "standardised convolutions": ("test_nfnet", {}),
     "a stem of standardised convolutions": ("vit_tiny_r_s16_p8_224", {"img_size": 64, "depth": 1}),
-    "layers to fuse": ("efficientvit_m0", {"img_size": 64}),
+    "layers to fuse": ("efficientvit_m0", {"img_size": 64, "depth": (1, 1, 1)}),
     "branches to merge": ("repghostnet_050", {}),
     "a fused qkv": ("test_vit", {}),
     "biases of qkv apart, relative positions": ("beit_base_patch16_224", TINY_VIT),

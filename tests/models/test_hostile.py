@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import hostile
 import pytest
 import torch
-from helpers import search_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,13 +22,11 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> dict[str, Any]:
+def outcomes(client, tmp_path_factory) -> dict[str, Any]:
     """Every hostile folder, loaded in one process."""
-    command = [sys.executable, str(Path(hostile.__file__)), str(tmp_path_factory.mktemp("hostile"))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return {found["case"]: found for found in map(json.loads, done.stdout.splitlines())}
+    done = client.program(Path(hostile.__file__), tmp_path_factory.mktemp("hostile"))
+    assert done.code == 0, done.err[-2000:]
+    return {found["case"]: found for found in map(json.loads, done.out.splitlines())}
 
 
 def test_a_good_folder_loads(outcomes):

@@ -19,17 +19,29 @@ import arp_hub
 from arp_hub.layers.apply_plan import plan_of
 from arp_hub.layers.model import low_rank_layers
 
-# Backbone: decomposed layers (stem, classifier and layers for several schemes) and the image side.
-BACKBONES: dict[str, tuple[dict[str, str], int]] = {
-    "resnet18": ({"conv1": "channel", "layer1.0.conv1": "cp", "layer2.0.conv1": "tucker2", "fc": "channel"}, 64),
-    "mobilenetv3_small_100": ({"conv_stem": "cp", "blocks.1.0.conv_pw": "group_out", "classifier": "channel"}, 64),
-    "convnext_atto": ({"stem.0": "spatial", "stages.1.blocks.0.mlp.fc1": "group_out", "head.fc": "channel"}, 64),
-    "test_vit": ({"patch_embed.proj": "tucker2", "blocks.2.attn.qkv": "group_out", "head": "group_in"}, 160),
-    "regnetx_002": ({"stem.conv": "channel", "s2.b1.conv2.conv": "channel", "head.fc": "channel"}, 64),
-    "densenet121": ({"features.conv0": "cp", "features.transition1.conv": "group_in", "classifier": "channel"}, 64),
-    "cifar_resnet20": ({"conv1": "channel", "layer2.1.conv2": "cp", "fc": "channel"}, 32),
+STEM_TO_HEAD = {"conv1": "channel", "layer1.0.conv1": "cp", "layer2.0.conv1": "tucker2", "fc": "channel"}
+NARROW = {"channels": (16, 32, 64, 128)}
+
+# Backbone: arguments that make it small, its decomposed layers (always the stem and the classifier, and a spread of
+# schemes), and an image side.
+BACKBONES: dict[str, tuple[dict[str, Any], dict[str, str], int]] = {
+    "resnet18": ({**NARROW, "layers": (1, 1, 1, 1)}, STEM_TO_HEAD, 64),
+    "mobilenetv3_small_100": (
+        {},
+        {"conv_stem": "cp", "blocks.1.0.conv_pw": "group_out", "classifier": "channel"},
+        64,
+    ),
+    "test_convnext": ({}, {"stem.0": "spatial", "stages.1.blocks.0.mlp.fc1": "group_out", "head.fc": "channel"}, 64),
+    "test_vit": ({}, {"patch_embed.proj": "tucker2", "blocks.2.attn.qkv": "group_out", "head": "group_in"}, 160),
+    "regnetx_002": ({}, {"stem.conv": "channel", "s2.b1.conv2.conv": "channel", "head.fc": "channel"}, 64),
+    "densenet121": (
+        {"block_config": (2, 2, 2, 2)},
+        {"features.conv0": "cp", "features.transition1.conv": "group_in", "classifier": "channel"},
+        64,
+    ),
+    "cifar_resnet20": ({}, {"conv1": "channel", "layer2.1.conv2": "cp", "fc": "channel"}, 32),
     # features in NHWC
-    "test_mambaout": ({"stem.conv1": "channel", "stages.2.blocks.1.fc1": "group_out", "head.fc": "channel"}, 160),
+    "test_mambaout": ({}, {"stem.conv1": "channel", "stages.2.blocks.1.fc1": "group_out", "head.fc": "channel"}, 160),
 }
 
 ARGUMENTS: list[dict[str, Any]] = [
@@ -50,9 +62,9 @@ ARGUMENTS: list[dict[str, Any]] = [
 @pytest.fixture(scope="module", params=BACKBONES)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int]:
     """A decomposed backbone and its dense form, both saved, and an image side."""
-    layers, side = BACKBONES[request.param]
+    arguments, layers, side = BACKBONES[request.param]
     folder = tmp_path_factory.mktemp(request.param)
-    model = low_rank_model(request.param, layers)
+    model = low_rank_model(request.param, layers, **arguments)
     low_rank = arp_hub.save_pretrained(model, folder / "low_rank")
     dense = arp_hub.save_pretrained(arp_hub.to_dense(model), folder / "dense")
     return low_rank, dense, side
@@ -84,8 +96,8 @@ def test_arguments_mean_what_they_mean_for_the_dense_backbone(saved: tuple[Path,
 @pytest.mark.parametrize(
     ("backbone", "layers", "arguments", "side"),
     [
-        ("test_vit", BACKBONES["test_vit"][0], {"img_size": 96}, 96),
-        ("test_vit", BACKBONES["test_vit"][0], {"img_size": (96, 192), "num_classes": 0}, (96, 192)),
+        ("test_vit", BACKBONES["test_vit"][1], {"img_size": 96}, 96),
+        ("test_vit", BACKBONES["test_vit"][1], {"img_size": (96, 192), "num_classes": 0}, (96, 192)),
         ("test_vit", {"blocks.0.mlp.fc1": "channel"}, {"drop_path_rate": 0.2, "dynamic_img_size": True}, 96),
         ("resnet18", {"layer1.0.conv1": "cp"}, {"drop_path_rate": 0.2, "global_pool": "max"}, 64),
         ("resnet18", {"layer1.0.conv1": "cp"}, {"features_only": True, "output_stride": 8}, 64),
@@ -95,7 +107,7 @@ def test_arguments_mean_what_they_mean_for_the_dense_backbone(saved: tuple[Path,
 def test_arguments_of_single_backbones(
     backbone: str, layers: dict[str, str], arguments: dict[str, Any], side: Any, tmp_path: Path
 ) -> None:
-    model = low_rank_model(backbone, layers)
+    model = low_rank_model(backbone, layers, **(NARROW if backbone == "resnet18" else {}))
     ours = load(arp_hub.save_pretrained(model, tmp_path / "low_rank"), **arguments)
     theirs = load(arp_hub.save_pretrained(arp_hub.to_dense(model), tmp_path / "dense"), **arguments)
     x = torch.randn(1, 3, *((side, side) if isinstance(side, int) else side))
@@ -106,8 +118,8 @@ def test_arguments_of_single_backbones(
 
 
 def test_only_what_must_be_dense_is_dense(tmp_path: Path) -> None:
-    folder = arp_hub.save_pretrained(low_rank_model("resnet18", BACKBONES["resnet18"][0]), tmp_path / "out")
-    everything = set(BACKBONES["resnet18"][0])
+    folder = arp_hub.save_pretrained(low_rank_model("resnet18", STEM_TO_HEAD, **NARROW), tmp_path / "out")
+    everything = set(STEM_TO_HEAD)
     for arguments, dense in [
         ({}, set()),
         ({"num_classes": 1000, "in_chans": 3}, set()),
@@ -129,7 +141,7 @@ def test_built_from_its_arguments_alone() -> None:
 
 
 def test_timm_methods_work_on_a_decomposed_model() -> None:
-    model = low_rank_model("resnet18", BACKBONES["resnet18"][0])
+    model = low_rank_model("resnet18", STEM_TO_HEAD, **NARROW)
     x = torch.randn(1, 3, 64, 64)
     features = model.forward_features(x)
     assert torch.equal(model.forward_head(features), model(x))
@@ -183,7 +195,7 @@ BAD_CONFIGS = {
 
 @pytest.fixture(scope="module")
 def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = low_rank_model("resnet18", BACKBONES["resnet18"][0])
+    model = low_rank_model("resnet18", STEM_TO_HEAD, **NARROW)
     return arp_hub.save_pretrained(model, tmp_path_factory.mktemp("resnet") / "out")
 
 
@@ -218,7 +230,7 @@ def test_damaged_weights_are_refused(arguments: dict[str, Any], resnet: Path, tm
 def test_a_pickle_is_never_opened(resnet: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(resnet, tmp_path / "out")
     (folder / "model.safetensors").unlink()
-    torch.save(low_rank_model("resnet18", BACKBONES["resnet18"][0]).state_dict(), folder / "pytorch_model.bin")
+    torch.save(low_rank_model("resnet18", STEM_TO_HEAD, **NARROW).state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(arp_hub.ArpHubError, match="holds no model.safetensors"):
         load(folder)
     assert load_without_weights(folder)
