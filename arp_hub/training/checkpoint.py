@@ -74,7 +74,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         save_file(tensors, new / TENSORS)
         text = json.dumps({"format_version": FORMAT_VERSION, **meta, "state": tree})
         (new / STATE).write_text(text, encoding="utf-8")
-        (new / SUMS).write_text("".join(f"{_sha256(new / name)}  {name}\n" for name in (STATE, TENSORS)))
+        (new / SUMS).write_text("".join(_sums(new).values()))
     for old in list_checkpoints(folder)[:-keep]:
         old.replace(folder / f".{old.name}.old.tmp")  # so that a kill leaves no half of it under its name
     remove_unfinished_checkpoints(folder)
@@ -151,20 +151,23 @@ def verify_checksums(path: Path) -> None:
     sums = path / SUMS
     if not sums.exists():
         return
+    for name in (STATE, TENSORS):
+        if not (path / name).is_file():
+            raise _damaged(path, f"{name} is missing")
     try:
-        lines = [line.split("  ", 1) for line in read_text(sums).splitlines()]
-        expected = {name: digest for digest, name in lines}
-        if expected.keys() != {STATE, TENSORS}:
-            raise _damaged(path, f"{SUMS} does not list {STATE} and {TENSORS}")
-        for name, digest in expected.items():
-            if not (path / name).is_file():
-                raise _damaged(path, f"{name} is missing")
-            if _sha256(path / name) != digest:
-                raise _damaged(path, f"{name} does not have the checksum in {SUMS}")
+        found, current = read_text(sums), _sums(path)
     except (OSError, ValueError) as error:
-        if isinstance(error, ArpHubError):
-            raise
-        raise _damaged(path, f"its checksums cannot be read ({error})") from error
+        raise _damaged(path, f"its {SUMS} cannot be verified ({error})") from error
+    for name, line in current.items():
+        if line not in found:
+            raise _damaged(path, f"{name} does not have the checksum in {SUMS}")
+    if found != "".join(current.values()):
+        raise _damaged(path, f"{SUMS} has more than the checksums of {STATE} and {TENSORS}")
+
+
+def _sums(path: Path) -> dict[str, str]:
+    """The line of `SUMS` for each file of a checkpoint."""
+    return {name: f"{_sha256(path / name)}  {name}\n" for name in (STATE, TENSORS)}
 
 
 def _damaged(path: Path, what: str) -> DamagedCheckpoint:

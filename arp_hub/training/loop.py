@@ -192,7 +192,8 @@ class _Loop:
     def preempted(self) -> Preempted:
         """The end of a run on SIGTERM, after its state is saved."""
         return Preempted(
-            f"stopped by SIGTERM at step {self.step} of phase '{self.phase.name}', which is saved: go on with --resume auto"
+            f"stopped by SIGTERM at step {self.step} of phase '{self.phase.name}', which is saved: "
+            "go on with --resume auto"
         )
 
     def anyone_told_to_stop(self) -> bool:
@@ -422,8 +423,15 @@ def _mixup(config: TrainConfig, classes: int) -> Callable[[Tensor, Tensor], tupl
 
 
 def _group_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The values of an optimiser's parameter groups: some, such as LAMB and Adan, keep their step count there."""
-    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    """The plain values of an optimiser's parameter groups: some, such as LAMB and Adan, keep their step count there.
+
+    Others, such as dtypes, never change, so that a resumed run has them already.
+    """
+    plain = (bool, int, float, str, list, tuple, Tensor, type(None))
+    return [
+        {name: value for name, value in group.items() if name != "params" and isinstance(value, plain)}
+        for group in optimizer.param_groups
+    ]
 
 
 def _load_optimizer(

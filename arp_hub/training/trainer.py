@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast
+from timm.optim import create_optimizer_v2, get_optimizer_info
 from torch import Tensor, nn
 
 from .._utils.environment import environment
@@ -81,6 +82,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     """
     sigterm = Sigterm()
     with sigterm.listening():
+        _check_optimizer(config)
         accelerator = _accelerator(config)
         try:
             with _alone(config, accelerator):
@@ -188,6 +190,17 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             f"accumulation={config.accumulation} parts each{pairs}: choose a multiple of {parts}"
         )
     return accelerator
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    """Refuse an optimiser that needs a package that is missing, or second derivatives."""
+    name = config.optimizer
+    try:
+        create_optimizer_v2(nn.Linear(1, 1), opt=name, lr=config.lr)
+    except (ImportError, AssertionError, AttributeError, TypeError, RuntimeError, ValueError) as error:
+        raise ArpHubError(f"optimizer '{name}' cannot be used here ({error}): choose another") from error
+    if get_optimizer_info(name.lower()).second_order:
+        raise ArpHubError(f"optimizer '{name}' differentiates twice, which a run does not: choose another")
 
 
 def _evenly(config: TrainConfig) -> int:
