@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of everything that reads what a stranger wrote: nothing may come out but our own error.
 
     pip install atheris
-    python benchmarks/fuzz.py --runs 25000 --output benchmarks/results/fuzz.json
+    python benchmarks/fuzz.py --runs 100000 --output benchmarks/results/fuzz.json
 
 Each target runs in a process of its own under libFuzzer, by atheris, from a good input; half of the mutations are of
 its JSON tree, half of its bytes. It counts what was taken and what was refused, and stops at the first other exception.
@@ -36,6 +36,22 @@ CFG = {"input_size": [3, 32, 32], "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2
        "classifier": "fc", "first_conv": "conv1", "label_names": ["a", "b"]}  # fmt: skip
 CONFIG = {"architecture": "arp_lowrank", "num_classes": 10, "model_args": {"backbone": "resnet18", "plan": PLAN,
           "layers": [2, 2], "act_layer": "relu", "drop_rate": 0.1}, "pretrained_cfg": CFG}  # fmt: skip
+METRICS = {"top1": 70.5, "top5": 90.0, "loss": 1.5, "images": 100, "params": 1000, "macs": 5000, "seed": 0,
+           "data": "digits", "split": "test", "dense": {"top1": 71.0, "params": 2000, "macs": 9000},
+           "kept": {"params": 0.5, "macs": 0.55}, "plan": PLAN, "config": {"keep_params": 0.5, "epochs": 3},
+           "scores": {"dense": {"top1": 71.0, "top5": 91.0, "loss": 1.4, "images": 100}}, "license": "mit",
+           "layers": [{"name": "fc", "scheme": "cp", "rank": 3, "groups": 1, "params": 10, "kept": 0.5}],
+           "history": [{"phase": "compress", "step": 3, "stage": "ramp", "violation": 0.1, "violations": {"fc": 0.1}}],
+           "versions": {"torch": "2.9"}, "hardware": {"cpu": "x"}, "command": "run.py", "seconds": 3.5}  # fmt: skip
+LOG = [{"phase": phase, "epoch": 1, "epochs": 2, "step": 4, "loss": 1.5, "top1": 30.5, "lr": 0.1, "seconds": 2.0,
+        "stage": "hold", "violation": 0.1, "violations": {"fc": 0.1}, "val": {"top1": 30.0, "images": 9}}
+       for phase in ("dense", "compress")]  # fmt: skip
+DENSE = {"architecture": "cifar_resnet20", "num_classes": 10, "num_features": 64, "pretrained_cfg": CFG,
+         "model_args": {"num_classes": 10, "drop_rate": 0.1}}  # fmt: skip
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ARP_HUB_PICTURES": "0", "HF_HUB_OFFLINE": "1"}
+SHARES = {"plan": 0.4, "config": 0.15, "weights": 0.15, "settings": 0.05, "checkpoint": 0.1, "log": 0.05,
+          "metrics": 0.05, "dense": 0.05}  # fmt: skip
+"""Share of each target in all inputs: fast readers have more, so that each takes minutes at most."""
 WORDS = """format_version layers dense requires scheme rank groups cp tucker2 group_in null NaN Infinity -1 1e999 true
 [] {} model_args pretrained_cfg architecture backbone input_size __tensor__ __dict__ settings dtype shape data_offsets
 F32 keep_params schemes !!python/object/apply:os.system &a *a <<:""".split()
@@ -63,12 +79,17 @@ def targets(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], None]
     import safetensors.torch
     import torch
 
-    from arp_hub import RankPlan
+    from arp_hub import RankPlan, save_pretrained
     from arp_hub.errors import ArpHubError
+    from arp_hub.hub.card import model_card
+    from arp_hub.hub.load import load_model
+    from arp_hub.hub.staging import UNFIT, _read_metrics
     from arp_hub.models._untrusted import check_args, check_cfg, read_config, read_header
+    from arp_hub.reports.run_page import write_report
     from arp_hub.training import TrainConfig
     from arp_hub.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
     from arp_hub.training.config import read_config as read_settings
+    from arp_hub.training.runlog import read_log
 
     file = place / "input"
 
@@ -96,10 +117,32 @@ def targets(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], None]
     state = {"model": {"w": torch.zeros(2)}, "list": [1, None, {"k": 0.5}]}
     saved = save_checkpoint(place / "checkpoints", Checkpoint("dense", 1, {"lr": 1}, {}, PLAN, 1.0, state), keep=1)
     good = (saved / "state.json").read_bytes()
+    (saved / "SHA256SUMS").unlink()  # as in a checkpoint of an earlier version, of which more is read
 
     def checkpoint(data: bytes) -> None:
         (saved / "state.json").write_bytes(data)
         load_checkpoint(saved)
+
+    run_folder, model_folder = place / "run", place / "model"
+    run_folder.mkdir()
+    save_pretrained(load_model("cifar_resnet20"), model_folder)
+
+    def log(data: bytes) -> None:
+        (run_folder / "log.jsonl").write_bytes(data)
+        read_log(run_folder / "log.jsonl")
+        write_report(run_folder)
+
+    def metrics(data: bytes) -> None:
+        (run_folder / "metrics.json").write_bytes(data)
+        try:
+            model_card(CONFIG, _read_metrics(run_folder), "hf-hub:user/name")
+        except UNFIT as error:  # as a push turns them into our own error
+            raise ArpHubError(str(error)) from error
+        write_report(run_folder)
+
+    def dense(data: bytes) -> None:
+        (model_folder / "config.json").write_bytes(data)
+        load_model(f"local-dir:{model_folder}")
 
     def guarded(read: Callable[[bytes], None]) -> Callable[[bytes], None]:
         def run(data: bytes) -> None:
@@ -118,6 +161,9 @@ def targets(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], None]
         "weights": ([tensors], guarded(header)),
         "settings": ([b"model: resnet50\nkeep_params: 0.5\nschemes: [cp]\nlr: 1e-3\n"], guarded(settings)),
         "checkpoint": ([good], guarded(checkpoint)),
+        "log": ([b"\n".join(json.dumps(entry).encode() for entry in LOG)], guarded(log)),
+        "metrics": ([json.dumps(METRICS).encode()], guarded(metrics)),
+        "dense": ([json.dumps(DENSE).encode()], guarded(dense)),
     }
 
 
@@ -129,6 +175,11 @@ def mutated(data: bytes, largest: int, seed: int) -> bytes:
     import atheris
 
     dice = random.Random(seed)
+    if dice.random() < 0.5 and b"\n{" in data:  # a log: a change to one of its lines
+        lines = data.split(b"\n")
+        number = dice.randrange(len(lines))
+        lines[number] = mutated(lines[number], largest, seed + 1)
+        return b"\n".join(lines)[:largest]
     skip = 8 if data[8:9] == b"{" else 0  # a safetensors file: the header's length, then JSON
     size = int.from_bytes(data[:8], "little") if skip else len(data)
     if dice.random() < 0.5:
@@ -188,7 +239,7 @@ def fuzz(name: str, runs: int, seed: int, place: Path) -> None:
             }
             print("RESULT " + json.dumps(result), flush=True)
 
-    limits = [f"-runs={runs}", f"-seed={seed}", "-max_len=4096", "-rss_limit_mb=4096", "-timeout=10", f"-dict={words}"]
+    limits = [f"-runs={runs}", f"-seed={seed}", "-max_len=4096", "-rss_limit_mb=4096", "-timeout=60", f"-dict={words}"]
     atheris.Setup([sys.argv[0], *limits, "-verbosity=0", str(corpus)], one, custom_mutator=mutated)
     atheris.Fuzz()
 
@@ -200,7 +251,7 @@ def _peak() -> float:
 def main() -> None:
     """Fuzz every target, one process after the other, and write the totals."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=25_000, help="inputs of each target")
+    parser.add_argument("--runs", type=int, default=100_000, help="inputs in total")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, help="JSON file for the totals")
     parser.add_argument("--target", help=argparse.SUPPRESS)
@@ -210,11 +261,12 @@ def main() -> None:
         fuzz(args.target, args.runs, args.seed, args.place)
         return
     results: dict[str, Any] = {}
-    for name in ("plan", "config", "weights", "settings", "checkpoint"):
+    for name, share in SHARES.items():
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, __file__, "--target", name, "--place", folder, "--runs", str(args.runs)]
+            command = [sys.executable, __file__, "--target", name, "--place", folder]
+            command += ["--runs", str(round(share * args.runs))]
             command += ["--seed", str(args.seed)]
-            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
         line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
         if done.returncode or line is None:
             sys.exit(f"target '{name}' failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")

@@ -5,7 +5,7 @@ hundred. A kill before the n-th event shows what a crash leaves behind at that m
 
     python killing.py FOLDER count            how many events an undisturbed run has; it ends in FOLDER/whole
     python killing.py FOLDER kill 3 17 90     for each: a run killed there, then resumed to its end in FOLDER/N
-    python killing.py FOLDER random 20 0      20 kills at random moments of longer runs, by seed 0
+    python killing.py FOLDER random 20 0 ema  20 kills at random moments of longer runs, by seed 0 and a setting below
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import logging
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -46,6 +47,14 @@ SETTINGS = {
     "cpu": True,
     "tracker": "none",
 }
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "fit": {"start_from": "fit", "calibration_images": 8},
+    "ema": {"ema_decay": 0.9},
+    "processes": {},
+    "lamb": {"optimizer": "lamb"},
+}
+"""Settings that random kills are tried in; ``processes`` has two."""
 
 
 def forked(work: Callable[[], None]) -> int:
@@ -113,27 +122,54 @@ def killed_at(folder: Path, event: int) -> dict[str, Any]:
     return {"event": event, "killed": code == -signal.SIGKILL, "left": left, "resumed": resumed, **look(output, whole)}
 
 
-def killed_at_random(folder: Path, kills: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Kill runs at random moments until ``kills`` kills have hit; each run is resumed after a kill."""
-    changes = {"max_steps": 12, "ema_decay": 0.9, "checkpoint_every": 2}
+def started(output: Path, processes: int, **changes: Any) -> list[int]:
+    """Start a run in forked processes; their ids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            try:
+                if processes > 1:
+                    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+                finish(output, **changes)
+                os._exit(0)
+            except BaseException as error:
+                logging.exception("child failed: %s", error)
+                os._exit(1)
+        children.append(child)
+    return children
+
+
+def ended(children: list[int]) -> list[int]:
+    """Wait for processes; their exit codes."""
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def killed_at_random(folder: Path, kills: int, seed: int, variant: str) -> Iterator[dict[str, Any]]:
+    """Kill runs at random moments, again and again, until ``kills`` have hit; each run goes on from its checkpoint."""
+    changes = {"max_steps": 12, "checkpoint_every": 2, **VARIANTS[variant]}
+    processes = 2 if variant == "processes" else 1
     dice, done = random.Random(seed), 0
     whole = folder / "undisturbed" / "out"
     began = time.monotonic()
-    forked(lambda: finish(whole, **changes))
+    if any(ended(started(whole, processes, **changes))):
+        sys.exit("the undisturbed run failed")
     longest = time.monotonic() - began
     for number in itertools.count():
         output, hits = folder / f"run{number}" / "out", 0
         while done < kills:
-            child = os.fork()
-            if child == 0:
-                finish(output, **changes)
-                os._exit(0)
+            children = started(output, processes, **changes)
             time.sleep(dice.uniform(0, longest))
-            os.kill(child, signal.SIGKILL)
-            if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+            if not any(ended(children)):
                 break
             done, hits = done + 1, hits + 1
-        resumed = forked(lambda: finish(output, **changes))  # noqa: B023 - it is called at once
+        resumed = max(ended(started(output, processes, **changes)))
         yield {"run": number, "kills": hits, "resumed": resumed, **look(output, whole)}
         if done == kills:
             return
@@ -144,12 +180,12 @@ if __name__ == "__main__":
     place, mode, *numbers = sys.argv[1:]
     home = Path(place)
     if mode == "count":
-        if ended := forked(lambda: go(home / "whole" / "out", told=home / "events")):
-            sys.exit(ended)
+        if failed := forked(lambda: go(home / "whole" / "out", told=home / "events")):
+            sys.exit(failed)
         print((home / "events").stat().st_size)
     elif mode == "kill":
         for number in numbers:
             print(json.dumps(killed_at(home, int(number))), flush=True)
     else:
-        for found in killed_at_random(home, *map(int, numbers)):
+        for found in killed_at_random(home, int(numbers[0]), int(numbers[1]), numbers[2]):
             print(json.dumps(found), flush=True)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import glob
 import os
+import platform
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -32,6 +39,64 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     """Write a text (as UTF-8) or binary file whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def read_text(path: Path, largest: int = 2**26) -> str:
+    """Read a text file (UTF-8) of at most ``largest`` bytes.
+
+    Raises:
+        OSError: If it is missing, no regular file (a pipe would block), or too large.
+        UnicodeDecodeError: If it is not text.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path.name} is missing")
+    if not path.is_file():
+        raise OSError(f"{path.name} is not a regular file")
+    if (size := path.stat().st_size) > largest:
+        raise OSError(f"{path.name} has {size:,} bytes, {largest:,} are allowed")
+    return path.read_text(encoding="utf-8")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file while the block runs. The system releases it when the process ends, even by a crash.
+
+    A file that a crash left behind does not block. Nothing is locked on Windows, or on disks without locks. A folder
+    that the block leaves with the lock file alone is removed if this call created it.
+
+    Raises:
+        BlockingIOError: If another process holds the lock. Its message is the content of the file.
+    """
+    created = not path.parent.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = _lock(path)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # somebody else may have removed it
+            if created and [entry.name for entry in path.parent.iterdir()] == [path.name]:
+                path.unlink()
+                path.parent.rmdir()
+        os.close(handle)
+
+
+def _lock(path: Path) -> int:
+    """Open a file and lock it for this process. Child processes do not inherit the lock."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if fcntl is not None:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                holder = os.read(handle, 200).decode(errors="replace").strip()
+                os.close(handle)
+                raise BlockingIOError(holder or "a process that has just started") from error
+        if path.exists() and path.stat().st_ino == os.fstat(handle).st_ino:  # else its holder has just removed it
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {platform.node()}\n".encode())
+            return handle
+        os.close(handle)
 
 
 def flush(path: Path) -> None:

@@ -3,14 +3,17 @@
 run/checkpoints/compress-00001200/
     state.json             phase, step, settings, scores, and the tree of which the tensors are the leaves
     state.safetensors      the tensors
+    SHA256SUMS             checksums of both, written last; `sha256sum --check SHA256SUMS` reads them
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .._utils.files import atomic_path, flush
+from .._utils.files import atomic_path, read_text, replacing
 from ..errors import ArpHubError
+
+_logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 """The newest checkpoint format that this version reads, and the one that it writes."""
 PHASES = ("dense", "compress", "finetune")
+STATE, TENSORS, SUMS = "state.json", "state.safetensors", "SHA256SUMS"
 _TENSOR = "__tensor__"
 _TURNED = torch.channels_last
 
@@ -53,25 +59,22 @@ class Checkpoint:
     state: Mapping[str, Any]
 
 
+class DamagedCheckpoint(ArpHubError):
+    """A checkpoint that is not what the run wrote."""
+
+
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint atomically, then remove all but the newest ``keep``."""
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{checkpoint.phase}-{checkpoint.step:08d}"
-    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
     remove_unfinished_checkpoints(folder)
-    temporary.mkdir()
     tensors: dict[str, Tensor] = {}
     tree = _flatten(checkpoint.state, "", tensors)
-    save_file(tensors, temporary / "state.safetensors")
     meta = {name: getattr(checkpoint, name) for name in ("phase", "step", "settings", "scores", "plan", "seconds")}
-    text = json.dumps({"format_version": FORMAT_VERSION, **meta, "state": tree})
-    (temporary / "state.json").write_text(text, encoding="utf-8")
-    if target.exists():
-        target.replace(folder / f".{target.name}.old.tmp")
-    for part in (*temporary.iterdir(), temporary):
-        flush(part)
-    temporary.replace(target)
-    flush(folder)
+    with replacing(target) as new:
+        save_file(tensors, new / TENSORS)
+        text = json.dumps({"format_version": FORMAT_VERSION, **meta, "state": tree})
+        (new / STATE).write_text(text, encoding="utf-8")
+        (new / SUMS).write_text("".join(_sums(new).values()))
     for old in list_checkpoints(folder)[:-keep]:
         old.replace(folder / f".{old.name}.old.tmp")  # so that a kill leaves no half of it under its name
     remove_unfinished_checkpoints(folder)
@@ -79,27 +82,31 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint.
+    """Read a checkpoint, after its checksums are verified.
 
     Raises:
-        ArpHubError: If it is not there, not whole, or of a newer format.
+        DamagedCheckpoint: If a file is missing, cut short or changed.
+        ArpHubError: If it is of a newer format.
     """
+    verify_checksums(path)
     try:
-        meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(path / "state.safetensors")
+        meta = json.loads(read_text(path / STATE))
+        tensors = load_file(path / TENSORS)
         if meta["format_version"] > FORMAT_VERSION:
             raise ArpHubError(
                 f"checkpoint '{path}' has format_version {meta['format_version']}, this arp_hub reads up to "
                 f"{FORMAT_VERSION}: upgrade with `pip install --upgrade arp-hub`"
             )
-        return Checkpoint(
-            phase=meta["phase"],
-            step=meta["step"],
-            settings=meta["settings"],
-            scores=meta["scores"],
-            plan=meta["plan"],
-            seconds=meta.get("seconds", 0.0),
-            state=_unflatten(meta["state"], tensors),
+        return _checked(
+            Checkpoint(
+                phase=meta["phase"],
+                step=meta["step"],
+                settings=meta["settings"],
+                scores=meta["scores"],
+                plan=meta["plan"],
+                seconds=meta.get("seconds", 0.0),
+                state=_unflatten(meta["state"], tensors),
+            )
         )
     except ArpHubError:
         raise
@@ -113,13 +120,89 @@ def load_checkpoint(path: Path) -> Checkpoint:
         RecursionError,
         SafetensorError,
     ) as error:
-        raise ArpHubError(f"'{path}' is not a whole checkpoint: {error!r}: give another, or use --overwrite") from error
+        raise _damaged(path, f"it cannot be read ({error!r})") from error
+
+
+def _checked(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, if every part has its type: a file without checksums may hold anything."""
+    whole, real = (int,), (int, float)
+    for name, value, types in (
+        ("phase", checkpoint.phase, (str,)),
+        ("step", checkpoint.step, whole),
+        ("settings", checkpoint.settings, (dict,)),
+        ("scores", checkpoint.scores, (dict,)),
+        ("plan", checkpoint.plan, (dict, type(None))),
+        ("seconds", checkpoint.seconds, real),
+        ("state", checkpoint.state, (dict,)),
+    ):
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise TypeError(f"{name} is of type {type(value).__name__}")
+    if checkpoint.phase not in PHASES or checkpoint.step < 0:
+        raise ValueError(f"there is no step {checkpoint.step} of phase '{checkpoint.phase}'")
+    return checkpoint
+
+
+def verify_checksums(path: Path) -> None:
+    """Compare the files of a checkpoint with its checksums; one of an older version has none and passes.
+
+    Raises:
+        DamagedCheckpoint: If a file is missing, cut short or changed, by name.
+    """
+    sums = path / SUMS
+    if not sums.exists():
+        return
+    for name in (STATE, TENSORS):
+        if not (path / name).is_file():
+            raise _damaged(path, f"{name} is missing")
+    try:
+        found, current = read_text(sums), _sums(path)
+    except (OSError, ValueError) as error:
+        raise _damaged(path, f"its {SUMS} cannot be verified ({error})") from error
+    for name, line in current.items():
+        if line not in found:
+            raise _damaged(path, f"{name} does not have the checksum in {SUMS}")
+    if found != "".join(current.values()):
+        raise _damaged(path, f"{SUMS} has more than the checksums of {STATE} and {TENSORS}")
+
+
+def _sums(path: Path) -> dict[str, str]:
+    """The line of `SUMS` for each file of a checkpoint."""
+    return {name: f"{_sha256(path / name)}  {name}\n" for name in (STATE, TENSORS)}
+
+
+def _damaged(path: Path, what: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint(
+        f"'{path}' is not a whole checkpoint: {what}. Give another with --resume, or start a new run with --overwrite"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, by phase and step. File times do not count: clocks step back, copies have new times."""
-    found = [path for path in folder.glob("*-*") if _place(path) and (path / "state.json").is_file()]
-    return sorted(found, key=_place)
+    return sorted((path for path in folder.glob("*-*") if _place(path) and path.is_dir()), key=_place)
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[Path]]:
+    """The newest checkpoint of a run that is whole, if any, and the damaged ones that are newer."""
+    damaged = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            if (path / SUMS).exists():
+                verify_checksums(path)
+            else:
+                load_checkpoint(path)
+        except DamagedCheckpoint:
+            damaged.append(path)
+        else:
+            return path, damaged
+    return None, damaged
 
 
 def _place(path: Path) -> tuple[int, ...]:
@@ -140,23 +223,28 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
     """The checkpoint to resume from.
 
     Args:
-        resume: Empty for none; ``auto`` for the newest in ``folder``; or the path of one, or of a run.
+        resume: Empty for none; ``auto`` for the newest whole one in ``folder``; or the path of one, or of a run.
         folder: Where this run keeps its checkpoints.
 
     Raises:
-        ArpHubError: If a named one is not there.
+        ArpHubError: If a named one is not there, or if all are damaged.
     """
     if not resume:
         return None
-    if resume == "auto":
-        return next(reversed(list_checkpoints(folder)), None)
     path = Path(resume)
-    if (path / "state.json").is_file():
-        return path
-    inside = list_checkpoints(path / "checkpoints") if path.is_dir() else []
-    if not inside:
+    if resume != "auto":
+        if (path / STATE).is_file() or (_place(path) and path.is_dir()):
+            return path
+        folder = path / "checkpoints"
+    found, damaged = newest_whole(folder)
+    names = ", ".join(f"'{path}'" for path in damaged)
+    if found and damaged:
+        _logger.warning("damaged: %s. The run goes on from '%s', the newest whole checkpoint", names, found)
+    elif damaged:
+        raise ArpHubError(f"no checkpoint in '{folder}' is whole, damaged: {names}: start a new run with --overwrite")
+    elif not found and resume != "auto":
         raise ArpHubError(f"no checkpoint at resume='{resume}': give a checkpoint folder, a run folder or 'auto'")
-    return inside[-1]
+    return found
 
 
 def check_same(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:
@@ -184,8 +272,23 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file({name: _own(tensor) for name, tensor in tensors.items()}, temporary)
 
 
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turn a failed write of the block into one sentence.
+
+    Raises:
+        ArpHubError: Naming ``place`` and the reason, such as a full or read-only disk.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ArpHubError(
+            f"cannot write in '{place}': {error}. Make room there or allow writing, then go on with --resume auto"
+        ) from error
+
+
 def remove_unfinished_checkpoints(folder: Path) -> None:
-    """Remove what a killed run left half-written, files and folders."""
+    """Remove files and folders that a killed run left half-written."""
     for path in folder.glob(".*.tmp"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

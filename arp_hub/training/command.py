@@ -32,7 +32,7 @@ examples:
 
 Settings win in this order: command line, --config file, the defaults above. The finished model is in OUTPUT;
 checkpoints, log.jsonl and config.yaml (to be given to --config again) are in OUTPUT-run.
-Exit codes: 0 fine, 2 bad input, 130 interrupted, 75 stopped by SIGTERM with its state saved.
+Exit codes: 0 fine, 2 bad input, 130 interrupted, 75 stopped by SIGTERM (go on with --resume).
 """
 
 
@@ -58,7 +58,7 @@ def main(description: str, **defaults: Any) -> dict[str, Any]:
         print("interrupted: go on from the last checkpoint with --resume auto", file=sys.stderr)
         sys.exit(130)
     except Preempted as stop:
-        print(f"stopped by SIGTERM at {stop}, which is saved: go on with --resume auto", file=sys.stderr)
+        print(stop, file=sys.stderr)
         sys.exit(EXIT_CODE)
     except ArpHubError as error:
         print(f"error: {error}", file=sys.stderr)

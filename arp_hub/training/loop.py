@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from ..errors import ArpHubError
 from ..penalty import AdaptiveRankPenalty
-from .checkpoint import Checkpoint, find_checkpoint, save_checkpoint
+from .checkpoint import Checkpoint, newest_whole, save_checkpoint
 from .config import TrainConfig
 from .data.augment import epoch_batches, sent, steps_per_epoch
 from .data.dataset import ImageData
@@ -30,7 +30,7 @@ from .data.images import TrainBatch
 from .evaluate import evaluate
 from .finite import first_not_finite, weights_not_finite
 from .graphs import Forward, recorded_inference, recorded_training
-from .preemption import Preempted, listening
+from .preemption import Preempted, Sigterm
 from .runlog import RunLog
 from .seeds import keyed_seed, seed_everything
 
@@ -44,6 +44,7 @@ class Run:
     data: ImageData
     log: RunLog
     settings: Mapping[str, Any]
+    sigterm: Sigterm = field(default_factory=Sigterm)
     scores: dict[str, Any] = field(default_factory=dict)
     plan: Mapping[str, Any] | None = None
     began: float = field(default_factory=time.perf_counter)
@@ -149,7 +150,7 @@ class _Loop:
         if self.step == 0:
             self.save()
         try:
-            with listening() as self.told_to_stop:
+            with self.run.sigterm.noted():
                 while self.step < self.total:
                     epoch = self.step // spe
                     self.epoch(epoch, min((epoch + 1) * spe, self.total), bar)
@@ -180,19 +181,26 @@ class _Loop:
             if self.step < end and (stop or (every and self.step % every == 0)):
                 self.save()
             if stop and self.step < end:
-                raise Preempted(f"step {self.step} of phase '{self.phase.name}'")
+                raise self.preempted()
         self.share_statistics()
         self.close_epoch(epoch, lr, time.perf_counter() - began)
         self.totals.zero_()
         self.save()
         if self.anyone_told_to_stop():
-            raise Preempted(f"step {self.step} of phase '{self.phase.name}'")
+            raise self.preempted()
+
+    def preempted(self) -> Preempted:
+        """The end of a run on SIGTERM, after its state is saved."""
+        return Preempted(
+            f"stopped by SIGTERM at step {self.step} of phase '{self.phase.name}', which is saved: "
+            "go on with --resume auto"
+        )
 
     def anyone_told_to_stop(self) -> bool:
         """Whether any process received SIGTERM, so that all stop at the same step."""
         if self.accelerator.num_processes == 1:
-            return self.told_to_stop()
-        heard = torch.tensor(float(self.told_to_stop()), device=self.accelerator.device)
+            return self.run.sigterm.heard
+        heard = torch.tensor(float(self.run.sigterm.heard), device=self.accelerator.device)
         return bool(self.accelerator.reduce(heard, "sum") > 0)
 
     def share_statistics(self) -> None:
@@ -302,9 +310,10 @@ class _Loop:
 
     def diverged(self, what: str, step: int, where: str) -> ArpHubError:
         """The error for a loss or weight that is NaN or infinite."""
+        last, _ = newest_whole(self.checkpoints)
+        good = f"The last good checkpoint is '{last}'" if last else f"No checkpoint in '{self.checkpoints}' is whole"
         return ArpHubError(
-            f"{what} at step {step} of phase '{self.phase.name}': {where}. The last good checkpoint is "
-            f"'{find_checkpoint('auto', self.checkpoints)}'. Start a new run with a lower lr "
+            f"{what} at step {step} of phase '{self.phase.name}': {where}. {good}. Start a new run with a lower lr "
             f"(now {self.raw_optimizer.param_groups[0]['lr']:.4g}), clip_grad=5 or mixed_precision=no"
         )
 
@@ -355,10 +364,11 @@ class _Loop:
             try:
                 save_checkpoint(folder, checkpoint, self.config.keep_checkpoints)
             except (OSError, SafetensorError) as error:
-                last = find_checkpoint("auto", folder)
+                last, _ = newest_whole(folder)
+                whole = f"The last whole one is '{last}'" if last else "There is none before it"
                 raise ArpHubError(
-                    f"cannot write a checkpoint in '{folder}': {error}. The last whole one is '{last}': make room "
-                    "there, then go on with --resume auto"
+                    f"cannot write a checkpoint in '{folder}': {error}. {whole}: make room there or allow writing, "
+                    "then go on with --resume auto"
                 ) from error
         self.accelerator.wait_for_everyone()
 
@@ -413,8 +423,15 @@ def _mixup(config: TrainConfig, classes: int) -> Callable[[Tensor, Tensor], tupl
 
 
 def _group_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The values of an optimiser's parameter groups: some, such as LAMB and Adan, keep their step count there."""
-    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    """The plain values of an optimiser's parameter groups: some, such as LAMB and Adan, keep their step count there.
+
+    Others, such as dtypes, never change, so that a resumed run has them already.
+    """
+    plain = (bool, int, float, str, list, tuple, Tensor, type(None))
+    return [
+        {name: value for name, value in group.items() if name != "params" and isinstance(value, plain)}
+        for group in optimizer.param_groups
+    ]
 
 
 def _load_optimizer(

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available
 from tqdm import tqdm
 
-from .._utils.files import write_atomically
+from .._utils.files import read_text, write_atomically
 from ..errors import ArpHubError
-from .checkpoint import PHASES
+from .checkpoint import PHASES, writing
 from .config import TrainConfig
 
 _logger = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ class RunLog:
         self.path = config.run_folder / "log.jsonl"
         self.main = accelerator.is_main_process
         if self.main:
-            self._cut(done)
+            with writing(self.path):
+                self._cut(done)
         flat = {name: json.dumps(value) if isinstance(value, (list, type(None))) else value
                 for name, value in config.to_dict().items()}  # fmt: skip
         accelerator.init_trackers("tracker", config=flat)
@@ -68,7 +69,7 @@ class RunLog:
         """Log an epoch as one line of text, and as JSON with the violations of every layer."""
         if not self.main:
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         words = [f"{entry['phase']} epoch {entry['epoch']}/{entry['epochs']}", f"loss {entry['loss']:.4f}"]
         words.append(f"top-1 {entry['top1']:.2f}")
@@ -109,7 +110,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """
     entries: list[dict[str, Any]] = []
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in read_text(path).splitlines():
             entry = json.loads(line)
             if not isinstance(entry, dict):
                 raise TypeError(f"expected an object, got {type(entry).__name__}")

@@ -13,16 +13,19 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast
+from timm.optim import create_optimizer_v2, get_optimizer_info
 from torch import Tensor, nn
 
 from .._utils.environment import environment
-from .._utils.files import remove_unfinished, write_atomically
+from .._utils.files import locked, remove_unfinished, write_atomically
 from ..decomposition import decompose, to_dense
 from ..errors import ArpHubError
 from ..hub.load import hub_dataset, is_saved_model, load_model, published_name, read_weights
@@ -37,6 +40,7 @@ from ..reports.run_page import write_report
 from ..reports.spectra import decays
 from ..schemes import Factors
 from .checkpoint import (
+    STATE,
     Checkpoint,
     check_same,
     find_checkpoint,
@@ -44,12 +48,13 @@ from .checkpoint import (
     remove_later_checkpoints,
     remove_unfinished_checkpoints,
     save_tensors,
+    writing,
 )
 from .config import TrainConfig, without_retired
 from .data.dataset import ImageData, calibration_images, input_format, load_data
 from .evaluate import Scores, evaluate
 from .loop import Phase, Run, phase_steps, train
-from .preemption import Preempted
+from .preemption import Preempted, Sigterm
 from .runlog import RunLog, read_log, tracker_name
 
 _logger = logging.getLogger(__name__)
@@ -57,6 +62,8 @@ _logger = logging.getLogger(__name__)
 _FREE = {"workers", "resume", "overwrite", "log_every", "keep_checkpoints", "checkpoint_every", "tracker", "output"}
 _FREE |= {"max_bad_images", "push_to_hub", "hub_private", "cuda_graphs"}
 """Settings that a resumed run may change, because no number depends on them."""
+LOCK = "run.lock"
+"""Name of the file in a run's folder that the main process of a run locks."""
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -69,10 +76,23 @@ def run(config: TrainConfig) -> dict[str, Any]:
         All numbers of the run, as ``metrics.json`` beside the model holds them.
 
     Raises:
-        ArpHubError: If the settings, the data, the weights or the folders do not fit, before any training.
-        Preempted: If SIGTERM has come while it trained; the state is saved.
+        ArpHubError: If the settings, the data, the weights or the folders do not fit, or if another run writes to the
+            same folders: before any training.
+        Preempted: If SIGTERM has come. Within a phase the state is saved first; elsewhere the last checkpoint is whole.
     """
-    accelerator = _accelerator(config)
+    sigterm = Sigterm()
+    with sigterm.listening():
+        _check_optimizer(config)
+        accelerator = _accelerator(config)
+        try:
+            with _alone(config, accelerator):
+                return _run(config, accelerator, sigterm)
+        except Preempted:
+            accelerator.end_training()  # no thread of Gloo may outlive Python
+            raise
+
+
+def _run(config: TrainConfig, accelerator: Accelerator, sigterm: Sigterm) -> dict[str, Any]:
     found = find_checkpoint(config.resume, config.run_folder / "checkpoints")
     start = load_checkpoint(found) if found else None
     _check_folders(config, accelerator, start)
@@ -85,21 +105,55 @@ def run(config: TrainConfig) -> dict[str, Any]:
         check_same({**_defaults(), **without_retired(start.settings)}, settings, found)
     _open_folder(config, accelerator, start)
     log = RunLog(accelerator, config, (start.phase, start.step) if start else None)
-    this = Run(config, accelerator, data, log, settings)
+    this = Run(config, accelerator, data, log, settings, sigterm)
     if start:
         this.scores, this.plan, this.began = dict(start.scores), start.plan, this.began - start.seconds
         log.note("resumed from '%s'", found)
-
-    try:
-        dense = _dense_model(this, model, start)
-        result, plan = _low_rank_model(this, dense, teacher or dense, start)
-    except Preempted:
-        accelerator.end_training()  # they all stop together, and no thread of Gloo may outlive Python
-        raise
+    dense = _dense_model(this, model, start)
+    result, plan = _low_rank_model(this, dense, teacher or dense, start)
     metrics = _save(this, dense, result, _metrics(this, plan))
     accelerator.end_training()
     _publish(this)
     return metrics
+
+
+@contextmanager
+def _alone(config: TrainConfig, accelerator: Accelerator) -> Iterator[None]:
+    """Lock the run's folder on the main process.
+
+    Raises:
+        ArpHubError: If another run holds it, if it holds files that no run wrote, or if it cannot be written.
+    """
+    folder = config.run_folder
+    if not accelerator.is_main_process:
+        yield
+        return
+    if folder.exists() and not folder.is_dir():
+        raise ArpHubError(f"'{folder}' is a file, where the run would keep its checkpoints: choose another output")
+    if not config.overwrite and not _is_run_folder(folder):
+        raise ArpHubError(
+            f"'{folder}', where the run would keep its checkpoints, holds '{min(folder.iterdir()).name}', which no run "
+            "wrote: choose another output, or delete all of it with --overwrite"
+        )
+    with ExitStack() as stack:
+        try:
+            with writing(folder):
+                stack.enter_context(locked(folder / LOCK))
+        except ArpHubError as error:
+            if isinstance(error.__cause__, BlockingIOError):
+                raise ArpHubError(
+                    f"another run writes in '{folder}' ({error.__cause__}): wait for its end, stop it, or choose "
+                    "another output"
+                ) from error
+            raise
+        yield
+
+
+def _is_run_folder(folder: Path) -> bool:
+    """Whether a folder may be cleared for a run: it is empty or missing, or a run wrote it."""
+    if not folder.exists() or not any(folder.iterdir()) or (folder / LOCK).exists():
+        return True
+    return any(folder.glob(f"checkpoints/*/{STATE}"))
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
@@ -138,6 +192,17 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def _check_optimizer(config: TrainConfig) -> None:
+    """Refuse an optimiser that needs a package that is missing, or second derivatives."""
+    name = config.optimizer
+    try:
+        create_optimizer_v2(nn.Linear(1, 1), opt=name, lr=config.lr)
+    except (ImportError, AssertionError, AttributeError, TypeError, RuntimeError, ValueError) as error:
+        raise ArpHubError(f"optimizer '{name}' cannot be used here ({error}): choose another") from error
+    if get_optimizer_info(name.lower()).second_order:
+        raise ArpHubError(f"optimizer '{name}' differentiates twice, which a run does not: choose another")
+
+
 def _evenly(config: TrainConfig) -> int:
     """The number that divides the images of a forward pass: 2 with mixup or cutmix, which mix pairs, else 1."""
     return 2 if config.mixup or config.cutmix else 1
@@ -164,15 +229,25 @@ def _check_folders(config: TrainConfig, accelerator: Accelerator, start: Checkpo
 def _open_folder(config: TrainConfig, accelerator: Accelerator, start: Checkpoint | None) -> None:
     folder = config.run_folder
     if accelerator.is_main_process:
-        remove_unfinished(Path(config.output))
-        if start is None and folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_unfinished_checkpoints(folder / "checkpoints")  # here, because a finished phase saves none any more
-        if start is not None:
-            remove_later_checkpoints(folder / "checkpoints", start.phase, start.step)
-        config.save(folder / "config.yaml")
+        with writing(folder):
+            remove_unfinished(Path(config.output))
+            if start is None:
+                _clear(folder)
+            remove_unfinished_checkpoints(folder)
+            remove_unfinished_checkpoints(folder / "checkpoints")  # here too: a finished phase saves none any more
+            if start is not None:
+                remove_later_checkpoints(folder / "checkpoints", start.phase, start.step)
+            config.save(folder / "config.yaml")
     accelerator.wait_for_everyone()
+
+
+def _clear(folder: Path) -> None:
+    """Delete everything in a run's folder but its lock."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def _data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
@@ -277,7 +352,8 @@ def _dense_model(run: Run, model: nn.Module, start: Checkpoint | None) -> nn.Mod
     model.eval()
     run.scores["dense"] = _score(run, model, "dense model")
     if run.accelerator.is_main_process:
-        save_tensors(kept, model.state_dict())
+        with writing(kept):
+            save_tensors(kept, model.state_dict())
     return model
 
 
@@ -452,8 +528,9 @@ def _save(run: Run, dense: nn.Module, model: nn.Module, metrics: dict[str, Any])
         label_names = names if len(names) == model.num_classes else None
         save_pretrained(model, output, metrics=metrics, label_names=label_names, overwrite=True)
         text = (Path(output) / METRICS).read_text(encoding="utf-8")
-        write_atomically(run.config.run_folder / METRICS, text)
-        write_report(run.config.run_folder)
+        with writing(run.config.run_folder):
+            write_atomically(run.config.run_folder / METRICS, text)
+            write_report(run.config.run_folder)
         metrics = json.loads(text)
     run.accelerator.wait_for_everyone()
     run.log.note("saved in '%s': timm.create_model('local-dir:%s', pretrained=True) loads it", output, output)

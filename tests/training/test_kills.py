@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_client import Client
+from helpers import search_path
+from killing import VARIANTS
 
 KILLING = Path(__file__).parents[1] / "killing.py"
 FILES = {"README.md", "config.json", "metrics.json", "model.safetensors"}
@@ -54,8 +55,9 @@ def test_a_run_killed_at_every_single_event_resumes_to_the_same_weights(client, 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_twenty_kills_at_random_moments(client, tmp_path):
-    found = killing(client, tmp_path, "random", 20, 0)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_twenty_kills_at_random_moments(tmp_path, variant):
+    found = killing(tmp_path, "random", 20, 0, variant)
     assert sum(run["kills"] for run in found) == 20
     for run in found:
         check(run)

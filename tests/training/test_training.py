@@ -547,7 +547,7 @@ def test_a_damaged_log_is_one_line_and_a_resumed_run_drops_what_it_cannot_read(t
     assert read_log(path) == [{"phase": "dense", "step": 1}]
 
 
-@pytest.mark.parametrize("damage", ["cut tensors", "no tensors", "cut json", "nested json", "other json", "newer"])
+@pytest.mark.parametrize("damage", ["cut tensors", "no tensors", "cut json", "nested json", "other json"])
 def test_damaged_checkpoints_are_refused(tmp_path, damage):
     path = save_checkpoint(tmp_path, Checkpoint("dense", 1, {}, {}, None, 0.0, {"x": torch.zeros(200)}), keep=1)
     tensors, text = path / "state.safetensors", path / "state.json"
@@ -559,10 +559,9 @@ def test_damaged_checkpoints_are_refused(tmp_path, damage):
         text.write_text(text.read_text()[:-9])
     elif damage == "nested json":
         text.write_text("[" * 100_000)
-    elif damage == "other json":
+    else:
         meta = {"format_version": 1, "phase": "dense", "step": 1, "settings": {}, "scores": {}, "plan": None}
         text.write_text(json.dumps(meta | {"state": {"a": 1}}))
-    else:
-        text.write_text(text.read_text().replace('"format_version": 1', '"format_version": 99'))
-    with pytest.raises(ArpHubError, match="upgrade" if damage == "newer" else "not a whole checkpoint"):
+    (path / "SHA256SUMS").unlink()  # without checksums, as an earlier version wrote it
+    with pytest.raises(ArpHubError, match="not a whole checkpoint"):
         load_checkpoint(path)

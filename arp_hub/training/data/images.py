@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from ...errors import ArpHubError
+from ..preemption import outlast_sigterm
 from ..seeds import keyed_seed, seeded
 from .augment import crop_and_flip, sent
 from .decoding import SMALL_SIDE, Rows, decoded
@@ -301,6 +302,7 @@ class StreamedImages:
             num_workers=min(workers, os.cpu_count() or 1),
             pin_memory=device.type == "cuda",
             collate_fn=torch.stack,
+            worker_init_fn=outlast_sigterm,
         )
         try:
             for batch in loader:
