@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import search_path
+from hub_client import Client
 from killing import VARIANTS
 
 KILLING = Path(__file__).parents[1] / "killing.py"
@@ -56,8 +56,8 @@ def test_a_run_killed_at_every_single_event_resumes_to_the_same_weights(client, 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_twenty_kills_at_random_moments(tmp_path, variant):
-    found = killing(tmp_path, "random", 20, 0, variant)
+def test_twenty_kills_at_random_moments(client, tmp_path, variant):
+    found = killing(client, tmp_path, "random", 20, 0, variant)
     assert sum(run["kills"] for run in found) == 20
     for run in found:
         check(run)
