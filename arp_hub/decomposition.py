@@ -19,6 +19,7 @@ from .calibration.batchnorm import following_norms, norms_with_statistics, renor
 from .calibration.images import LEAST_PIXELS, Images, batches, check_normalised, limited
 from .calibration.layer_problem import LayerProblem, can_shift
 from .calibration.moments import LARGE, SAMPLES, Moments
+from .calibration.output_metric import gradient_moments
 from .calibration.passes import paired_moments
 from .effort import Effort
 from .errors import ArpHubError
@@ -46,12 +47,13 @@ def decompose(
     effort: Effort | str = "balanced",
     progress: bool = False,
 ) -> nn.Module:
-    """Replace the planned layers by their low-rank factors, in place. No labels, no back-propagation.
+    """Replace the planned layers by their low-rank factors, in place. No labels, no training.
 
     Without ``calibration``, every weight becomes its nearest point in the scheme's set. With it, layers are fitted one
     by one, in the order of their use: to the dense layer's output, from the input that the decomposed model so far
-    gives, in the metric of that input's second moment. Biases, or the means of a BatchNorm that follows, keep every
-    layer's mean output. At the end, the statistics of the other BatchNorms are corrected for their new inputs.
+    gives. Errors are weighed by what they do to the model's predictions, which takes back-propagation, but no labels.
+    Biases, or the means of a BatchNorm that follows, keep every layer's mean output. At the end, the statistics of the
+    other BatchNorms are corrected for their new inputs.
 
     Hooks, attributes, mode, dtype, device and ``requires_grad`` of every layer are kept, and the factors of a frozen
     layer are frozen. Gradient hooks on weights are lost, with a warning.
@@ -169,6 +171,9 @@ def _decompose_by_data(
         student = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
         teachers = {name: model.get_submodule(name) for name in plan.layers}
         norms = following_norms(student, {name: student.get_submodule(name) for name in plan.layers}, images)
+        least = math.ceil(LEAST_PIXELS / math.prod(shapes[0][1:]))
+        most = max(least, int(effort.gradient_macs / (3 * max(traced.macs, 1))))  # a backward pass costs two forward
+        gradients = gradient_moments(model, teachers, images, effort.positions_macs, most)
         bar = tqdm(total=len(plan.layers), desc="decompose", disable=not progress, leave=False)
         device = next(model.parameters()).device
 
@@ -183,7 +188,8 @@ def _decompose_by_data(
             found = paired_moments(*pupils, model, images, partial(empty, images=most), most)
             for name in names:
                 # popped, so that the memory of a layer's moments is free once it is fitted
-                problem = LayerProblem.of(teachers[name], found.pop(name), norms.get(name), _precision(teachers[name]))
+                teacher, moments, gradient = teachers[name], found.pop(name), gradients.pop(name, None)
+                problem = LayerProblem.of(teacher, moments, gradient, norms.get(name), _precision(teacher))
                 new = _fitted_layer(problem, schemes[name], plan.layers[name], norms.get(name), effort)
                 replace_layers(student, {old[name]: new})
                 bar.update()

@@ -20,6 +20,8 @@ class Effort:
             sampling error of second moments, and every pass costs in proportion.
         moment_macs: MACs of the forward pass that planning takes second moments in. It bounds the images of that pass:
             error curves need fewer images than a fit.
+        gradient_macs: MACs of the forward and backward passes that take second moments of gradients. It bounds the
+            images of these passes.
         sensitivity_images: Images that sensitivities and trials of plans are measured on at most. Few images suffice,
             because sensitivities of layers differ a hundredfold.
         sensitivity_macs: MACs of all these measurements together; with large models it lowers the number of images.
@@ -48,6 +50,7 @@ class Effort:
 
     images: int = 0
     moment_macs: float = 3e11
+    gradient_macs: float = 1e12
     sensitivity_images: int = 64
     sensitivity_macs: float = 2e12
     exponents: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25)
@@ -90,6 +93,7 @@ class Effort:
 EFFORTS: dict[str, Effort] = {
     "fast": Effort(
         images=128,
+        gradient_macs=3e11,
         sensitivity_images=16,
         exponents=(1.0,),
         schemes_measured=1,
@@ -105,6 +109,7 @@ EFFORTS: dict[str, Effort] = {
     "balanced": Effort(),
     "thorough": Effort(
         moment_macs=2e12,
+        gradient_macs=5e12,
         sensitivity_images=128,
         sensitivity_macs=1e13,
         schemes_measured=4,

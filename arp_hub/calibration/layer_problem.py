@@ -1,11 +1,12 @@
-"""What there is to fit of one layer: its weight, its inputs' second moment, its outputs' scale.
+"""What there is to fit of one layer: its weight, its inputs' second moment, the metric of its outputs.
 
-With ``W`` the weight ``(O, D)``, ``C`` the second moment of the input patches ``(D, D)``, ``s`` the scale of the
-output channels ``(O,)`` and ``T`` the target ``(O, D)`` of the regression, a fit minimises over the factors of ``W'``::
+With ``W`` the weight ``(O, D)``, ``C`` the second moment of the input patches ``(D, D)``, ``F`` the second moment of
+the gradients at the output ``(O, O)`` and ``T`` the target ``(O, D)`` of the regression, a fit minimises over the
+factors of ``W'``::
 
-    tr(S (T - W') C (T - W')^T S),    S = diag(s),  D = I kh kw
+    tr(F (T - W') C (T - W')^T) = ||S (T - W') C^(1/2)||^2,    S^T S = F,    D = I kh kw
 
-The relative error of a layer is the same expression with ``W`` in the place of ``T``, over ``tr(S W C W^T S)``.
+The relative error of a layer is the same expression with ``W`` in the place of ``T``, over ``tr(F W C W^T)``.
 Planning and decomposition both build their problems here.
 """
 
@@ -22,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from ..layers.low_rank import effective_weight
 from ..schemes import Factors, Scheme, energy
 from .moments import Moments
+from .output_metric import OutputMetric
 from .regression import Regression
 
 
@@ -33,28 +35,32 @@ class LayerProblem:
         layer: The dense layer.
         weight: The weight that multiplies its input, ``(G * O, I, kh, kw)``.
         regression: The regression that calibration images pose.
-        scale: Weight of the error of each output channel, ``(G * O,)``.
+        metric: What errors of the output do to the network's predictions.
         can_shift: Whether the layer's bias, or the mean of the BatchNorm behind it, can take up a change of mean.
     """
 
     layer: nn.Module
     weight: Tensor
     regression: Regression
-    scale: Tensor
+    metric: OutputMetric
     can_shift: bool
 
     @classmethod
-    def of(cls, layer: nn.Module, moments: Moments, norm: BatchNorm | None, dtype: torch.dtype) -> LayerProblem:
+    def of(
+        cls, layer: nn.Module, moments: Moments, gradients: Moments | None, norm: BatchNorm | None, dtype: torch.dtype
+    ) -> LayerProblem:
         """The problem of a dense layer.
 
         Args:
             layer: The layer.
             moments: Second moments of its inputs.
+            gradients: Second moments of the gradients at its outputs, if any reach it.
             norm: The BatchNorm that alone reads its output, if there is one.
             dtype: Precision of the problem.
         """
         weight = effective_weight(layer).to(dtype)
-        return cls(layer, weight, moments.regression(weight), output_scale(norm, weight), moments.centred)
+        metric = _metric(moments, gradients, norm, weight)
+        return cls(layer, weight, moments.regression(weight), metric, moments.centred)
 
     def fit(
         self,
@@ -76,21 +82,21 @@ class LayerProblem:
                 metric is returned.
             sweeps: Sweeps of alternating least squares for the starting point; by default until they settle.
         """
-        weight, moment, rows = self.weight, self.regression.moment, self.scale.view(-1, 1, 1, 1)
+        weight, moment, metric = self.weight, self.regression.moment, self.metric.in_blocks(scheme.blocks)
         features = scheme.convs(rank)[-1].weight_shape[1] * scheme.blocks
         affordable = int(min(iterations, max(least, macs / (features * moment.shape[-1] ** 2))))
         if affordable:
             dtype = torch.float32 if affordable < iterations else weight.dtype
-            start = [factor.to(dtype) for factor in scheme.fit_start(weight * rows, rank, sweeps)]
-            fitted = scheme.fit((self.regression.target * rows).to(dtype), moment.to(dtype), start, affordable)
+            start = [factor.to(dtype) for factor in scheme.fit_start(metric.apply(weight), rank, sweeps)]
+            fitted = scheme.fit(metric.apply(self.regression.target).to(dtype), moment.to(dtype), start, affordable)
             factors = tuple(factor.to(weight.dtype) for factor in fitted)
         else:
-            factors = scheme.nearest(weight * rows, rank, sweeps=sweeps)
-        return scheme.balance((*factors[:-1], factors[-1] / rows))
+            factors = scheme.nearest(metric.apply(weight), rank, sweeps=sweeps)
+        return scheme.balance((*factors[:-1], metric.undo(factors[-1])))
 
     def error(self, composed: Tensor) -> float:
         """Relative error of an approximation of the weight, ``(G * O, I, kh, kw)``."""
-        lost = energy((self.weight - composed) * self.scale.view(-1, 1, 1, 1), self.regression.moment)
+        lost = energy(self.metric.apply(self.weight - composed), self.regression.moment)
         return float(lost / self._energy)
 
     def bias(self, composed: Tensor) -> Tensor:
@@ -99,13 +105,23 @@ class LayerProblem:
 
     @cached_property
     def _energy(self) -> Tensor:
-        scaled = self.weight * self.scale.view(-1, 1, 1, 1)
+        scaled = self.metric.apply(self.weight)
         return energy(scaled, self.regression.moment).clamp_min(torch.finfo(scaled.dtype).tiny)
 
 
 def can_shift(layer: nn.Module, norm: BatchNorm | None) -> bool:
     """Whether a layer's bias, or the mean of the BatchNorm behind it, can take up a change of its mean output."""
     return norm is not None or layer.bias is not None
+
+
+def _metric(moments: Moments, gradients: Moments | None, norm: BatchNorm | None, weight: Tensor) -> OutputMetric:
+    """The metric by gradients; where none reach the layer, that of the scale which a BatchNorm gives each channel."""
+    if gradients is not None:
+        moment = gradients.moment(weight.dtype)
+        mean = moment.diagonal(dim1=-2, dim2=-1).mean()
+        if mean > 0:  # False for NaN too
+            return OutputMetric(moment / mean)
+    return OutputMetric(torch.diag_embed(output_scale(norm, weight).square().view(moments.shape.groups, -1)))
 
 
 def output_scale(norm: BatchNorm | None, weight: Tensor, least: float = 1e-3) -> Tensor:

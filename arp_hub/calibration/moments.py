@@ -3,7 +3,10 @@
 With ``x`` a patch ``(D,)`` of one group of the dense layer, ``D = I kh kw``, and ``y`` the wished-for output ``(O,)``::
 
     C  = mean of (x - m)(x - m)^T     (G, D, D), with m = 0 where no bias can follow a change of mean
-    T  = cov(y, x) C^-1               (G, O, D), the best weight for these outputs
+    T  = (cov(y, x) C^-1 + W) / 2     (G, O, D), halfway between the best weight for these outputs and the dense one
+
+``T`` minimises ``||y - T x||^2 + ||W x - T x||^2``. The first term makes up for the errors of earlier layers, but it
+shrinks the outputs, as every regression on disturbed inputs does. The second term limits that.
 
 Few images give a noisy ``C``. It is shrunk towards a multiple of the identity ``v I`` with ``v = trace(C) / D``::
 
@@ -158,6 +161,10 @@ class Moments:
         """Patches so far."""
         return self._count
 
+    def moment(self, dtype: torch.dtype) -> Tensor:
+        """The shrunk second moment ``(G, D, D)``, positive definite."""
+        return self._shrunk(self._xx.to(dtype))[0]
+
     def regression(self, weight: Tensor) -> Regression:
         """The least-squares problem that these moments pose, shrunk towards ``weight`` if the images are few.
 
@@ -165,14 +172,8 @@ class Moments:
             weight: The dense weight ``(G * O, I, kh, kw)``; its precision is that of the problem.
         """
         count = max(self._count, 1)
-        moment, x, y = self._xx.to(weight) / count, (self._x / count).to(weight), (self._y / count).to(weight)
-        variance = self._variance(moment)
-        if self.centred:
-            moment = moment - x[:, :, None] * x[:, None, :]
-        tiny = torch.finfo(moment.dtype).tiny ** 0.5  # inputs that are all zero leave the weight to decide
-        scale = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(tiny)[:, None, None]
-        share = self._shrinkage(moment, scale, variance)
-        moment.mul_(1 - share).diagonal(dim1=-2, dim2=-1).add_((share * scale)[..., 0])
+        x, y = (self._x / count).to(weight), (self._y / count).to(weight)
+        moment, ridge, share = self._shrunk(self._xx.to(weight))
         x_mean = x if self._shift is None else x + self._shift[..., 0].to(x)
         if self._yx is None:  # the outputs are the layer's own, so its weight solves the problem
             return Regression(weight, moment, x_mean, y)
@@ -180,9 +181,22 @@ class Moments:
         if self.centred:
             yx = yx - y[:, :, None] * x[:, None, :]
         rows = weight.reshape(self.shape.groups, self.shape.group_out, -1)
-        cross = (1 - share) * yx + share * scale * rows
+        cross = (1 - share) * yx + ridge * rows
         target = torch.cholesky_solve(cross.mT, torch.linalg.cholesky(moment)).mT
-        return Regression(target.reshape(weight.shape), moment, x_mean, y)
+        return Regression((target.reshape(weight.shape) + weight) / 2, moment, x_mean, y)
+
+    def _shrunk(self, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The moment by the sum of all patches' moments, with the ridge and the share that shrank it."""
+        count = max(self._count, 1)
+        moment, x = total / count, (self._x / count).to(total)
+        variance = self._variance(moment)
+        if self.centred:
+            moment = moment - x[:, :, None] * x[:, None, :]
+        tiny = torch.finfo(moment.dtype).tiny ** 0.5  # inputs that are all zero leave the weight to decide
+        scale = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(tiny)[:, None, None]
+        share = self._shrinkage(moment, scale, variance)
+        moment.mul_(1 - share).diagonal(dim1=-2, dim2=-1).add_((share * scale)[..., 0])
+        return moment, share * scale, share
 
     def _variance(self, moment: Tensor) -> Tensor:
         """Expected squared error of the moment as an estimate, from the scatter of the parts, ``(G,)``."""

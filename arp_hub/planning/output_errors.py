@@ -1,6 +1,6 @@
 """Errors of layers in the metric of their outputs, and what these errors do to the network's output.
 
-The relative error of layer ``l`` is ``e_l = tr(S D C D^T S) / tr(S W C W^T S)`` with ``D = W - W'`` (see
+The relative error of layer ``l`` is ``e_l = tr(F D C D^T) / tr(F W C W^T)`` with ``D = W - W'`` (see
 `arp_hub.calibration.layer_problem`). Its *sensitivity* is the divergence of the network's output with this layer alone
 decomposed, over ``e_l``.
 """
@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from ..calibration.batchnorm import following_norms
 from ..calibration.images import LEAST_PIXELS, Images, batches
 from ..calibration.layer_problem import LayerProblem, can_shift
+from ..calibration.output_metric import gradient_moments
 from ..calibration.passes import all_moments
 from ..effort import Effort
 from ..layers.low_rank import low_rank_layer
@@ -42,8 +43,8 @@ class _RoughProblem:
     def curve(self, scheme: Scheme) -> tuple[Floats, Factors | None]:
         """The relative error at every rank, and the factors at the probed rank if they were fitted on the way."""
         problem, last = self.problem, useful_rank(scheme)
-        rows = problem.scale.view(-1, 1, 1, 1)
-        spectrum = scheme.spectrum(problem.weight * rows, problem.regression.moment)
+        rows = problem.metric.in_blocks(scheme.blocks).apply(problem.weight)
+        spectrum = scheme.spectrum(rows, problem.regression.moment)
         if spectrum is not None:
             return truncation_errors(spectrum)[:last], None
         ranks = sorted({rank_at(scheme, share) for share in self.effort.curve_shares})
@@ -87,10 +88,13 @@ class OutputErrors:
     ) -> None:
         self._layers, self._effort = layers, effort
         pixels = math.prod(next(batches(images)).shape[2:])
-        most = max(math.ceil(LEAST_PIXELS / pixels), int(effort.moment_macs / max(macs, 1.0)))
+        least = math.ceil(LEAST_PIXELS / pixels)
+        most = max(least, int(effort.moment_macs / max(macs, 1.0)))
         self._norms = following_norms(model, layers, images)
         centred = {name for name, layer in layers.items() if can_shift(layer, self._norms.get(name))}
         self._moments = all_moments(model, layers, images, effort.curve_positions_macs, centred, most)
+        most = max(least, int(effort.gradient_macs / (3 * max(macs, 1.0))))  # a backward pass costs two forward passes
+        self._gradients = gradient_moments(model, layers, images, effort.curve_positions_macs, most)
         self._probe = OutputProbe(model, images, macs * len(layers), effort)
         self._at_hand: tuple[str, _RoughProblem] | None = None
         self._probed: dict[str, tuple[Scheme, Factors | None]] = {}
@@ -144,7 +148,13 @@ class OutputErrors:
         """The problem of a layer. Only the last one is kept: all of them together take much memory."""
         if self._at_hand is None or self._at_hand[0] != name:
             self._at_hand = None
-            problem = LayerProblem.of(self._layers[name], self._moments[name], self._norms.get(name), torch.float32)
+            problem = LayerProblem.of(
+                self._layers[name],
+                self._moments[name],
+                self._gradients.get(name),
+                self._norms.get(name),
+                torch.float32,
+            )
             self._at_hand = name, _RoughProblem(problem, self._effort)
         return self._at_hand[1]
 

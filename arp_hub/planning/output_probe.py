@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..calibration.batchnorm import STATISTICS_PIXELS, InputStatistics, following, norms_with_statistics, observed
 from ..calibration.images import Images, Place, batches
+from ..calibration.output_metric import classifies
 from ..effort import Effort
 
 Substitute = Callable[[Tensor], Tensor]
@@ -25,7 +26,7 @@ Substitute = Callable[[Tensor], Tensor]
 
 
 class OutputProbe:
-    """Measures divergences of a network's output. No gradients are used.
+    """Measures divergences of a network's output, without gradients.
 
     Args:
         model: The dense network, in evaluation mode for as long as this is used.
@@ -76,7 +77,9 @@ class OutputProbe:
                 ]
                 with following(followers, substitutes):
                     found.append(self._run(batch))
-        if self._classifies():
+        if all(
+            classifies(self._model, out, len(batch)) for out, batch in zip(self._outputs, self._batches, strict=True)
+        ):
             return _divergence(torch.cat(self._outputs), torch.cat(found))
         error = sum(float((one - exact).square().sum()) for one, exact in zip(found, self._outputs, strict=True))
         return error / max(sum(float(exact.square().sum()) for exact in self._outputs), torch.finfo(torch.float32).tiny)
@@ -84,17 +87,6 @@ class OutputProbe:
     def _reset_norms(self) -> None:
         for norm, original in self._originals.items():
             norm.load_state_dict(original.state_dict())
-
-    def _classifies(self) -> bool:
-        classes = getattr(self._model, "num_classes", 0)
-        return (
-            isinstance(classes, int)
-            and classes > 1
-            and all(
-                output.shape == (len(batch), classes)
-                for output, batch in zip(self._outputs, self._batches, strict=True)
-            )
-        )
 
     @torch.no_grad()
     def _run(self, batch: Tensor) -> Tensor:
