@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ArpHubError
 from .carry_over import carry_over
+from .cfg_names import name_factors
 from .dense import refusal
 from .low_rank import LowRankLayer
 
@@ -139,7 +140,7 @@ def replace_layers(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None
     """Put ``new`` layers in place of old ones, at all their paths, with the old ones' hooks and attributes.
 
     Modules that read ``layer.weight`` directly, bypassing ``forward``, are set to call the layer. Modules that would
-    merge their layers refuse to.
+    merge their layers refuse to. A pretrained_cfg names the factors of a decomposed classifier.
     """
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
@@ -154,6 +155,7 @@ def replace_layers(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None
                 module.__dict__.pop(method, None)
                 if any(isinstance(child, LowRankLayer) for child in module.modules()):
                     module.__dict__[method] = _refuse_to_merge
+    name_factors(model)
 
 
 def _refuse_to_merge() -> NoReturn:
