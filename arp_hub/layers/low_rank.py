@@ -59,13 +59,15 @@ class GroupedLinear(nn.Module):
         self.in_features, self.out_features, self.groups = in_features, out_features, groups
         self.weight = nn.Parameter(torch.empty(out_features, in_features // groups))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # as nn.Linear does
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply every group of features by its block."""
         group_in, group_out = self.in_features // self.groups, self.out_features // self.groups
         blocks = self.weight.view(self.groups, group_out, group_in).transpose(1, 2)
         rows = x.reshape(-1, self.groups, group_in).transpose(0, 1)
-        y = torch.bmm(rows, blocks).transpose(0, 1).reshape(list(x.shape[:-1]) + [self.out_features])  # noqa: RUF005
+        y = torch.bmm(rows, blocks).transpose(0, 1).flatten(1)
+        y = y.reshape(x.shape[:-1] + y.shape[1:])  # sums of shapes, which torch.fx and TorchScript can follow
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
