@@ -34,6 +34,7 @@ from .options import (
     KeepParams,
     LabelKey,
     Model,
+    ModelKwargs,
     NumClasses,
     Overwrite,
     Pretrained,
@@ -80,6 +81,7 @@ def plan_command(
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = None,
     num_classes: NumClasses = None,
+    model_kwargs: ModelKwargs = None,
     keep_params: KeepParams = None,
     keep_macs: KeepMacs = None,
     keep_latency: KeepLatency = None,
@@ -110,15 +112,23 @@ def plan_command(
     from arp_hub.planning.make_plan import make_plan
     from arp_hub.reports import summary, tables
 
-    from .inputs import check_effort, check_plan_file, open_data, open_images, open_model, plan_options, timed_workload
+    from .inputs import (
+        ModelChoice,
+        check_effort,
+        check_plan_file,
+        open_data,
+        open_images,
+        open_model,
+        plan_options,
+        timed_workload,
+    )
 
     workload = timed_workload(batch_size, dtype, channels_last)
     options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude)
     check_effort(effort)
     check_plan_file(output, overwrite)
-    network, random_weights = open_model(
-        model, checkpoint, pretrained, num_classes, input_size, device, seed, meta=data is None
-    )
+    choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
+    network, random_weights = open_model(choice, meta=data is None)
     images = open_images(open_data(data, network, image_key, label_key), calibration, copies, seed, workers)
     made = make_plan(network, **options, calibration=images, effort=effort, progress=interactive())
     counted = summary.plan_report(network, made)
@@ -138,6 +148,7 @@ def compress(
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = None,
     num_classes: NumClasses = None,
+    model_kwargs: ModelKwargs = None,
     keep_params: KeepParams = None,
     keep_macs: KeepMacs = None,
     keep_latency: KeepLatency = None,
@@ -178,14 +189,15 @@ def compress(
     from arp_hub.reports import spectra, tables
     from arp_hub.training.data.dataset import calibration_counts
 
-    from .inputs import check_effort, open_data, open_images, open_model, plan_options, timed_workload
+    from .inputs import ModelChoice, check_effort, open_data, open_images, open_model, plan_options, timed_workload
 
     workload = timed_workload(batch_size, dtype, channels_last)
     options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude, plan)
     check_effort(effort)
     check_folder(output, overwrite=overwrite)
     given = None if plan is None else RankPlan.load(plan)
-    network, random_weights = open_model(model, checkpoint, pretrained, num_classes, input_size, device, seed)
+    choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
+    network, random_weights = open_model(choice)
     if given is not None:
         check_plan(network, given)
     found = open_data(data, network, image_key, label_key)
@@ -239,6 +251,7 @@ def evaluate_command(
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = None,
     num_classes: NumClasses = None,
+    model_kwargs: ModelKwargs = None,
     image_key: ImageKey = None,
     label_key: LabelKey = None,
     input_size: InputSize = None,
@@ -257,9 +270,10 @@ def evaluate_command(
     from arp_hub.reports import tables
     from arp_hub.training import evaluate, load_data
 
-    from .inputs import open_model
+    from .inputs import ModelChoice, open_model
 
-    network, random_weights = open_model(model, checkpoint, pretrained, num_classes, input_size, device)
+    choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device)
+    network, random_weights = open_model(choice)
     found = load_data(data, network, image_key=image_key, label_key=label_key)
     scores = evaluate(network, found.split(split), batch_size=batch_size, workers=workers, max_images=max_images)
     result = {**scores, "params": count_params(network), "macs": count_macs(network)}
@@ -275,6 +289,7 @@ def bench(
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = None,
     num_classes: NumClasses = None,
+    model_kwargs: ModelKwargs = None,
     batch_size: Annotated[str, typer.Option(help="Images a forward pass; several with commas.")] = "1,32",
     dtype: Dtype = "float32",
     channels_last: ChannelsLast = False,
@@ -295,10 +310,11 @@ def bench(
     from arp_hub.reports import tables
     from arp_hub.reports.benchmark import benchmark
 
-    from .inputs import batch_sizes, open_model, timed_workload
+    from .inputs import ModelChoice, batch_sizes, open_model, timed_workload
 
     workloads = [timed_workload(size, dtype, channels_last) for size in batch_sizes(batch_size)]
-    network, random_weights = open_model(model, checkpoint, pretrained, num_classes, input_size, device)
+    choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device)
+    network, random_weights = open_model(choice)
     found = [benchmark(network, workload, compiled=compiled, seconds=seconds) for workload in workloads]
     if as_json:
         described = {"model": model, "random_weights": random_weights, **environment()}
@@ -313,6 +329,7 @@ def inspect(
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = None,
     num_classes: NumClasses = None,
+    model_kwargs: ModelKwargs = None,
     plan: Annotated[Path | None, typer.Option(help="A plan: shows how far each layer is from it.")] = None,
     data: Data = None,
     image_key: ImageKey = None,
@@ -337,12 +354,13 @@ def inspect(
     from arp_hub.reports import spectra, summary, tables
     from arp_hub.reports.plots import check_picture_path, save_figure, spectra_figure
 
-    from .inputs import open_data, open_images, open_model
+    from .inputs import ModelChoice, open_data, open_images, open_model
 
     given = None if plan is None else RankPlan.load(plan)
     if plot is not None:
         check_picture_path(plot)
-    network, random_weights = open_model(model, checkpoint, pretrained, num_classes, input_size, device, seed)
+    choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
+    network, random_weights = open_model(choice)
     schemes = {} if given is None else check_plan(network, given)
     images = open_images(open_data(data, network, image_key, None), calibration, 0, seed, workers)
     layers = spectra.decomposable_layers(network)
@@ -470,9 +488,9 @@ def _latency(folder: Path) -> list[dict[str, Any]]:
     from arp_hub.reports.benchmark import benchmark
     from arp_hub.timing import Workload
 
-    from .inputs import open_model
+    from .inputs import ModelChoice, open_model
 
-    network, _ = open_model(f"local-dir:{folder}")
+    network, _ = open_model(ModelChoice(f"local-dir:{folder}"))
     hardware = environment()["hardware"]
     place = {"hardware": hardware.get("gpu", hardware["cpu"])}
     return [{**benchmark(network, Workload(size)).to_dict(), **place} for size in (1, 32)]

@@ -1,7 +1,7 @@
 """The layers that a pretrained_cfg names, and the factors that take their place.
 
-timm looks for the parameters of ``pretrained_cfg["classifier"]`` and ``["first_conv"]`` in the state dict. The weight of
-a low-rank layer is computed and is not there, so that the entries name its factors.
+timm expects the weights of ``pretrained_cfg["classifier"]`` and ``["first_conv"]`` in the state dict. The weight of a
+low-rank layer is computed and not stored, so these entries name its factors.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class RunLog:
         self.main = accelerator.is_main_process
         if self.main:
             self._cut(done)
-        flat = {name: json.dumps(value) if isinstance(value, (list, type(None))) else value
+        flat = {name: json.dumps(value) if isinstance(value, (dict, list, type(None))) else value
                 for name, value in config.to_dict().items()}  # fmt: skip
         accelerator.init_trackers("tracker", config=flat)
 

@@ -1,4 +1,4 @@
-"""What timm's tests ask of every architecture holds for decomposed ones, made by timm, decomposed in memory or loaded."""
+"""What timm's tests ask of every architecture holds for decomposed ones, made by timm, decomposed or loaded."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def intermediates(family: Family) -> None:
 
 
 def traced(family: Family) -> None:
-    """timm's own way of following a model with torch.fx, forwards and backwards."""
+    """Timm's own way of following a model with torch.fx, forwards and backwards."""
     try:
         _graph(family.dense())
     except Exception:  # the dense architecture cannot be traced
