@@ -164,7 +164,7 @@ class ModelChoice:
         if own["fixed_input_size"] and tuple(sides) != self.input_size[1:]:
             raise ArpHubError(
                 f"--input-size {_words(self.input_size)}: '{self.name}' takes images of {sides[0]} x {sides[1]} "
-                f"pixels: leave it out, or build the model for another size with --model-kwargs img_size={self.input_size[1]}"
+                f"pixels: leave it out, or add --model-kwargs img_size={self.input_size[1]}"
             )
         set_input_size(model, self.input_size)
 

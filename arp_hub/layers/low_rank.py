@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import timm.layers
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from ..schemes.shapes import ConvSpec, LayerShape
 from .dense import alteration, dense_shape, dense_weight, is_same_padded, numeric_padding, pad_mode
 
 _pad_same = cast("Callable[..., Tensor]", pad_same)  # timm's annotations say lists, but pairs work as well
+torch.fx.wrap("_pad_same")  # it computes with the input's size, which torch.fx cannot follow
 _WRITES = frozenset(
     {"__setitem__", "__set__"}
     | {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}

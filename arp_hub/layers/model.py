@@ -18,8 +18,6 @@ _SEPARATE = "qkv_bias_separate"
 """Attribute of timm's attention modules that says whether they call ``qkv`` or read its weight."""
 _MERGING = ("fuse", "reparameterize", "switch_to_deploy")
 """Methods that ``timm.utils.reparameterize_model`` calls to merge a module's layers."""
-_WRAPPED = frozenset({"base_layer", "original_module"})
-"""Where PEFT's adapters keep the layer that they wrap."""
 _PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
 
@@ -67,7 +65,7 @@ def refusals(model: nn.Module) -> dict[nn.Module, str]:
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), {})[module] = name
-        if _WRAPPED & module._modules.keys():
+        if _is_adapter(module):
             reason = f"part of the adapter '{name}': merge it first (model.merge_and_unload() in PEFT)"
             reasons |= dict.fromkeys(module.modules(), reason)
         if isinstance(module, LowRankLayer):
@@ -82,6 +80,14 @@ def refusals(model: nn.Module) -> dict[nn.Module, str]:
     if not model._modules:
         reasons.setdefault(model, "it is the whole model and cannot be replaced in place: wrap it in nn.Sequential")
     return reasons
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    """Whether a module wraps a layer as PEFT's adapters do. A DLA, too, has a part named ``base_layer``: a stage."""
+    base = module._modules.get("base_layer")
+    if base is not None:
+        return not base._modules or any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
+    return "original_module" in module._modules
 
 
 def weight_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
