@@ -43,7 +43,7 @@ from .options import (
     Seed,
     Workers,
 )
-from .terminal import Group, interactive, note, print_json, print_tables, progress
+from .terminal import Group, interactive, note, print_json, print_tables
 
 if TYPE_CHECKING:
     from torch import nn
@@ -130,7 +130,7 @@ def plan_command(
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
     network, random_weights = open_model(choice, meta=data is None)
     images = open_images(open_data(data, network, image_key, label_key), calibration, copies, seed, workers)
-    made = make_plan(network, **options, calibration=images, effort=effort, progress=interactive())
+    made = make_plan(network, **options, calibration=images, effort=effort, progress=True)
     counted = summary.plan_report(network, made)
     made.save(output)
     if as_json:
@@ -180,6 +180,7 @@ def compress(
 
     Example: arp-hub compress --model resnet50 --data path/to/images --keep-params 0.5 --output out
     """
+    from arp_hub._utils.progress import stage
     from arp_hub.decomposition import decompose
     from arp_hub.hub.load import hub_dataset, published_name
     from arp_hub.hub.save import check_folder, save_pretrained
@@ -206,8 +207,8 @@ def compress(
     test = _test_split(network, found)
     before, falls = _figures(network, test, max_images, workers), spectra.decays(network)
     start = time.perf_counter()
-    made = given or make_plan(network, **options, calibration=images, effort=effort, progress=interactive())
-    decompose(network, made, images, effort=effort, progress=interactive())
+    made = given or make_plan(network, **options, calibration=images, effort=effort, progress=True)
+    decompose(network, made, images, effort=effort, progress=True)
     seconds = time.perf_counter() - start
     after = _figures(network, test, max_images, workers)
     result: dict[str, Any] = {
@@ -234,7 +235,8 @@ def compress(
         "dense": {**before, "spectra": falls},
         "spectra": spectra.decays(network),
     }
-    save_pretrained(network, output, metrics=metrics, label_names=names or None, overwrite=overwrite)
+    with stage("save"):
+        save_pretrained(network, output, metrics=metrics, label_names=names or None, overwrite=overwrite)
     if as_json:
         print_json({**result, "output": str(output)})
     else:
@@ -265,17 +267,19 @@ def evaluate_command(
 
     Example: arp-hub evaluate --model local-dir:out --data uoft-cs/cifar10 --json
     """
+    from arp_hub._utils.progress import stage
     from arp_hub.layers.model import count_params
     from arp_hub.layers.trace import count_macs
     from arp_hub.reports import tables
-    from arp_hub.training import evaluate, load_data
+    from arp_hub.training import evaluate
 
-    from .inputs import ModelChoice, open_model
+    from .inputs import ModelChoice, open_labelled, open_model
 
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device)
     network, random_weights = open_model(choice)
-    found = load_data(data, network, image_key=image_key, label_key=label_key)
-    scores = evaluate(network, found.split(split), batch_size=batch_size, workers=workers, max_images=max_images)
+    part = open_labelled(data, network, image_key, label_key).split(split)
+    with stage("measure accuracy"):
+        scores = evaluate(network, part, batch_size=batch_size, workers=workers, max_images=max_images)
     result = {**scores, "params": count_params(network), "macs": count_macs(network)}
     if as_json:
         print_json({"model": model, "random_weights": random_weights, "data": data, "split": split, **result})
@@ -307,6 +311,7 @@ def bench(
     Example: arp-hub bench --model local-dir:out --batch-size 1,32 --json
     """
     from arp_hub._utils.environment import environment
+    from arp_hub._utils.progress import counted
     from arp_hub.reports import tables
     from arp_hub.reports.benchmark import benchmark
 
@@ -315,7 +320,10 @@ def bench(
     workloads = [timed_workload(size, dtype, channels_last) for size in batch_sizes(batch_size)]
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device)
     network, random_weights = open_model(choice)
-    found = [benchmark(network, workload, compiled=compiled, seconds=seconds) for workload in workloads]
+    found = [
+        benchmark(network, workload, compiled=compiled, seconds=seconds)
+        for workload in counted(workloads, "time batch sizes")
+    ]
     if as_json:
         described = {"model": model, "random_weights": random_weights, **environment()}
         print_json({**described, "latency": [one.to_dict() for one in found]})
@@ -349,6 +357,7 @@ def inspect(
 
     Example: arp-hub inspect --model resnet50 --plot spectra.png
     """
+    from arp_hub._utils.progress import counted
     from arp_hub.layers.apply_plan import check_plan, plan_of
     from arp_hub.plan import RankPlan
     from arp_hub.reports import spectra, summary, tables
@@ -365,13 +374,13 @@ def inspect(
     images = open_images(open_data(data, network, image_key, None), calibration, 0, seed, workers)
     layers = spectra.decomposable_layers(network)
     if images is None:
-        found = {name: spectra.spectrum(layer) for name, layer in progress(layers, "spectra")}
+        found = {name: spectra.spectrum(layer) for name, layer in counted(layers.items(), "spectra")}
     else:
         found = spectra.output_spectra(network, layers, images)
     shown = given or plan_of(network)
     distances = {
         name: spectra.violation(layers[name], scheme, shown.layers[name].rank)
-        for name, scheme in progress(schemes, "violations")
+        for name, scheme in counted(schemes.items(), "violations")
     }
     rows = summary.spectrum_reports(network, found, shown, distances)
     metric = "weights" if images is None else "outputs"
@@ -498,12 +507,16 @@ def _latency(folder: Path) -> list[dict[str, Any]]:
 
 def _figures(model: nn.Module, test: Split | None, max_images: int | None, workers: int) -> dict[str, Any]:
     """Size, and accuracy where it can be measured."""
+    from arp_hub._utils.progress import stage
     from arp_hub.layers.model import count_params
     from arp_hub.layers.trace import count_macs
     from arp_hub.training import evaluate
 
     size = {"params": count_params(model), "macs": count_macs(model)}
-    return {**(evaluate(model, test, workers=workers, max_images=max_images) if test else {}), **size}
+    if test is None:
+        return size
+    with stage("measure accuracy"):
+        return {**evaluate(model, test, workers=workers, max_images=max_images), **size}
 
 
 def _test_split(model: nn.Module, data: ImageData | None) -> Split | None:

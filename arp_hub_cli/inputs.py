@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import datasets
 import timm
 import torch
 from torch import Tensor, nn
 
+from arp_hub._utils.progress import stage, watched
 from arp_hub.effort import EFFORTS
 from arp_hub.errors import ArpHubError
 from arp_hub.hub.client import FAILURES
@@ -228,16 +230,28 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ArpHubError(f"cannot use --device {name}: choose cpu, cuda, cuda:1 or mps") from error
+    except (RuntimeError, AssertionError, ImportError) as error:
+        here = ["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
+        here += ["mps"] * torch.backends.mps.is_available()
+        raise ArpHubError(f"cannot use --device {name}: choose one of {', '.join(here)}") from error
     return device
 
 
 def open_data(source: str | None, model: nn.Module, image_key: str | None, label_key: str | None) -> ImageData | None:
     """The data, labelled or not; None if none was named."""
-    if source is None:
-        return None
-    return load_data(source, model, image_key=image_key, label_key=label_key, require_labels=False)
+    return None if source is None else _load(source, model, image_key, label_key, False)
+
+
+def open_labelled(source: str, model: nn.Module, image_key: str | None, label_key: str | None) -> ImageData:
+    """The data, which must have labels."""
+    return _load(source, model, image_key, label_key, True)
+
+
+def _load(source: str, model: nn.Module, image_key: str | None, label_key: str | None, labelled: bool) -> ImageData:
+    if not watched():
+        datasets.disable_progress_bars()
+    with stage("open the data"):
+        return load_data(source, model, image_key=image_key, label_key=label_key, require_labels=labelled)
 
 
 def open_images(
@@ -246,4 +260,5 @@ def open_images(
     """Calibration images of the data; None without data."""
     if data is None:
         return None
-    return calibration_images(data, count, copies=copies, seed=seed, workers=workers)
+    with stage("read calibration images"):
+        return calibration_images(data, count, copies=copies, seed=seed, workers=workers)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import typer
 from rich.console import Console, RenderableType
-from tqdm import tqdm
 from typer.core import TyperGroup
-
-Item = TypeVar("Item")
 
 _UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
 """What typer raises for a wrong option: it has no public name of its own."""
@@ -80,11 +77,6 @@ def _for_people(error: Exception) -> str | None:
 def interactive() -> bool:
     """Whether somebody watches stderr, so that a progress bar makes sense."""
     return sys.stderr.isatty()
-
-
-def progress(items: Mapping[str, Item], title: str) -> Iterable[tuple[str, Item]]:
-    """The items of a mapping, with a progress bar."""
-    return tqdm(items.items(), title, disable=not interactive(), leave=False)
 
 
 def print_tables(*tables: RenderableType) -> None:
