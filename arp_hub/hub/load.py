@@ -31,6 +31,7 @@ from ..models._untrusted import (
     read_header,
 )
 from ..models.arguments import unknown_argument
+from ..models.lowrank import OF_THE_WEIGHTS
 from .client import FAILURES, bounded_waits, cache_if_offline, explain
 
 _PREFIXES = ("local-dir:", "hf-hub:", "hf_hub:")
@@ -242,7 +243,8 @@ def _create_saved(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Mod
     if not weights.is_file():
         raise ArpHubError(f"no weights in '{place}': it holds no model.safetensors")
     header = read_header(weights)
-    built = {"num_classes": cfg.get("num_classes"), **args}
+    own = {key: value for key, value in cfg.items() if key not in OF_THE_WEIGHTS}  # the input size is in it
+    built = {"num_classes": cfg.get("num_classes"), "pretrained_cfg": own or None, **args}
     check_build(lambda: timm.create_model(architecture, **built), header, place)
     with torch.device("meta"):
         saved = timm.create_model(architecture, **built)
