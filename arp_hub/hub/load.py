@@ -85,6 +85,8 @@ def load_model(
             if argument := unknown_argument(error, kwargs):
                 raise ArpHubError(f"the model '{name}' takes no argument '{argument}': leave it out") from error
             reason = f"the cache does not hold it, and there is {explain(offline)}" if offline else explain(error)
+            if len(reason) > 600:  # torch lists every tensor that does not fit
+                reason = f"{reason[:600]}…"
             given = f" with {kwargs!r:.200}" if kwargs else ""
             raise ArpHubError(f"cannot load the model '{name}'{given}: {reason}") from error
     if kwargs.keys() & {"img_size", "in_chans"}:
