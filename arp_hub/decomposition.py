@@ -12,8 +12,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
-from tqdm.auto import tqdm
 
+from ._utils.progress import counted, stage
 from ._utils.torch_utils import ambient_modes_off, evaluating
 from .calibration.batchnorm import following_norms, norms_with_statistics, renormalise
 from .calibration.images import LEAST_PIXELS, Images, batches, check_normalised, limited
@@ -101,7 +101,7 @@ def decompose(
             images = limited(calibration, settings.images)
             return _decompose_by_data(model, plan, schemes, images, settings, progress)
     new = {}
-    for name, layer_plan in tqdm(plan.layers.items(), "decompose", disable=not progress, leave=False):
+    for name, layer_plan in counted(plan.layers.items(), "decompose", progress):
         weight = effective_weight(modules[name])
         if factors is None:
             found = schemes[name].nearest(weight.double(), layer_plan.rank)
@@ -166,15 +166,11 @@ def _decompose_by_data(
     """Fit layer after layer on a copy, then put all new layers into ``model`` at once."""
     shapes = [cast(InputSize, tuple(batch.shape[1:])) for batch in batches(images) for _ in batch]
     traced = trace(model, shapes[0])
-    with evaluating(model):
+    with evaluating(model), stage("decompose", len(plan.layers), progress) as advance:
         # with weights in common: only buffers are changed in place, and whole layers exchanged
         student = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
         teachers = {name: model.get_submodule(name) for name in plan.layers}
         norms = following_norms(student, {name: student.get_submodule(name) for name in plan.layers}, images)
-        least = math.ceil(LEAST_PIXELS / math.prod(shapes[0][1:]))
-        most = max(least, int(effort.gradient_macs / (3 * max(traced.macs, 1))))  # a backward pass costs two forward
-        gradients = gradient_moments(model, teachers, images, effort.positions_macs, most)
-        bar = tqdm(total=len(plan.layers), desc="decompose", disable=not progress, leave=False)
         device = next(model.parameters()).device
 
         def empty(name: str, layer: nn.Module, images: int) -> Moments:
@@ -192,8 +188,7 @@ def _decompose_by_data(
                 problem = LayerProblem.of(teacher, moments, gradient, norms.get(name), _precision(teacher))
                 new = _fitted_layer(problem, schemes[name], plan.layers[name], norms.get(name), effort)
                 replace_layers(student, {old[name]: new})
-                bar.update()
-        bar.close()
+                advance()
         most = max(64, int(effort.norm_macs / (2 * max(traced.macs, 1))))  # 64: every position of an image counts
         renormalise(student, model, images, set(norms.values()), most)
     student_modules = dict(student.named_modules())

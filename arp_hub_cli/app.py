@@ -34,6 +34,7 @@ from .options import (
     KeepParams,
     LabelKey,
     Model,
+    ModelKwargs,
     NumClasses,
     Overwrite,
     Pretrained,
@@ -42,7 +43,7 @@ from .options import (
     Seed,
     Workers,
 )
-from .terminal import Group, interactive, note, print_json, print_tables, progress
+from .terminal import Group, interactive, note, print_json, print_tables
 
 if TYPE_CHECKING:
     from torch import nn
@@ -80,6 +81,7 @@ def plan_command(
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = None,
     num_classes: NumClasses = None,
+    model_kwargs: ModelKwargs = None,
     keep_params: KeepParams = None,
     keep_macs: KeepMacs = None,
     keep_latency: KeepLatency = None,
@@ -110,17 +112,25 @@ def plan_command(
     from arp_hub.planning.make_plan import make_plan
     from arp_hub.reports import summary, tables
 
-    from .inputs import check_effort, check_plan_file, open_data, open_images, open_model, plan_options, timed_workload
+    from .inputs import (
+        ModelChoice,
+        check_effort,
+        check_plan_file,
+        open_data,
+        open_images,
+        open_model,
+        plan_options,
+        timed_workload,
+    )
 
     workload = timed_workload(batch_size, dtype, channels_last)
     options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude)
     check_effort(effort)
     check_plan_file(output, overwrite)
-    network, random_weights = open_model(
-        model, checkpoint, pretrained, num_classes, input_size, device, seed, meta=data is None
-    )
+    choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
+    network, random_weights = open_model(choice, meta=data is None)
     images = open_images(open_data(data, network, image_key, label_key), calibration, copies, seed, workers)
-    made = make_plan(network, **options, calibration=images, effort=effort, progress=interactive())
+    made = make_plan(network, **options, calibration=images, effort=effort, progress=True)
     counted = summary.plan_report(network, made)
     made.save(output)
     if as_json:
@@ -138,6 +148,7 @@ def compress(
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = None,
     num_classes: NumClasses = None,
+    model_kwargs: ModelKwargs = None,
     keep_params: KeepParams = None,
     keep_macs: KeepMacs = None,
     keep_latency: KeepLatency = None,
@@ -169,6 +180,7 @@ def compress(
 
     Example: arp-hub compress --model resnet50 --data path/to/images --keep-params 0.5 --output out
     """
+    from arp_hub._utils.progress import stage
     from arp_hub.decomposition import decompose
     from arp_hub.hub.load import hub_dataset, published_name
     from arp_hub.hub.save import check_folder, save_pretrained
@@ -178,14 +190,15 @@ def compress(
     from arp_hub.reports import spectra, tables
     from arp_hub.training.data.dataset import calibration_counts
 
-    from .inputs import check_effort, open_data, open_images, open_model, plan_options, timed_workload
+    from .inputs import ModelChoice, check_effort, open_data, open_images, open_model, plan_options, timed_workload
 
     workload = timed_workload(batch_size, dtype, channels_last)
     options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude, plan)
     check_effort(effort)
     check_folder(output, overwrite=overwrite)
     given = None if plan is None else RankPlan.load(plan)
-    network, random_weights = open_model(model, checkpoint, pretrained, num_classes, input_size, device, seed)
+    choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
+    network, random_weights = open_model(choice)
     if given is not None:
         check_plan(network, given)
     found = open_data(data, network, image_key, label_key)
@@ -194,8 +207,8 @@ def compress(
     test = _test_split(network, found)
     before, falls = _figures(network, test, max_images, workers), spectra.decays(network)
     start = time.perf_counter()
-    made = given or make_plan(network, **options, calibration=images, effort=effort, progress=interactive())
-    decompose(network, made, images, effort=effort, progress=interactive())
+    made = given or make_plan(network, **options, calibration=images, effort=effort, progress=True)
+    decompose(network, made, images, effort=effort, progress=True)
     seconds = time.perf_counter() - start
     after = _figures(network, test, max_images, workers)
     result: dict[str, Any] = {
@@ -222,7 +235,8 @@ def compress(
         "dense": {**before, "spectra": falls},
         "spectra": spectra.decays(network),
     }
-    save_pretrained(network, output, metrics=metrics, label_names=names or None, overwrite=overwrite)
+    with stage("save"):
+        save_pretrained(network, output, metrics=metrics, label_names=names or None, overwrite=overwrite)
     if as_json:
         print_json({**result, "output": str(output)})
     else:
@@ -239,6 +253,7 @@ def evaluate_command(
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = None,
     num_classes: NumClasses = None,
+    model_kwargs: ModelKwargs = None,
     image_key: ImageKey = None,
     label_key: LabelKey = None,
     input_size: InputSize = None,
@@ -252,16 +267,19 @@ def evaluate_command(
 
     Example: arp-hub evaluate --model local-dir:out --data uoft-cs/cifar10 --json
     """
+    from arp_hub._utils.progress import stage
     from arp_hub.layers.model import count_params
     from arp_hub.layers.trace import count_macs
     from arp_hub.reports import tables
-    from arp_hub.training import evaluate, load_data
+    from arp_hub.training import evaluate
 
-    from .inputs import open_model
+    from .inputs import ModelChoice, open_labelled, open_model
 
-    network, random_weights = open_model(model, checkpoint, pretrained, num_classes, input_size, device)
-    found = load_data(data, network, image_key=image_key, label_key=label_key)
-    scores = evaluate(network, found.split(split), batch_size=batch_size, workers=workers, max_images=max_images)
+    choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device)
+    network, random_weights = open_model(choice)
+    part = open_labelled(data, network, image_key, label_key).split(split)
+    with stage("measure accuracy"):
+        scores = evaluate(network, part, batch_size=batch_size, workers=workers, max_images=max_images)
     result = {**scores, "params": count_params(network), "macs": count_macs(network)}
     if as_json:
         print_json({"model": model, "random_weights": random_weights, "data": data, "split": split, **result})
@@ -275,6 +293,7 @@ def bench(
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = None,
     num_classes: NumClasses = None,
+    model_kwargs: ModelKwargs = None,
     batch_size: Annotated[str, typer.Option(help="Images a forward pass; several with commas.")] = "1,32",
     dtype: Dtype = "float32",
     channels_last: ChannelsLast = False,
@@ -292,14 +311,19 @@ def bench(
     Example: arp-hub bench --model local-dir:out --batch-size 1,32 --json
     """
     from arp_hub._utils.environment import environment
+    from arp_hub._utils.progress import counted
     from arp_hub.reports import tables
     from arp_hub.reports.benchmark import benchmark
 
-    from .inputs import batch_sizes, open_model, timed_workload
+    from .inputs import ModelChoice, batch_sizes, open_model, timed_workload
 
     workloads = [timed_workload(size, dtype, channels_last) for size in batch_sizes(batch_size)]
-    network, random_weights = open_model(model, checkpoint, pretrained, num_classes, input_size, device)
-    found = [benchmark(network, workload, compiled=compiled, seconds=seconds) for workload in workloads]
+    choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device)
+    network, random_weights = open_model(choice)
+    found = [
+        benchmark(network, workload, compiled=compiled, seconds=seconds)
+        for workload in counted(workloads, "time batch sizes")
+    ]
     if as_json:
         described = {"model": model, "random_weights": random_weights, **environment()}
         print_json({**described, "latency": [one.to_dict() for one in found]})
@@ -313,6 +337,7 @@ def inspect(
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = None,
     num_classes: NumClasses = None,
+    model_kwargs: ModelKwargs = None,
     plan: Annotated[Path | None, typer.Option(help="A plan: shows how far each layer is from it.")] = None,
     data: Data = None,
     image_key: ImageKey = None,
@@ -332,28 +357,30 @@ def inspect(
 
     Example: arp-hub inspect --model resnet50 --plot spectra.png
     """
+    from arp_hub._utils.progress import counted
     from arp_hub.layers.apply_plan import check_plan, plan_of
     from arp_hub.plan import RankPlan
     from arp_hub.reports import spectra, summary, tables
     from arp_hub.reports.plots import check_picture_path, save_figure, spectra_figure
 
-    from .inputs import open_data, open_images, open_model
+    from .inputs import ModelChoice, open_data, open_images, open_model
 
     given = None if plan is None else RankPlan.load(plan)
     if plot is not None:
         check_picture_path(plot)
-    network, random_weights = open_model(model, checkpoint, pretrained, num_classes, input_size, device, seed)
+    choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
+    network, random_weights = open_model(choice)
     schemes = {} if given is None else check_plan(network, given)
     images = open_images(open_data(data, network, image_key, None), calibration, 0, seed, workers)
     layers = spectra.decomposable_layers(network)
     if images is None:
-        found = {name: spectra.spectrum(layer) for name, layer in progress(layers, "spectra")}
+        found = {name: spectra.spectrum(layer) for name, layer in counted(layers.items(), "spectra")}
     else:
         found = spectra.output_spectra(network, layers, images)
     shown = given or plan_of(network)
     distances = {
         name: spectra.violation(layers[name], scheme, shown.layers[name].rank)
-        for name, scheme in progress(schemes, "violations")
+        for name, scheme in counted(schemes.items(), "violations")
     }
     rows = summary.spectrum_reports(network, found, shown, distances)
     metric = "weights" if images is None else "outputs"
@@ -470,9 +497,9 @@ def _latency(folder: Path) -> list[dict[str, Any]]:
     from arp_hub.reports.benchmark import benchmark
     from arp_hub.timing import Workload
 
-    from .inputs import open_model
+    from .inputs import ModelChoice, open_model
 
-    network, _ = open_model(f"local-dir:{folder}")
+    network, _ = open_model(ModelChoice(f"local-dir:{folder}"))
     hardware = environment()["hardware"]
     place = {"hardware": hardware.get("gpu", hardware["cpu"])}
     return [{**benchmark(network, Workload(size)).to_dict(), **place} for size in (1, 32)]
@@ -480,12 +507,16 @@ def _latency(folder: Path) -> list[dict[str, Any]]:
 
 def _figures(model: nn.Module, test: Split | None, max_images: int | None, workers: int) -> dict[str, Any]:
     """Size, and accuracy where it can be measured."""
+    from arp_hub._utils.progress import stage
     from arp_hub.layers.model import count_params
     from arp_hub.layers.trace import count_macs
     from arp_hub.training import evaluate
 
     size = {"params": count_params(model), "macs": count_macs(model)}
-    return {**(evaluate(model, test, workers=workers, max_images=max_images) if test else {}), **size}
+    if test is None:
+        return size
+    with stage("measure accuracy"):
+        return {**evaluate(model, test, workers=workers, max_images=max_images), **size}
 
 
 def _test_split(model: nn.Module, data: ImageData | None) -> Split | None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import datasets
 import timm
 import torch
 from torch import Tensor, nn
 
+from arp_hub._utils.progress import stage, watched
 from arp_hub.effort import EFFORTS
 from arp_hub.errors import ArpHubError
 from arp_hub.hub.client import FAILURES
-from arp_hub.hub.load import is_saved_model, load_model
+from arp_hub.hub.load import is_saved_model, load_model, set_input_size
+from arp_hub.layers.trace import InputSize
+from arp_hub.models.arguments import read_arguments
 from arp_hub.plan import RankPlan
 from arp_hub.schemes import SCHEMES
 from arp_hub.timing import DTYPES, Workload
@@ -101,32 +107,93 @@ def check_plan_file(path: Path, overwrite: bool) -> None:
             raise ArpHubError(f"'{path}' exists and holds no plan: name another --output, or add --overwrite") from None
 
 
-def open_model(
-    name: str,
-    checkpoint: Path | None = None,
-    pretrained: bool | None = None,
-    num_classes: int | None = None,
-    input_size: tuple[int, int, int] | None = None,
-    device: str | None = None,
-    seed: int = 0,
-    meta: bool = False,
-) -> tuple[nn.Module, bool]:
-    """The model on its device, and whether its weights are random; the seed decides those.
+@dataclass(frozen=True)
+class ModelChoice:
+    """The options that name a model.
 
-    Args:
+    Attributes:
         name: As `load_model` takes it.
         checkpoint: A weights file.
         pretrained: Whether to load the weights that belong to the name; None loads them where there are any.
         num_classes: Classes of a new classifier.
+        model_kwargs: Arguments of the model as words ``NAME=VALUE``.
         input_size: Channels, height and width, where they are not the model's own.
         device: Name of a device; by default the GPU where there is one.
         seed: Seed of random weights.
+    """
+
+    name: str
+    checkpoint: Path | None = None
+    pretrained: bool | None = None
+    num_classes: int | None = None
+    model_kwargs: Sequence[str] | None = None
+    input_size: InputSize | None = None
+    device: str | None = None
+    seed: int = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """The model's arguments, checked as far as its name allows.
+
+        Raises:
+            ArpHubError: If an argument is malformed, or options contradict each other.
+        """
+        found = read_arguments(self.model_kwargs or (), "--model-kwargs")
+        classes = found.setdefault("num_classes", self.num_classes)
+        if self.num_classes is not None and classes != self.num_classes:
+            raise ArpHubError(
+                f"--num-classes {self.num_classes} and --model-kwargs num_classes={classes} differ: give one of them"
+            )
+        if self.input_size is not None:
+            if min(self.input_size) < 1:
+                raise ArpHubError(f"--input-size must be three numbers above 0, got {_words(self.input_size)}")
+            if own := timm.get_pretrained_cfg(self.name) if timm.is_model(self.name) else None:
+                self._check_channels(found.get("in_chans", own.input_size[0]))
+                if own.fixed_input_size and "img_size" not in found:
+                    found["img_size"] = list(self.input_size[1:])
+        return found
+
+    def take_input_size(self, model: nn.Module) -> None:
+        """Let the model's data have the size of ``--input-size``.
+
+        Raises:
+            ArpHubError: If the model does not take images of this size.
+        """
+        if self.input_size is None:
+            return
+        own = timm.models.get_model_input_config(model)
+        channels, *sides = own["input_size"]
+        self._check_channels(channels)
+        if own["fixed_input_size"] and tuple(sides) != self.input_size[1:]:
+            raise ArpHubError(
+                f"--input-size {_words(self.input_size)}: '{self.name}' takes images of {sides[0]} x {sides[1]} "
+                f"pixels: leave it out, or add --model-kwargs img_size={self.input_size[1]}"
+            )
+        set_input_size(model, self.input_size)
+
+    def _check_channels(self, channels: int) -> None:
+        given = cast(InputSize, self.input_size)
+        if given[0] != channels:
+            raise ArpHubError(
+                f"--input-size {_words(given)}: '{self.name}' takes images of {channels} channels: give "
+                f"--input-size {_words((channels, *given[1:]))}, or add --model-kwargs in_chans={given[0]}"
+            )
+
+
+def _words(numbers: Sequence[int]) -> str:
+    return " ".join(map(str, numbers))
+
+
+def open_model(choice: ModelChoice, meta: bool = False) -> tuple[nn.Module, bool]:
+    """The model on its device, and whether its weights are random; the seed decides those.
+
+    Args:
+        choice: The options that name it.
         meta: Whether the command works on shapes alone.
 
     Raises:
         ArpHubError: If there is no such model or device, the options contradict each other, or the weights do not load.
     """
-    place = _device(device)
+    place, name, checkpoint, pretrained = _device(choice.device), choice.name, choice.checkpoint, choice.pretrained
     if place.type == "meta" and not meta:
         raise ArpHubError("--device meta holds no weights: only `plan` without --data works with it; choose cpu")
     if place.type == "meta" and (checkpoint is not None or pretrained):
@@ -137,19 +204,20 @@ def open_model(
     has_own = is_saved_model(name) or timm.models.is_model_pretrained(name)
     if pretrained and not has_own and timm.is_model(name):
         raise ArpHubError(f"--pretrained: timm has no weights for '{name}': give --checkpoint, or --no-pretrained")
-    if input_size is not None and min(input_size) < 1:
-        raise ArpHubError(f"--input-size must be three numbers above 0, got {' '.join(map(str, input_size))}")
-    torch.manual_seed(seed)
-    overlay: dict[str, Any] = {} if input_size is None else {"pretrained_cfg_overlay": {"input_size": input_size}}
+    arguments = choice.arguments()
+    torch.manual_seed(choice.seed)
     if place.type == "meta":  # the structure alone, which takes no memory
         with place:
-            return load_model(name, pretrained=False, num_classes=num_classes, **overlay), False
+            network = load_model(name, pretrained=False, **arguments)
+        choice.take_input_size(network)
+        return network, False
     try:
-        network = load_model(name, checkpoint, pretrained=pretrained, num_classes=num_classes, **overlay)
+        network = load_model(name, checkpoint, pretrained=pretrained, **arguments)
     except ArpHubError as error:
         if checkpoint is None and isinstance(error.__cause__, FAILURES) and not is_saved_model(name):
             raise ArpHubError(f"{error}; or give --checkpoint FILE, or --no-pretrained for random weights") from error
         raise
+    choice.take_input_size(network)
     random = checkpoint is None and (pretrained is False or not has_own)
     if random:
         note(f"warning: the weights of '{name}' are random: give --checkpoint FILE, or a model that has weights")
@@ -162,16 +230,28 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ArpHubError(f"cannot use --device {name}: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError, ImportError) as error:
+        here = ["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
+        here += ["mps"] * torch.backends.mps.is_available()
+        raise ArpHubError(f"cannot use --device {name}: choose one of {', '.join(here)}") from error
     return device
 
 
 def open_data(source: str | None, model: nn.Module, image_key: str | None, label_key: str | None) -> ImageData | None:
     """The data, labelled or not; None if none was named."""
-    if source is None:
-        return None
-    return load_data(source, model, image_key=image_key, label_key=label_key, require_labels=False)
+    return None if source is None else _load(source, model, image_key, label_key, False)
+
+
+def open_labelled(source: str, model: nn.Module, image_key: str | None, label_key: str | None) -> ImageData:
+    """The data, which must have labels."""
+    return _load(source, model, image_key, label_key, True)
+
+
+def _load(source: str, model: nn.Module, image_key: str | None, label_key: str | None, labelled: bool) -> ImageData:
+    if not watched():
+        datasets.disable_progress_bars()
+    with stage("open the data"):
+        return load_data(source, model, image_key=image_key, label_key=label_key, require_labels=labelled)
 
 
 def open_images(
@@ -180,4 +260,5 @@ def open_images(
     """Calibration images of the data; None without data."""
     if data is None:
         return None
-    return calibration_images(data, count, copies=copies, seed=seed, workers=workers)
+    with stage("read calibration images"):
+        return calibration_images(data, count, copies=copies, seed=seed, workers=workers)

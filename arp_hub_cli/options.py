@@ -25,6 +25,14 @@ Pretrained = Annotated[
     ),
 ]
 NumClasses = Annotated[int | None, typer.Option(help="Classes of --checkpoint, where they are not the model's own.")]
+ModelKwargs = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE ...",
+        help="Arguments of the model, as timm's scripts take them: img_size=112 pad_type=same. Saved with the model.",
+        show_default=False,
+    ),
+]
 InputSize = Annotated[
     tuple[int, int, int] | None,
     typer.Option(metavar="C H W", help="Input size; by default the model's own.", show_default=False),

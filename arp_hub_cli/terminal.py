@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import typer
 from rich.console import Console, RenderableType
-from tqdm import tqdm
 from typer.core import TyperGroup
-
-Item = TypeVar("Item")
 
 _UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
 """What typer raises for a wrong option: it has no public name of its own."""
+MANY_WORDS = "--model-kwargs"
+"""The option that takes all words ``NAME=VALUE`` behind it."""
 _PIPE_WIDTH = 140
 """Width of a table that goes into a file or a pipe."""
 
@@ -26,10 +25,13 @@ class Group(TyperGroup):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command line, then exit."""
+        if (words := kwargs.get("args", args[0] if args else None)) is None:
+            words = sys.argv[1:]
+        kwargs["args"] = repeated(MANY_WORDS, words)
         plain = warnings.formatwarning
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
         try:
-            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+            code = super().main(**{**kwargs, "standalone_mode": False})
         except (typer.Abort, KeyboardInterrupt):
             note("interrupted")
             code = 130
@@ -44,6 +46,25 @@ class Group(TyperGroup):
         sys.exit(code)
 
 
+def repeated(option: str, words: Sequence[str]) -> list[str]:
+    """The words of a command line with an option before each of its values, because typer takes one value at a time.
+
+    Example:
+        >>> repeated("--x", ["--x", "a=1", "b=2", "--y", "c=3"])
+        ['--x', 'a=1', '--x', 'b=2', '--y', 'c=3']
+    """
+    found: list[str] = []
+    more = False  # whether the next word can be one more value of the option
+    for place, word in enumerate(words):
+        is_value = place > 0 and words[place - 1] == option
+        if more and not is_value and "=" in word and not word.startswith("-"):
+            found.append(option)
+            is_value = True
+        more = is_value or word == option
+        found.append(word)
+    return found
+
+
 def _for_people(error: Exception) -> str | None:
     """One line for an error that the user can mend, None for any other."""
     if isinstance(error, _UsageError):
@@ -56,11 +77,6 @@ def _for_people(error: Exception) -> str | None:
 def interactive() -> bool:
     """Whether somebody watches stderr, so that a progress bar makes sense."""
     return sys.stderr.isatty()
-
-
-def progress(items: Mapping[str, Item], title: str) -> Iterable[tuple[str, Item]]:
-    """The items of a mapping, with a progress bar."""
-    return tqdm(items.items(), title, disable=not interactive(), leave=False)
 
 
 def print_tables(*tables: RenderableType) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from timm.utils import ParseKwargs
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
@@ -22,8 +23,11 @@ from arp_hub.training import evaluate, load_data
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="cifar_resnet20", help="timm name (default: %(default)s)")
-parser.add_argument("--checkpoint", help="file with its weights; without it they are random")
-parser.add_argument("--data", default="digits", help="labelled images, small enough for memory (%(default)s)")
+parser.add_argument("--checkpoint", help="its weights; without them it starts from random ones")
+parser.add_argument(
+    "--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="its arguments, such as img_size=112"
+)
+parser.add_argument("--data", default="digits", help="small labelled images, as the other recipes take them")
 parser.add_argument("--keep-params", type=float, default=0.5, help="share of the parameters to keep (%(default)s)")
 parser.add_argument("--epochs", type=int, default=8, help="epochs of ramp and hold together (%(default)s)")
 parser.add_argument("--max-steps", type=int, help="stop after this many steps, for trial runs")
@@ -38,8 +42,8 @@ args = parser.parse_args()
 set_seed(args.seed)
 accelerator = Accelerator(cpu=args.cpu)
 if args.push_to_hub and accelerator.is_main_process:
-    check_push(args.push_to_hub)  # refuses a bad name or token before the training
-model = load_model(args.model, args.checkpoint, pretrained=False)
+    check_push(args.push_to_hub)  # refuse a bad name or token now, not after the training
+model = load_model(args.model, args.checkpoint, pretrained=False, **args.model_kwargs)
 data = load_data(args.data, model)
 loader = DataLoader(TensorDataset(*data.train.tensors()), args.batch_size, shuffle=True, drop_last=True)
 optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)

@@ -18,6 +18,7 @@ from torch import nn
 from .._version import __version__
 from ..errors import ArpHubError
 from ..layers.apply_plan import plan_of
+from ..layers.cfg_names import with_layer_names
 from ..models._untrusted import BAD_CONFIG
 from ..models.lowrank import NAME, OF_THE_WEIGHTS, OURS, backbone_cfg
 
@@ -60,7 +61,8 @@ def write_config(
     # timm writes the cfg and arguments stored on a model: this shallow copy shares the weights and has its own.
     view: Any = copy.copy(model)
     noted = getattr(model, "pretrained_cfg", None) or base
-    view.pretrained_cfg = {key: value for key, value in noted.items() if key not in OF_THE_WEIGHTS}
+    view.pretrained_cfg = with_layer_names({k: value for k, value in noted.items() if k not in OF_THE_WEIGHTS})
+    view._traits = with_layer_names(getattr(model, "_traits", {}))
     view.pretrained_cfg["architecture"] = NAME if plan.layers else name
     view._model_args = args | dict(model_args or {})
     extra: dict[str, Any] = {"arp_hub": {"version": __version__}}

@@ -14,11 +14,13 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models import get_model_input_config
 from timm.models._hub import download_from_hf
 from torch import Tensor, nn
 
 from .. import models  # noqa: F401  (registers our models with timm)
 from ..errors import ArpHubError
+from ..layers.trace import InputSize
 from ..models._untrusted import (
     BAD_CONFIG,
     check_args,
@@ -28,6 +30,8 @@ from ..models._untrusted import (
     read_config,
     read_header,
 )
+from ..models.arguments import unknown_argument
+from ..models.lowrank import OF_THE_WEIGHTS
 from .client import FAILURES, bounded_waits, cache_if_offline, explain
 
 _PREFIXES = ("local-dir:", "hf-hub:", "hf_hub:")
@@ -50,7 +54,8 @@ def load_model(
         pretrained: Whether to load the weights that belong to the name. Default: if there are any, and no checkpoint
             is given.
         num_classes: Number of classes of a new classifier. Default: that of the model.
-        **kwargs: Further arguments of ``timm.create_model``.
+        **kwargs: Further arguments of ``timm.create_model``, such as ``img_size=112``. They are kept with a saved
+            model, and the model's data config follows ``img_size`` and ``in_chans``.
 
     Returns:
         The model, in evaluation mode.
@@ -77,11 +82,27 @@ def load_model(
         except ArpHubError:
             raise
         except (*FAILURES, *BAD_CONFIG) as error:
+            if argument := unknown_argument(error, kwargs):
+                raise ArpHubError(f"the model '{name}' takes no argument '{argument}': leave it out") from error
             reason = f"the cache does not hold it, and there is {explain(offline)}" if offline else explain(error)
-            raise ArpHubError(f"cannot load the model '{name}': {reason}") from error
+            if len(reason) > 600:  # torch lists every tensor that does not fit
+                reason = f"{reason[:600]}…"
+            given = f" with {kwargs!r:.200}" if kwargs else ""
+            raise ArpHubError(f"cannot load the model '{name}'{given}: {reason}") from error
+    if kwargs.keys() & {"img_size", "in_chans"}:
+        set_input_size(model, get_model_input_config(model)["input_size"])
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     return model.eval()
+
+
+def set_input_size(model: nn.Module, size: InputSize) -> None:
+    """Note a size in a model's pretrained_cfg, from which timm and arp_hub take the transforms of its data."""
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    changes: dict[str, Any] = {"input_size": tuple(size), "test_input_size": None}
+    if tuple(cfg.get("input_size") or ())[1:] != tuple(size)[1:]:
+        changes["pool_size"] = None
+    model.pretrained_cfg = model.default_cfg = {**cfg, **changes}  # type: ignore[assignment]
 
 
 def is_saved_model(name: str) -> bool:
@@ -224,7 +245,8 @@ def _create_saved(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Mod
     if not weights.is_file():
         raise ArpHubError(f"no weights in '{place}': it holds no model.safetensors")
     header = read_header(weights)
-    built = {"num_classes": cfg.get("num_classes"), **args}
+    own = {key: value for key, value in cfg.items() if key not in OF_THE_WEIGHTS}  # the input size is in it
+    built = {"num_classes": cfg.get("num_classes"), "pretrained_cfg": own or None, **args}
     check_build(lambda: timm.create_model(architecture, **built), header, place)
     with torch.device("meta"):
         saved = timm.create_model(architecture, **built)

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import timm.layers
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from ..schemes.shapes import ConvSpec, LayerShape
 from .dense import alteration, dense_shape, dense_weight, is_same_padded, numeric_padding, pad_mode
 
 _pad_same = cast("Callable[..., Tensor]", pad_same)  # timm's annotations say lists, but pairs work as well
+torch.fx.wrap("_pad_same")  # it computes with the input's size, which torch.fx cannot follow
 _WRITES = frozenset(
     {"__setitem__", "__set__"}
     | {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
@@ -59,13 +61,15 @@ class GroupedLinear(nn.Module):
         self.in_features, self.out_features, self.groups = in_features, out_features, groups
         self.weight = nn.Parameter(torch.empty(out_features, in_features // groups))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # as nn.Linear does
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply every group of features by its block."""
         group_in, group_out = self.in_features // self.groups, self.out_features // self.groups
         blocks = self.weight.view(self.groups, group_out, group_in).transpose(1, 2)
         rows = x.reshape(-1, self.groups, group_in).transpose(0, 1)
-        y = torch.bmm(rows, blocks).transpose(0, 1).reshape(list(x.shape[:-1]) + [self.out_features])  # noqa: RUF005
+        y = torch.bmm(rows, blocks).transpose(0, 1).flatten(1)
+        y = y.reshape(x.shape[:-1] + y.shape[1:])  # sums of shapes, which torch.fx and TorchScript can follow
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ArpHubError
 from .carry_over import carry_over
+from .cfg_names import name_factors
 from .dense import refusal
 from .low_rank import LowRankLayer
 
@@ -17,8 +18,6 @@ _SEPARATE = "qkv_bias_separate"
 """Attribute of timm's attention modules that says whether they call ``qkv`` or read its weight."""
 _MERGING = ("fuse", "reparameterize", "switch_to_deploy")
 """Methods that ``timm.utils.reparameterize_model`` calls to merge a module's layers."""
-_WRAPPED = frozenset({"base_layer", "original_module"})
-"""Where PEFT's adapters keep the layer that they wrap."""
 _PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
 
@@ -66,7 +65,7 @@ def refusals(model: nn.Module) -> dict[nn.Module, str]:
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), {})[module] = name
-        if _WRAPPED & module._modules.keys():
+        if _is_adapter(module):
             reason = f"part of the adapter '{name}': merge it first (model.merge_and_unload() in PEFT)"
             reasons |= dict.fromkeys(module.modules(), reason)
         if isinstance(module, LowRankLayer):
@@ -81,6 +80,14 @@ def refusals(model: nn.Module) -> dict[nn.Module, str]:
     if not model._modules:
         reasons.setdefault(model, "it is the whole model and cannot be replaced in place: wrap it in nn.Sequential")
     return reasons
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    """Whether a module wraps a layer as PEFT's adapters do. A DLA, too, has a part named ``base_layer``: a stage."""
+    base = module._modules.get("base_layer")
+    if base is not None:
+        return not base._modules or any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
+    return "original_module" in module._modules
 
 
 def weight_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -139,7 +146,7 @@ def replace_layers(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None
     """Put ``new`` layers in place of old ones, at all their paths, with the old ones' hooks and attributes.
 
     Modules that read ``layer.weight`` directly, bypassing ``forward``, are set to call the layer. Modules that would
-    merge their layers refuse to.
+    merge their layers refuse to. A pretrained_cfg names the factors of a decomposed classifier.
     """
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
@@ -154,6 +161,7 @@ def replace_layers(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None
                 module.__dict__.pop(method, None)
                 if any(isinstance(child, LowRankLayer) for child in module.modules()):
                     module.__dict__[method] = _refuse_to_merge
+    name_factors(model)
 
 
 def _refuse_to_merge() -> NoReturn:

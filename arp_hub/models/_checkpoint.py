@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,11 +18,6 @@ from ._untrusted import check_tensors
 StateDict = dict[str, Tensor]
 
 _FACTOR = re.compile(r"(?P<layer>.+)\.factors\.\d+\.(weight|bias)")
-
-
-def names_of(value: str | Iterable[str] | None) -> frozenset[str]:
-    """The layer names in a ``classifier`` or ``first_conv`` entry of a pretrained_cfg: none, one or several."""
-    return frozenset({value} if isinstance(value, str) else value or ())
 
 
 def _as_built(saved: Tensor, built: Tensor | None) -> Tensor:

@@ -102,15 +102,26 @@ def check_args(args: Any, source: str) -> dict[str, Any]:
     """
     if not isinstance(args, Mapping):
         raise ArpHubError(f"the config of '{source}': model_args must be an object, got {_short(args)}")
+    check_arguments(args, f"the config of '{source}': model_args must not hold")
+    return dict(args)
+
+
+def check_arguments(args: Mapping[str, Any], refused: str) -> None:
+    """Check that arguments define a model and nothing else, and that their values are plain and small.
+
+    Args:
+        args: The arguments by name.
+        refused: The beginning of a message, which the argument follows.
+
+    Raises:
+        ArpHubError: Naming the argument.
+    """
     if reserved := sorted(str(key) for key in args if key in _RESERVED or str(key).startswith("pretrained")):
-        raise ArpHubError(
-            f"the config of '{source}': model_args must not hold {reserved[0]!r}, which only the caller may set"
-        )
+        raise ArpHubError(f"{refused} {reserved[0]!r}, which says how a model is loaded, and not what it is")
     for name, value in args.items():
         if name != "plan":  # RankPlan.from_dict checks it
             largest = LIMITS.classes if name == "num_classes" else LIMITS.number
-            _check_value(value, f"the config of '{source}': model_args[{_short(name)}]", largest)
-    return dict(args)
+            _check_value(value, f"{refused} this value of {_short(name)}: it", largest)
 
 
 def check_cfg(cfg: Mapping[str, Any], source: str) -> None:

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from ..errors import ArpHubError
 from ..layers.apply_plan import apply_plan
+from ..layers.cfg_names import name_factors, names_of, with_layer_names
 from ..plan import RankPlan
-from ._checkpoint import CheckpointAdapter, names_of, weights_source
+from ._checkpoint import CheckpointAdapter, weights_source
 from ._skip_init import SkipInit
 from ._untrusted import check_args, check_build, check_cfg, read_header
 
@@ -91,7 +92,7 @@ def arp_lowrank(
         cfg |= _weights_file(cfg, kwargs.get("cache_dir"))
     _check_saved(entrypoint, cfg, kwargs.get("pretrained_model_args"))
     features_only = kwargs.get("features_only", False)
-    classifiers, first_convs = names_of(cfg["classifier"]), names_of(cfg["first_conv"])
+    classifiers, first_convs = frozenset(names_of(cfg["classifier"])), frozenset(names_of(cfg["first_conv"]))
     channels = (cfg["input_size"][0], kwargs.get("in_chans", cfg["input_size"][0]))
     dense: frozenset[str] = frozenset()
     if features_only or kwargs.get("num_classes", cfg["num_classes"]) != cfg["num_classes"]:
@@ -127,7 +128,7 @@ def arp_lowrank(
         source=weights_source(cfg),
     )
     try:
-        return build_model_with_cfg(
+        model = build_model_with_cfg(
             build,
             NAME,
             pretrained,
@@ -140,6 +141,8 @@ def arp_lowrank(
         if not pretrained:
             raise
         raise ArpHubError(f"the weights in '{adapter.source}' do not fit {backbone} with its plan: {error}") from error
+    name_factors(model)
+    return model
 
 
 def _entrypoint(backbone: str) -> Callable[..., nn.Module]:
@@ -169,7 +172,7 @@ def _merged_cfg(backbone: str, given: Any, overlay: Mapping[str, Any] | None) ->
     trusted = {key: value for key, value in given.items() if key not in _UNTRUSTED}
     cfg = {**backbone_cfg(backbone), **trusted, "architecture": NAME, **(overlay or {})}
     try:
-        return PretrainedCfg(**cfg).to_dict()
+        return with_layer_names(PretrainedCfg(**cfg).to_dict())
     except TypeError as error:
         raise ArpHubError(f"timm {timm.__version__} does not know this pretrained_cfg: {error}") from None
 

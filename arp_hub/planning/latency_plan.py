@@ -17,8 +17,8 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
+from .._utils.progress import counted
 from ..errors import ArpHubError
 from ..layers.apply_plan import apply_plan
 from ..layers.model import low_rank_layers
@@ -202,7 +202,7 @@ def faster_schemes(
 ) -> dict[str, list[Scheme]]:
     """The layers with those of their schemes that are faster than the dense layer, as measured."""
     found = {}
-    for name, schemes in tqdm(layers.items(), "time layers", disable=not progress, leave=False):
+    for name, schemes in counted(layers.items(), "time layers", progress):
         found[name] = table.faster(schemes, sizes[name])
         table.save()  # after each layer: a large layer takes minutes, which an interruption must not lose
     return {name: schemes for name, schemes in found.items() if schemes}

@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torch import nn
-from tqdm.auto import tqdm
 
+from .._utils.progress import counted
 from .._utils.torch_utils import evaluating
 from ..calibration.images import Images
 from ..effort import Effort
@@ -46,7 +46,7 @@ def shape_losses(layers: Mapping[str, Sequence[Scheme]]) -> Losses:
 def weight_losses(model: nn.Module, layers: Mapping[str, Sequence[Scheme]], progress: bool) -> Losses:
     """Losses of layers by their weights."""
     losses = {}
-    for name, schemes in tqdm(layers.items(), "measure layers", disable=not progress, leave=False):
+    for name, schemes in counted(layers.items(), "measure layers", progress):
         curves = weight_candidates(effective_weight(model.get_submodule(name)).float(), schemes)
         losses[name] = [(one.scheme, one.errors**2) for one in curves]
     return losses
@@ -77,12 +77,12 @@ def output_losses(
         errors = OutputErrors(model, modules, images, macs, effort)
         curves = {
             name: errors.candidates(name, schemes)
-            for name, schemes in tqdm(layers.items(), "measure layers", disable=not progress, leave=False)
+            for name, schemes in counted(layers.items(), "measure layers", progress)
         }
         best = _weighted(curves, dict.fromkeys(curves, 1.0))
         plans = [budget.plan(best)]
         least = errors.divergence(plans[0])
-        names = tqdm(curves, "measure sensitivities", disable=not progress, leave=False)
+        names = counted(curves, "measure sensitivities", progress)
         sensitivities = {name: errors.sensitivity(name, plans[0]) for name in names}
         for exponent in effort.exponents:
             losses = _weighted(curves, {name: value**exponent for name, value in sensitivities.items()})

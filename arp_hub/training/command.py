@@ -111,6 +111,8 @@ def _shape(setting: dataclasses.Field[Any]) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if str(setting.type).startswith("tuple"):
         return {"nargs": "*", "metavar": "NAME"}
+    if str(setting.type).startswith("dict"):
+        return {"nargs": "*", "metavar": "NAME=VALUE"}
     if setting.name == "resume":
         return {"nargs": "?", "const": "auto", "metavar": "CHECKPOINT"}
     return {"metavar": setting.name.upper().split("_")[-1]}
@@ -121,7 +123,8 @@ def _help(setting: dataclasses.Field[Any], default: Any) -> str:
     choices = setting.metadata.get("choices")
     parts = [f"one of {', '.join(choices)}"] if choices else []
     if default not in (None, "", (), False):
-        parts.append(f"default: {' '.join(default) if isinstance(default, tuple) else default}")
+        words = [f"{name}={value}" for name, value in default.items()] if isinstance(default, dict) else default
+        parts.append(f"default: {' '.join(words) if isinstance(words, (list, tuple)) else words}")
     return (f"{text} ({'; '.join(parts)})" if parts else text).replace("%", "%%")
 
 

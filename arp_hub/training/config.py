@@ -18,6 +18,7 @@ import yaml
 from .._utils.files import write_atomically
 from ..effort import EFFORTS
 from ..errors import ArpHubError
+from ..models.arguments import plain_arguments, read_arguments
 from ..schemes import SCHEMES
 
 GROUPS = ("model and data", "budget", "phases", "optimisation", "regularisation", "run")
@@ -44,6 +45,9 @@ class TrainConfig:
 
     model: str = _setting("model and data", "", "a timm name, local-dir:FOLDER or hf-hub:USER/NAME")
     checkpoint: str = _setting("model and data", "", "weights of the dense model: a safetensors or torch weights file")
+    model_kwargs: dict[str, Any] | None = _setting(
+        "model and data", None, "arguments of the model, such as img_size=112 pad_type=same; kept with the saved model"
+    )
     pretrained: bool = _setting("model and data", False, "start from the weights published under a timm name")
     data: str = _setting("model and data", "digits", "'digits', a folder of parquet or class folders, or a Hub dataset")
     image_key: str = _setting("model and data", "", "image column; by default the one of type Image")
@@ -272,6 +276,11 @@ def parse(setting: dataclasses.Field[Any], value: Any) -> Any:
         items = value.split(",") if isinstance(value, str) else value
         if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
             return tuple(item for item in items if item)
+    elif kind is dict:
+        if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+            return plain_arguments(value, setting.name)
+        if isinstance(value, (list, tuple)) and all(isinstance(word, str) for word in value):
+            return read_arguments(value, setting.name)
     elif kind is bool:
         if isinstance(value, bool):
             return value
@@ -285,7 +294,14 @@ def parse(setting: dataclasses.Field[Any], value: Any) -> Any:
             number = None
         if number is not None and (isinstance(value, str) or number == value):
             return number
-    names = {tuple: "a list of words", bool: "true or false", str: "text", int: "a whole number", float: "a number"}
+    names = {
+        tuple: "a list of words",
+        dict: "a table of NAME: VALUE",
+        bool: "true or false",
+        str: "text",
+        int: "a whole number",
+        float: "a number",
+    }
     raise ArpHubError(f"{setting.name} must be {names[kind]}, got {value!r}")
 
 

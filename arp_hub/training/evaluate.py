@@ -68,7 +68,8 @@ def evaluate(
     with evaluating(model):
         batches = split.images.evaluation(indices, batch_size, device, workers) if len(indices) else iter(())
         targets = labels.split(batch_size)
-        for images, target in progress(zip(batches, targets, strict=False), f"evaluating on {split.name}"):
+        pairs = zip(batches, targets, strict=False)
+        for images, target in progress(pairs, f"evaluating on {split.name}", len(targets)):
             logits = model(images).float()
             if int(target.max()) >= logits.shape[1]:
                 raise ArpHubError(f"accuracy is not measured: {_other_classes(split, logits.shape[1])}")

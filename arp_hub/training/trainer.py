@@ -255,7 +255,8 @@ def _data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
     checkpoint = config.checkpoint or None
     pretrained = config.pretrained or is_saved_model(config.model)
     torch.manual_seed(config.seed)
-    model = load_model(config.model, checkpoint, pretrained=pretrained)
+    arguments = config.model_kwargs or {}
+    model = load_model(config.model, checkpoint, pretrained=pretrained, **arguments)
     data = load_data(
         config.data,
         model,
@@ -273,7 +274,7 @@ def _data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
                 f"{model.num_classes}: set dense_epochs to train a new classifier, or choose the right model"
             )
         torch.manual_seed(config.seed)
-        model = load_model(config.model, pretrained=pretrained, num_classes=data.num_classes)
+        model = load_model(config.model, pretrained=pretrained, **{**arguments, "num_classes": data.num_classes})
     if not checkpoint and not pretrained and not config.dense_epochs:
         _logger.warning("no weights to start from and dense_epochs=0: penalty training starts from random weights")
     return data, model

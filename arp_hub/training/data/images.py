@@ -363,6 +363,6 @@ def decode_all(rows: Rows, form: InputFormat, bad: BadImages) -> Tensor:
     return pixels
 
 
-def progress(items: Iterable[Any], title: str) -> Iterable[Any]:
-    """A progress bar, silent when the output is not a terminal."""
-    return tqdm(items, desc=title, disable=None, leave=False)
+def progress(items: Iterable[Any], title: str, total: int | None = None) -> Iterable[Any]:
+    """A progress bar up to ``total``, or the length of the items; silent when the output is not a terminal."""
+    return tqdm(items, desc=title, total=total, disable=None, leave=False)
