@@ -171,6 +171,9 @@ def _decompose_by_data(
         student = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
         teachers = {name: model.get_submodule(name) for name in plan.layers}
         norms = following_norms(student, {name: student.get_submodule(name) for name in plan.layers}, images)
+        least = math.ceil(LEAST_PIXELS / math.prod(shapes[0][1:]))
+        most = max(least, int(effort.gradient_macs / (3 * max(traced.macs, 1))))  # a backward pass costs two forward
+        gradients = gradient_moments(model, teachers, images, effort.positions_macs, most)
         device = next(model.parameters()).device
 
         def empty(name: str, layer: nn.Module, images: int) -> Moments:
