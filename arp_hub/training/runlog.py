@@ -51,7 +51,8 @@ class RunLog:
         self.path = config.run_folder / "log.jsonl"
         self.main = accelerator.is_main_process
         if self.main:
-            self._cut(done)
+            with writing(self.path):
+                self._cut(done)
         flat = {name: json.dumps(value) if isinstance(value, (dict, list, type(None))) else value
                 for name, value in config.to_dict().items()}  # fmt: skip
         accelerator.init_trackers("tracker", config=flat)
