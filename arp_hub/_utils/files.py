@@ -61,13 +61,13 @@ def read_text(path: Path, largest: int = 2**26) -> str:
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock file while the block runs. The system releases it when the process ends, even by a crash.
 
-    A file that a crash left behind does not block. Nothing is locked on Windows, or on disks without locks. A folder
-    that the block leaves with the lock file alone is removed if this call created it.
+    A file that a crash left behind does not block. Nothing is locked on Windows, or on disks without locks. Folders
+    that this call created are removed if the block leaves nothing in them but the lock file.
 
     Raises:
         BlockingIOError: If another process holds the lock. Its message is the content of the file.
     """
-    created = not path.parent.exists()
+    created = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = _lock(path)
     try:
@@ -76,7 +76,8 @@ def locked(path: Path) -> Iterator[None]:
         with suppress(OSError):  # somebody else may have removed it
             if created and [entry.name for entry in path.parent.iterdir()] == [path.name]:
                 path.unlink()
-                path.parent.rmdir()
+                for folder in created:
+                    folder.rmdir()
         os.close(handle)
 
 
