@@ -21,6 +21,7 @@ from .calibration.layer_problem import LayerProblem, can_shift
 from .calibration.moments import LARGE, SAMPLES, Moments
 from .calibration.output_metric import gradient_moments
 from .calibration.passes import paired_moments
+from .calibration.resumption import ResumedPasses
 from .effort import Effort
 from .errors import ArpHubError
 from .layers.apply_plan import check_plan
@@ -180,11 +181,13 @@ def _decompose_by_data(
             centred = can_shift(layer, norms.get(name))
             return Moments(layer_shape(layer), device, effort.positions_macs, centred, images=images)
 
-        for k, (names, most) in enumerate(_passes(model, plan, traced, shapes, effort)):
+        passes = ResumedPasses([student, model], images, len(shapes))
+        for k, (names, most) in enumerate(_passes(model, plan, traced, shapes, effort, passes.blocks)):
+            passes.advance(names[0])
             old = {name: student.get_submodule(name) for name in names}
             # before the first pass nothing is decomposed yet: one model is both
             pupils = (student, old) if k else (model, {name: teachers[name] for name in names})
-            found = paired_moments(*pupils, model, images, partial(empty, images=most), most)
+            found = paired_moments(*pupils, model, passes, partial(empty, images=most), most)
             for name in names:
                 # popped, so that the memory of a layer's moments is free once it is fitted
                 teacher, moments, gradient = teachers[name], found.pop(name), gradients.pop(name, None)
@@ -231,7 +234,7 @@ def _shift_mean(layer: LowRankLayer, norm: BatchNorm | None, bias: Tensor) -> No
 
 
 def _passes(
-    model: nn.Module, plan: RankPlan, traced: Trace, images: Sequence[InputSize], effort: Effort
+    model: nn.Module, plan: RankPlan, traced: Trace, images: Sequence[InputSize], effort: Effort, blocks: int
 ) -> list[tuple[list[str], int]]:
     """The planned layers in the order of their use, in groups that share a pass; with the images of each pass."""
     by_module = {id(model.get_submodule(name)): name for name in traced.sizes}
@@ -244,7 +247,8 @@ def _passes(
     least = math.ceil(LEAST_PIXELS / math.prod(images[0][1:]))
     needs = {name: max(least, _images_needed(layer_shape(modules[name]), calls[name][0])) for name in ordered}
     macs = min(effort.forward_macs, 8e9 * len(images))
-    return passes_within(macs / max(traced.macs, 1), needs, len(images))  # on average a pass runs half of two models
+    # on average a pass runs half of a block in both models
+    return passes_within(macs * blocks / max(traced.macs, 1), needs, len(images))
 
 
 def passes_within(affordable: float, needs: Mapping[str, int], images: int) -> list[tuple[list[str], int]]:

@@ -14,10 +14,7 @@ from ..layers.dense import padder
 from ..layers.low_rank import layer_shape
 from .images import Images, Place, batches
 from .moments import Moments
-
-
-class _Halt(Exception):  # not an error: it ends a forward pass early
-    """Raised by a hook once a forward pass has given what it was run for."""
+from .resumption import Halt, ResumedPasses
 
 
 @torch.no_grad()
@@ -38,12 +35,12 @@ def _visit(
             left.remove(name)
             visit(name, module, args[0], output)
         if not left:
-            raise _Halt
+            raise Halt
 
     hooks = [layer.register_forward_hook(partial(show, name)) for name, layer in layers.items()]
     try:
         model(images)
-    except _Halt:
+    except Halt:
         pass
     finally:
         for hook in hooks:
@@ -56,7 +53,7 @@ def paired_moments(
     student: nn.Module,
     student_layers: Mapping[str, nn.Module],
     teacher: nn.Module,
-    images: Images,
+    passes: ResumedPasses,
     new: Callable[[str, nn.Module], Moments],
     most: int,
 ) -> dict[str, Moments]:
@@ -66,18 +63,17 @@ def paired_moments(
         student: The model that is being decomposed.
         student_layers: Some of its layers that are still dense, by name.
         teacher: The dense model.
-        images: Calibration images.
+        passes: Passes of calibration images through both models.
         new: Makes empty moments of a layer, by its name and the dense layer.
         most: Images to use at most.
 
     Raises:
         ArpHubError: If a model never calls one of its layers.
     """
-    place = Place.of(teacher, images)
     teacher_layers = {name: teacher.get_submodule(name) for name in student_layers}
     found = {name: new(name, layer) for name, layer in teacher_layers.items()}
     inputs: dict[str, Tensor] = {}
-    for batch in batches(images, place, most=most):
+    for batch, number in passes.batches(most):
 
         def keep(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
             inputs[name] = x.clone()
@@ -86,8 +82,10 @@ def paired_moments(
             found[name].update(inputs.pop(name, x), _without_bias(layer, y), padder(layer), size)
 
         if student is not teacher:
-            _visit(student, student_layers, batch, keep)
-        _visit(teacher, teacher_layers, batch, count)
+            with passes.resumed(student, number, len(batch)):
+                _visit(student, student_layers, batch, keep)
+        with passes.resumed(teacher, number, len(batch)):
+            _visit(teacher, teacher_layers, batch, count)
     return found
 
 

@@ -1,0 +1,74 @@
+"""Passes that start behind stored blocks see what full passes see."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from arp_hub import decompose, make_plan
+from arp_hub.calibration import resumption
+from arp_hub.calibration.resumption import block_chain
+
+
+class Skipping(nn.Module):
+    """A network whose last block reads the first one's output too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.one(x)
+        return self.three(self.two(first) + first).mean((2, 3))
+
+
+class InPlace(nn.Module):
+    """A network that changes the output of a block before the next one reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        x += 1
+        return self.two(x).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "inside"),
+    [
+        ("cifar_resnet20", 32, {"conv1", "bn1", "layer2.1", "fc"}),
+        ("test_resnet", 64, {"layer1", "layer4", "fc"}),
+        ("test_vit", 160, {"blocks.0", "blocks.5", "norm"}),
+        ("test_efficientnet", 64, {"conv_stem", "classifier"}),
+        ("test_convnext", 64, {"stages.0", "head.fc"}),
+    ],
+)
+def test_blocks_of_networks_are_found(name, size, inside):
+    chain = block_chain(timm.create_model(name).eval(), torch.randn(1, 3, size, size))
+    assert inside <= set(chain)
+    assert all(size > 0 for size in chain.values())
+
+
+@pytest.mark.parametrize("network", [Skipping, InPlace])
+def test_a_network_that_is_no_chain_has_no_blocks(network):
+    assert block_chain(network().eval(), torch.randn(1, 3, 8, 8)) == {}
+
+
+@pytest.mark.parametrize(("name", "size"), [("cifar_resnet20", 32), ("test_vit", 160), ("test_efficientnet", 64)])
+def test_stored_activations_change_nothing(monkeypatch, name, size):
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    x = torch.randn(12, 3, size, size)
+    plan = make_plan(model, keep_params=0.6, schemes=["channel"])
+    found = []
+    for stored in (2**30, 0):
+        monkeypatch.setattr(resumption, "_STORED_BYTES", stored)
+        found.append(decompose(copy.deepcopy(model), plan, x)(x))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+    assert all("forward" not in module.__dict__ for module in model.modules())
