@@ -76,12 +76,12 @@ def test_an_error_midway_leaves_the_model_whole():
     while True:  # whichever read fails, from the first to the last
         images.reads = reads
         try:
-            decompose(copy.deepcopy(model), plan, images, effort="fast")
+            decompose(copy.deepcopy(model), plan, images)
             break
         except RuntimeError:
             images.reads = reads
             with pytest.raises(RuntimeError, match="disk gone"):
-                decompose(model, plan, images, effort="fast")
+                decompose(model, plan, images)
             assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
             assert not low_rank_layers(model)
             reads += 1
