@@ -45,7 +45,10 @@ def name_factors(model: Any) -> None:
 
 
 def _layers(value: Any) -> Any:
-    names = names_of(value)
+    given = (value,) if isinstance(value, str) else value
+    if not isinstance(given, (list, tuple)) or not any(isinstance(one, str) and _FACTOR.search(one) for one in given):
+        return value
+    names = names_of(given)
     return names[0] if len(names) == 1 else names or value
 
 
