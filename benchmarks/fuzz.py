@@ -117,7 +117,7 @@ def targets(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], None]
     state = {"model": {"w": torch.zeros(2)}, "list": [1, None, {"k": 0.5}]}
     saved = save_checkpoint(place / "checkpoints", Checkpoint("dense", 1, {"lr": 1}, {}, PLAN, 1.0, state), keep=1)
     good = (saved / "state.json").read_bytes()
-    (saved / "SHA256SUMS").unlink()  # as in a checkpoint of an earlier version, of which more is read
+    (saved / "SHA256SUMS").unlink()  # without checksums, more of the checkpoint is read
 
     def checkpoint(data: bytes) -> None:
         (saved / "state.json").write_bytes(data)

@@ -42,7 +42,7 @@ def half_rank_plan(model: nn.Module, layers: dict[str, str]) -> arp_hub.RankPlan
     return arp_hub.RankPlan(plans)
 
 
-def low_rank_model(name: str, layers: dict[str, str], **kwargs: object) -> nn.Module:
+def low_rank_model(name: str, layers: dict[str, str], /, **kwargs: object) -> nn.Module:
     """A timm model with random weights and statistics, some of its layers decomposed at half rank."""
     torch.manual_seed(0)
     model = timm.create_model(name, **kwargs).eval()

@@ -39,7 +39,7 @@ class Row:
         words: Further words of ``arp-hub push``.
         token: Whose token.
         repo: Where to.
-        there: Whether the repository holds an earlier version.
+        there: Whether the repository holds a model already.
         prepare: Called with the server, a copy of the folder and the client's options, before the push.
         before: Code that runs in the client first.
         code: The exit code.

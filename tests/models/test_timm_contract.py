@@ -13,7 +13,6 @@ import timm
 import torch
 from timm.models import FeatureGraphNet
 from timm.models._features_fx import create_feature_extractor, get_notrace_functions, get_notrace_modules
-from timm_checks import flat, full_rank_plan
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torchvision.models.feature_extraction import get_graph_node_names
@@ -21,6 +20,7 @@ from torchvision.models.feature_extraction import get_graph_node_names
 import arp_hub
 from arp_hub.layers.cfg_names import names_of
 from arp_hub.layers.model import low_rank_layers
+from benchmarks.layers.timm_checks import flat, full_rank_plan
 
 Arguments = dict[str, Any]
 

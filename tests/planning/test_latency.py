@@ -126,7 +126,13 @@ KEEP = {
 }
 
 
-@pytest.mark.parametrize("options", KEEP.values(), ids=KEEP)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(KEEP["by weights"], marks=pytest.mark.slow, id="by weights"),
+        pytest.param(KEEP["by images"], id="by images"),
+    ],
+)
 def test_a_latency_budget_is_kept_end_to_end(cache, options):
     torch.manual_seed(0)
     model = timm.create_model("resnet18", layers=(1, 1, 1, 1), num_classes=10).eval()  # two sizes of layer a stage

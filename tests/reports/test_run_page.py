@@ -23,6 +23,7 @@ from arp_hub.reports.plots import (
 from arp_hub.reports.run_page import render, write_report
 from arp_hub_cli.app import app
 
+pytestmark = pytest.mark.usefixtures("pictures")
 EVIL = "\"><script>alert('x')</script><img src=x onerror=y>&"
 NAMES = ["layer1.0.conv1", EVIL, "</svg><script>", "</text></svg><img src=x>", "$\\frac{", "$x^2$", "_hidden",
          "[red]x[/red]", "&amp;<!--", "]]>", "a\x00\x1b[31m\n\ufffe", "\ud800", "層🙂\u202eabc", "",

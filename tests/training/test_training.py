@@ -384,7 +384,10 @@ def uninterrupted(tmp_path_factory, client):
     return folder
 
 
-@pytest.mark.parametrize("phase", ["dense", "compress", "finetune"])
+@pytest.mark.parametrize(
+    "phase",
+    ["compress", pytest.param("dense", marks=pytest.mark.slow), pytest.param("finetune", marks=pytest.mark.slow)],
+)
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path, client, uninterrupted, phase):
     words = ("--output", tmp_path / "out", *PLAIN, *arguments(LONG))
     checkpoints = tmp_path / "out-run" / "checkpoints"
@@ -562,6 +565,6 @@ def test_damaged_checkpoints_are_refused(tmp_path, damage):
     else:
         meta = {"format_version": 1, "phase": "dense", "step": 1, "settings": {}, "scores": {}, "plan": None}
         text.write_text(json.dumps(meta | {"state": {"a": 1}}))
-    (path / "SHA256SUMS").unlink()  # without checksums, as an earlier version wrote it
+    (path / "SHA256SUMS").unlink()  # older checkpoints have no checksums
     with pytest.raises(ArpHubError, match="not a whole checkpoint"):
         load_checkpoint(path)
