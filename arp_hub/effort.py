@@ -13,7 +13,7 @@ class Effort:
     """Bounds on the work of `make_plan` and `decompose`.
 
     The defaults are the preset ``"balanced"``. Work is counted in multiply-accumulates (MACs). Rows of
-    ``benchmarks/results/effort.json`` show what the three presets cost and reach.
+    ``benchmarks/results/effort.json`` show what the measured presets cost and reach.
 
     Attributes:
         images: Calibration images to use at most, evenly spaced over those given; 0 for all. More images lower the
