@@ -283,7 +283,7 @@ def writing(place: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise ArpHubError(
-            f"cannot write in '{place}': {error}. Make room there or allow writing, then go on with --resume auto"
+            f"cannot write in '{place}': {error}. Free disk space or allow writing, then continue with --resume auto"
         ) from error
 
 

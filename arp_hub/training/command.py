@@ -28,11 +28,11 @@ examples:
   python {name} --config my.yaml --lr 0.02
       settings from a file, one of them overridden
   python {name} --resume
-      go on where a stopped run of the same settings was
+      continue a stopped run with the same settings
 
 Settings win in this order: command line, --config file, the defaults above. The finished model is in OUTPUT;
 checkpoints, log.jsonl and config.yaml (to be given to --config again) are in OUTPUT-run.
-Exit codes: 0 fine, 2 bad input, 130 interrupted, 75 stopped by SIGTERM (go on with --resume).
+Exit codes: 0 fine, 2 bad input, 130 interrupted, 75 stopped by SIGTERM (continue with --resume).
 """
 
 
@@ -55,7 +55,7 @@ def main(description: str, **defaults: Any) -> dict[str, Any]:
         with logging_redirect_tqdm():
             return run(config)
     except KeyboardInterrupt:
-        print("interrupted: go on from the last checkpoint with --resume auto", file=sys.stderr)
+        print("interrupted: continue from the last checkpoint with --resume auto", file=sys.stderr)
         sys.exit(130)
     except Preempted as stop:
         print(stop, file=sys.stderr)

@@ -33,7 +33,7 @@ from arp_hub.layers.model import count_params, low_rank_layers
 from arp_hub.penalty import AdaptiveRankPenalty
 from arp_hub.schemes import Factors
 from arp_hub.training import ImageData, calibration_images, evaluate, load_data
-from arp_hub.training.data.augment import epoch_batches, steps_per_epoch
+from arp_hub.training.data.batches import epoch_batches, steps_per_epoch
 from arp_hub.training.data.images import TrainBatch
 from arp_hub.training.seeds import keyed_seed
 from benchmarks.penalty.rival_penalties import (

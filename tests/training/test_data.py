@@ -16,9 +16,11 @@ from PIL import Image
 from arp_hub.errors import ArpHubError
 from arp_hub.hub.load import load_model
 from arp_hub.training import calibration_images, evaluate, load_data
-from arp_hub.training.data.augment import crop_and_flip, epoch_batches
+from arp_hub.training.data.augment import crop_and_flip
+from arp_hub.training.data.batches import epoch_batches
 from arp_hub.training.data.decoding import ImageFiles
-from arp_hub.training.data.images import InputFormat, StreamedImages, TrainBatch
+from arp_hub.training.data.images import StreamedImages, TrainBatch
+from arp_hub.training.data.input_format import InputFormat
 from arp_hub.training.seeds import seeded
 
 CPU = torch.device("cpu")

@@ -202,7 +202,7 @@ def test_a_second_run_on_one_output_is_refused_until_the_first_has_ended_or_cras
         holder.kill()
         holder.wait()
     assert f"process {holder.pid}" in lock.read_text()  # the file stays, the lock does not
-    with pytest.raises(ArpHubError, match="run is under way.*--resume auto"):
+    with pytest.raises(ArpHubError, match="holds an unfinished run.*--resume auto"):
         run(config(tmp_path))
 
 
@@ -324,13 +324,13 @@ def recipe(monkeypatch, capsys):
 
 
 PLACES = {
-    "loading data": "arp_hub.training.trainer.load_data",
+    "loading data": "arp_hub.training.inputs.load_data",
     "planning": "arp_hub.training.trainer.make_plan",
     "fitting": "arp_hub.training.trainer.calibration_images",
     "evaluating": "arp_hub.training.trainer.evaluate",
     "saving a checkpoint": "arp_hub.training.checkpoint.save_file",
     "saving the model": "arp_hub.hub.save.save_file",
-    "the report": "arp_hub.training.trainer.write_report",
+    "the report": "arp_hub.training.results.write_report",
 }
 
 
@@ -348,7 +348,7 @@ def test_sigterm_outside_the_loop_is_one_line_and_nothing_half_written(tmp_path,
     settings = {**TINY, "output": tmp_path / "out", "dense_epochs": 0, **changes}
     code, said = recipe(settings)
     assert code == 75
-    assert said[-1] == "stopped by SIGTERM: go on from the last checkpoint with --resume auto"
+    assert said[-1] == "stopped by SIGTERM: continue from the last checkpoint with --resume auto"
     assert not any("Traceback" in line or "rror" in line for line in said)
     assert not list(tmp_path.rglob("*.tmp"))
     assert (tmp_path / "out").exists() == (place == "the report")
@@ -385,7 +385,7 @@ def test_sigterm_to_the_whole_group_with_loader_workers_saves_the_state(tmp_path
     code, said = recipe(settings)
     assert len(workers) == 2
     assert code == 75
-    assert said[-1] == "stopped by SIGTERM at step 2 of phase 'dense', which is saved: go on with --resume auto"
+    assert said[-1] == "stopped by SIGTERM at step 2 of phase 'dense', which is saved: continue with --resume auto"
     assert not any("Traceback" in line for line in said)
     assert load_checkpoint(find_checkpoint("auto", tmp_path / "out-run" / "checkpoints")).step == 2
     assert time.monotonic() - began < 30

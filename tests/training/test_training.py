@@ -144,7 +144,7 @@ def test_another_model_can_be_the_teacher(finished, tmp_path):
     plan = make_plan(other, keep_params=0.8, input_size=(3, 32, 32))
     save_pretrained(decompose(other, plan), tmp_path / "other")
     for teacher, words in [
-        ("cifar_resnet56", "no teacher: .*'cifar_resnet56'.*teacher_checkpoint"),  # a name without weights
+        ("cifar_resnet56", "cannot load the teacher: .*'cifar_resnet56'.*teacher_checkpoint"),  # a name without weights
         (f"local-dir:{tmp_path / 'other'}", r"teacher .*mean \(0\.5, .*choose another teacher"),
     ]:
         with pytest.raises(ArpHubError, match=words):

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import timm.data
 import torch
 from accelerate import Accelerator
 from sklearn.model_selection import train_test_split
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 
 from ...errors import ArpHubError
 from ..seeds import keyed_generator, keyed_seed
-from .images import DecodedImages, Images, InputFormat
+from .images import DecodedImages, Images
+from .input_format import input_format
 from .sources import Columns, Table, open_tables
 
 _logger = logging.getLogger(__name__)
@@ -143,21 +143,6 @@ def load_data(
     columns = Columns(image_key, label_key, require_labels)
     tables = open_tables(source, columns, form, auto_augment, max_bad_images)
     return _arrange(source, tables, val_fraction, seed, require_labels)
-
-
-def input_format(model: nn.Module) -> InputFormat:
-    """Input size and normalisation of a model, by its pretrained_cfg.
-
-    Raises:
-        ArpHubError: If the model does not take images of three channels.
-    """
-    config = timm.data.resolve_data_config({}, model=model)
-    channels, height, width = config["input_size"]
-    if channels != 3:
-        raise ArpHubError(f"the model takes images of {channels} channels, the data has 3: build it with in_chans=3")
-    return InputFormat(
-        (height, width), tuple(config["mean"]), tuple(config["std"]), config["interpolation"], config["crop_pct"]
-    )
 
 
 def calibration_counts(data: ImageData, count: int | None = None, copies: int | None = None) -> tuple[int, int]:

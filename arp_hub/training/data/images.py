@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.data.auto_augment import AugmentOp
-from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -26,36 +24,11 @@ from tqdm import tqdm
 from ...errors import ArpHubError
 from ..preemption import outlast_sigterm
 from ..seeds import keyed_seed, seeded
-from .augment import crop_and_flip, sent
+from .augment import VARIATION, auto_augmentation, crop_and_flip, keep_one_bit
 from .decoding import SMALL_SIDE, Rows, decoded
+from .input_format import InputFormat, sent
 
 _logger = logging.getLogger(__name__)
-
-_VARIATION = v2.Compose(
-    [
-        v2.RandomAffine(15, translate=(0.1, 0.1), scale=(0.85, 1.15), interpolation=v2.InterpolationMode.BILINEAR),
-        v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05),
-    ]
-)
-"""Turns, moves, scales and recolours an image, as another photograph of the same thing might differ."""
-
-
-@dataclass(frozen=True)
-class InputFormat:
-    """The input of a model: ``size`` is ``(height, width)``, ``mean`` and ``std`` are of pixels in 0..1."""
-
-    size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = "bicubic"
-    crop_pct: float = 1.0
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """Bytes ``(N, 3, H, W)`` as normalised floats."""
-        mean, std = (
-            sent(torch.tensor(values), pixels.device).mul(255)[:, None, None] for values in (self.mean, self.std)
-        )
-        return pixels.float().sub_(mean).div_(std)
 
 
 @dataclass(frozen=True)
@@ -146,7 +119,7 @@ class DecodedImages:
         bad: BadImages | None = None,
     ) -> None:
         self.count, self.form, self.flip = count, form, flip
-        self.auto_augment = _auto_augmentation(auto_augment, form) if auto_augment else None
+        self.auto_augment = auto_augmentation(auto_augment, form) if auto_augment else None
         self.bad = BadImages(count) if bad is None else bad
         self._decode = decode
         self._pixels: Tensor | None = None
@@ -183,7 +156,7 @@ class DecodedImages:
         self, indices: Tensor, batch_size: int, device: torch.device, workers: int, seed: int
     ) -> Iterator[Tensor]:
         """A varied copy of each of these images, mirrored at random unless ``flip`` is off."""
-        vary = v2.Compose([_VARIATION, v2.RandomHorizontalFlip()]) if self.flip else _VARIATION
+        vary = v2.Compose([VARIATION, v2.RandomHorizontalFlip()]) if self.flip else VARIATION
         pixels = self.pixels(torch.device("cpu"))
         for chosen in indices.split(batch_size):
             done = []
@@ -200,37 +173,6 @@ class DecodedImages:
             with seeded(seed):
                 done.append(np.array(transform(Image.fromarray(image))))
         return torch.from_numpy(np.stack(done)).permute(0, 3, 1, 2).to(pixels.device)
-
-
-def _auto_augmentation(name: str, form: InputFormat) -> Callable[[Image.Image], Image.Image]:
-    """The augmentation that timm has under this name, without the crops, flips and normalisation around it."""
-    try:
-        _, augmentation, _ = transforms_imagenet_train(
-            form.size, auto_augment=name, interpolation=form.interpolation, mean=form.mean, std=form.std, separate=True
-        )
-    except (AssertionError, KeyError, ValueError, IndexError) as error:
-        raise ArpHubError(
-            f"auto_augment: timm knows no augmentation '{name}': give one like rand-m9-mstd0.5"
-        ) from error
-    _keep_one_bit(augmentation)
-    return augmentation
-
-
-def _keep_one_bit(transform: Any) -> None:
-    """Let timm's augmentations posterise to at least one bit: at times they ask for none, which Pillow refuses."""
-    if isinstance(transform, AugmentOp):
-        if transform.name.startswith("Posterize"):
-            transform.level_fn = partial(_one_bit_or_more, cast("Callable[..., Any]", transform.level_fn))
-    elif isinstance(transform, list):
-        for part in transform:
-            _keep_one_bit(part)
-    else:
-        for name in ("transforms", "ops", "policy"):
-            _keep_one_bit(getattr(transform, name, []))
-
-
-def _one_bit_or_more(bits: Callable[..., Any], level: float, settings: Any) -> tuple[int]:
-    return (max(1, *bits(level, settings)),)
 
 
 class StreamedImages:
@@ -258,7 +200,7 @@ class StreamedImages:
             interpolation=form.interpolation,
         )
         self.train_transform = common(is_training=True, color_jitter=0.0, auto_augment=auto_augment or None)
-        _keep_one_bit(self.train_transform)
+        keep_one_bit(self.train_transform)
         sizes = {"crop_pct": form.crop_pct} if crop else {"crop_pct": 1.0, "crop_mode": "squash"}
         self.eval_transform = common(is_training=False, **sizes)
 
@@ -282,7 +224,7 @@ class StreamedImages:
         self, indices: Tensor, batch_size: int, device: torch.device, workers: int, seed: int
     ) -> Iterator[Tensor]:
         """A varied copy of each of these images, mirrored at random, resized and cropped."""
-        vary = v2.Compose([_VARIATION, v2.RandomHorizontalFlip(), self.eval_transform])
+        vary = v2.Compose([VARIATION, v2.RandomHorizontalFlip(), self.eval_transform])
         jobs = (
             [(row, keyed_seed(seed, "variation", row)) for row in chosen.tolist()]
             for chosen in indices.split(batch_size)

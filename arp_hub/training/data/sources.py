@@ -24,7 +24,8 @@ from torch import Tensor
 from ...errors import ArpHubError
 from .decoding import ImageColumn, ImageFiles, Rows, survey
 from .files import ClassFolders, choose_configuration, class_folders, parquet_splits
-from .images import BadImages, DecodedImages, Images, InputFormat, StreamedImages, decode_all
+from .images import BadImages, DecodedImages, Images, StreamedImages, decode_all
+from .input_format import InputFormat
 
 _logger = logging.getLogger(__name__)
 
