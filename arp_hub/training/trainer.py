@@ -19,6 +19,7 @@ from ..layers.model import count_params
 from ..penalty import AdaptiveRankPenalty
 from ..plan import RankPlan
 from ..planning.make_plan import make_plan
+from ..schemes import Factors
 from .checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_tensors, writing
 from .config import TrainConfig
 from .data.dataset import calibration_images
@@ -90,7 +91,7 @@ def _run(config: TrainConfig, accelerator: Accelerator, folder: RunFolder, sigte
 
 
 def _dense_model(run: Run, model: nn.Module, start: Checkpoint | None) -> nn.Module:
-    """The trained dense model, measured once, and kept in the run's folder for resuming."""
+    """The dense model, trained if the settings ask for it, measured, and stored in the run's folder for resuming."""
     config, kept = run.config, run.config.run_folder / "dense.safetensors"
     model.to(run.accelerator.device)
     if start and start.phase != "dense":
@@ -100,8 +101,8 @@ def _dense_model(run: Run, model: nn.Module, start: Checkpoint | None) -> nn.Mod
         _check_budget(run, model)
         if start:
             model.load_state_dict(start.state["model"])
-        average = train(run, Phase("dense", model, config.dense_epochs, config.dense_lr or config.lr), start)
-        model = average or model
+        phase = Phase("dense", model, config.dense_epochs, config.dense_lr or config.lr)
+        model = train(run, phase, start) or model
     model.eval()
     run.scores["dense"] = _score(run, model, "dense model")
     if run.accelerator.is_main_process:
@@ -113,7 +114,7 @@ def _dense_model(run: Run, model: nn.Module, start: Checkpoint | None) -> nn.Mod
 def _compressed_model(
     run: Run, dense: nn.Module, teacher: nn.Module, start: Checkpoint | None
 ) -> tuple[nn.Module, RankPlan]:
-    """Plan, penalise and decompose a copy of the dense model, then fine-tune its factors if the config asks for it."""
+    """Compress a copy of the dense model, then fine-tune its factors if the settings ask for it."""
     config = run.config
     guide = teacher.to(run.accelerator.device).requires_grad_(False) if config.distill else None
     if start and start.phase == "finetune":
@@ -124,14 +125,9 @@ def _compressed_model(
         model, plan = _penalised_model(run, dense, guide, start if start and start.phase == "compress" else None)
     if config.finetune_epochs:
         model.requires_grad_(True)
-        begin = start if start and start.phase == "finetune" else None
         rate = config.finetune_lr or config.lr / 10
-        average = train(
-            run,
-            Phase("finetune", model, config.finetune_epochs, rate, guide, frozen_norms=config.freeze_norms),
-            begin,
-        )
-        model = average or model
+        phase = Phase("finetune", model, config.finetune_epochs, rate, guide, frozen_norms=config.freeze_norms)
+        model = train(run, phase, start if start and start.phase == "finetune" else None) or model
         run.scores["finetuned"] = _score(run, model, "fine-tuned model")
     return model.eval(), plan
 
@@ -139,7 +135,7 @@ def _compressed_model(
 def _penalised_model(
     run: Run, dense: nn.Module, teacher: nn.Module | None, start: Checkpoint | None
 ) -> tuple[nn.Module, RankPlan]:
-    """Ramp, hold and decomposition, which changes nothing after the hold."""
+    """Train a copy of the dense model with the penalty, then decompose it, which changes nothing after the hold."""
     config = run.config
     model = copy.deepcopy(dense).requires_grad_(True)
     factors = None
@@ -147,29 +143,18 @@ def _penalised_model(
         plan = RankPlan.from_dict(start.plan)
         model.load_state_dict(start.state["model"])
     else:
-        images, show = _calibration(run), run.log.main and sys.stderr.isatty()
-        plan = shared_plan(
-            run.accelerator,
-            make_plan(model, calibration=images, effort=config.effort, progress=show, **_budget(config)),
-        )
-        run.plan = plan.to_dict()
-        run.log.note("plan: %d layers are decomposed, %d stay dense", len(plan.layers), len(plan.dense))
-        if config.start_from == "fit":
-            decompose(model, plan, calibration=images, effort=config.effort, progress=show)
-            run.scores["fit"] = _score(run, model, "data-aware fit, untrained")
-            factors = shared_factors(run.accelerator, model)
-            if not config.epochs:
-                return model, plan
-            to_dense(model)
+        plan, factors = _plan_and_fit(run, model)
+        if not config.epochs:
+            return model, plan
+        to_dense(model)
     penalty = AdaptiveRankPenalty(
         model, plan, total_steps=run.total_steps(config.epochs), ramp=config.ramp, factors=factors
     )
     if start:
         penalty.load_state_dict(start.state["penalty"])
-    average = train(
-        run, Phase("compress", model, config.epochs, config.lr, teacher, penalty, config.freeze_norms), start
-    )
-    if average is not None:  # a mean of low-rank weights is not quite low-rank: bring it back
+    phase = Phase("compress", model, config.epochs, config.lr, teacher, penalty, config.freeze_norms)
+    average = train(run, phase, start)
+    if average is not None:  # an average of low-rank weights is only nearly low-rank: project it
         model = average
         penalty = AdaptiveRankPenalty(model, plan, total_steps=1, ramp=0, factors=penalty.factors())
         penalty.step()
@@ -177,6 +162,20 @@ def _penalised_model(
     decompose(model, plan, factors=penalty.factors())
     run.scores["decomposed"] = _score(run, model, "decomposed")
     return model, plan
+
+
+def _plan_and_fit(run: Run, model: nn.Module) -> tuple[RankPlan, dict[str, Factors] | None]:
+    """Make the plan. With ``start_from="fit"``, also decompose the model by it, in place, and return the factors."""
+    config, images, show = run.config, _calibration(run), run.log.main and sys.stderr.isatty()
+    plan = make_plan(model, calibration=images, effort=config.effort, progress=show, **_budget(config))
+    plan = shared_plan(run.accelerator, plan)
+    run.plan = plan.to_dict()
+    run.log.note("plan: %d layers are decomposed, %d stay dense", len(plan.layers), len(plan.dense))
+    if config.start_from == "dense":
+        return plan, None
+    decompose(model, plan, calibration=images, effort=config.effort, progress=show)
+    run.scores["fit"] = _score(run, model, "data-aware fit, untrained")
+    return plan, shared_factors(run.accelerator, model)
 
 
 def _check_budget(run: Run, model: nn.Module) -> None:
@@ -199,6 +198,7 @@ def _budget(config: TrainConfig) -> dict[str, Any]:
 
 
 def _calibration(run: Run) -> Tensor | None:
+    """The calibration images; None for a plan and fit by weights alone."""
     config = run.config
     count = config.calibration_images
     if count == 0:

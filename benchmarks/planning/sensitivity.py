@@ -29,7 +29,7 @@ from arp_hub.planning.output_errors import OutputErrors
 from arp_hub.training import evaluate, load_data
 from arp_hub.training.seeds import keyed_generator
 from benchmarks.accuracy import NETWORKS, SEED, Network, images_and_test
-from benchmarks.rows import chosen, load_results, print_rows, results_file, row_parser, run_rows
+from benchmarks.rows import load_results, results_file, row_command, row_parser
 
 RESULTS = results_file("sensitivity")
 ROWS = {
@@ -45,15 +45,7 @@ def main() -> None:
     """Parse the command line and do what it asks for."""
     parser, runner = row_parser(__doc__, table="print the results as a table")
     runner.add_argument("--shared", type=Path, required=True, help="folder with weights/ and data/")
-    args = parser.parse_args()
-    if args.command == "list":
-        print_rows(ROWS, load_results(RESULTS), _short)
-    elif args.command == "run":
-        run_rows(chosen(ROWS, args.rows), RESULTS, args.again, lambda name: measure(*ROWS[name], args.shared), _short)
-    else:
-        print("| row | divergence in the trial | decomposed | top-1 |\n|---|---|---|---|")
-        for name, row in load_results(RESULTS).items():
-            print(f"| `{name}` | {row['tried']:.4f} | {row['divergence']:.4f} | {row['top1']:.2f} |")
+    row_command(parser, ROWS, RESULTS, lambda name, args: measure(*ROWS[name], args.shared), _short, print_table)
 
 
 def measure(name: str, keep: float, power: float, shared: Path) -> dict[str, Any]:
@@ -102,6 +94,13 @@ def _divergence(dense: nn.Module, small: nn.Module, images: Tensor) -> float:
         exact, found = dense(batch).log_softmax(-1), small(batch).log_softmax(-1)
         total += float((exact.exp() * (exact - found)).sum())
     return total / len(images)
+
+
+def print_table() -> None:
+    """One line a row: divergences and accuracy."""
+    print("| row | divergence in the trial | decomposed | top-1 |\n|---|---|---|---|")
+    for name, row in load_results(RESULTS).items():
+        print(f"| `{name}` | {row['tried']:.4f} | {row['divergence']:.4f} | {row['top1']:.2f} |")
 
 
 def _short(row: dict[str, Any]) -> str:
