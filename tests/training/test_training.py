@@ -323,7 +323,7 @@ def test_a_failure_in_one_of_two_processes_ends_both_with_its_message(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({}, "cuda_graphs needs one process on a GPU.*1 on cpu"), ({"accumulation": 2}, "accumulation=2 must be 1")],
+    [({}, "cuda_graphs needs one process on a CUDA GPU.*1 on cpu"), ({"accumulation": 2}, "accumulation=2 must be 1")],
 )
 def test_graphs_need_a_gpu_and_whole_batches(tmp_path, changes, message):
     with pytest.raises(ArpHubError, match=message):
