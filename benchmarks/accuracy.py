@@ -6,8 +6,8 @@
     python -m benchmarks.accuracy table
 
 `--shared` is a folder with `weights/` (trained checkpoints) and `data/` (CIFAR-10 and a sample of ImageNet, as
-parquet). `run` writes results/accuracy.json, one entry a row, and skips rows that it holds unless `--again` is given.
-With `--cuda-graphs`, rows that train record their passes on a GPU. The rows in `KEPT` store their finished models in
+parquet). `run` writes one entry for each row to results/accuracy.json, and skips rows with an entry unless `--again` is
+given. With `--cuda-graphs`, training on a GPU uses CUDA graphs. The finished models of the rows in `KEPT` are stored in
 models/. `table` writes docs/results.md, its figure, the table of the README, and the cards of models/.
 """
 
@@ -157,14 +157,14 @@ KEPT = (
     "long/resnet56/0.2",
     "long/resnet110/0.35",
 )
-"""Rows that train and whose finished models stay in models/: the most accurate one of each network and budget."""
+"""Rows whose trained models are stored in models/: the most accurate one of each network and budget."""
 
 
 def main() -> None:
     """Parse the command line and do what it asks for."""
     parser, runner = row_parser(__doc__, table="write docs/results.md, its figure, the table of the README, and cards")
     runner.add_argument("--shared", type=Path, required=True, help="folder with weights/ and data/")
-    runner.add_argument("--cuda-graphs", action="store_true", help="record the passes of rows that train, on a GPU")
+    runner.add_argument("--cuda-graphs", action="store_true", help="train with CUDA graphs on a GPU")
     row_command(
         parser, ROWS, RESULTS, lambda name, args: measure(name, args.shared, args.cuda_graphs), _short, write_pages
     )
@@ -285,7 +285,7 @@ def _copy_model(source: Path, target: Path) -> None:
 
 
 def card(folder: Path) -> str:
-    """The model card of a kept folder under its own name, with the owner's notes."""
+    """The model card of a folder in models/, with the notes that its owner added by hand."""
     config, metrics = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (CONFIG, METRICS))
     pictures = [path.name for path in folder.glob("*.png")]
     written = model_card(config, metrics, f"local-dir:{folder.name}", pictures=pictures)
@@ -293,7 +293,7 @@ def card(folder: Path) -> str:
 
 
 def write_card(folder: Path) -> None:
-    """Write the card of a kept folder again."""
+    """Rewrite the card of a folder in models/."""
     (folder / CARD).write_text(card(folder), encoding="utf-8")
 
 

@@ -5,7 +5,7 @@
     python -m benchmarks.effort table
 
 A row is NETWORK/EFFORT: planning and decomposition without training, calibrated on unlabelled training images, on one
-thread. It records CPU seconds (user and system), peak memory, and top-1 on test images, which no choice depends on.
+thread. It records CPU seconds (user and system), peak memory, and top-1 on test images that nothing was tuned on.
 `run` writes results/effort.json; `table` prints it.
 """
 

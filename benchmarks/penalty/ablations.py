@@ -1,11 +1,11 @@
-"""Ablations of the penalty: ResNet-20 on CIFAR-10, one epoch, one thing changed at a time.
+"""Ablations of the penalty: ResNet-20 on CIFAR-10, one epoch, one change at a time.
 
     python -m benchmarks.penalty.ablations list
     python -m benchmarks.penalty.ablations run '0.35/*' --shared ../shared
     python -m benchmarks.penalty.ablations table
 
-All rows of a budget share data, batches, learning rate, plan and (unless their name says otherwise) the start: the
-trained network, or its data-aware decomposition. `run` writes results/ablations.json, and skips rows that it holds
+All rows of a budget share data, batches, learning rate and plan. Unless their name says otherwise, they also share the
+start: the trained network, or its data-aware fit. `run` writes results/ablations.json, and skips rows with a result
 unless `--again` is given. `table` writes docs/ablations.md.
 """
 
@@ -315,7 +315,7 @@ that lost: they are recorded here, and their code is gone.
 """
 
 RETIRED = ("dense-dual", "dense-output-metric")
-"""Variants with results whose code is gone."""
+"""Variants whose results are kept although their code has been removed."""
 
 
 def page(results: dict[str, Any]) -> str:

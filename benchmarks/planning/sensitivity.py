@@ -1,13 +1,13 @@
-"""What sensitivities gain in accuracy, and how well the trial of a plan predicts the decomposed model.
+"""Accuracy gained by sensitivities, and how well the trial of a plan predicts the decomposed model.
 
     python -m benchmarks.planning.sensitivity list
     python -m benchmarks.planning.sensitivity run 'resnet20/0.2/*' --shared ../shared
     python -m benchmarks.planning.sensitivity table
 
 A row is NETWORK/KEEP/EXPONENT: layer errors are weighted by sensitivities to this power. (`make_plan` tries several
-exponents.) `run` records the divergence of the predictions from the dense model's, in nats: in the trial of the plan,
-and after decomposition. The second is measured on held-out images, or on the calibration images of lite0, which has no
-others. `run` also records top-1 on the test images. It writes results/sensitivity.json; `table` prints it.
+exponents.) `run` records how far predictions diverge from the dense model's, in nats: in the trial of the plan, and
+after decomposition. The latter is measured on held-out images; lite0 has none, so its calibration images are used. `run`
+also records top-1 on the test images. It writes results/sensitivity.json; `table` prints it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def measure(name: str, keep: float, power: float, shared: Path) -> dict[str, Any
 
 
 def _held_out(network: Network, model: nn.Module, shared: Path) -> Tensor:
-    """Training images that do not calibrate, without augmentation."""
+    """Training images that are not used for calibration, without augmentation."""
     split = load_data(str(shared / "data" / network.data), model, seed=SEED).train
     order = torch.randperm(
         len(split), generator=keyed_generator(SEED, "calibration")

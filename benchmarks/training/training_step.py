@@ -71,7 +71,7 @@ def main() -> None:
         return time.perf_counter()
 
     def block(pull: bool) -> tuple[float, float]:
-        """Seconds a step, and the part of them spent on data."""
+        """Seconds per step, and how many of them are spent on data."""
         loading, began = 0.0, now()
         for _ in range(length):
             started = now()

@@ -1,5 +1,6 @@
 """How stored images become pixels: modes, sizes and limits, the choice of images to measure on, and classes."""
 
+import json
 import os
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from arp_hub.errors import ArpHubError
 from arp_hub.hub.load import load_model
 from arp_hub.training import Split, evaluate, load_data
 from arp_hub.training.evaluate import why_not_measured
-from arp_hub_cli.app import _test_split, app
+from arp_hub_cli.app import app
 
 CPU = torch.device("cpu")
 
@@ -104,13 +105,19 @@ def test_every_mode_comes_out_at_its_brightness(tmp_path, model, make, suffix, v
 REFUSED = {
     "NaN": (lambda: grey(np.float32, 0, np.nan), "NaN or infinite"),
     "infinite": (lambda: grey(np.float32, 0, np.inf), "NaN or infinite"),
-    "float, normalised": (lambda: grey(np.float32, -1.5, 2), "largest value, 2, tells no range"),
+    "float, normalised": (lambda: grey(np.float32, -1.5, 2), "largest value, 2, does not show which value is white"),
     "float, negative": (lambda: grey(np.float32, -0.5, 0.9), "-0.5 to 0.9 are not all between 0 and 1"),
-    "float, metres": (lambda: grey(np.float32, 0, 20), "largest value, 20, tells no range"),
-    "int32, class numbers": (lambda: grey(np.int32, 0, 20), "largest value, 20, tells no range"),
+    "float, metres": (lambda: grey(np.float32, 0, 20), "largest value, 20, does not show which value is white"),
+    "int32, class numbers": (lambda: grey(np.int32, 0, 20), "largest value, 20, does not show which value is white"),
     "int32, negative": (lambda: grey(np.int32, -1, 100), "-1 to 100 are not all between 0 and 255"),
-    "int32, more than 16 bits": (lambda: grey(np.int32, 0, 10**6), "largest value, 1e.06, tells no range"),
-    "float, more than 16 bits": (lambda: grey(np.float32, 0, 1e6), "largest value, 1e.06, tells no range"),
+    "int32, more than 16 bits": (
+        lambda: grey(np.int32, 0, 10**6),
+        "largest value, 1e.06, does not show which value is white",
+    ),
+    "float, more than 16 bits": (
+        lambda: grey(np.float32, 0, 1e6),
+        "largest value, 1e.06, does not show which value is white",
+    ),
 }
 
 
@@ -218,7 +225,7 @@ def test_an_image_of_too_many_pixels_is_not_decoded(tmp_path, model, monkeypatch
     assert (tmp_path / "cat" / "1.png").stat().st_size < 30_000
     monkeypatch.setattr(Image.core, "new", None)  # allocating memory for pixels would fail
     with pytest.raises(
-        ArpHubError, match="'cat/1.png' cannot .* its 13300 x 13300 pixels are more than the 67 million"
+        ArpHubError, match="'cat/1.png' cannot .* its 13300 x 13300 pixels are more than the limit of 67 million"
     ):
         load_data(str(tmp_path), model).split("train").tensors()
 
@@ -234,7 +241,7 @@ def test_a_jpeg_of_very_many_pixels_is_used_if_it_can_be_decoded_at_half_its_siz
         mean, std = (torch.tensor(model.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
         assert (255 * (test.tensors()[0][0] * std + mean)).round().unique().tolist() == [128]
     else:
-        with pytest.raises(ArpHubError, match="its 8193 x 8192 pixels are more than the 67 million"):
+        with pytest.raises(ArpHubError, match="its 8193 x 8192 pixels are more than the limit of 67 million"):
             test.tensors()
 
 
@@ -339,6 +346,9 @@ def test_evaluate_and_compress_go_by_one_rule(tmp_path, capsys):
         app(["evaluate", "--model", f"local-dir:{tmp_path / 'model'}", "--data", str(tmp_path / "data")])
     assert stop.value.code == 2
     assert reason in capsys.readouterr().err
-    model = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
-    assert _test_split(model, load_data(str(tmp_path / "data"), model)) is None  # the call that compress makes
+    command = ["compress", "--model", f"local-dir:{tmp_path / 'model'}", "--data", str(tmp_path / "data")]
+    with pytest.raises(SystemExit) as stop:
+        app([*command, "--keep-params", "0.8", "--effort", "fast", "--output", str(tmp_path / "small")])
+    assert not stop.value.code
     assert reason in capsys.readouterr().err
+    assert "top1" not in json.loads((tmp_path / "small" / "metrics.json").read_text())

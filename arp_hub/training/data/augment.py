@@ -27,13 +27,13 @@ VARIATION = v2.Compose(
 
 
 def crop_and_flip(pixels: Tensor, share: slice, batch_size: int, seed: int, *, padding: int, flip: bool) -> Tensor:
-    """Shift the images of a batch at random (zero padding, then a crop of the same size), and mirror half of them.
+    """Shift the images of a batch at random, with zero padding, and mirror half of them.
 
     Args:
         pixels: One process's share of a global batch, ``(N, C, H, W)``.
-        share: Where in the global batch these images stand.
-        batch_size: Images in the global batch. Numbers are drawn for all of them, so that the result for an image does
-            not depend on the number of processes.
+        share: Position of these images in the global batch.
+        batch_size: Number of images in the global batch. Random numbers are drawn for all of them, so that the result
+            does not depend on the number of processes.
         seed: Seed of this step.
         padding: Largest shift, in pixels.
         flip: Whether images may be mirrored; False for digits.
@@ -55,7 +55,11 @@ def crop_and_flip(pixels: Tensor, share: slice, batch_size: int, seed: int, *, p
 
 
 def auto_augmentation(name: str, form: InputFormat) -> Callable[[Image.Image], Image.Image]:
-    """The augmentation that timm has under this name, without the crops, flips and normalisation around it."""
+    """The augmentation that timm has under this name, without crops, flips and normalisation.
+
+    Raises:
+        ArpHubError: If timm has none of this name.
+    """
     try:
         _, augmentation, _ = transforms_imagenet_train(
             form.size, auto_augment=name, interpolation=form.interpolation, mean=form.mean, std=form.std, separate=True
@@ -69,7 +73,7 @@ def auto_augmentation(name: str, form: InputFormat) -> Callable[[Image.Image], I
 
 
 def keep_one_bit(transform: Any) -> None:
-    """Let timm's augmentations posterise to at least one bit: at times they ask for none, which Pillow refuses."""
+    """Limit posterising in timm's augmentations to at least one bit, because Pillow refuses zero bits."""
     if isinstance(transform, AugmentOp):
         if transform.name.startswith("Posterize"):
             transform.level_fn = partial(_one_bit_or_more, cast("Callable[..., Any]", transform.level_fn))

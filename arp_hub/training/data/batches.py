@@ -23,7 +23,7 @@ from .input_format import sent
 def epoch_batches(images: int, batch_size: int, seed: int, epoch: int) -> Tensor:
     """The global batches of one epoch, as indices ``(steps, batch_size)``.
 
-    The last incomplete batch is left out; its images change from epoch to epoch. A data set smaller than one batch is
+    Images that do not fill a last batch are left out: other ones in each epoch. A data set smaller than one batch is
     repeated until the batch is full.
     """
     generator = keyed_generator(seed, "order", epoch)

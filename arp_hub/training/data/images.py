@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """One global batch: ``indices (B,)`` into a split, the seed of its augmentation, and this process's share of it."""
+    """One global batch: ``indices (B,)`` of its images, the seed of its augmentation, and this process's share of it."""
 
     indices: Tensor
     seed: int
@@ -45,11 +45,11 @@ class TrainBatch:
 
 
 class BadImages:
-    """The rows of a table whose image cannot be decoded. Shared with loader workers, so that each row counts once.
+    """The rows of a table whose image cannot be decoded. Loader workers share them, so that each row counts once.
 
     Args:
-        count: Rows of the table.
-        limit: How many may be bad. Each is named in a warning and replaced by an image of the mean colour.
+        count: Number of rows.
+        limit: Largest number of bad rows. Each is named in a warning and replaced by an image of the mean colour.
     """
 
     def __init__(self, count: int, limit: int = 0) -> None:
@@ -60,10 +60,10 @@ class BadImages:
         return int(self.seen.sum(dtype=torch.int64))
 
     def add(self, row: int, reason: str) -> None:
-        """Note a bad row.
+        """Record a bad row.
 
         Raises:
-            ArpHubError: If there are more than the limit.
+            ArpHubError: If there are more bad rows than the limit allows.
         """
         if self.seen[row]:
             return
@@ -94,7 +94,7 @@ class Images(Protocol):
     def varied(
         self, indices: Tensor, batch_size: int, device: torch.device, workers: int, seed: int
     ) -> Iterator[Tensor]:
-        """A varied copy of each of these images, like an image that the model has not seen."""
+        """A varied copy of each of these images, which differs from all training images."""
 
 
 class DecodedImages:
@@ -102,11 +102,11 @@ class DecodedImages:
 
     Args:
         count: Number of images.
-        decode: Gives all pixels as bytes ``(count, 3, H, W)``; called at the first use.
+        decode: Returns all pixels as bytes ``(count, 3, H, W)``; called when they are first used.
         form: Input format of the model.
         flip: Whether training images may be mirrored.
         auto_augment: timm's augmentation string (``rand-m9-mstd0.5``), or empty for shifts and flips alone.
-        bad: Where ``decode`` notes the images that it cannot decode.
+        bad: Where ``decode`` records images that it cannot decode.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class DecodedImages:
             yield self.form.normalise(moved)
 
     def evaluation(self, indices: Tensor, batch_size: int, device: torch.device, workers: int) -> Iterator[Tensor]:
-        """Images in the order of ``indices``; ``workers`` are not needed."""
+        """Images in the order of ``indices``. Pixels in memory need no ``workers``."""
         pixels = self.pixels(device)
         for chosen in indices.split(batch_size):
             yield self.form.normalise(pixels[chosen.to(device)])
@@ -182,9 +182,9 @@ class StreamedImages:
         rows: The stored images.
         form: Input format of the model.
         auto_augment: timm's augmentation string (``rand-m9-mstd0.5``), or empty for crops and flips alone.
-        bad: Where images that cannot be decoded are noted; by default the first one is an error.
-        crop: Whether evaluation resizes and crops as the model's config says. Without it the whole image is resized to
-            the input size, as `DecodedImages` does.
+        bad: Where images that cannot be decoded are recorded; by default the first one is an error.
+        crop: Whether evaluation resizes and crops as the model's config says. Otherwise the whole image is resized to
+            the input size, as in `DecodedImages`.
     """
 
     def __init__(
@@ -270,10 +270,10 @@ class _Transformed(Dataset):
 
 
 def _rgb(rows: Rows, row: int, form: InputFormat, bad: BadImages) -> Image.Image:
-    """One image as RGB; one of the mean colour if it cannot be decoded and ``bad`` allows that.
+    """One image as RGB. If it cannot be decoded and ``bad`` allows that, an image of the mean colour.
 
     Raises:
-        ArpHubError: If there is no image in this row, or if too many cannot be decoded.
+        ArpHubError: If the row holds no image, or if too many cannot be decoded.
     """
     try:
         return decoded(rows, row)
