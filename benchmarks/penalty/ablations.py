@@ -311,7 +311,7 @@ ResNet-20 on CIFAR-10 from one trained checkpoint (91.73). In every row: one epo
 momentum 0.9 from a rate of 0.03 along a cosine, distillation 0.9 at temperature 4, gradients clipped at 5, the same
 plan, and no fine-tuning after the cut, unless its name says otherwise. Top-1 is that of the last epoch on the 10,000
 test images; no choice depends on it. The rows `dense-dual` and `dense-output-metric` belong to modes of the penalty
-that lost: they are recorded here, and their code is gone.
+that lost: they are recorded here, and their code has been removed.
 """
 
 RETIRED = ("dense-dual", "dense-output-metric")

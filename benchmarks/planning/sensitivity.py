@@ -6,8 +6,8 @@
 
 A row is NETWORK/KEEP/EXPONENT: layer errors are weighted by sensitivities to this power. (`make_plan` tries several
 exponents.) `run` records how far predictions diverge from the dense model's, in nats: in the trial of the plan, and
-after decomposition. The latter is measured on held-out images; lite0 has none, so its calibration images are used. `run`
-also records top-1 on the test images. It writes results/sensitivity.json; `table` prints it.
+after decomposition. The latter is measured on held-out images; lite0 has none, so its calibration images are used.
+`run` also records top-1 on the test images. It writes results/sensitivity.json; `table` prints it.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ SMALL_SIDE = 96
 _MOST_PIXELS = 2**26
 """Pixels of an image that is decoded, 67 million: Pillow holds them in 256 MiB, and each loader worker may do so."""
 _SAMPLED = 128
-"""Images of a split whose headers are read. If one image in twenty is large, 128 images contain none once in 700 times."""
+"""Images of a split whose headers are read. If one in twenty is large, one sample in 700 misses them all."""
 _WHITES = (1, 255, 1023, 4095, 16383, 65535)
 """Values that are white in grey images of floats and of 1, 8, 10, 12, 14 and 16 bits."""
 _OVERSHOOT = 0.02
@@ -132,7 +132,8 @@ def _load(image: Image.Image) -> Image.Image:
         image.draft(image.mode, (width // 2, height // 2))  # enough: Pillow refuses larger ones itself
     if image.width * image.height > _MOST_PIXELS:
         raise ValueError(
-            f"its {width} x {height} pixels are more than the limit of {_MOST_PIXELS / 1e6:.0f} million: make it smaller"
+            f"its {width} x {height} pixels are more than the limit of {_MOST_PIXELS / 1e6:.0f} million: "
+            "make it smaller"
         )
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
@@ -196,7 +197,8 @@ def _white(high: float, kind: str) -> int:
     white = next((white for white in _WHITES if high <= white * slack), None)
     if white is None or 1 < white > 4 * high:
         raise ValueError(
-            f"its largest value, {high:g}, does not show which value is white: scale it to 0..255, 0..65535 or floats of 0..1"
+            f"its largest value, {high:g}, does not show which value is white: scale it to 0..255, 0..65535 or "
+            "floats of 0..1"
         )
     return white
 

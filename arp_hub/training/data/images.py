@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """One global batch: ``indices (B,)`` of its images, the seed of its augmentation, and this process's share of it."""
+    """One global batch: ``indices (B,)`` of its images, the seed of its augmentation, and this process's share."""
 
     indices: Tensor
     seed: int
