@@ -99,7 +99,7 @@ def check_effort(name: str) -> None:
 def check_plan_file(path: Path, overwrite: bool) -> None:
     """Refuse to overwrite a file that is not a plan."""
     if not path.parent.is_dir():
-        raise ArpHubError(f"cannot write '{path}': the folder '{path.parent}' does not exist")
+        raise ArpHubError(f"cannot write '{path}': there is no folder '{path.parent}'")
     if path.is_dir():
         raise ArpHubError(f"cannot write the plan '{path}': it is a folder")
     if path.exists() and not overwrite:
