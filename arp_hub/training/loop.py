@@ -66,25 +66,29 @@ class _Loop:
         self.schedule = make_schedule(optimizer, config, self.total, run.steps_per_epoch)
         self.schedule.step_update(self.step)
         self.ema = ModelEmaV3(self.model, decay=config.ema_decay) if config.ema_decay else None
-        if start:
-            restore_optimizer(optimizer, start.state["optimizer"], start.state.get("groups"))
-            if self.ema:
-                self.ema.module.load_state_dict(start.state["ema"])
-            if accelerator.scaler and start.state["scaler"]:
-                accelerator.scaler.load_state_dict(start.state["scaler"])
         self.raw_optimizer = optimizer
+        self.totals = torch.zeros(3, device=accelerator.device)  # of the epoch: summed loss, hits, images
+        if start:
+            self.restore(start.state)
         self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
         self.forward: Forward = self.wrapped
         self.guide: Forward | None = self.teach if phase.teacher and config.distill else None
         self.recorded = not config.cuda_graphs
         self.mixup = _mixup(config, run.data.num_classes)
         self.checkpoints = config.run_folder / "checkpoints"
-        self.totals = torch.zeros(3, device=accelerator.device)  # of the epoch: summed loss, hits, images
-        if start and "totals" in start.state:  # a row for each process
-            rows = start.state["totals"].view(-1, 3)
-            if accelerator.process_index < len(rows):
-                self.totals += rows[accelerator.process_index].to(accelerator.device)
-        self.listen_every = 1 if accelerator.num_processes == 1 else 10  # steps between exchanges
+        self.listen_every = 1 if accelerator.num_processes == 1 else 10  # steps between exchanges about SIGTERM
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore what `save` writes, except the model and the penalty."""
+        restore_optimizer(self.raw_optimizer, state["optimizer"], state.get("groups"))
+        if self.ema:
+            self.ema.module.load_state_dict(state["ema"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if "totals" in state:  # a row for each process
+            rows = state["totals"].view(-1, 3)
+            if self.accelerator.process_index < len(rows):
+                self.totals += rows[self.accelerator.process_index].to(self.accelerator.device)
 
     def run_to_end(self) -> nn.Module | None:
         """Train all epochs that are left."""
