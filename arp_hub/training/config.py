@@ -56,14 +56,17 @@ class TrainConfig:
         "model and data", 0.0, "share of the training images held out for validation", low=0, below=1
     )
     max_bad_images: int = _setting(
-        "model and data", 0, "images of a split that may fail to decode; each is named, mean colour stands in", low=0
+        "model and data",
+        0,
+        "images of a split that may fail to decode; each is named and becomes the mean colour",
+        low=0,
     )
     workers: int = _setting("model and data", 4, "DataLoader workers of each process, for large images", low=0)
 
     keep_params: float | None = _setting("budget", None, "share of the parameters to keep", above=0, below=1)
     keep_macs: float | None = _setting("budget", None, "share of the multiply-accumulates to keep", above=0, below=1)
     schemes: tuple[str, ...] = _setting("budget", (), "schemes to choose from; by default all", choices=tuple(SCHEMES))
-    rank_multiple: int = _setting("budget", 1, "hold ranks to multiples of this", low=1)
+    rank_multiple: int = _setting("budget", 1, "ranks are multiples of this", low=1)
     exclude: tuple[str, ...] | None = _setting(
         "budget", None, "layers that stay dense, by name or pattern; by default the first convolution"
     )
@@ -84,15 +87,17 @@ class TrainConfig:
         "budget", "balanced", "preset that trades CPU time of plan and fit for accuracy", choices=tuple(EFFORTS)
     )
 
-    dense_epochs: int = _setting("phases", 0, "epochs of training the dense model first", low=0)
+    dense_epochs: int = _setting("phases", 0, "epochs of dense training before the plan is made", low=0)
     epochs: int = _setting(
         "phases",
         10,
         "epochs of penalty training, ramp and hold together; 0: none, so that fine-tuning starts from the fit",
         low=0,
     )
-    ramp: float = _setting("phases", 0.65, "share of these epochs that is ramp; the rest is hold", low=0, below=1)
-    finetune_epochs: int = _setting("phases", 0, "epochs of training the factors after decomposition", low=0)
+    ramp: float = _setting(
+        "phases", 0.65, "share of penalty training that is the ramp; the rest is the hold", low=0, below=1
+    )
+    finetune_epochs: int = _setting("phases", 0, "epochs of fine-tuning the factors after decomposition", low=0)
     start_from: str = _setting(
         "phases",
         "fit",
@@ -124,7 +129,7 @@ class TrainConfig:
     schedule: str = _setting(
         "optimisation", "cosine", "timm schedule", choices=("cosine", "multistep", "poly", "step", "tanh")
     )
-    warmup_epochs: float = _setting("optimisation", 0.0, "epochs of rising learning rate", low=0)
+    warmup_epochs: float = _setting("optimisation", 0.0, "epochs in which the learning rate rises from 0", low=0)
     clip_grad: float = _setting("optimisation", 0.0, "largest gradient norm; 0: off", low=0)
     channels_last: bool = _setting(
         "optimisation", True, "channels-last memory layout, in which most convolutions run faster"
@@ -166,7 +171,7 @@ class TrainConfig:
     keep_checkpoints: int = _setting("run", 2, "checkpoints to keep", low=1)
     log_every: int = _setting("run", 50, "steps between tracker entries", low=1)
     tracker: str = _setting("run", "tensorboard", "experiment tracker of Accelerate, or none; skipped if not installed")
-    cpu: bool = _setting("run", False, "use CPUs even where there is a GPU; needed for several CPU processes")
+    cpu: bool = _setting("run", False, "use CPUs even if there is a GPU; required for several CPU processes")
 
     def __post_init__(self) -> None:
         for setting in dataclasses.fields(self):

@@ -1,4 +1,4 @@
-"""A run and its phases: what the training loop is given, and what it adds."""
+"""The run and the phase that the training loop works on: settings, data, log, and the scores so far."""
 
 from __future__ import annotations
 
