@@ -30,7 +30,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         flush(temporary)
         temporary.replace(path)
-        flush(path.parent)
+        _flush_entry(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -111,6 +111,12 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def _flush_entry(path: Path) -> None:
+    """Flush the name of a file or folder that is in place. A failure is no error, because the content is complete."""
+    with suppress(OSError):
+        flush(path.parent)
+
+
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """A new folder to fill. It replaces ``folder`` when the block ends without an error.
@@ -126,7 +132,7 @@ def replacing(folder: Path) -> Iterator[Path]:
         for path in (*new.rglob("*"), new):
             flush(path)
         _put(new, folder)
-        flush(folder.parent)
+        _flush_entry(folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -139,7 +145,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def _put(new: Path, folder: Path) -> None:
-    """Move ``new`` to ``folder``, and the old folder, if any, to ``new``."""
+    """Move ``new`` to ``folder``. The old folder, if any, moves to ``new``."""
     if not folder.exists():
         new.rename(folder)
     elif not _exchange(new, folder):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import multiprocessing
 import os
-import pkgutil
+import resource
 import shutil
 import subprocess
 import sys
@@ -332,20 +333,8 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         arp_hub.save_pretrained(small_model(), tmp_path / "file" / "out")
 
 
-# What fails, at which call, and whether the system can swap two folders in one step.
-FAULTS = [
-    ("arp_hub.hub.config.save_config_for_hf", 1, True),
-    ("arp_hub.hub.save.check_rebuilds", 1, True),
-    ("arp_hub.hub.save.model_sizes", 1, True),
-    ("arp_hub.hub.save.model_card", 1, True),
-    ("arp_hub.hub.save.save_file", 1, True),
-    ("pathlib.Path.write_text", 1, True),
-    ("pathlib.Path.write_text", 2, True),
-    ("pathlib.Path.chmod", 1, True),
-    ("arp_hub._utils.files._exchange", 1, True),
-    ("pathlib.Path.rename", 1, False),
-    ("pathlib.Path.rename", 2, False),
-]
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -354,38 +343,71 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return arp_hub.save_pretrained(small_model(), tmp_path_factory.mktemp("earlier") / "out")
 
 
-@pytest.mark.parametrize(("target", "call", "swap"), FAULTS)
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
-def test_a_failure_leaves_the_old_folder_whole(
-    target: str,
-    call: int,
-    swap: bool,
-    error: BaseException,
-    earlier: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    folder, other = Path(shutil.copytree(earlier, tmp_path / "out")), timm.create_model("cifar_resnet20")
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    calls = 0
+def in_child(work: Callable[..., None], *arguments: Any) -> None:
+    """Run a check in a forked process, because audit hooks and limits of a process cannot be taken back."""
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise error
-        return original(*args, **kwargs)
 
+def save_with_each_operation_failing(place: Path, error: BaseException, swap: bool) -> None:
+    """Replace the model in ``old`` while the n-th file operation fails, for every n."""
     if not swap:
-        monkeypatch.setattr("arp_hub._utils.files._exchange", lambda a, b: False)
-    original = pkgutil.resolve_name(target)
-    monkeypatch.setattr(target, fail)
-    with pytest.raises((arp_hub.ArpHubError, KeyboardInterrupt)):
-        arp_hub.save_pretrained(other, folder)
-    assert calls >= call
-    monkeypatch.undo()
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert names_in(tmp_path) == ["out"]
+        ctypes.CDLL = lambda *arguments, **options: None  # a system that cannot exchange two folders in one step
+    model = timm.create_model("cifar_resnet20")
+    old, new = contents(place / "old"), contents(arp_hub.save_pretrained(model, place / "reference" / "out"))
+    folder, seen, failing = place / "work" / "out", 0, 0
+
+    def fail(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal seen
+        if event in ("open", "os.rename", "os.mkdir", "os.chmod") and str(folder.parent) in str(arguments[:2]):
+            seen += 1
+            if seen == failing:
+                raise error
+
+    sys.addaudithook(fail)
+    for number in itertools.count(1):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(place / "old", folder)
+        seen, failing, refused = 0, number, False
+        try:
+            arp_hub.save_pretrained(model, folder)
+        except (arp_hub.ArpHubError, KeyboardInterrupt) as raised:
+            refused = isinstance(raised, arp_hub.ArpHubError)
+        reached, failing = seen >= number, 0
+        found = contents(folder)
+        assert found in ([old] if refused else [old, new]), f"operation {number}"
+        left = names_in(folder.parent) != ["out"]
+        assert not left or found == new, f"operation {number}"  # what fails may be the deletion of the old folder
+        for path in folder.parent.glob(".out.*"):
+            shutil.rmtree(path)
+        if not reached:
+            break
+    assert contents(folder) == new and number > 12
+
+
+@pytest.mark.parametrize("swap", [True, False], ids=["swap", "no swap"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
+def test_a_failure_leaves_a_whole_folder(error: BaseException, swap: bool, earlier: Path, tmp_path: Path) -> None:
+    shutil.copytree(earlier, tmp_path / "old")
+    in_child(save_with_each_operation_failing, tmp_path, error, swap)
+
+
+def save_with_little_space(folder: Path, sizes: list[int]) -> None:
+    model, before = small_model(), contents(folder)
+    for size in sizes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        with pytest.raises(arp_hub.ArpHubError, match=r"cannot save in .*the earlier content is unchanged"):
+            arp_hub.save_pretrained(model, folder)
+        assert contents(folder) == before and names_in(folder.parent) == [folder.name]
+
+
+def test_a_file_that_is_cut_off_leaves_the_old_folder(earlier: Path, tmp_path: Path) -> None:
+    """The first size stops the config, the last the weights, and those between stop the card and the picture."""
+    folder = Path(shutil.copytree(earlier, tmp_path / "out"))
+    written = sorted(path.stat().st_size for path in folder.iterdir())
+    in_child(save_with_little_space, folder, [0, *(size - 1 for size in written)])
 
 
 def save_forever(folder: Path, first: int) -> None:
