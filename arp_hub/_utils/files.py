@@ -138,14 +138,22 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete temporary folders of killed processes. Call it only from the one process that writes ``folder``."""
+    """Delete temporary folders of killed processes. Call it only from the one process that writes ``folder``.
+
+    If a process was killed while it moved the old folder out of the way, the old folder is put back.
+    """
     folder = folder.resolve()
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}.????????.tmp"):
+    name = glob.escape(folder.name)
+    for old in folder.parent.glob(f".{name}.????????.old"):
+        if not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    for left in folder.parent.glob(f".{name}.????????.tmp"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def _put(new: Path, folder: Path) -> None:
-    """Move ``new`` to ``folder``. The old folder, if any, moves to ``new``."""
+    """Move ``new`` to ``folder``. The old folder, if any, is deleted or moves to ``new``."""
     if not folder.exists():
         new.rename(folder)
     elif not _exchange(new, folder):
@@ -156,7 +164,7 @@ def _put(new: Path, folder: Path) -> None:
         except BaseException:
             old.rename(folder)
             raise
-        old.rename(new)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import arp_hub
+from arp_hub._utils.files import remove_unfinished
 from arp_hub.hub.save import check_folder
 from arp_hub.layers.apply_plan import plan_of
 from arp_hub.layers.model import count_params
@@ -408,6 +409,30 @@ def test_a_file_that_is_cut_off_leaves_the_old_folder(earlier: Path, tmp_path: P
     folder = Path(shutil.copytree(earlier, tmp_path / "out"))
     written = sorted(path.stat().st_size for path in folder.iterdir())
     in_child(save_with_little_space, folder, [0, *(size - 1 for size in written)])
+
+
+def save_until_a_rename(folder: Path, number: int) -> None:
+    """End the process, as a kill does, before the n-th rename of a system without an exchange of folders."""
+    ctypes.CDLL = lambda *arguments, **options: None
+    model = timm.create_model("cifar_resnet20")
+    count = itertools.count(1)
+    sys.addaudithook(lambda event, _: os._exit(9) if event == "os.rename" and next(count) == number else None)
+    arp_hub.save_pretrained(model, folder)
+    os._exit(9)
+
+
+@pytest.mark.parametrize(("rename", "is_new"), [(1, False), (2, False), (3, True)])
+def test_what_a_kill_between_two_renames_leaves_is_put_back(
+    rename: int, is_new: bool, earlier: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(earlier, tmp_path / "out"))
+    old = contents(folder)
+    process = multiprocessing.get_context("fork").Process(target=save_until_a_rename, args=(folder, rename))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    remove_unfinished(folder)
+    assert names_in(tmp_path) == ["out"] and (contents(folder) != old) == is_new
 
 
 def save_forever(folder: Path, first: int) -> None:
