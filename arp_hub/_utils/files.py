@@ -41,12 +41,17 @@ def write_atomically(path: Path, data: str | bytes) -> None:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def read_text(path: Path, largest: int = 2**26) -> str:
+def read_text(path: Path, largest: int = 2**26, errors: str = "strict") -> str:
     """Read a text file (UTF-8) of at most ``largest`` bytes.
+
+    Args:
+        path: The file.
+        largest: Most bytes that it may have.
+        errors: What happens to bytes that are not UTF-8, as for ``open``.
 
     Raises:
         OSError: If it is missing, no regular file (a pipe would block), or too large.
-        UnicodeDecodeError: If it is not text.
+        UnicodeDecodeError: If it is not text, unless ``errors`` says otherwise.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path.name} is missing")
@@ -54,7 +59,7 @@ def read_text(path: Path, largest: int = 2**26) -> str:
         raise OSError(f"{path.name} is not a regular file")
     if (size := path.stat().st_size) > largest:
         raise OSError(f"{path.name} has {size:,} bytes, {largest:,} are allowed")
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8", errors=errors)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from timm.models._hub import download_from_hf
 from torch import Tensor, nn
 
 from .. import models  # noqa: F401  (registers our models with timm)
-from ..errors import ArpHubError
+from ..errors import ArpHubError, checked_path
 from ..layers.trace import InputSize
 from ..models._untrusted import (
     BAD_CONFIG,
@@ -172,7 +172,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         ArpHubError: If there is no such file, or it holds anything but tensors.
     """
-    path = Path(path)
+    path = checked_path(path, "checkpoint")
     if not path.is_file():
         raise ArpHubError(f"no checkpoint file at '{path}': give the path of a .safetensors or torch weights file")
     try:
@@ -208,8 +208,10 @@ def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_name(name: str) -> None:
     """Check a name first: timm raises a bare AssertionError, KeyError or RuntimeError for a bad one."""
+    if not isinstance(name, str):
+        raise ArpHubError(f"a model's name must be text, got {type(name).__name__} {name!r:.100}")
     if name.startswith("local-dir:"):
-        config = Path(name.removeprefix("local-dir:")) / "config.json"
+        config = checked_path(name.removeprefix("local-dir:"), "the model's folder") / "config.json"
         if not config.is_file():
             raise ArpHubError(f"no model at '{name}': the folder has no config.json (save_pretrained writes one)")
     elif not is_saved_model(name) and not timm.is_model(name):

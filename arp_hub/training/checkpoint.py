@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .._utils.files import atomic_path, read_text, replacing
+from .._utils.parse import read_json
 from ..errors import ArpHubError
 
 _logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     verify_checksums(path)
     try:
-        meta = json.loads(read_text(path / STATE))
+        meta = read_json(path / STATE)
         tensors = load_file(path / TENSORS)
         if meta["format_version"] > FORMAT_VERSION:
             raise ArpHubError(

@@ -65,6 +65,8 @@ def open_tables(
     Raises:
         ArpHubError: If the data or one of its columns cannot be found, or labels are of a wrong type.
     """
+    if not isinstance(source, str):
+        raise ArpHubError(f"data must be named by text, got {type(source).__name__} {source!r:.100}")
     if source == "digits":
         return _digits(form, auto_augment)
     splits, class_names = _open(source, columns)
