@@ -127,7 +127,7 @@ class _Loop:
         if start:
             _load_optimizer(optimizer, start.state["optimizer"], start.state.get("groups"))
             if self.ema:
-                self.ema.module.load_state_dict(start.state["ema"])
+                start.load_into(self.ema.module, "ema")
             if accelerator.scaler and start.state["scaler"]:
                 accelerator.scaler.load_state_dict(start.state["scaler"])
         self.raw_optimizer = optimizer

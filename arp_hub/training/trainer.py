@@ -28,7 +28,8 @@ from .._utils.environment import environment
 from .._utils.files import locked, remove_unfinished, write_atomically
 from ..decomposition import decompose, to_dense
 from ..errors import ArpHubError
-from ..hub.load import hub_dataset, is_saved_model, load_model, published_name, read_weights
+from ..hub.load import hub_dataset, is_saved_model, load_model, published_name
+from ..hub.load import load_checkpoint as load_weights
 from ..hub.push import check_push, push_to_hub
 from ..hub.save import METRICS, check_folder, save_pretrained
 from ..layers.apply_plan import apply_plan
@@ -342,12 +343,12 @@ def _dense_model(run: Run, model: nn.Module, start: Checkpoint | None) -> nn.Mod
     config, kept = run.config, run.config.run_folder / "dense.safetensors"
     model.to(run.accelerator.device)
     if start and start.phase != "dense":
-        model.load_state_dict(read_weights(kept))
+        load_weights(model, kept)
         return model.eval()
     if config.dense_epochs:
         _check_budget(run, model)
         if start:
-            model.load_state_dict(start.state["model"])
+            start.load_into(model, "model")
         average = train(run, Phase("dense", model, config.dense_epochs, config.dense_lr or config.lr), start)
         model = average or model
     model.eval()
@@ -367,7 +368,7 @@ def _low_rank_model(
     if start and start.phase == "finetune":
         plan = RankPlan.from_dict(start.plan)
         model = apply_plan(copy.deepcopy(dense), plan)
-        model.load_state_dict(start.state["model"])
+        start.load_into(model, "model")
     else:
         model, plan = _penalised_model(run, dense, guide, start if start and start.phase == "compress" else None)
     if config.finetune_epochs:
@@ -393,7 +394,7 @@ def _penalised_model(
     factors = None
     if start:
         plan = RankPlan.from_dict(start.plan)
-        model.load_state_dict(start.state["model"])
+        start.load_into(model, "model")
     else:
         images, show = _calibration(run), run.log.main and sys.stderr.isatty()
         plan = _same_everywhere(
@@ -413,7 +414,7 @@ def _penalised_model(
         model, plan, total_steps=run.total_steps(config.epochs), ramp=config.ramp, factors=factors
     )
     if start:
-        penalty.load_state_dict(start.state["penalty"])
+        start.load_into(penalty, "penalty")
     average = train(
         run, Phase("compress", model, config.epochs, config.lr, teacher, penalty, config.freeze_norms), start
     )
