@@ -18,6 +18,7 @@ from ..calibration.images import Images, batches, check_normalised, limited
 from ..effort import Effort
 from ..errors import ArpHubError
 from ..layers.apply_plan import made_for
+from ..layers.cfg_names import names_of
 from ..layers.low_rank import layer_shape
 from ..layers.model import check_model, low_rank_layers, other_parameters, refusals, weight_layers
 from ..layers.trace import InputSize, Trace, input_size_of, trace
@@ -180,4 +181,4 @@ def _first_convs(model: nn.Module) -> list[str]:
     config = getattr(model, "pretrained_cfg", None) or {}
     first = config.get("first_conv") if isinstance(config, Mapping) else getattr(config, "first_conv", None)
     known = dict(model.named_modules(remove_duplicate=False))
-    return [name for name in ([first] if isinstance(first, str) else first or []) if name in known]
+    return [name for name in names_of(first) if name in known]
