@@ -19,10 +19,12 @@ from timm.models._hub import download_from_hf
 from torch import Tensor, nn
 
 from .. import models  # noqa: F401  (registers our models with timm)
+from .._utils.parse import shown
 from ..errors import ArpHubError, checked_path
 from ..layers.trace import InputSize
 from ..models._untrusted import (
     BAD_CONFIG,
+    LIMITS,
     check_args,
     check_build,
     check_cfg,
@@ -71,6 +73,9 @@ def load_model(
         pretrained = checkpoint is None and (is_saved_model(name) or timm.models.is_model_pretrained(name))
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
+    classes = kwargs.get("num_classes", 0)
+    if isinstance(classes, bool) or not isinstance(classes, int) or not 0 <= classes <= LIMITS.classes:
+        raise ArpHubError(f"num_classes must be a whole number from 0 to {LIMITS.classes}, got {shown(classes)}")
     pretrained = pretrained and checkpoint is None
     remote = name.startswith(_PREFIXES[1:]) or (pretrained and not is_saved_model(name))
     with bounded_waits(), cache_if_offline() if remote else nullcontext() as offline:
@@ -182,6 +187,8 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         else:
             # weights_only loads tensors and plain containers; it refuses to unpickle any other object
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except ArpHubError:
+        raise
     except SafetensorError as error:
         raise ArpHubError(f"checkpoint '{path}' is not a whole safetensors file: {error}") from error
     except Exception as error:  # torch raises many kinds of errors for an unreadable file

@@ -103,10 +103,13 @@ def check_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> 
     """Check that `save_pretrained` may save in a folder, for use before long work.
 
     Raises:
-        ArpHubError: If it is a file, cannot be read, or contains the current directory; also, unless ``overwrite``, if
-            it holds files that `save_pretrained` did not write.
+        ArpHubError: If it is a file, lies below a file or in a read-only folder, or contains the current directory.
+            Unless ``overwrite``, also if it holds files that `save_pretrained` did not write.
     """
     folder = checked_path(folder, "folder")
+    above = next(place for place in folder.absolute().parents if place.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ArpHubError(f"cannot save in '{folder}': '{above}' is a file or read-only: choose another folder")
     if not folder.exists():
         return
     if not folder.is_dir():

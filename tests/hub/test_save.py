@@ -334,6 +334,57 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         arp_hub.save_pretrained(small_model(), tmp_path / "file" / "out")
 
 
+def nested(depth: int = 5_000) -> list[Any]:
+    found: list[Any] = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
+ODD: dict[str, dict[str, Any]] = {
+    **{f"metrics {key} {value!r}": {"metrics": {key: value}}
+       for key, values in {"top1": ("80", None, [1]), "dense": ("x", None, [1]), "history": (5, [1, 2], [{}, {}]),
+                           "plan": (5, {"dense": 5}, {"dense": [1]}), "latency": (5, [5]), "scores": (5,)}.items()
+       for value in values},
+    "spectra": {"metrics": {"spectra": 5, "dense": {"spectra": 5}}},
+    "spectra of text": {"metrics": {"spectra": {"a": "x"}, "dense": {"spectra": {"a": [1, 2]}}}},
+    "top-1 of the dense model": {"metrics": {"top1": 5.0, "dense": {"top1": "x"}}},
+    "nested metrics": {"metrics": {"a": nested()}},
+    "an endless number": {"metrics": {"top1": float("inf")}},
+    "a number of 5,001 digits": {"metrics": {"top1": 10**5_000}},
+    "a tensor": {"metrics": {"top1": torch.tensor(3.0)}},
+    "metrics in a list": {"metrics": [1, 2]},
+    "labels are a number": {"label_names": 5},
+    "labels by number": {"label_names": {k: f"class {k}" for k in range(10)}},
+    "labels are one text": {"label_names": "abcdefghij"},
+    "too few labels": {"label_names": ["a"]},
+    "labels are missing": {"label_names": [None] * 10},
+    "nested labels": {"label_names": [nested()] * 10},
+    "arguments in a list": {"model_args": [1]},
+    "nested arguments": {"model_args": {"x": nested()}},
+    "an argument of loading": {"model_args": {"pretrained_strict": False}},
+    "a tensor as an argument": {"model_args": {"x": torch.ones(2)}},
+    "a backbone of numbers": {"backbone": 5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_metrics_labels_and_arguments_are_refused(case: str, earlier: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(earlier, tmp_path / "out"))
+    before = contents(folder)
+    with pytest.raises(arp_hub.ArpHubError) as raised:
+        arp_hub.save_pretrained(small_model(), folder, **ODD[case])
+    assert len(str(raised.value)) < 500
+    assert contents(folder) == before and names_in(tmp_path) == ["out"]
+
+
+def test_half_a_surrogate_is_spelled_out(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    arp_hub.save_pretrained(small_model(), folder, metrics={"data": "\ud800", "top1": 5.0}, label_names=["\ud800"] * 10)
+    assert "\\ud800" in (folder / "README.md").read_text(encoding="utf-8")
+    assert load(folder).num_classes == 10
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
