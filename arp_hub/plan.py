@@ -155,7 +155,10 @@ class RankPlan:
             text = read_text(path, 2**24)
         except (OSError, ValueError) as error:
             raise ArpHubError(f"cannot read the plan '{path}': {error}") from error
-        return cls.from_json(text)
+        try:
+            return cls.from_json(text)
+        except ArpHubError as error:
+            raise ArpHubError(f"cannot read the plan '{path}': {error}") from error
 
     @classmethod
     def from_json(cls, text: str) -> RankPlan:

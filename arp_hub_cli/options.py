@@ -24,7 +24,9 @@ Pretrained = Annotated[
         show_default=False,
     ),
 ]
-NumClasses = Annotated[int | None, typer.Option(help="Classes of --checkpoint, where they are not the model's own.")]
+NumClasses = Annotated[
+    int | None, typer.Option(help="Classes of --checkpoint, where they are not the model's own.", min=0, max=2**20)
+]
 ModelKwargs = Annotated[
     list[str] | None,
     typer.Option(
@@ -66,6 +68,7 @@ Calibration = Annotated[
     typer.Option(
         "--calibration-images",
         help="Training images of --data to calibrate on, without labels; by default 1,024 small or 256 large ones.",
+        min=1,
     ),
 ]
 Copies = Annotated[
@@ -73,16 +76,17 @@ Copies = Annotated[
     typer.Option(
         "--calibration-copies",
         help="Augmented copies added for each calibration image; by default 1 for small images, 0 for large ones.",
+        min=0,
     ),
 ]
 Effort = Annotated[
     str, typer.Option(help=f"CPU time of plan and fit against accuracy: {', '.join(EFFORTS)}.", metavar="PRESET")
 ]
-Workers = Annotated[int, typer.Option(help="Processes that decode large images.")]
+Workers = Annotated[int, typer.Option(help="Processes that decode large images.", min=0)]
 Device = Annotated[
     str | None,
     typer.Option(help="cpu, cuda, ...; by default cuda if available. For plans also meta: by shape alone."),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.", min=0, max=2**32 - 1)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace --output, whatever it holds.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else.")]

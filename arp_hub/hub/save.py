@@ -110,6 +110,10 @@ def check_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> 
     above = next(place for place in folder.absolute().parents if place.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ArpHubError(f"cannot save in '{folder}': '{above}' is a file or read-only: choose another folder")
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise ArpHubError(f"'{folder}' is not UTF-8, and safetensors reads no such path: choose another") from error
     if not folder.exists():
         return
     if not folder.is_dir():

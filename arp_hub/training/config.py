@@ -144,7 +144,7 @@ class TrainConfig:
     overwrite: bool = _setting("run", False, "replace a finished model and start a new run")
     push_to_hub: str = _setting("run", "", "USER/NAME to publish the finished model as; checked before training")
     hub_private: bool = _setting("run", False, "make a new repository on the Hub private")
-    seed: int = _setting("run", 0, "seed of everything", low=0)
+    seed: int = _setting("run", 0, "seed of everything", low=0, high=2**32 - 1)
     checkpoint_every: int = _setting("run", 0, "steps between checkpoints; 0: one an epoch", low=0)
     keep_checkpoints: int = _setting("run", 2, "checkpoints to keep", low=1)
     log_every: int = _setting("run", 50, "steps between entries of the tracker", low=1)

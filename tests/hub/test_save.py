@@ -369,7 +369,10 @@ ODD: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", ODD)
-def test_odd_metrics_labels_and_arguments_are_refused(case: str, earlier: Path, tmp_path: Path) -> None:
+def test_odd_metrics_labels_and_arguments_are_refused(
+    case: str, earlier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ARP_HUB_PICTURES", "1")
     folder = Path(shutil.copytree(earlier, tmp_path / "out"))
     before = contents(folder)
     with pytest.raises(arp_hub.ArpHubError) as raised:
@@ -379,7 +382,9 @@ def test_odd_metrics_labels_and_arguments_are_refused(case: str, earlier: Path, 
 
 
 def test_half_a_surrogate_is_spelled_out(tmp_path: Path) -> None:
-    folder = tmp_path / os.fsdecode(b"\xff")
+    folder = tmp_path / "out"
+    with pytest.raises(arp_hub.ArpHubError, match="not UTF-8"):
+        arp_hub.save_pretrained(small_model(), tmp_path / os.fsdecode(b"\xff"))
     arp_hub.save_pretrained(small_model(), folder, metrics={"data": "\ud800", "top1": 5.0}, label_names=["\ud800"] * 10)
     assert "\\ud800" in (folder / "README.md").read_text(encoding="utf-8")
     assert load(folder).num_classes == 10
