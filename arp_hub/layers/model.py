@@ -60,6 +60,7 @@ def check_model(model: object, *, mergeable: bool = False) -> None:
             raise ArpHubError(f"layer '{name}' cannot be merged: {reason}")
 
 
+@torch.no_grad()
 def check_weights(model: nn.Module, *, trainable: bool = True) -> None:
     """Check that the weights of a model are finite. Buffers may hold infinity, as attention masks do.
 
