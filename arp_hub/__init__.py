@@ -9,6 +9,7 @@ from .hub.save import save_pretrained
 from .penalty import AdaptiveRankPenalty
 from .plan import LayerPlan, RankPlan
 from .planning.make_plan import make_plan
+from .refinement import Refinement, refine
 from .reports.benchmark import benchmark
 from .timing import Workload
 
@@ -17,6 +18,7 @@ __all__ = [
     "ArpHubError",
     "LayerPlan",
     "RankPlan",
+    "Refinement",
     "Workload",
     "benchmark",
     "decompose",
@@ -24,6 +26,7 @@ __all__ = [
     "make_plan",
     "models",
     "push_to_hub",
+    "refine",
     "save_pretrained",
     "to_dense",
 ]

@@ -16,10 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from ._utils.progress import counted, stage
 from ._utils.torch_utils import ambient_modes_off, evaluating
 from .calibration.batchnorm import following_norms, norms_with_statistics, renormalise
+from .calibration.gradients import gradient_moments
 from .calibration.images import LEAST_PIXELS, Images, batches, check_normalised, check_outputs, limited
 from .calibration.layer_problem import LayerProblem, can_shift
 from .calibration.moments import LARGE, SAMPLES, Moments
-from .calibration.output_metric import gradient_moments
 from .calibration.passes import paired_moments
 from .calibration.resumption import ResumedPasses
 from .effort import Effort

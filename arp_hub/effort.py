@@ -20,13 +20,7 @@ class Effort:
             sampling error of second moments, and every pass costs in proportion.
         moment_macs: MACs of the forward pass that planning takes second moments in. It bounds the images of that pass:
             error curves need fewer images than a fit.
-        gradient_macs: MACs of the forward and backward passes that take second moments of gradients. It bounds the
-            images of these passes.
-        sensitivity_images: Images that sensitivities and trials of plans are measured on at most. Few images suffice,
-            because sensitivities of layers differ a hundredfold.
-        sensitivity_macs: MACs of all these measurements together; with large models it lowers the number of images.
-        exponents: Exponents of the sensitivity that are tried; each gives one plan, and each trial costs one fit of
-            all layers. 0 would ignore sensitivities, 1 trusts that errors of layers add up.
+        gradient_macs: MACs of each pass that takes gradients, forward and backward. It bounds the images of the pass.
         schemes_measured: Schemes of a layer whose error curves are measured on images. They are the best ones by the
             error of the weight, which costs little.
         curve_shares: Shares of a layer's parameters at which the error of an iterative scheme is measured. Between
@@ -51,9 +45,6 @@ class Effort:
     images: int = 0
     moment_macs: float = 3e11
     gradient_macs: float = 1e12
-    sensitivity_images: int = 64
-    sensitivity_macs: float = 2e12
-    exponents: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25)
     schemes_measured: int = 2
     curve_shares: tuple[float, ...] = (0.08, 0.18, 0.35, 0.6)
     curve_iterations: int = 25
@@ -70,7 +61,7 @@ class Effort:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             numbers = value if isinstance(value, tuple) else (value,)
-            least = 0 if field.name in ("images", "exponents") else 1e-9
+            least = 0 if field.name == "images" else 1e-9
             if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and n >= least for n in numbers):
                 raise ArpHubError(f"effort: {field.name} must be a number above {least:g}, got {value!r}")
 
@@ -94,8 +85,6 @@ EFFORTS: dict[str, Effort] = {
     "fast": Effort(
         images=128,
         gradient_macs=3e11,
-        sensitivity_images=16,
-        exponents=(1.0,),
         schemes_measured=1,
         curve_shares=(0.2, 0.5),
         curve_iterations=15,
@@ -110,8 +99,6 @@ EFFORTS: dict[str, Effort] = {
     "thorough": Effort(
         moment_macs=2e12,
         gradient_macs=5e12,
-        sensitivity_images=128,
-        sensitivity_macs=1e13,
         schemes_measured=4,
         curve_iterations=60,
         curve_macs=1e10,

@@ -1,1 +1,1 @@
-"""The command ``arp-hub``, outside of `arp_hub` because importing that imports torch, which help does without."""
+"""The command ``arp-hub``, outside `arp_hub`, because that imports torch, which help does not need."""

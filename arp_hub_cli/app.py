@@ -1,6 +1,6 @@
 """The command ``arp-hub``: plan, compress, evaluate, bench, inspect, push, report, doctor.
 
-Commands import what they need when they run, so that help takes no time.
+Each command imports its modules when it runs, so that help is printed quickly.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Shrink vision models by low-rank decomposition. "
-    "Exit codes: 0 fine; 1 doctor found a problem; 2 bad input, with one line on stderr that says what to do; "
+    "Exit codes: 0 success; 1 doctor found a problem; 2 bad input, with one line on stderr that says what to do; "
     "130 interrupted.",
 )
 
@@ -173,10 +173,10 @@ def compress(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Plan and decompose with no training, and save the result.
+    """Plan and decompose a model without training, and save the result.
 
-    Without --data on the weights alone. With --data each layer is fitted to its output on calibration images, and where
-    there are labels, top-1 and top-5 are measured on the test split before and after.
+    With --data, each layer is fitted to its output on calibration images; without it, only to its weights. If the data
+    has labels, top-1 and top-5 are measured on the test split before and after.
 
     Example: arp-hub compress --model resnet50 --data path/to/images --keep-params 0.5 --output out
     """
@@ -249,7 +249,7 @@ def compress(
 def evaluate_command(
     model: Model,
     data: Annotated[str, typer.Option(help=DATA_HELP)],
-    split: Annotated[str, typer.Option(help="Which images: test, train, or a split of the data's own.")] = "test",
+    split: Annotated[str, typer.Option(help="Split to measure on: test, train, or any other of the data.")] = "test",
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = None,
     num_classes: NumClasses = None,
@@ -257,7 +257,7 @@ def evaluate_command(
     image_key: ImageKey = None,
     label_key: LabelKey = None,
     input_size: InputSize = None,
-    batch_size: Annotated[int, typer.Option(help="Images a forward pass.", min=1)] = 256,
+    batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 256,
     max_images: Annotated[int | None, typer.Option(help=f"Measure on {MAX_IMAGES_HELP}", min=1)] = None,
     workers: Workers = 0,
     device: Device = None,
@@ -294,19 +294,21 @@ def bench(
     pretrained: Pretrained = None,
     num_classes: NumClasses = None,
     model_kwargs: ModelKwargs = None,
-    batch_size: Annotated[str, typer.Option(help="Images a forward pass; several with commas.")] = "1,32",
+    batch_size: Annotated[
+        str, typer.Option(help="Images per forward pass; several values separated by commas.")
+    ] = "1,32",
     dtype: Dtype = "float32",
     channels_last: ChannelsLast = False,
-    compiled: Annotated[bool, typer.Option("--compile", help="Time through torch.compile.")] = False,
-    seconds: Annotated[float, typer.Option(help="How long to measure each batch size.")] = 10.0,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile both models with torch.compile first.")] = False,
+    seconds: Annotated[float, typer.Option(help="Seconds to measure each batch size.")] = 10.0,
     input_size: InputSize = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time a model against its own dense form: warmed up, in turns, medians with quartiles.
+    """Measure the latency of a compressed model and of its dense form, in turns: medians with quartiles.
 
-    A ratio below 1 is faster than dense. On one thread times are the process's own, so that other processes do not
-    count; set the number of threads with OMP_NUM_THREADS.
+    A ratio below 1 is faster than dense. With OMP_NUM_THREADS=1, times are CPU seconds, which other processes hardly
+    affect.
 
     Example: arp-hub bench --model local-dir:out --batch-size 1,32 --json
     """
@@ -338,7 +340,7 @@ def inspect(
     pretrained: Pretrained = None,
     num_classes: NumClasses = None,
     model_kwargs: ModelKwargs = None,
-    plan: Annotated[Path | None, typer.Option(help="A plan: shows how far each layer is from it.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan, to show the violation of each layer.")] = None,
     data: Data = None,
     image_key: ImageKey = None,
     calibration: Calibration = 64,
@@ -352,8 +354,8 @@ def inspect(
     """Show singular-value spectra, ranks and violations, layer by layer.
 
     Columns: full rank; the ranks that keep 90 and 99 % of the energy; the stable rank; scheme and rank of a decomposed
-    layer or of --plan; and the relative squared distance from that plan. All for the fold of scheme 'channel'. With
-    --data the spectrum is the one of the layer's output, on calibration images.
+    layer or of --plan; and the violation, the relative squared distance to that plan. Ranks are those of scheme
+    'channel'. With --data, spectra are those of the layers' outputs on calibration images.
 
     Example: arp-hub inspect --model resnet50 --plot spectra.png
     """
@@ -398,15 +400,23 @@ def inspect(
 @app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder with a saved model.", show_default=False)],
-    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="Where to; it is made if there is none.")],
-    token: Annotated[str | None, typer.Option(help="By default HF_TOKEN or the one of `hf auth login`.")] = None,
+    repo_id: Annotated[
+        str, typer.Argument(metavar="USER/NAME", help="Repository on the Hub; created if it does not exist.")
+    ],
+    token: Annotated[
+        str | None, typer.Option(help="Token for the Hub; by default HF_TOKEN, or that of `hf auth login`.")
+    ] = None,
     private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to write to; by default main.")] = None,
     tag: Annotated[str | None, typer.Option(help="Tag for this version, such as v1.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead of writing to the branch.")
+    ] = False,
     message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
-    dense_revision: Annotated[str, typer.Option(help="Branch for the merged model, plain timm.")] = "dense",
-    no_dense: Annotated[bool, typer.Option("--no-dense", help="No such branch.")] = False,
+    dense_revision: Annotated[
+        str, typer.Option(help="Branch for the dense model with merged weights, which plain timm loads.")
+    ] = "dense",
+    no_dense: Annotated[bool, typer.Option("--no-dense", help="Do not push that branch.")] = False,
     base_model: Annotated[str | None, typer.Option(help="For the card: the dense model on the Hub.")] = None,
     dataset: Annotated[str | None, typer.Option(help="For the card: the data set on the Hub.")] = None,
     license: Annotated[str | None, typer.Option(help="For the card; by default the backbone's.")] = None,
@@ -415,9 +425,9 @@ def push(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Publish a saved model with its card: whole or not at all.
+    """Publish a saved model with its card, in one commit on each branch.
 
-    One commit on each branch. What you write between the owner's marks of the card is kept by the next push.
+    The next push keeps what you write between the owner's marks of the card.
 
     Example: arp-hub push out me/resnet50-arp --tag v1
     """
@@ -451,12 +461,12 @@ def push(
 
 @app.command("report")
 def report_command(
-    folder: Annotated[Path, typer.Argument(help="Folder of a run, finished or under way: OUTPUT-run.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a finished or unfinished run: OUTPUT-run.")],
     as_json: AsJson = False,
 ) -> None:
     """Write report.html into a run's folder: curves, violations, ranks, spectra, accuracy and size.
 
-    A finished run has one already; this is for looking at one under way.
+    A finished run already has one. Use this command to follow an unfinished run.
 
     Example: arp-hub report runs/quickstart-run
     """
@@ -471,9 +481,9 @@ def report_command(
 
 @app.command("doctor")
 def doctor_command(as_json: AsJson = False) -> None:
-    """Print versions, devices, and whether the Hub can be reached and who is logged in; then what is wrong.
+    """Check the installation: versions, devices, access to the Hub and login, disk space.
 
-    Exit code 1 if anything is.
+    Every problem is printed with its solution. The exit code is 1 if there is one.
 
     Example: arp-hub doctor
     """
@@ -492,7 +502,7 @@ def doctor_command(as_json: AsJson = False) -> None:
 
 
 def _latency(folder: Path) -> list[dict[str, Any]]:
-    """Latency of a saved model against its dense form, on the device at hand."""
+    """Latency of a saved model and of its dense form on this machine."""
     from arp_hub._utils.environment import environment
     from arp_hub.reports.benchmark import benchmark
     from arp_hub.timing import Workload
@@ -506,7 +516,7 @@ def _latency(folder: Path) -> list[dict[str, Any]]:
 
 
 def _figures(model: nn.Module, test: Split | None, max_images: int | None, workers: int) -> dict[str, Any]:
-    """Size, and accuracy where it can be measured."""
+    """Size, and accuracy if there are test images."""
     from arp_hub._utils.progress import stage
     from arp_hub.layers.model import count_params
     from arp_hub.layers.trace import count_macs
@@ -520,7 +530,7 @@ def _figures(model: nn.Module, test: Split | None, max_images: int | None, worke
 
 
 def _test_split(model: nn.Module, data: ImageData | None) -> Split | None:
-    """The test images, if they have labels of the classes that the model has."""
+    """The test images, if they have labels that fit the classes of the model."""
     from arp_hub.training.evaluate import why_not_measured
 
     if data is None or data.test.labels is None:

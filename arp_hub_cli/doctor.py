@@ -1,4 +1,4 @@
-"""What this machine has, and what of it stands in the way: versions, devices, the Hub."""
+"""Examine this machine for problems: versions, devices, access to the Hub, disk space, threads."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from arp_hub._utils.environment import environment
 _TIMEOUT = 5.0
 """Seconds to wait for the Hub."""
 _LOW_DISK = 5 * 2**30
+"""Bytes of free space below which a disk is a problem: two checkpoints of a ViT-L with momentum take as much."""
 
 
 def examine(endpoint: str | None = None) -> dict[str, Any]:
-    """Look at everything that a run depends on.
+    """Examine everything that a run depends on.
 
     Args:
         endpoint: Address of the Hub; by default the one that huggingface_hub uses (``HF_ENDPOINT``).
 
     Returns:
-        ``versions``, ``hardware``, ``devices``, ``hub`` and ``extras``; and ``problems``, one line each, none where all
-        is well.
+        ``versions``, ``hardware``, ``devices``, ``hub`` and ``extras``; and ``problems``, one line each.
 
     Example:
         >>> sorted(examine())  # doctest: +SKIP
@@ -52,7 +52,7 @@ def examine(endpoint: str | None = None) -> dict[str, Any]:
 
 
 def _requirements() -> tuple[list[str], dict[str, bool]]:
-    """Requirements that are not met, and for every extra whether it is installed."""
+    """Problems with requirements, and whether each extra is installed."""
     problems: list[str] = []
     extras: dict[str, bool] = {}
     try:
@@ -71,14 +71,14 @@ def _requirements() -> tuple[list[str], dict[str, bool]]:
             extras[extra] = extras.get(extra, True) and met
         elif not met:
             problems.append(
-                f"{needed.name} is {found or 'missing'}, needed is {needed.name}{needed.specifier}: "
+                f"{needed.name} is {found or 'missing'}, but {needed.name}{needed.specifier} is required: "
                 f'pip install --upgrade "{needed.name}{needed.specifier}"'
             )
     return problems, extras
 
 
 def _devices() -> list[str]:
-    """What models can run on, the best last."""
+    """Devices that models can run on, the fastest last."""
     found = ["cpu"]
     if torch.backends.mps.is_available():
         found.append("mps")
@@ -89,7 +89,7 @@ def _devices() -> list[str]:
 
 
 def _hub(endpoint: str) -> tuple[dict[str, Any], list[str]]:
-    """Whether the Hub can be reached, and who is logged in. The token itself goes nowhere but to the Hub."""
+    """Whether the Hub can be reached, and who is logged in. The token is sent to the Hub only."""
     token = huggingface_hub.get_token()
     state: dict[str, Any] = {"endpoint": endpoint, "reachable": None, "user": None, "token": token is not None}
     if huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -116,7 +116,7 @@ def _hub(endpoint: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _disk() -> Iterator[str]:
-    """Places that are written to: the cache of the Hub and the current directory."""
+    """Problems with the two folders that arp_hub writes to: the cache of the Hub and the current directory."""
     for what, place in (("the cache", Path(huggingface_hub.constants.HF_HOME)), ("the current directory", Path.cwd())):
         there = next(path for path in (place, *place.parents) if path.exists())
         if not os.access(there, os.W_OK):
@@ -132,7 +132,7 @@ def _threads() -> Iterator[str]:
 
 
 def table(found: Mapping[str, Any]) -> Table:
-    """What `examine` found, for people; the problems are not in it."""
+    """A table of what `examine` found, without the problems."""
     hub, hardware = found["hub"], found["hardware"]
     reach = {True: "reachable", False: "not reachable", None: "switched off"}[hub["reachable"]]
     user = f"logged in as {hub['user']}" if hub["user"] else "a token is stored" if hub["token"] else "not logged in"

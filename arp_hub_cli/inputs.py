@@ -1,4 +1,4 @@
-"""How options become the arguments of a plan, a model and its data."""
+"""Turn command-line options into a model, its data and the arguments of a plan."""
 
 from __future__ import annotations
 
@@ -45,9 +45,11 @@ def plan_options(
             "give exactly one of --keep-params, --keep-macs and --keep-latency (or, to compress, a --plan)"
         )
     if keep_latency is None and workload != Workload():
-        raise ArpHubError("--batch-size, --dtype and --channels-last say what --keep-latency is for: give it, too")
+        raise ArpHubError(
+            "--batch-size, --dtype and --channels-last apply to --keep-latency only: give it too, or leave them out"
+        )
     if plan is not None and (schemes is not None or exclude is not None or rank_multiple != 1):
-        raise ArpHubError("--schemes, --exclude and --rank-multiple are for making a plan, not for a given --plan")
+        raise ArpHubError("--schemes, --exclude and --rank-multiple cannot change a given --plan: leave them out")
     for name, share in budget.items():
         if not 0 < share < 1:
             raise ArpHubError(
@@ -78,11 +80,11 @@ def batch_sizes(text: str) -> list[int]:
     try:
         return [int(part) for part in _list(text) or ()] or [1]
     except ValueError:
-        raise ArpHubError(f"--batch-size takes whole numbers with commas, such as 1,32, got '{text}'") from None
+        raise ArpHubError(f"--batch-size takes whole numbers separated by commas, such as 1,32, got '{text}'") from None
 
 
 def timed_workload(batch_size: int, dtype: str, channels_last: bool) -> Workload:
-    """The forward pass that is timed, refused in the words of the options."""
+    """The forward pass to time, checked with messages that name the options."""
     if batch_size < 1:
         raise ArpHubError(f"--batch-size must be at least 1, got {batch_size}")
     if dtype not in DTYPES:
@@ -93,11 +95,11 @@ def timed_workload(batch_size: int, dtype: str, channels_last: bool) -> Workload
 def check_effort(name: str) -> None:
     """Refuse an unknown preset before any work."""
     if name not in EFFORTS:
-        raise ArpHubError(f"unknown --effort '{name}': choose {', '.join(EFFORTS)}")
+        raise ArpHubError(f"unknown --effort '{name}': choose one of {', '.join(EFFORTS)}")
 
 
 def check_plan_file(path: Path, overwrite: bool) -> None:
-    """Refuse to write a plan over a file that is none."""
+    """Refuse to overwrite a file that is not a plan."""
     if not path.parent.is_dir():
         raise ArpHubError(f"cannot write '{path}': there is no folder '{path.parent}'")
     if path.is_dir():
@@ -106,7 +108,9 @@ def check_plan_file(path: Path, overwrite: bool) -> None:
         try:
             RankPlan.load(path)
         except ArpHubError:
-            raise ArpHubError(f"'{path}' exists and holds no plan: name another --output, or add --overwrite") from None
+            raise ArpHubError(
+                f"'{path}' exists and is not a plan: choose another --output, or add --overwrite"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -116,11 +120,11 @@ class ModelChoice:
     Attributes:
         name: As `load_model` takes it.
         checkpoint: A weights file.
-        pretrained: Whether to load the weights that belong to the name; None loads them where there are any.
+        pretrained: Whether to load pretrained weights; None loads them if the model has any.
         num_classes: Classes of a new classifier.
         model_kwargs: Arguments of the model as words ``NAME=VALUE``.
-        input_size: Channels, height and width, where they are not the model's own.
-        device: Name of a device; by default the GPU where there is one.
+        input_size: Channels, height and width, if they differ from the model's.
+        device: Name of a device; by default the GPU if there is one.
         seed: Seed of random weights.
     """
 
@@ -134,7 +138,7 @@ class ModelChoice:
     seed: int = 0
 
     def arguments(self) -> dict[str, Any]:
-        """The model's arguments, checked as far as its name allows.
+        """The model's arguments, checked before the model is built.
 
         Raises:
             ArpHubError: If an argument is malformed, or options contradict each other.
@@ -155,7 +159,7 @@ class ModelChoice:
         return found
 
     def take_input_size(self, model: nn.Module) -> None:
-        """Let the model's data have the size of ``--input-size``.
+        """Set the input size of the model to ``--input-size``.
 
         Raises:
             ArpHubError: If the model does not take images of this size.
@@ -186,14 +190,14 @@ def _words(numbers: Sequence[int]) -> str:
 
 
 def open_model(choice: ModelChoice, meta: bool = False) -> tuple[nn.Module, bool]:
-    """The model on its device, and whether its weights are random; the seed decides those.
+    """The model on its device, and whether its weights are random.
 
     Args:
         choice: The options that name it.
-        meta: Whether the command works on shapes alone.
+        meta: Whether the command can work on shapes only.
 
     Raises:
-        ArpHubError: If there is no such model or device, the options contradict each other, or the weights do not load.
+        ArpHubError: If the model or device does not exist, options contradict each other, or weights do not load.
     """
     place, name, checkpoint, pretrained = _device(choice.device), choice.name, choice.checkpoint, choice.pretrained
     if place.type == "meta" and not meta:
@@ -208,7 +212,7 @@ def open_model(choice: ModelChoice, meta: bool = False) -> tuple[nn.Module, bool
         raise ArpHubError(f"--pretrained: timm has no weights for '{name}': give --checkpoint, or --no-pretrained")
     arguments = choice.arguments()
     torch.manual_seed(choice.seed)
-    if place.type == "meta":  # the structure alone, which takes no memory
+    if place.type == "meta":  # only the structure, which takes no memory
         with place:
             network = load_model(name, pretrained=False, **arguments)
         choice.take_input_size(network)
@@ -240,7 +244,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def open_data(source: str | None, model: nn.Module, image_key: str | None, label_key: str | None) -> ImageData | None:
-    """The data, labelled or not; None if none was named."""
+    """The data, with or without labels; None without ``--data``."""
     return None if source is None else _load(source, model, image_key, label_key, False)
 
 

@@ -1,4 +1,4 @@
-"""The options of ``arp-hub``. Nothing heavy is imported: help is printed at once."""
+"""The options of ``arp-hub``. This module imports no heavy package, so that help is printed quickly."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ Pretrained = Annotated[
     bool | None,
     typer.Option(
         "--pretrained/--no-pretrained",
-        help="Load the model's own weights, or start from random ones. By default they are loaded where there are any.",
+        help="Load pretrained weights, or start from random ones. By default, load them if the model has any.",
         show_default=False,
     ),
 ]
 NumClasses = Annotated[
-    int | None, typer.Option(help="Classes of --checkpoint, where they are not the model's own.", min=0, max=2**20)
+    int | None,
+    typer.Option(help="Number of classes of --checkpoint, if it differs from the model's.", min=0, max=2**20),
 ]
 ModelKwargs = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME=VALUE ...",
-        help="Arguments of the model, as timm's scripts take them: img_size=112 pad_type=same. Saved with the model.",
+        help="Arguments of the model, such as img_size=112 pad_type=same. Saved with the model.",
         show_default=False,
     ),
 ]
@@ -40,7 +41,7 @@ InputSize = Annotated[
     typer.Option(metavar="C H W", help="Input size; by default the model's own.", show_default=False),
 ]
 DATA_HELP = "digits, a folder of class folders or of parquet files, or a Hub dataset: USER/NAME or USER/NAME:CONFIG."
-MAX_IMAGES_HELP = "this many images of the split, chosen at random, the same at every call."
+MAX_IMAGES_HELP = "this many images of the split, chosen at random but equal at every call."
 Data = Annotated[str | None, typer.Option(help=DATA_HELP)]
 ImageKey = Annotated[str | None, typer.Option(help="Image column; by default the one of type Image.")]
 LabelKey = Annotated[
@@ -60,7 +61,7 @@ RankMultiple = Annotated[int, typer.Option(help="Ranks are multiples of this, to
 Exclude = Annotated[
     str | None,
     typer.Option(
-        help="Layers that stay dense, with commas: names or patterns (layer1.*). By default the first convolution."
+        help="Layers that stay dense: names or patterns (layer1.*), with commas. By default the first convolution."
     ),
 ]
 Calibration = Annotated[
@@ -80,13 +81,18 @@ Copies = Annotated[
     ),
 ]
 Effort = Annotated[
-    str, typer.Option(help=f"CPU time of plan and fit against accuracy: {', '.join(EFFORTS)}.", metavar="PRESET")
+    str,
+    typer.Option(
+        help=f"Preset that trades CPU time of plan and fit for accuracy: {', '.join(EFFORTS)}.", metavar="PRESET"
+    ),
 ]
 Workers = Annotated[int, typer.Option(help="Processes that decode large images.", min=0)]
 Device = Annotated[
     str | None,
-    typer.Option(help="cpu, cuda, ...; by default cuda if available. For plans also meta: by shape alone."),
+    typer.Option(
+        help="cpu, cuda, ...; by default cuda if available. `plan` also takes meta, and then uses shapes only."
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.", min=0, max=2**32 - 1)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace --output, whatever it holds.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace --output, even if it holds other files.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else.")]

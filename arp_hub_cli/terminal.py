@@ -1,4 +1,4 @@
-"""How ``arp-hub`` talks: tables and JSON on stdout; progress, notes and errors on stderr."""
+"""Output of ``arp-hub``: tables and JSON on stdout; progress, notes and errors on stderr."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rich.console import Console, RenderableType
 from typer.core import TyperGroup
 
 _UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
-"""What typer raises for a wrong option: it has no public name of its own."""
+"""The exception that typer raises for a wrong option. It has no public name."""
 MANY_WORDS = "--model-kwargs"
-"""The option that takes all words ``NAME=VALUE`` behind it."""
+"""The option that takes all words ``NAME=VALUE`` after it."""
 _PIPE_WIDTH = 140
-"""Width of a table that goes into a file or a pipe."""
+"""Characters in a line of a table that is written to a file or a pipe."""
 
 
 class Group(TyperGroup):
@@ -47,7 +47,7 @@ class Group(TyperGroup):
 
 
 def repeated(option: str, words: Sequence[str]) -> list[str]:
-    """The words of a command line with an option before each of its values, because typer takes one value at a time.
+    """Repeat an option before each of its values, because typer takes one value at a time.
 
     Example:
         >>> repeated("--x", ["--x", "a=1", "b=2", "--y", "c=3"])
@@ -66,16 +66,16 @@ def repeated(option: str, words: Sequence[str]) -> list[str]:
 
 
 def _for_people(error: Exception) -> str | None:
-    """One line for an error that the user can mend, None for any other."""
+    """One line for an error that the user can correct; None for any other error."""
     if isinstance(error, _UsageError):
         return " ".join(error.format_message().split())  # type: ignore[attr-defined] # typer's base class has it
-    from arp_hub.errors import ArpHubError  # here, because `arp_hub` imports torch, which help does without
+    from arp_hub.errors import ArpHubError  # here, because `arp_hub` imports torch, which help does not need
 
     return " ".join(str(error).split()) if isinstance(error, ArpHubError) else None
 
 
 def interactive() -> bool:
-    """Whether somebody watches stderr, so that a progress bar makes sense."""
+    """Whether stderr is a terminal, so that a progress bar can be shown."""
     return sys.stderr.isatty()
 
 
@@ -92,7 +92,7 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 
 def note(text: str) -> None:
-    """One line to stderr, its control characters spelled out."""
+    """One line to stderr, with control characters escaped."""
     if not text.isprintable():
         from arp_hub.reports.tables import printable  # here, because `arp_hub` imports torch
 

@@ -1,8 +1,8 @@
-"""Benchmarks, in the order of the package: a folder measures the part of ``arp_hub`` whose name it has.
+"""Benchmarks. Each folder is named after the package of ``arp_hub`` that it measures.
 
-At the top are `accuracy`, `peers`, `effort` and `fuzz`, which measure the whole, and `rows`, which all share. The
-benchmark NAME writes ``results/NAME.json``; ``models/`` keeps the models of the accuracy table. Run a benchmark from
-the root of the clone:
+`accuracy`, `peers`, `effort` and `fuzz` measure the whole library, and `rows` holds what they share. Benchmark NAME
+writes ``results/NAME.json``. ``models/`` holds the models of the accuracy table. Run a benchmark from the root of the
+clone:
 
     python -m benchmarks.planning.latency list
 """

@@ -6,8 +6,8 @@
     python -m benchmarks.accuracy table
 
 `--shared` is a folder with `weights/` (trained checkpoints) and `data/` (CIFAR-10 and a sample of ImageNet, as
-parquet). `run` writes results/accuracy.json, one entry a row, and skips rows that it holds unless `--again` is given.
-With `--cuda-graphs`, rows that train record their passes on a GPU. The rows in `KEPT` store their finished models in
+parquet). `run` writes one entry for each row to results/accuracy.json, and skips rows with an entry unless `--again` is
+given. With `--cuda-graphs`, training on a GPU uses CUDA graphs. The finished models of the rows in `KEPT` are stored in
 models/. `table` writes docs/results.md, its figure, the table of the README, and the cards of models/.
 """
 
@@ -37,7 +37,7 @@ from arp_hub.plan import LayerPlan, RankPlan
 from arp_hub.schemes import make_scheme
 from arp_hub.training import Split, TrainConfig, calibration_images, evaluate, load_data
 from arp_hub.training import run as train
-from benchmarks.rows import HERE, chosen, load_results, print_rows, results_file, row_parser, write_result
+from benchmarks.rows import HERE, load_results, results_file, row_command, row_parser
 
 RESULTS, MODELS = results_file("accuracy"), HERE / "models"
 SEED = 0
@@ -157,39 +157,40 @@ KEPT = (
     "long/resnet56/0.2",
     "long/resnet110/0.35",
 )
-"""Rows that train and whose finished models stay in models/: the most accurate one of each network and budget."""
+"""Rows whose trained models are stored in models/: the most accurate one of each network and budget."""
 
 
 def main() -> None:
     """Parse the command line and do what it asks for."""
     parser, runner = row_parser(__doc__, table="write docs/results.md, its figure, the table of the README, and cards")
     runner.add_argument("--shared", type=Path, required=True, help="folder with weights/ and data/")
-    runner.add_argument("--cuda-graphs", action="store_true", help="record the passes of rows that train, on a GPU")
-    args = parser.parse_args()
-    if args.command == "list":
-        print_rows(ROWS, load_results(RESULTS), lambda row: f"{row['top1']:.2f}")
-    elif args.command == "run":
-        measure(chosen(ROWS, args.rows), args.shared, args.again, args.cuda_graphs)
-    else:
-        from benchmarks.accuracy_report import write_report
-
-        write_report(load_results(RESULTS))
-        for folder in MODELS.iterdir():
-            write_card(folder)
+    runner.add_argument("--cuda-graphs", action="store_true", help="train with CUDA graphs on a GPU")
+    row_command(
+        parser, ROWS, RESULTS, lambda name, args: measure(name, args.shared, args.cuda_graphs), _short, write_pages
+    )
 
 
-def measure(names: list[str], shared: Path, again: bool = False, cuda_graphs: bool = False) -> None:
-    """Measure rows one by one and write each result at once."""
-    for name in names:
-        if name in load_results(RESULTS) and not again:
-            continue
-        row = ROWS[name]
-        began = time.perf_counter()
-        found = measure_trained(name, row, shared, cuda_graphs) if row.train else measure_fit(row, shared)
-        seconds = round(time.perf_counter() - began, 1)
-        result = {"network": row.network, "keep": row.keep, "row": _plain(row), "seed": SEED, "seconds": seconds}
-        write_result(RESULTS, name, {**environment(), **result, **found})
-        print(f"{name}: top-1 {found['top1']:.2f} (dense {found['dense']['top1']:.2f}), {seconds:.0f} s", flush=True)
+def write_pages() -> None:
+    """Write docs/results.md, its figure, the table of the README, and the cards of the kept models."""
+    from benchmarks.accuracy_report import write_report
+
+    write_report(load_results(RESULTS))
+    for folder in MODELS.iterdir():
+        write_card(folder)
+
+
+def measure(name: str, shared: Path, cuda_graphs: bool = False) -> dict[str, Any]:
+    """Measure one row."""
+    row = ROWS[name]
+    began = time.perf_counter()
+    found = measure_trained(name, row, shared, cuda_graphs) if row.train else measure_fit(row, shared)
+    seconds = round(time.perf_counter() - began, 1)
+    result = {"network": row.network, "keep": row.keep, "row": _plain(row), "seed": SEED, "seconds": seconds}
+    return {**environment(), **result, **found}
+
+
+def _short(row: dict[str, Any]) -> str:
+    return f"top-1 {row['top1']:.2f} (dense {row['dense']['top1']:.2f}), {row['seconds']:.0f} s"
 
 
 def measure_fit(row: Row, shared: Path) -> dict[str, Any]:
@@ -249,7 +250,7 @@ def uniform_plan(model: nn.Module, keep: float, scheme: str) -> RankPlan:
 
 
 def measure_trained(name: str, row: Row, shared: Path, cuda_graphs: bool = False) -> dict[str, Any]:
-    """Run the recipe's trainer, or resume a stopped run; models of `KEPT` rows go to ``models/``."""
+    """Run the recipe's trainer, or resume a stopped run. Models of `KEPT` rows are stored in ``models/``."""
     network = NETWORKS[row.network]
     output = Path("runs") / "accuracy" / name.replace("/", "-")
     settings = {"checkpoint_every": 100, **row.train}
@@ -284,7 +285,7 @@ def _copy_model(source: Path, target: Path) -> None:
 
 
 def card(folder: Path) -> str:
-    """The model card of a kept folder under its own name, with the owner's notes."""
+    """The model card of a folder in models/, with the notes that its owner added by hand."""
     config, metrics = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (CONFIG, METRICS))
     pictures = [path.name for path in folder.glob("*.png")]
     written = model_card(config, metrics, f"local-dir:{folder.name}", pictures=pictures)
@@ -292,7 +293,7 @@ def card(folder: Path) -> str:
 
 
 def write_card(folder: Path) -> None:
-    """Write the card of a kept folder again."""
+    """Rewrite the card of a folder in models/."""
     (folder / CARD).write_text(card(folder), encoding="utf-8")
 
 

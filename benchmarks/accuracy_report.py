@@ -48,7 +48,7 @@ _LEAST_LOST = 0.1
 Results = Mapping[str, Mapping[str, Any]]
 
 BEGIN, END = "<!-- written by benchmarks/accuracy.py table -->\n", "<!-- to here -->"
-"""The lines of the README around its table."""
+"""Marks in the README before and after the table."""
 
 HEAD = """# Results
 
@@ -183,7 +183,7 @@ def _size(counts: Mapping[str, Any]) -> str:
 
 
 def _figure(results: Results) -> Figure:
-    """Points of top-1 lost over the share kept, one panel a network with more than one row; up and right is better."""
+    """Plot the top-1 lost over the share of parameters kept, with one panel for each network of several rows."""
     rows = Counter(row["network"] for row in results.values())
     networks = [network for network in NETWORKS if rows[network] > 1]
     figure = Figure(figsize=(max(6.5, 4.6 * len(networks)), 5.2), layout="constrained")

@@ -5,7 +5,7 @@
     python -m benchmarks.effort table
 
 A row is NETWORK/EFFORT: planning and decomposition without training, calibrated on unlabelled training images, on one
-thread. It records CPU seconds (user and system), peak memory, and top-1 on test images, which no choice depends on.
+thread. It records CPU seconds (user and system), peak memory, and top-1 on test images that nothing was tuned on.
 `run` writes results/effort.json; `table` prints it.
 """
 
@@ -28,7 +28,7 @@ from arp_hub.hub.load import load_model
 from arp_hub.layers.model import count_params
 from arp_hub.training import Split, evaluate, load_data
 from arp_hub.training.seeds import keyed_generator
-from benchmarks.rows import chosen, load_results, print_rows, results_file, row_parser, run_rows
+from benchmarks.rows import load_results, results_file, row_command, row_parser
 
 RESULTS = results_file("effort")
 SEED = 0
@@ -83,14 +83,8 @@ def main() -> None:
     """Parse the command line and do what it asks for."""
     parser, runner = row_parser(__doc__, table="print the results as a table")
     runner.add_argument("--shared", type=Path, required=True, help="folder with weights/ and data/")
-    args = parser.parse_args()
-    if args.command == "list":
-        print_rows(ROWS, load_results(RESULTS), _short)
-    elif args.command == "run":
-        torch.set_num_threads(1)
-        run_rows(chosen(ROWS, args.rows), RESULTS, args.again, lambda row: measure(row, args.shared), _short)
-    else:
-        print_table()
+    torch.set_num_threads(1)
+    row_command(parser, ROWS, RESULTS, lambda row, args: measure(row, args.shared), _short, print_table)
 
 
 def network_and_images(name: str, shared: Path) -> tuple[nn.Module, Tensor, Split]:

@@ -1,10 +1,10 @@
-"""Coverage-guided fuzzing of everything that reads what a stranger wrote: nothing may come out but our own error.
+"""Coverage-guided fuzzing of every reader of untrusted files, which may raise no error but `ArpHubError`.
 
     pip install atheris
     python benchmarks/fuzz.py --runs 100000 --output benchmarks/results/fuzz.json
 
-Each target runs in a process of its own under libFuzzer, by atheris, from a good input; half of the mutations are of
-its JSON tree, half of its bytes. It counts what was taken and what was refused, and stops at the first other exception.
+Each target runs in its own process under libFuzzer (through atheris), starting from valid inputs. Half of the mutations
+change the JSON tree, half the bytes. The script counts accepted and refused inputs, and stops at any other exception.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ DENSE = {"architecture": "cifar_resnet20", "num_classes": 10, "num_features": 64
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ARP_HUB_PICTURES": "0", "HF_HUB_OFFLINE": "1"}
 SHARES = {"plan": 0.4, "config": 0.15, "weights": 0.15, "settings": 0.05, "checkpoint": 0.1, "log": 0.05,
           "metrics": 0.05, "dense": 0.05}  # fmt: skip
-"""Share of each target in all inputs: fast readers have more, so that each takes minutes at most."""
+"""Share of each target in all inputs. Fast readers get more, so that no target takes more than minutes."""
 WORDS = """format_version layers dense requires scheme rank groups cp tucker2 group_in null NaN Infinity -1 1e999 true
 [] {} model_args pretrained_cfg architecture backbone input_size __tensor__ __dict__ settings dtype shape data_offsets
 F32 keep_params schemes !!python/object/apply:os.system &a *a <<:""".split()
@@ -75,7 +75,7 @@ VALUES = [
 
 
 def targets(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], None]]]:
-    """For each target: good inputs, and the function that reads one."""
+    """For each target: valid inputs, and the function that reads one."""
     import safetensors.torch
     import torch
 
@@ -136,7 +136,7 @@ def targets(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], None]
         (run_folder / "metrics.json").write_bytes(data)
         try:
             model_card(CONFIG, _read_metrics(run_folder), "hf-hub:user/name")
-        except UNFIT as error:  # as a push turns them into our own error
+        except UNFIT as error:  # a push converts them in the same way
             raise ArpHubError(str(error)) from error
         write_report(run_folder)
 
@@ -209,7 +209,7 @@ def _changed(tree: Any, dice: random.Random) -> Any:
 
 
 def fuzz(name: str, runs: int, seed: int, place: Path) -> None:
-    """Fuzz one target in this process; libFuzzer ends it."""
+    """Fuzz one target in this process, which libFuzzer ends."""
     import atheris
 
     with atheris.instrument_imports(include=["arp_hub"]):

@@ -5,9 +5,9 @@
     OMP_NUM_THREADS=1 python -m benchmarks.peers --shared ../shared --network lite0 --keep 0.84 0.7
     python -m benchmarks.peers --shared ../shared --table
 
-ResNet-20 is tested on 2,000 test images of CIFAR-10, tf_efficientnet_lite0 on the images of the sample of ImageNet that
-do not calibrate. Every peer compresses the same layers, and gets its BatchNorms re-estimated where that helps. A peer
-that is not installed or fails gets a row that says so. Other rows in results/peers.json stay.
+ResNet-20 is tested on 2,000 test images of CIFAR-10, tf_efficientnet_lite0 on all images of the ImageNet sample that
+are not used for calibration. Every peer compresses the same layers. BatchNorms are re-estimated where that
+helps. A peer that is not installed or fails gets a row that says so. Other rows in results/peers.json are kept.
 
 - `arp_hub`: planned and fitted on unlabelled images; `arp_hub, no images`: on the weights alone.
 - `svd`: truncated SVDs with ranks by energy per parameter, as at the end of torchao's low-rank training

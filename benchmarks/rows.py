@@ -1,4 +1,4 @@
-"""What benchmarks share: the command line ``list``, ``run``, ``table``, and results files with one entry a row."""
+"""Shared by the benchmarks: the commands ``list``, ``run`` and ``table``, and results files with one entry a row."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def results_file(name: str) -> Path:
 
 
 def row_parser(doc: str | None, table: str) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """Make the command line with ``list``, ``run`` and ``table``; returns it and the parser of ``run``.
+    """The parser of a command line with ``list``, ``run`` and ``table``, and the parser of ``run``.
 
     Args:
-        doc: Description: the docstring of the script.
+        doc: Docstring of the script, as the description.
         table: Help text of ``table``.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -31,13 +31,13 @@ def row_parser(doc: str | None, table: str) -> tuple[argparse.ArgumentParser, ar
     commands.add_parser("list", help="print the name of every row, and its result if there is one")
     runner = commands.add_parser("run", help="measure rows")
     runner.add_argument("rows", nargs="+", help="names or patterns")
-    runner.add_argument("--again", action="store_true", help="measure also the rows that have a result")
+    runner.add_argument("--again", action="store_true", help="also measure rows that already have a result")
     commands.add_parser("table", help=table)
     return parser, runner
 
 
 def chosen(rows: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """The names that match one of the patterns, in the order of ``rows``; exits if there is none."""
+    """The names that match a pattern, in the order of ``rows``. The program ends if none does."""
     names = [name for name in rows if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     if not names:
         raise SystemExit(f"no row matches {' '.join(patterns)}: see 'list'")
@@ -55,18 +55,18 @@ def load_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def replace_row(path: Path, row: Mapping[str, Any], *, same: Sequence[str]) -> None:
-    """Write a row in place of the one that agrees with it in the columns ``same``; the other rows stay."""
+    """Write a row over the one with equal values in the columns ``same``, and keep all other rows."""
     kept = [old for old in load_rows(path) if any(old.get(key) != row[key] for key in same)]
     _write(path, [*kept, dict(row)])
 
 
 def write_result(path: Path, name: str, result: Mapping[str, Any]) -> None:
-    """Write one result; the others stay."""
+    """Write one result and keep all others."""
     _write(path, load_results(path) | {name: dict(result)}, sort_keys=True)
 
 
 def _write(path: Path, content: Any, sort_keys: bool = False) -> None:
-    """Replace a results file in one step, so that a stopped benchmark leaves no broken one."""
+    """Replace a results file in one step, so that a stopped benchmark leaves it intact."""
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1, sort_keys=sort_keys) + "\n", encoding="utf-8")
@@ -80,7 +80,7 @@ def run_rows(
     measure: Callable[[str], Mapping[str, Any]],
     number: Callable[[dict[str, Any]], str],
 ) -> None:
-    """Measure rows one by one and write each result at once; ``again`` repeats those that have one."""
+    """Measure rows and write each result immediately. Rows with a result are skipped unless ``again``."""
     for name in names:
         if again or name not in load_results(path):
             result = dict(measure(name))
@@ -88,7 +88,34 @@ def run_rows(
             print(f"{name}: {number(result)}", flush=True)
 
 
+def row_command(
+    parser: argparse.ArgumentParser,
+    rows: Iterable[str],
+    path: Path,
+    measure: Callable[[str, argparse.Namespace], Mapping[str, Any]],
+    number: Callable[[dict[str, Any]], str],
+    table: Callable[[], None],
+) -> None:
+    """Parse the command line of `row_parser` and run its command.
+
+    Args:
+        parser: The parser.
+        rows: Names of all rows.
+        path: Results file.
+        measure: Measures one row, from its name and the parsed command line.
+        number: A result in a few words.
+        table: Runs the command ``table``.
+    """
+    args = parser.parse_args()
+    if args.command == "list":
+        print_rows(rows, load_results(path), number)
+    elif args.command == "run":
+        run_rows(chosen(rows, args.rows), path, args.again, lambda name: measure(name, args), number)
+    else:
+        table()
+
+
 def print_rows(rows: Iterable[str], found: Results, number: Callable[[dict[str, Any]], str]) -> None:
-    """Print all names, one a line, with the number of those that have a result."""
+    """Print one line for each row: its name, and its number if it has a result."""
     for name in rows:
         print(f"{name:45} {number(found[name])}" if name in found else name)

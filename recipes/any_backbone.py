@@ -1,7 +1,7 @@
-"""Any timm model, or one from the Hub or a folder, on any labelled images.
+"""Compress any timm model, or one from the Hub or a folder, on any labelled images.
 
-Starts from the weights published under the model's name. If the data has other classes, give --dense-epochs to train
-the network with a new classifier first:
+The recipe starts from the weights published under the model's name. If the data has other classes, train a new
+classifier first with --dense-epochs:
 
   python any_backbone.py --model mobilenetv3_small_100 --data my_images --dense-epochs 10 --keep-params 0.6
 """

@@ -1,6 +1,6 @@
 """ResNet-20 on CIFAR-10, to half of its parameters, without fine-tuning after the cut.
 
-Give the weights of a trained ResNet-20 with --checkpoint; without it the recipe trains one first.
+Give the weights of a trained ResNet-20 with --checkpoint. Without it, the recipe first trains one.
 """
 
 from arp_hub.training import main

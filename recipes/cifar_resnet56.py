@@ -1,6 +1,6 @@
 """ResNet-56 on CIFAR-10, to 35 % of its parameters, without fine-tuning after the cut.
 
-Give the weights of a trained ResNet-56 with --checkpoint; without it the recipe trains one first.
+Give the weights of a trained ResNet-56 with --checkpoint. Without it, the recipe first trains one.
 """
 
 from arp_hub.training import main

@@ -1,6 +1,6 @@
 """VGG-16 on CIFAR-10, to a tenth of its parameters, without fine-tuning after the cut.
 
-Give the weights of a trained VGG-16 with --checkpoint; without it the recipe trains one first.
+Give the weights of a trained VGG-16 with --checkpoint. Without it, the recipe first trains one.
 """
 
 from arp_hub.training import main

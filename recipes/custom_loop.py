@@ -23,11 +23,11 @@ from arp_hub.training import evaluate, load_data
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="cifar_resnet20", help="timm name (default: %(default)s)")
-parser.add_argument("--checkpoint", help="its weights; without them it starts from random ones")
+parser.add_argument("--checkpoint", help="weights of the model; random ones by default")
 parser.add_argument(
-    "--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="its arguments, such as img_size=112"
+    "--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="arguments of the model, such as img_size=112"
 )
-parser.add_argument("--data", default="digits", help="small labelled images, as the other recipes take them")
+parser.add_argument("--data", default="digits", help="small labelled images, in any form that the other recipes accept")
 parser.add_argument("--keep-params", type=float, default=0.5, help="share of the parameters to keep (%(default)s)")
 parser.add_argument("--epochs", type=int, default=8, help="epochs of ramp and hold together (%(default)s)")
 parser.add_argument("--max-steps", type=int, help="stop after this many steps, for trial runs")

@@ -1,7 +1,7 @@
-"""The whole of arp_hub in three minutes, without a download.
+"""A complete run of arp_hub in three minutes, without a download.
 
-Trains a small CIFAR-style ResNet on scikit-learn's 8x8 digits, penalises it down to 35 % of its parameters, decomposes
-it, saves it, and loads it through timm.
+It trains a small CIFAR-style ResNet on scikit-learn's 8x8 digits, compresses it to 35 % of its parameters with the
+penalty, saves it, and loads it through timm.
 """
 
 import timm

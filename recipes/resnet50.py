@@ -1,8 +1,8 @@
 """ResNet-50 on ImageNet-1k, to 40 % of its parameters, without fine-tuning after the cut. Meant for 8 GPUs.
 
-Give the weights of a trained ResNet-50 with --checkpoint, or take timm's with --pretrained. Without either, the recipe
-trains one first, for 90 epochs. ILSVRC/imagenet-1k needs a login at the Hub (`hf auth login`); a local copy as parquet
-files or class folders works too.
+Give the weights of a trained ResNet-50 with --checkpoint, or use timm's with --pretrained. Without either, the recipe
+first trains one for 90 epochs. ILSVRC/imagenet-1k requires a Hub login (`hf auth login`). A local copy as parquet files
+or class folders works too.
 """
 
 from arp_hub.training import main

@@ -150,7 +150,7 @@ def ended(children: list[int]) -> list[int]:
 
 
 def killed_at_random(folder: Path, kills: int, seed: int, variant: str) -> Iterator[dict[str, Any]]:
-    """Kill runs at random moments, again and again, until ``kills`` have hit; each run goes on from its checkpoint."""
+    """Kill runs at random moments, again and again, until ``kills`` have hit; each run resumes from its checkpoint."""
     changes = {"max_steps": 12, "checkpoint_every": 2, **VARIANTS[variant]}
     processes = 2 if variant == "processes" else 1
     dice, done = random.Random(seed), 0

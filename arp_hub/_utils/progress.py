@@ -32,7 +32,7 @@ def counted(items: Collection[Item], title: str, shown: bool = True) -> Iterator
 
 
 @contextmanager
-def stage(title: str, total: int | None = None, shown: bool = True) -> Iterator[Callable[[], object]]:
+def stage(title: str, total: int | None = None, shown: bool = True) -> Iterator[Callable[..., object]]:
     """A stage of the work: a bar that counts to ``total``, or a line with the elapsed time at its end.
 
     Args:
@@ -41,14 +41,14 @@ def stage(title: str, total: int | None = None, shown: bool = True) -> Iterator[
         shown: Whether to show anything.
 
     Yields:
-        A function to call after each step.
+        A function to call after each step, or with a number of steps.
     """
     if shown and total is not None and watched():
         with tqdm(total=total, desc=title, leave=False) as bar:
             yield bar.update
         return
     start = time.monotonic()
-    yield lambda: None
+    yield lambda steps=1: None
     if shown and not watched():
         count = "" if total is None else f"{total} in "
         print(f"{title}: {count}{time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)

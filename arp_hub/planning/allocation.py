@@ -34,10 +34,7 @@ class Budget(Protocol):
     """A budget for the whole network."""
 
     def plan(self, losses: Losses) -> RankPlan:
-        """The plan with the least sum of losses within the budget, as a trial needs it."""
-
-    def final_plan(self, losses: Losses) -> RankPlan:
-        """The plan that keeps the budget's promise."""
+        """The plan with the least sum of losses within the budget."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,6 @@ class CountedBudget:
         if lowest > budget:
             self._refuse(self.share + (lowest - budget) / self.total)
         return chosen_plan(options, allocate(options, budget), self.dense)
-
-    final_plan = plan
 
     def _refuse(self, lowest: float) -> None:
         names = ", ".join(f"'{name}'" for name in list(self.dense)[:5]) + (", ..." if len(self.dense) > 5 else "")

@@ -135,7 +135,7 @@ class LatencyBudget:
         share: Share of the dense model's latency to keep.
         layers: Plans by the times of single layers.
         watch: Times whole networks.
-        aim: What the next plan's layers are to add up to; known from the first plan on.
+        aim: What the next plan's layers are to add up to; known once the first plan has been timed.
         tolerance: Share by which a plan may exceed the budget: measurements of one network differ by 1 to 3 %.
     """
 
@@ -147,14 +147,7 @@ class LatencyBudget:
     _ratios: dict[RankPlan, float] = field(default_factory=dict)
     _confirmed: set[RankPlan] = field(default_factory=set)
 
-    def plan(self, losses: Losses) -> RankPlan:
-        """A plan for a trial: it aims at what the first plan, measured end to end, has taught."""
-        if self.aim is None:
-            plan = self.layers.plan(losses, self.share)
-            self._correct_aim(plan, self.watch.ratio(plan))
-        return self.layers.plan(losses, self.aim or self.share)
-
-    def final_plan(self, losses: Losses, rounds: int = 8) -> RankPlan:
+    def plan(self, losses: Losses, rounds: int = 8) -> RankPlan:
         """The plan whose latency, measured end to end, keeps the budget.
 
         Args:

@@ -5,12 +5,11 @@ known of the model        loss of a layer at a rank
 ========================  ===================================================================================
 shapes                    ``e^2``, with ``e`` the share of degrees of freedom that the rank gives up
 weights                   ``e^2``, with ``e`` the relative error of the weight
-weights and images        ``e s^a``, with ``e`` the relative error of the output and ``s`` the sensitivity
+weights and images        ``e s``, with ``e`` the relative error of the output and ``s`` the sensitivity
 ========================  ===================================================================================
 
-Errors of weights say little about the network's output, so they are squared: that evens them out among layers. Errors
-of outputs add up. The exponent ``a`` is chosen by trial: each candidate gives a plan, and the plan that changes the
-network's output least, on a few images, decides.
+Errors of weights say little about the network's output, so they are squared: that evens them out among layers. With
+images, the sum of losses is the divergence of the network's predictions, as predicted to second order.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from .._utils.progress import counted
+from .._utils.progress import counted, stage
 from .._utils.torch_utils import evaluating
 from ..calibration.images import Images
 from ..effort import Effort
@@ -27,9 +26,9 @@ from ..layers.low_rank import effective_weight
 from ..layers.model import layers_called
 from ..schemes import Scheme
 from ..schemes.shapes import LayerShape
-from .allocation import Budget, Losses
+from .allocation import Losses
 from .costs import Floats
-from .error_curves import Candidate, shape_candidates, weight_candidates
+from .error_curves import shape_candidates, weight_candidates
 from .output_errors import OutputErrors
 
 
@@ -57,18 +56,16 @@ def output_losses(
     layers: Mapping[str, Sequence[Scheme]],
     images: Images,
     macs: float,
-    budget: Budget,
     effort: Effort,
     progress: bool,
 ) -> Losses:
-    """Losses of layers by calibration images, with the exponent of the sensitivity that serves the budget best.
+    """Losses of layers by calibration images.
 
     Args:
         model: The dense model.
         layers: The schemes to choose from, by layer.
         images: Calibration images.
         macs: Multiply-accumulates of one image through the model.
-        budget: Makes the plans that are tried.
         effort: Bounds on the work.
         progress: Show progress bars.
     """
@@ -79,21 +76,6 @@ def output_losses(
             name: errors.candidates(name, schemes)
             for name, schemes in counted(layers.items(), "measure layers", progress)
         }
-        best = _weighted(curves, dict.fromkeys(curves, 1.0))
-        plans = [budget.plan(best)]
-        least = errors.divergence(plans[0])
-        names = counted(curves, "measure sensitivities", progress)
-        sensitivities = {name: errors.sensitivity(name, plans[0]) for name in names}
-        for exponent in effort.exponents:
-            losses = _weighted(curves, {name: value**exponent for name, value in sensitivities.items()})
-            if (plan := budget.plan(losses)) in plans:
-                continue
-            plans.append(plan)
-            # by 5 % at least: where little is left of a network, smaller differences say nothing (docs/experiments.md)
-            if (divergence := errors.divergence(plan)) < 0.95 * least:
-                least, best = divergence, losses
-        return best
-
-
-def _weighted(curves: Mapping[str, Sequence[Candidate]], weights: Mapping[str, float]) -> Losses:
-    return {name: [(one.scheme, one.errors * weights[name]) for one in found] for name, found in curves.items()}
+        with stage("measure sensitivities", shown=progress):
+            sensitivities = errors.sensitivities()
+    return {name: [(one.scheme, one.errors * sensitivities[name]) for one in found] for name, found in curves.items()}

@@ -129,8 +129,8 @@ def make_plan(
     elif calibration is None or not layers:
         losses = weight_losses(model, layers, progress)
     else:
-        losses = output_losses(model, layers, calibration, traced.macs, budget, settings, progress)
-    return made_for(model, budget.final_plan(losses))
+        losses = output_losses(model, layers, calibration, traced.macs, settings, progress)
+    return made_for(model, budget.plan(losses))
 
 
 def _budget(keep_params: float | None, keep_macs: float | None, keep_latency: float | None) -> tuple[str, float]:

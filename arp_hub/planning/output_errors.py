@@ -1,32 +1,31 @@
 """Errors of layers in the metric of their outputs, and what these errors do to the network's output.
 
 The relative error of layer ``l`` is ``e_l = tr(F D C D^T) / tr(F W C W^T)`` with ``D = W - W'`` (see
-`arp_hub.calibration.layer_problem`). Its *sensitivity* is the divergence of the network's output with this layer alone
-decomposed, over ``e_l``.
+`arp_hub.calibration.layer_problem`). Its *sensitivity* is the divergence of the network's predictions with this layer
+alone decomposed, over ``e_l``. One pass of gradients predicts the divergences of all layers, each at a middle rank (see
+`arp_hub.calibration.gradients`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from ..calibration.batchnorm import following_norms
+from ..calibration.gradients import Substitute, gradient_moments, predicted_divergences
 from ..calibration.images import LEAST_PIXELS, Images, batches
 from ..calibration.layer_problem import LayerProblem, can_shift
-from ..calibration.output_metric import gradient_moments
 from ..calibration.passes import all_moments
 from ..effort import Effort
 from ..layers.low_rank import low_rank_layer
-from ..plan import LayerPlan, RankPlan
+from ..plan import LayerPlan
 from ..schemes import Factors, Scheme
 from .costs import Floats, rank_at, useful_rank
 from .error_curves import Candidate, interpolate, rough_sweeps, shortlist, truncation_errors
-from .output_probe import OutputProbe, Substitute
 
 
 class _RoughProblem:
@@ -41,7 +40,7 @@ class _RoughProblem:
         return self.problem.fit(scheme, rank, self.effort.curve_iterations, self.effort.curve_macs, sweeps=sweeps)
 
     def curve(self, scheme: Scheme) -> tuple[Floats, Factors | None]:
-        """The relative error at every rank, and the factors at the probed rank if they were fitted on the way."""
+        """The relative error at every rank, and the factors at the middle rank if they were fitted on the way."""
         problem, last = self.problem, useful_rank(scheme)
         rows = problem.metric.in_blocks(scheme.blocks).apply(problem.weight)
         spectrum = scheme.spectrum(rows, problem.regression.moment)
@@ -52,24 +51,32 @@ class _RoughProblem:
         for rank in ranks:
             factors = self.fit(scheme, rank)
             values.append(problem.error(scheme.compose(factors)))
-            probed = factors if rank == self.probed_rank(scheme) else probed
+            probed = factors if rank == self.middle_rank(scheme) else probed
         return interpolate(ranks, values, last), probed
 
-    def probed_rank(self, scheme: Scheme) -> int:
+    def middle_rank(self, scheme: Scheme) -> int:
         """The rank at which the sensitivity is measured: one of those that the error is measured at."""
         shares = self.effort.curve_shares
         return rank_at(scheme, shares[len(shares) // 2])
 
-    def substitute(self, scheme: Scheme, rank: int, factors: Factors) -> Substitute:
-        """The decomposed layer, with its mean output corrected if the final decomposition will correct it."""
-        layer = self.problem.layer
+    def middle(self, scheme: Scheme, factors: Factors | None) -> tuple[float, Substitute]:
+        """Relative error and decomposed layer at the middle rank, its mean output corrected if it will be in the end.
+
+        Args:
+            scheme: The scheme.
+            factors: The factors, if they are known already.
+        """
+        rank, layer = self.middle_rank(scheme), self.problem.layer
+        factors = factors or self.fit(scheme, rank)
+        composed = scheme.compose(factors)
         new = low_rank_layer(layer, LayerPlan(scheme.name, rank, scheme.groups))
         new.load_factors(factors, cast("Tensor | None", layer.bias))
+        error = self.problem.error(composed)
         if not self.problem.can_shift:
-            return new
-        shift = self.problem.bias(scheme.compose(factors))
+            return error, new
+        shift = self.problem.bias(composed)
         shift = shift if scheme.shape.kind == "linear" else shift[:, None, None]
-        return lambda x: new(x) + shift.to(x.dtype)
+        return error, lambda x: new(x) + shift.to(x.dtype)
 
 
 class OutputErrors:
@@ -78,7 +85,7 @@ class OutputErrors:
     Args:
         model: The dense model, in evaluation mode for as long as this is used.
         layers: The layers in question by name.
-        images: Calibration images. One pass is made over them, and one over a few of them for every layer.
+        images: Calibration images. One forward pass is made over them, and two with gradients.
         macs: Multiply-accumulates of one image through the model.
         effort: Bounds on the work.
     """
@@ -95,10 +102,8 @@ class OutputErrors:
         self._moments = all_moments(model, layers, images, effort.curve_positions_macs, centred, most)
         most = max(least, int(effort.gradient_macs / (3 * max(macs, 1.0))))  # a backward pass costs two forward passes
         self._gradients = gradient_moments(model, layers, images, effort.curve_positions_macs, most)
-        self._probe = OutputProbe(model, images, macs * len(layers), effort)
-        self._at_hand: tuple[str, _RoughProblem] | None = None
-        self._probed: dict[str, tuple[Scheme, Factors | None]] = {}
-        self._schemes: dict[tuple[str, str, int], Scheme] = {}
+        self._model, self._images, self._most = model, images, most
+        self._middle: dict[str, tuple[float, Substitute]] = {}
 
     def candidates(self, name: str, schemes: Sequence[Scheme]) -> list[Candidate]:
         """Error curves of the most promising schemes of a layer, at the layer's own output.
@@ -107,57 +112,27 @@ class OutputErrors:
             name: The layer.
             schemes: The schemes to choose from; they are shortlisted by the error of the weight at equal cost.
         """
-        problem = self._problem(name)
+        # popped, because the moments of all layers together take much memory
+        moments, gradients = self._moments.pop(name), self._gradients.pop(name, None)
+        layer = LayerProblem.of(self._layers[name], moments, gradients, self._norms.get(name), torch.float32)
+        problem = _RoughProblem(layer, self._effort)
         found, fitted = [], {}
-        for scheme in shortlist(problem.problem.weight, schemes, self._effort.schemes_measured):
+        for scheme in shortlist(layer.weight, schemes, self._effort.schemes_measured):
             errors, fitted[scheme] = problem.curve(scheme)
             found.append(Candidate(scheme, errors))
-        best = min(found, key=lambda one: one.errors[problem.probed_rank(one.scheme) - 1]).scheme
-        self._probed[name] = best, fitted[best]
-        self._schemes |= {(name, one.scheme.name, one.scheme.groups): one.scheme for one in found}
+        best = min(found, key=lambda one: one.errors[problem.middle_rank(one.scheme) - 1]).scheme
+        self._middle[name] = problem.middle(best, fitted[best])
         return found
 
-    def sensitivity(self, name: str, plan: RankPlan) -> float:
-        """The divergence of the network's output with one layer decomposed, over that layer's relative error.
+    def sensitivities(self) -> dict[str, float]:
+        """The divergence of the network's predictions with one layer decomposed, over that layer's relative error.
 
-        Args:
-            name: The layer.
-            plan: Says which layers will stay dense: the BatchNorms behind these follow, as they will in the end.
+        Layers that no gradient reaches are as sensitive as the others on average.
         """
-        problem, (scheme, factors) = self._problem(name), self._probed[name]
-        rank = problem.probed_rank(scheme)
-        factors = factors or problem.fit(scheme, rank)
-        substitute = {self._layers[name]: problem.substitute(scheme, rank, factors)}
-        divergence = self._probe.divergence(substitute, self._adapting({name, *plan.layers}))
-        if not math.isfinite(divergence):
-            return 1.0
+        substitutes = {name: substitute for name, (_, substitute) in self._middle.items()}
+        layers = {name: self._layers[name] for name in substitutes}
+        divergences = predicted_divergences(self._model, layers, substitutes, self._images, self._most)
         # rounding alone gives about 1e-12 and 1e-6; the ratio of smaller numbers says nothing
-        return max(divergence, 1e-12) / max(problem.problem.error(scheme.compose(factors)), 1e-6)
-
-    def divergence(self, plan: RankPlan) -> float:
-        """The divergence of the network's output with all layers of a plan decomposed, each fitted on its own."""
-        substitutes = {}
-        for name, layer in plan.layers.items():
-            scheme, problem = self._schemes[name, layer.scheme, layer.groups], self._problem(name)
-            factors = problem.fit(scheme, layer.rank)
-            substitutes[self._layers[name]] = problem.substitute(scheme, layer.rank, factors)
-        divergence = self._probe.divergence(substitutes, self._adapting(plan.layers))
-        return divergence if math.isfinite(divergence) else math.inf
-
-    def _problem(self, name: str) -> _RoughProblem:
-        """The problem of a layer. Only the last one is kept: all of them together take much memory."""
-        if self._at_hand is None or self._at_hand[0] != name:
-            self._at_hand = None
-            problem = LayerProblem.of(
-                self._layers[name],
-                self._moments[name],
-                self._gradients.get(name),
-                self._norms.get(name),
-                torch.float32,
-            )
-            self._at_hand = name, _RoughProblem(problem, self._effort)
-        return self._at_hand[1]
-
-    def _adapting(self, decomposed: Iterable[str]) -> frozenset[BatchNorm]:
-        """The BatchNorms that are not behind decomposed layers."""
-        return self._probe.norms - {self._norms[name] for name in decomposed if name in self._norms}
+        known = {name: max(value, 1e-12) / max(self._middle[name][0], 1e-6) for name, value in divergences.items()}
+        mean = sum(known.values()) / len(known) if known else 1.0
+        return {name: known.get(name, mean) for name in layers}

@@ -1,9 +1,9 @@
 """Checkpoints of a run: folders with safetensors and JSON, written whole or not at all. Nothing is pickled.
 
 run/checkpoints/compress-00001200/
-    state.json             phase, step, settings, scores, and the tree of which the tensors are the leaves
+    state.json             phase, step, settings, scores, and the tree whose leaves are the tensors
     state.safetensors      the tensors
-    SHA256SUMS             checksums of both, written last; `sha256sum --check SHA256SUMS` reads them
+    SHA256SUMS             checksums of both, written last; verify them with `sha256sum --check SHA256SUMS`
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Checkpoint:
     """The state of a run between two steps.
 
     Attributes:
-        phase: The phase under way.
-        step: Steps of this phase that are done.
-        settings: What must be the same to go on: the config, the number of processes, the steps of an epoch.
+        phase: The current phase.
+        step: Number of completed steps of this phase.
+        settings: Settings that a resumed run must share: the config, the numbers of processes and training images.
         scores: Accuracies measured so far.
         plan: The plan as JSON, once there is one.
         seconds: Wall time so far.
@@ -80,7 +80,7 @@ class Checkpoint:
 
 
 class DamagedCheckpoint(ArpHubError):
-    """A checkpoint that is not what the run wrote."""
+    """A checkpoint whose files are missing, cut short or changed."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -96,7 +96,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         (new / STATE).write_text(text, encoding="utf-8")
         (new / SUMS).write_text("".join(_sums(new).values()))
     for old in list_checkpoints(folder)[:-keep]:
-        old.replace(folder / f".{old.name}.old.tmp")  # so that a kill leaves no half of it under its name
+        old.replace(
+            folder / f".{old.name}.old.tmp"
+        )  # so that a killed run leaves no incomplete checkpoint under this name
     remove_unfinished_checkpoints(folder)
     return target
 
@@ -145,7 +147,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint, if every part has its type: a file without checksums may hold anything."""
+    """The checkpoint, after the types of its parts are checked: a file without checksums may hold anything."""
     whole, real = (int,), (int, float)
     for name, value, types in (
         ("phase", checkpoint.phase, (str,)),
@@ -226,10 +228,10 @@ class _Part(dict[Any, Any]):
 
 
 def verify_checksums(path: Path) -> None:
-    """Compare the files of a checkpoint with its checksums; one of an older version has none and passes.
+    """Compare the files of a checkpoint with its checksums. A checkpoint without checksums passes.
 
     Raises:
-        DamagedCheckpoint: If a file is missing, cut short or changed, by name.
+        DamagedCheckpoint: Naming the file that is missing, cut short or changed.
     """
     sums = path / SUMS
     if not sums.exists():
@@ -268,12 +270,12 @@ def _sha256(path: Path) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, by phase and step. File times do not count: clocks step back, copies have new times."""
+    """The checkpoints of a run in order of phase and step, not of file times, which copying changes."""
     return sorted((path for path in folder.glob("*-*") if _place(path) and path.is_dir()), key=_place)
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The newest checkpoint of a run that is whole, if any, and the damaged ones that are newer."""
+    """The newest whole checkpoint of a run, if any, and the damaged ones that are newer."""
     damaged = []
     for path in reversed(list_checkpoints(folder)):
         try:
@@ -295,7 +297,7 @@ def _place(path: Path) -> tuple[int, ...]:
 
 
 def remove_later_checkpoints(folder: Path, phase: str, step: int) -> None:
-    """Remove the checkpoints that a run resumed from an earlier one writes again."""
+    """Remove the checkpoints after a step, which a run resumed from that step writes a second time."""
     for path in list_checkpoints(folder):
         if _place(path) > (PHASES.index(phase), step):
             path.replace(folder / f".{path.name}.old.tmp")
@@ -310,7 +312,7 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
         folder: Where this run keeps its checkpoints.
 
     Raises:
-        ArpHubError: If a named one is not there, or if all are damaged.
+        ArpHubError: If the named checkpoint does not exist, or if all are damaged.
     """
     if not resume:
         return None
@@ -322,7 +324,7 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
     found, damaged = newest_whole(folder)
     names = ", ".join(f"'{path}'" for path in damaged)
     if found and damaged:
-        _logger.warning("damaged: %s. The run goes on from '%s', the newest whole checkpoint", names, found)
+        _logger.warning("damaged checkpoints: %s. The run continues from '%s', the newest whole one", names, found)
     elif damaged:
         raise ArpHubError(f"no checkpoint in '{folder}' is whole, damaged: {names}: start a new run with --overwrite")
     elif not found and resume != "auto":
@@ -357,7 +359,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def writing(place: Path) -> Iterator[None]:
-    """Turn a failed write of the block into one sentence.
+    """Report a failed write inside the block in one sentence.
 
     Raises:
         ArpHubError: Naming ``place`` and the reason, such as a full or read-only disk.
@@ -366,7 +368,7 @@ def writing(place: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise ArpHubError(
-            f"cannot write in '{place}': {error}. Make room there or allow writing, then go on with --resume auto"
+            f"cannot write in '{place}': {error}. Free disk space or allow writing, then continue with --resume auto"
         ) from error
 
 
@@ -380,7 +382,7 @@ def remove_unfinished_checkpoints(folder: Path) -> None:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """A contiguous copy on the CPU that shares memory with nothing, as safetensors wants it."""
+    """A contiguous copy on the CPU that shares memory with no other tensor, as safetensors requires."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
@@ -402,7 +404,7 @@ def _unflatten(value: Any, tensors: Mapping[str, Tensor], path: Path) -> Any:
     if isinstance(value, dict):
         if _TENSOR in value:
             tensor = tensors[value[_TENSOR]]
-            # The order in memory decides how a norm is summed (lamb), and so the last bit.
+            # The memory layout decides the order in which norms, such as LAMB's, are summed, and so their last bit.
             return tensor.contiguous(memory_format=_TURNED) if value.get("channels_last") else tensor
         return _Part([(key, _unflatten(item, tensors, path)) for key, item in value["__dict__"]], path)
     if isinstance(value, list):

@@ -20,19 +20,19 @@ from .trainer import run
 _EPILOG = """
 examples:
   accelerate launch {name}
-      with the defaults, on the GPUs that `accelerate config` was told of, or on one CPU process
+      with the defaults, on the GPUs chosen in `accelerate config`, or in one CPU process
   python -m torch.distributed.run --nproc_per_node 2 {name} --cpu
-      on two CPU processes (or, without --cpu, on two GPUs)
+      in two CPU processes (or, without --cpu, on two GPUs)
   python {name} --max-steps 3
       a trial run through every phase
   python {name} --config my.yaml --lr 0.02
       settings from a file, one of them overridden
   python {name} --resume
-      go on where a stopped run of the same settings was
+      continue a stopped run with the same settings
 
-Settings win in this order: command line, --config file, the defaults above. The finished model is in OUTPUT;
-checkpoints, log.jsonl and config.yaml (to be given to --config again) are in OUTPUT-run.
-Exit codes: 0 fine, 2 bad input, 130 interrupted, 75 stopped by SIGTERM (go on with --resume).
+The command line takes precedence over the --config file, which takes precedence over the defaults above. The finished
+model is in OUTPUT; checkpoints, log.jsonl and config.yaml (which --config reads) are in OUTPUT-run.
+Exit codes: 0 success, 2 bad input, 130 interrupted, 75 stopped by SIGTERM (continue with --resume).
 """
 
 
@@ -40,7 +40,7 @@ def main(description: str, **defaults: Any) -> dict[str, Any]:
     """Run a recipe from the command line.
 
     Args:
-        description: What the recipe does: the head of ``--help``.
+        description: What the recipe does, for the top of ``--help``.
         **defaults: The recipe's settings.
 
     Returns:
@@ -55,7 +55,7 @@ def main(description: str, **defaults: Any) -> dict[str, Any]:
         with logging_redirect_tqdm():
             return run(config)
     except KeyboardInterrupt:
-        print("interrupted: go on from the last checkpoint with --resume auto", file=sys.stderr)
+        print("interrupted: continue from the last checkpoint with --resume auto", file=sys.stderr)
         sys.exit(130)
     except Preempted as stop:
         print(stop, file=sys.stderr)
@@ -66,10 +66,10 @@ def main(description: str, **defaults: Any) -> dict[str, Any]:
 
 
 def parse_command(description: str, defaults: dict[str, Any], arguments: Sequence[str]) -> TrainConfig:
-    """Settings from a recipe's defaults, a ``--config`` file and command-line options; later ones win.
+    """Settings from a recipe's defaults, a ``--config`` file and command-line options. Later ones take precedence.
 
     Raises:
-        ArpHubError: If an option or a value is not known, or does not fit.
+        ArpHubError: If an option is unknown or a value is invalid.
     """
     parser = _parser(description, defaults)
     given, rest = parser.parse_known_args(arguments)
@@ -106,7 +106,7 @@ def _parser(description: str, defaults: dict[str, Any]) -> argparse.ArgumentPars
 
 
 def _shape(setting: dataclasses.Field[Any]) -> dict[str, Any]:
-    """The number of words that an option takes. `TrainConfig` checks types, so that messages are the same."""
+    """The number of words that an option takes. `TrainConfig` checks their types, as it does for YAML."""
     if setting.type == "bool":
         return {"action": argparse.BooleanOptionalAction}
     if str(setting.type).startswith("tuple"):

@@ -33,7 +33,7 @@ def _setting(group: str, default: Any, help: str, **limits: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides a run. A run with the same settings gives the same numbers on the same machine.
+    """All settings of a run. Equal settings give equal numbers on the same machine.
 
     Raises:
         ArpHubError: If a value is of the wrong type or out of range, naming the setting and the way out.
@@ -54,17 +54,20 @@ class TrainConfig:
     image_key: str = _setting("model and data", "", "image column; by default the one of type Image")
     label_key: str = _setting("model and data", "", "label column; by default the one of type ClassLabel")
     val_fraction: float = _setting(
-        "model and data", 0.0, "share of the training images held out for choices", low=0, below=1
+        "model and data", 0.0, "share of the training images held out for validation", low=0, below=1
     )
     max_bad_images: int = _setting(
-        "model and data", 0, "images of a split that may fail to decode; each is named, mean colour stands in", low=0
+        "model and data",
+        0,
+        "images of a split that may fail to decode; each is named and becomes the mean colour",
+        low=0,
     )
     workers: int = _setting("model and data", 4, "DataLoader workers of each process, for large images", low=0)
 
     keep_params: float | None = _setting("budget", None, "share of the parameters to keep", above=0, below=1)
     keep_macs: float | None = _setting("budget", None, "share of the multiply-accumulates to keep", above=0, below=1)
     schemes: tuple[str, ...] = _setting("budget", (), "schemes to choose from; by default all", choices=tuple(SCHEMES))
-    rank_multiple: int = _setting("budget", 1, "hold ranks to multiples of this", low=1)
+    rank_multiple: int = _setting("budget", 1, "ranks are multiples of this", low=1)
     exclude: tuple[str, ...] | None = _setting(
         "budget", None, "layers that stay dense, by name or pattern; by default the first convolution"
     )
@@ -77,54 +80,72 @@ class TrainConfig:
     calibration_copies: int | None = _setting(
         "budget",
         None,
-        "copies of each, turned, moved, scaled and recoloured, that are added; by default 1 of small images",
+        "augmented copies added for each calibration image; by default 1 for small images, 0 for large ones",
         low=0,
     )
 
-    effort: str = _setting("budget", "balanced", "CPU time of plan and fit against accuracy", choices=tuple(EFFORTS))
-
-    dense_epochs: int = _setting("phases", 0, "epochs of training the dense model first", low=0)
-    epochs: int = _setting(
-        "phases", 10, "epochs of penalty training, ramp and hold together; 0: none, the fit is fine-tuned", low=0
+    effort: str = _setting(
+        "budget", "balanced", "preset that trades CPU time of plan and fit for accuracy", choices=tuple(EFFORTS)
     )
-    ramp: float = _setting("phases", 0.65, "share of these epochs that is ramp; the rest is hold", low=0, below=1)
-    finetune_epochs: int = _setting("phases", 0, "epochs of training the factors after decomposition", low=0)
+
+    dense_epochs: int = _setting("phases", 0, "epochs of dense training before the plan is made", low=0)
+    epochs: int = _setting(
+        "phases",
+        10,
+        "epochs of penalty training, ramp and hold together; 0: none, so that fine-tuning starts from the fit",
+        low=0,
+    )
+    ramp: float = _setting(
+        "phases", 0.65, "share of penalty training that is the ramp; the rest is the hold", low=0, below=1
+    )
+    finetune_epochs: int = _setting("phases", 0, "epochs of fine-tuning the factors after decomposition", low=0)
     start_from: str = _setting(
-        "phases", "fit", "penalise from the data-aware decomposition, or from dense", choices=("fit", "dense")
+        "phases",
+        "fit",
+        "whether penalty training starts from the data-aware fit or from the dense model",
+        choices=("fit", "dense"),
     )
     freeze_norms: bool = _setting(
-        "phases", False, "keep the statistics of BatchNorm as they are in penalty training and fine-tuning"
+        "phases", False, "keep BatchNorm statistics fixed in penalty training and fine-tuning"
     )
     max_steps: int = _setting(
         "phases",
         0,
-        "trial run through every phase: cap on the steps of each; few images for fit, test and CPUs; 0: no cap",
+        "trial run: at most this many steps in each phase, with few images for fit and test; 0: no limit",
         low=0,
     )
 
     batch_size: int = _setting("optimisation", 128, "images per optimiser step, over all processes", low=1)
-    accumulation: int = _setting("optimisation", 1, "parts in which each process works off its share of a batch", low=1)
+    accumulation: int = _setting(
+        "optimisation", 1, "forward passes into which each process splits its share of a batch", low=1
+    )
     optimizer: str = _setting("optimisation", "sgd", "timm optimiser")
     lr: float = _setting("optimisation", 0.05, "learning rate of penalty training", above=0)
     dense_lr: float | None = _setting("optimisation", None, "learning rate of dense training; by default lr", above=0)
-    finetune_lr: float | None = _setting("optimisation", None, "learning rate of factors; by default lr / 10", above=0)
+    finetune_lr: float | None = _setting(
+        "optimisation", None, "learning rate of fine-tuning; by default lr / 10", above=0
+    )
     weight_decay: float = _setting("optimisation", 1e-4, "weight decay", low=0)
     momentum: float = _setting("optimisation", 0.9, "momentum", low=0, below=1)
     schedule: str = _setting(
         "optimisation", "cosine", "timm schedule", choices=("cosine", "multistep", "poly", "step", "tanh")
     )
-    warmup_epochs: float = _setting("optimisation", 0.0, "epochs of rising learning rate", low=0)
+    warmup_epochs: float = _setting("optimisation", 0.0, "epochs in which the learning rate rises from 0", low=0)
     clip_grad: float = _setting("optimisation", 0.0, "largest gradient norm; 0: off", low=0)
-    channels_last: bool = _setting("optimisation", True, "memory layout in which convolutions run faster")
-    mixed_precision: str = _setting("optimisation", "no", "numbers of the forward pass", choices=("no", "bf16", "fp16"))
+    channels_last: bool = _setting(
+        "optimisation", True, "channels-last memory layout, in which most convolutions run faster"
+    )
+    mixed_precision: str = _setting(
+        "optimisation", "no", "number format of the forward pass", choices=("no", "bf16", "fp16")
+    )
     cuda_graphs: bool = _setting(
-        "optimisation", False, "replay recorded passes, for small networks on one GPU, which waits for launches"
+        "optimisation", False, "replay each step from CUDA graphs: faster for small networks on one GPU"
     )
 
     distill: float = _setting(
         "regularisation",
         0.0,
-        "weight of distillation, from the dense model unless a teacher is set, against 1 - weight",
+        "weight of distillation from the teacher, by default the dense model; the labels get 1 - weight",
         low=0,
         high=1,
     )
@@ -136,20 +157,22 @@ class TrainConfig:
     smoothing: float = _setting("regularisation", 0.0, "label smoothing", low=0, below=1)
     mixup: float = _setting("regularisation", 0.0, "mixup alpha; 0: off", low=0)
     cutmix: float = _setting("regularisation", 0.0, "cutmix alpha; 0: off", low=0)
-    auto_augment: str = _setting("regularisation", "", "timm augmentation beside crops and flips, as rand-m9-mstd0.5")
+    auto_augment: str = _setting(
+        "regularisation", "", "timm augmentation in addition to crops and flips, such as rand-m9-mstd0.5"
+    )
     ema_decay: float = _setting("regularisation", 0.0, "decay of the weights' moving average; 0: off", low=0, below=1)
 
     output: str = _setting("run", "", "folder for the finished model; by default runs/MODEL")
-    resume: str = _setting("run", "", "a checkpoint folder, or 'auto': the newest of this output's run, if any")
+    resume: str = _setting("run", "", "checkpoint folder to resume from; 'auto': the newest one of this output, if any")
     overwrite: bool = _setting("run", False, "replace a finished model and start a new run")
     push_to_hub: str = _setting("run", "", "USER/NAME to publish the finished model as; checked before training")
     hub_private: bool = _setting("run", False, "make a new repository on the Hub private")
-    seed: int = _setting("run", 0, "seed of everything", low=0, high=2**32 - 1)
-    checkpoint_every: int = _setting("run", 0, "steps between checkpoints; 0: one an epoch", low=0)
+    seed: int = _setting("run", 0, "seed of every random choice", low=0, high=2**32 - 1)
+    checkpoint_every: int = _setting("run", 0, "steps between checkpoints; 0: one per epoch", low=0)
     keep_checkpoints: int = _setting("run", 2, "checkpoints to keep", low=1)
-    log_every: int = _setting("run", 50, "steps between entries of the tracker", low=1)
+    log_every: int = _setting("run", 50, "steps between tracker entries", low=1)
     tracker: str = _setting("run", "tensorboard", "experiment tracker of Accelerate, or none; skipped if not installed")
-    cpu: bool = _setting("run", False, "use CPUs even where there is a GPU; needed for several CPU processes")
+    cpu: bool = _setting("run", False, "use CPUs even if there is a GPU; required for several CPU processes")
 
     def __post_init__(self) -> None:
         for setting in dataclasses.fields(self):
@@ -166,11 +189,13 @@ class TrainConfig:
                 "start_from='fit' needs calibration images: set calibration_images, or start_from='dense'"
             )
         if self.teacher and not self.distill:
-            raise ArpHubError(f"teacher='{self.teacher}' teaches nothing while distill=0: set distill, 0.9 for one")
+            raise ArpHubError(f"teacher='{self.teacher}' has no effect with distill=0: set distill, for example 0.9")
         if self.teacher_checkpoint and not self.teacher:
             raise ArpHubError(f"teacher_checkpoint='{self.teacher_checkpoint}' needs the teacher's name: set teacher")
         if self.epochs == 0 and self.start_from == "dense":
-            raise ArpHubError("epochs=0 trains with no penalty, so that start_from must be 'fit', or raise epochs")
+            raise ArpHubError(
+                "epochs=0 means no penalty training, which needs start_from='fit': set it, or raise epochs"
+            )
         if (self.mixup or self.cutmix) and self.batch_size // self.accumulation % 2:
             raise ArpHubError(
                 f"mixup and cutmix mix pairs of images, but batch_size={self.batch_size} in "
@@ -201,10 +226,10 @@ class TrainConfig:
 
     @classmethod
     def from_layers(cls, *layers: Mapping[str, Any]) -> TrainConfig:
-        """Build a config from dictionaries, of which later ones win.
+        """Build a config from dictionaries. Later ones take precedence.
 
-        A budget replaces the other kind of budget, and weights to start from make dense training unnecessary, unless
-        the same dictionary asks for both.
+        A budget replaces an earlier budget of the other kind. Trained weights replace earlier ``dense_epochs``. A
+        dictionary that sets both keeps both.
 
         Raises:
             ArpHubError: If a key is unknown, with the nearest right one, or a value is bad.
@@ -241,7 +266,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def without_retired(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings without those that have one value only, as older config files and checkpoints name them.
+    """The settings without those that older versions had and that allow one value only.
 
     Raises:
         ArpHubError: If such a setting has another value.
@@ -262,13 +287,13 @@ def check_names(layer: Mapping[Any, Any]) -> None:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """The end of an error message: the known name that is nearest to ``name``, or where all are listed."""
+    """The end of an error message: the known name most similar to ``name``, or where to find all names."""
     near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
-    return f": did you mean '{near[0]}'?" if near else " (--help lists what there is)"
+    return f": did you mean '{near[0]}'?" if near else " (--help lists all settings)"
 
 
 def parse(setting: dataclasses.Field[Any], value: Any) -> Any:
-    """A value as its setting's type; text, as the command line and YAML give it, is converted.
+    """A value converted to the type of its setting. The command line and YAML may give text.
 
     Raises:
         ArpHubError: If it is not of that type.

@@ -1,4 +1,4 @@
-"""Accuracy of a model on a split, counted exactly, on one process or several."""
+"""Accuracy of a model on a split, counted exactly, in one process or several."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def evaluate(
     counted twice. All processes must call it, and all get the result.
 
     Args:
-        model: The model, not wrapped; it is evaluated on the device where it is, and left in the mode it was in.
+        model: The unwrapped model, evaluated on its own device. Its training or evaluation mode is restored.
         split: The images, for instance ``data.test``.
         batch_size: Images in a forward pass, on each process.
         workers: DataLoader workers, for large data.
         accelerator: The run's accelerator, if there is one.
-        max_images: Measure on this many images, a random choice from the whole split that is the same at every call.
+        max_images: Number of images, chosen at random from the whole split but equal at every call; None: all.
 
     Raises:
         ArpHubError: If the split has no labels, or if its classes are not those of the model.
@@ -81,7 +81,7 @@ def evaluate(
 
 
 def why_not_measured(model: nn.Module, split: Split) -> str | None:
-    """Why the labels of a split do not fit the classes of a model; None if they do, as far as both tell."""
+    """Why the labels of a split do not fit the classes of a model; None if no mismatch is known."""
     if split.labels is None:
         return f"split '{split.name}' has no labels"
     ours, theirs = split.class_names, (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
@@ -110,7 +110,7 @@ def _other_classes(split: Split, classes: int) -> str:
 
 
 def _counts(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Right at the first guess, right within five, summed loss, images."""
+    """Numbers of top-1 hits and top-5 hits, summed loss, number of images."""
     ranked = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
     loss = F.cross_entropy(logits.double(), target, reduction="sum")
     hits = [ranked[:, 0].sum(), ranked.any(1).sum()]

@@ -1,17 +1,32 @@
-"""Find the layer in which values first become NaN or infinite."""
+"""NaN and infinite values: notice them without waiting for a GPU, and name the layer where they begin."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
+def fetched(value: Tensor) -> Callable[[], float]:
+    """Start copying a number to the CPU. Call the result for the number: it waits for the copy only."""
+    if value.device.type != "cuda":
+        return value.item
+    here = torch.empty((), pin_memory=True).copy_(value.detach(), non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def number() -> float:
+        copied.synchronize()
+        return here.item()
+
+    return number
+
+
 @torch.no_grad()
 def weights_not_finite(model: nn.Module) -> str:
-    """The first weight or statistic that is NaN or infinite, in words; empty if all are finite."""
+    """A description of the first weight or statistic that is NaN or infinite; empty if all are finite."""
     return _first(model.state_dict())
 
 
@@ -29,15 +44,15 @@ def _first(tensors: Mapping[str, Tensor]) -> str:
 
 @torch.no_grad()
 def first_not_finite(model: nn.Module, images: Tensor) -> str:
-    """The first layer whose output becomes NaN or infinite on a batch, in words.
+    """A description of the first layer whose output becomes NaN or infinite on a batch.
 
-    Runs the batch once more, which may change the statistics of BatchNorm: for a model that is given up.
+    It runs the batch again, which may change the statistics of BatchNorm: do not train the model afterwards.
 
     Args:
-        model: The model, as it was when it failed.
+        model: The model that failed, unchanged since.
         images: The batch that it failed on.
     """
-    if bad := _first(dict(model.named_parameters())):  # the failed pass has spoilt the statistics already
+    if bad := _first(dict(model.named_parameters())):  # not the buffers: the failed pass has changed the statistics
         return bad
     found: list[str] = []
 
@@ -59,5 +74,5 @@ def first_not_finite(model: nn.Module, images: Tensor) -> str:
         for handle in handles:
             handle.remove()
     if found:
-        return f"layer '{found[0]}' is the first whose output is not finite, with finite weights"
-    return "all weights and outputs are finite now"
+        return f"layer '{found[0]}' is the first whose output is not finite, although its weights are"
+    return "all weights and outputs are finite when the batch is run again"

@@ -20,29 +20,31 @@ def recorded_training(model: nn.Module, images: Tensor) -> Forward:
     """A model's forward pass as a graph, its backward pass as another; parameters are read and trained in place.
 
     Args:
-        model: The model in training mode, on a GPU. It is left as it is and may be called by itself beside.
-        images: A batch like all that will come.
+        model: The model in training mode, on a GPU. It is not changed and can still be called directly.
+        images: A batch of the shape of all later ones.
 
     Raises:
-        ArpHubError: If the model cannot be recorded, because it looks at values on its way, for one.
+        ArpHubError: If the model cannot be recorded, for example because its forward pass reads values on the CPU.
     """
     buffers = [buffer.clone() for buffer in model.buffers()]
     try:
         forward = torch.cuda.make_graphed_callables(_Apart(model), (images,), num_warmup_iters=3)
     except RuntimeError as error:
         raise _refusal(error) from error
-    for buffer, before in zip(model.buffers(), buffers, strict=True):  # the statistics that warming up has moved
+    for buffer, before in zip(
+        model.buffers(), buffers, strict=True
+    ):  # undo what the warm-up did to BatchNorm statistics
         buffer.copy_(before)
     return cast(Forward, forward)
 
 
 @torch.no_grad()
 def recorded_inference(forward: Forward, images: Tensor) -> Forward:
-    """A pass without gradients as a graph; every call overwrites what the one before gave.
+    """A pass without gradients as a graph. Every call overwrites the result of the previous one.
 
     Args:
         forward: The pass.
-        images: A batch like all that will come.
+        images: A batch of the shape of all later ones.
 
     Raises:
         ArpHubError: If it cannot be recorded.
@@ -51,7 +53,7 @@ def recorded_inference(forward: Forward, images: Tensor) -> Forward:
     stream.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(stream):
-            for _ in range(3):  # libraries choose their kernels
+            for _ in range(3):  # a warm-up, in which libraries choose their kernels
                 forward(given)
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph):

@@ -1,87 +1,31 @@
-"""One phase of training: steps over epochs, with penalty, distillation, averaging, checkpoints and log."""
+"""The training loop of one phase: steps over epochs, with penalty, distillation, averaging, checkpoints and log."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from safetensors import SafetensorError
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from ..errors import ArpHubError
-from ..penalty import AdaptiveRankPenalty
 from .checkpoint import Checkpoint, newest_whole, save_checkpoint
 from .config import TrainConfig
-from .data.augment import epoch_batches, sent, steps_per_epoch
-from .data.dataset import ImageData
-from .data.images import TrainBatch
+from .data.batches import training_batches
 from .evaluate import evaluate
-from .finite import first_not_finite, weights_not_finite
+from .finite import fetched, first_not_finite, weights_not_finite
 from .graphs import Forward, recorded_inference, recorded_training
-from .preemption import Preempted, Sigterm
-from .runlog import RunLog
-from .seeds import keyed_seed, seed_everything
-
-
-@dataclass
-class Run:
-    """The state that all phases of a run share."""
-
-    config: TrainConfig
-    accelerator: Accelerator
-    data: ImageData
-    log: RunLog
-    settings: Mapping[str, Any]
-    sigterm: Sigterm = field(default_factory=Sigterm)
-    scores: dict[str, Any] = field(default_factory=dict)
-    plan: Mapping[str, Any] | None = None
-    began: float = field(default_factory=time.perf_counter)
-
-    @property
-    def seconds(self) -> float:
-        """Wall time so far, including what a resumed run took before it was stopped."""
-        return time.perf_counter() - self.began
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps of an epoch."""
-        return steps_per_epoch(len(self.data.train), self.config.batch_size)
-
-    def total_steps(self, epochs: int) -> int:
-        """Optimiser steps of a phase, ``max_steps`` at most."""
-        return phase_steps(self.config, self.data, epochs)
-
-
-def phase_steps(config: TrainConfig, data: ImageData, epochs: int) -> int:
-    """Optimiser steps of ``epochs``, at most ``max_steps``."""
-    total = epochs * steps_per_epoch(len(data.train), config.batch_size)
-    return min(total, config.max_steps) if config.max_steps else total
-
-
-@dataclass
-class Phase:
-    """One phase: ``dense``, ``compress`` (ramp and hold) or ``finetune``, with the model it trains."""
-
-    name: str
-    model: nn.Module
-    epochs: int
-    lr: float
-    teacher: nn.Module | None = None
-    penalty: AdaptiveRankPenalty | None = None
-    frozen_norms: bool = False
-    """Whether BatchNorm keeps its statistics, as in evaluation."""
+from .optimizer import group_values, make_optimizer, make_schedule, restore_optimizer
+from .phases import Phase, Run
+from .preemption import Preempted
+from .seeds import seed_everything
 
 
 def train(run: Run, phase: Phase, start: Checkpoint | None = None) -> nn.Module | None:
@@ -90,7 +34,7 @@ def train(run: Run, phase: Phase, start: Checkpoint | None = None) -> nn.Module 
     Args:
         run: The run.
         phase: What to train.
-        start: State to go on from, of this phase; its model and penalty are loaded already.
+        start: A checkpoint of this phase to resume from. The model and the penalty have its state already.
 
     Returns:
         The moving average of the model, if the config asks for one.
@@ -98,7 +42,7 @@ def train(run: Run, phase: Phase, start: Checkpoint | None = None) -> nn.Module 
     Raises:
         ArpHubError: If the loss or a weight becomes NaN or infinite, naming step, layer and last checkpoint, or if a
             checkpoint cannot be written.
-        Preempted: If SIGTERM has come; the state is saved.
+        Preempted: On SIGTERM, after the state is saved.
     """
     return _Loop(run, phase, start).run_to_end()
 
@@ -118,33 +62,37 @@ class _Loop:
         self.layout = layout
         if phase.frozen_norms:
             _freeze_statistics(self.model)
-        optimizer = create_optimizer_v2(
-            self.model, opt=config.optimizer, lr=phase.lr, weight_decay=config.weight_decay, momentum=config.momentum
-        )
-        self.schedule = _schedule(optimizer, config, self.total, run.steps_per_epoch)
+        optimizer = make_optimizer(self.model, config, phase.lr)
+        self.schedule = make_schedule(optimizer, config, self.total, run.steps_per_epoch)
         self.schedule.step_update(self.step)
         self.ema = ModelEmaV3(self.model, decay=config.ema_decay) if config.ema_decay else None
-        if start:
-            _load_optimizer(optimizer, start.state["optimizer"], start.state.get("groups"))
-            if self.ema:
-                start.load_into(self.ema.module, "ema")
-            if accelerator.scaler and start.state["scaler"]:
-                accelerator.scaler.load_state_dict(start.state["scaler"])
         self.raw_optimizer = optimizer
+        self.totals = torch.zeros(3, device=accelerator.device)  # of the epoch: summed loss, hits, images
+        if start:
+            self.restore(start)
         self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
         self.forward: Forward = self.wrapped
         self.guide: Forward | None = self.teach if phase.teacher and config.distill else None
         self.recorded = not config.cuda_graphs
         self.mixup = _mixup(config, run.data.num_classes)
         self.checkpoints = config.run_folder / "checkpoints"
-        self.totals = torch.zeros(3, device=accelerator.device)  # of the epoch: summed loss, hits, images
-        if start and "totals" in start.state:  # a row for each process
-            rows = start.state["totals"].view(-1, 3)
-            if accelerator.process_index < len(rows):
-                self.totals += rows[accelerator.process_index].to(accelerator.device)
-        self.listen_every = 1 if accelerator.num_processes == 1 else 10  # steps between exchanges
+        self.listen_every = 1 if accelerator.num_processes == 1 else 10  # steps between exchanges about SIGTERM
+
+    def restore(self, start: Checkpoint) -> None:
+        """Restore what `save` writes, except the model and the penalty."""
+        state = start.state
+        restore_optimizer(self.raw_optimizer, state["optimizer"], state.get("groups"))
+        if self.ema:
+            start.load_into(self.ema.module, "ema")
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if "totals" in state:  # a row for each process
+            rows = state["totals"].view(-1, 3)
+            if self.accelerator.process_index < len(rows):
+                self.totals += rows[self.accelerator.process_index].to(self.accelerator.device)
 
     def run_to_end(self) -> nn.Module | None:
+        """Train all epochs that are left."""
         spe = self.run.steps_per_epoch
         bar = self.run.log.bar(self.phase.name, self.total, self.step)
         if self.step == 0:
@@ -160,7 +108,7 @@ class _Loop:
         return self.ema.module if self.ema else None
 
     def release(self) -> None:
-        """Free what Accelerate prepared, gradients and process group included, even if this object lives on."""
+        """Free what Accelerate prepared, including gradients and process group, while this object still exists."""
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         del self.wrapped, self.forward, self.optimizer
         self.accelerator.free_memory()
@@ -169,7 +117,8 @@ class _Loop:
         """Train up to step ``end``, then log the epoch and save a checkpoint."""
         began = time.perf_counter()
         every = self.config.checkpoint_every
-        micro = self.micro_batches(epoch, end)
+        steps = range(self.step, end)
+        micro = training_batches(self.run.data.train, self.config, self.accelerator, self.phase.name, steps)
         while self.step < end:
             lr = self.raw_optimizer.param_groups[0]["lr"]
             loss = self.one_step(micro)
@@ -177,7 +126,7 @@ class _Loop:
             bar.update()
             if self.step % self.config.log_every == 0 or self.step == end:
                 self.report(loss, lr, bar)
-            stop = self.step % self.listen_every == 0 and self.anyone_told_to_stop()
+            stop = self.step % self.listen_every == 0 and self.run.sigterm.heard_by_any(self.accelerator)
             if self.step < end and (stop or (every and self.step % every == 0)):
                 self.save()
             if stop and self.step < end:
@@ -186,29 +135,22 @@ class _Loop:
         self.close_epoch(epoch, lr, time.perf_counter() - began)
         self.totals.zero_()
         self.save()
-        if self.anyone_told_to_stop():
+        if self.run.sigterm.heard_by_any(self.accelerator):
             raise self.preempted()
 
     def preempted(self) -> Preempted:
-        """The end of a run on SIGTERM, after its state is saved."""
+        """The exception that ends the run on SIGTERM, after its state is saved."""
         return Preempted(
             f"stopped by SIGTERM at step {self.step} of phase '{self.phase.name}', which is saved: "
-            "go on with --resume auto"
+            "continue with --resume auto"
         )
-
-    def anyone_told_to_stop(self) -> bool:
-        """Whether any process received SIGTERM, so that all stop at the same step."""
-        if self.accelerator.num_processes == 1:
-            return self.run.sigterm.heard
-        heard = torch.tensor(float(self.run.sigterm.heard), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(heard, "sum") > 0)
 
     def share_statistics(self) -> None:
         """Average BatchNorm statistics over processes, so that all evaluate the same model."""
         processes = self.accelerator.num_processes
         if processes > 1:
             distribute_bn(self.model, processes, reduce=True)
-            if self.ema:  # of the main process, because that is the one which checkpoints keep
+            if self.ema:  # take those of the main process, which checkpoints hold
                 distribute_bn(self.ema.module, processes, reduce=False)
 
     def one_step(self, micro: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
@@ -223,9 +165,9 @@ class _Loop:
             seed_everything(config.seed, self.phase.name, self.step, part, accelerator.process_index)
             with accelerator.accumulate(self.wrapped):
                 loss = self.loss(images, labels)
-                number = _fetched(loss)
+                number = fetched(loss)
                 accelerator.backward(loss)
-                if not math.isfinite(number()):  # before the step, so that the weights stay what they are
+                if not math.isfinite(number()):  # before the step changes the weights
                     with accelerator.autocast():
                         where = first_not_finite(self.model, images)
                     raise self.diverged(f"the loss is {loss.item()}", self.step + 1, where)
@@ -242,7 +184,7 @@ class _Loop:
         return torch.stack(losses).mean()
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy, mixed with distillation from the teacher if there is one."""
+        """Cross-entropy, blended with distillation if there is a teacher."""
         config, target = self.config, labels
         if self.mixup:
             images, target = self.mixup(images, labels)
@@ -266,32 +208,10 @@ class _Loop:
             return cast(nn.Module, self.phase.teacher)(images).float()
 
     def record(self, images: Tensor) -> None:
-        """Record the passes over a batch as CUDA graphs, and replay these from the next step on."""
+        """Record forward, backward and teacher passes as CUDA graphs, which all later steps replay."""
         self.forward = recorded_training(self.wrapped, images)
         self.guide = recorded_inference(self.guide, images) if self.guide else None
         self.recorded = True
-
-    def micro_batches(self, epoch: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's share of the batches from the current step to ``end``, in parts for accumulation."""
-        config, split, accelerator = self.config, self.run.data.train, self.accelerator
-        first = epoch * self.run.steps_per_epoch
-        batches = epoch_batches(len(split), config.batch_size, keyed_seed(config.seed, self.phase.name), epoch)
-        size = config.batch_size // (accelerator.num_processes * config.accumulation)
-        begin = accelerator.process_index * config.accumulation * size
-        shares = [slice(begin + part * size, begin + (part + 1) * size) for part in range(config.accumulation)]
-        places = [(step, share) for step in range(self.step, end) for share in shares]
-        jobs = (
-            TrainBatch(
-                indices=split.indices[batches[step - first]],
-                seed=keyed_seed(config.seed, self.phase.name, "augment", step),
-                share=share,
-            )
-            for step, share in places
-        )
-        images = split.images.training(jobs, accelerator.device, config.workers)
-        known = cast(Tensor, split.labels)
-        labels = (sent(known[batches[step - first][share]], accelerator.device) for step, share in places)
-        return zip(images, labels, strict=True)
 
     def report(self, loss: Tensor, lr: float, bar: Any) -> None:
         """Show the numbers of this step in the progress bar and the tracker."""
@@ -344,7 +264,7 @@ class _Loop:
         self.run.log.epoch(entry)
 
     def save(self) -> None:
-        """Write a checkpoint on the main process while the others wait; never one with NaN or infinite values."""
+        """Write a checkpoint on the main process while the others wait, unless a weight is NaN or infinite."""
         self.check_weights()
         totals = self.accelerator.gather(self.totals[None])
         if self.accelerator.is_main_process:
@@ -352,7 +272,7 @@ class _Loop:
             state = {
                 "model": self.model.state_dict(),
                 "optimizer": self.raw_optimizer.state_dict()["state"],
-                "groups": _group_values(self.raw_optimizer),
+                "groups": group_values(self.raw_optimizer),
                 "penalty": penalty.state_dict() if penalty else None,
                 "ema": self.ema.module.state_dict() if self.ema else None,
                 "scaler": scaler.state_dict() if scaler else None,
@@ -365,10 +285,10 @@ class _Loop:
                 save_checkpoint(folder, checkpoint, self.config.keep_checkpoints)
             except (OSError, SafetensorError) as error:
                 last, _ = newest_whole(folder)
-                whole = f"The last whole one is '{last}'" if last else "There is none before it"
+                whole = f"The last whole one is '{last}'" if last else "No earlier one is whole"
                 raise ArpHubError(
-                    f"cannot write a checkpoint in '{folder}': {error}. {whole}: make room there or allow writing, "
-                    "then go on with --resume auto"
+                    f"cannot write a checkpoint in '{folder}': {error}. {whole}. Free disk space or allow writing, "
+                    "then continue with --resume auto"
                 ) from error
         self.accelerator.wait_for_everyone()
 
@@ -379,65 +299,11 @@ def _freeze_statistics(model: nn.Module) -> None:
             module.eval()
 
 
-def _fetched(value: Tensor) -> Callable[[], float]:
-    """Start copying a number to the CPU. The returned function waits for the copy, but not for later GPU work."""
-    if value.device.type != "cuda":
-        return value.item
-    here = torch.empty((), pin_memory=True).copy_(value.detach(), non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def number() -> float:
-        copied.synchronize()
-        return here.item()
-
-    return number
-
-
 def _mean(violations: Mapping[str, float]) -> float:
     return sum(violations.values()) / max(1, len(violations))
-
-
-def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total: int, spe: int) -> Scheduler:
-    """The timm schedule, counted in steps so that it also fits a phase shortened by ``max_steps``."""
-    schedule, _ = create_scheduler_v2(
-        optimizer,
-        sched=config.schedule,
-        num_epochs=total,
-        decay_epochs=max(1, total // 3),
-        decay_milestones=[total // 2, total * 3 // 4],
-        warmup_epochs=min(round(config.warmup_epochs * spe), total // 2),
-        warmup_lr=0.0,
-        step_on_epochs=False,
-        updates_per_epoch=1,
-    )
-    if schedule is None:
-        raise ArpHubError(f"schedule: timm has no '{config.schedule}'")
-    return schedule
 
 
 def _mixup(config: TrainConfig, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
     if not config.mixup and not config.cutmix:
         return None
     return Mixup(mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=0.0, num_classes=classes)
-
-
-def _group_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The plain values of an optimiser's parameter groups: some, such as LAMB and Adan, keep their step count there.
-
-    Others, such as dtypes, never change, so that a resumed run has them already.
-    """
-    plain = (bool, int, float, str, list, tuple, Tensor, type(None))
-    return [
-        {name: value for name, value in group.items() if name != "params" and isinstance(value, plain)}
-        for group in optimizer.param_groups
-    ]
-
-
-def _load_optimizer(
-    optimizer: torch.optim.Optimizer, state: Mapping[int, Any], groups: Sequence[Mapping[str, Any]] | None
-) -> None:
-    """Restore an optimiser's state for each parameter, and the values of its groups if the checkpoint has them."""
-    optimizer.load_state_dict({"state": dict(state), "param_groups": optimizer.state_dict()["param_groups"]})
-    for group, values in zip(optimizer.param_groups, groups or (), strict=False):
-        group.update({name: tuple(v) if isinstance(group.get(name), tuple) else v for name, v in values.items()})

@@ -1,4 +1,4 @@
-"""SIGTERM: schedulers send it some time before they take a machine away."""
+"""SIGTERM, which schedulers send shortly before they take a machine away: how a run and its workers stop on it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import torch
+from accelerate import Accelerator
+
 EXIT_CODE = 75
-"""The system's code for "try again later"."""
+"""Exit code of a preempted run: the system's EX_TEMPFAIL, "try again later"."""
 
 
-class Preempted(Exception):  # nothing went wrong
-    """A run stopped on SIGTERM. The message says where, and how to go on."""
+class Preempted(Exception):  # not an ArpHubError, because nothing went wrong
+    """A run stopped on SIGTERM. The message says at which step, and how to resume."""
 
 
 class Sigterm:
-    """SIGTERM as a run sees it: it raises `Preempted`, except inside `noted`, where it is only noted."""
+    """The SIGTERM handler of a run. It raises `Preempted`; inside `noted` it only sets ``heard``."""
 
     def __init__(self) -> None:
         self.heard = False
@@ -27,8 +30,8 @@ class Sigterm:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle SIGTERM while the block runs. Any other error that it causes there becomes `Preempted` too."""
-        if threading.current_thread() is not threading.main_thread():  # only the main thread may listen
+        """Handle SIGTERM while the block runs. Errors that follow from it become `Preempted` too."""
+        if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
             yield
             return
         before = signal.signal(signal.SIGTERM, self._handle)
@@ -39,13 +42,13 @@ class Sigterm:
         except Exception as error:
             if not self.heard:
                 raise
-            raise self._stop() from error  # such as a lost connection to a process that has stopped already
+            raise self._stop() from error  # for example, another process stopped first and closed its connection
         finally:
             signal.signal(signal.SIGTERM, before)
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Only note SIGTERM while the block runs: the block looks at ``heard`` where it can stop."""
+        """Only set ``heard`` on SIGTERM while the block runs. The block stops itself where its state is complete."""
         self.check()
         self._later = True
         try:
@@ -53,6 +56,13 @@ class Sigterm:
         finally:
             self._later = False
         self.check()
+
+    def heard_by_any(self, accelerator: Accelerator) -> bool:
+        """Whether any process has received SIGTERM, so that all stop at the same step. All must call it."""
+        if accelerator.num_processes == 1:
+            return self.heard
+        heard = torch.tensor(float(self.heard), device=accelerator.device)
+        return bool(accelerator.reduce(heard, "sum") > 0)
 
     def check(self) -> None:
         """Stop here if SIGTERM has come.
@@ -64,21 +74,21 @@ class Sigterm:
             raise self._stop()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a child that was forked a moment ago
+        if os.getpid() != self._process:  # a forked child inherits the handler
             os._exit(128 + number)
         first, self.heard = not self.heard, True
         if first and not self._later:  # a second signal must not interrupt the clean-up of the first
             raise self._stop()
 
     def _stop(self) -> Preempted:
-        return Preempted("stopped by SIGTERM: go on from the last checkpoint with --resume auto")
+        return Preempted("stopped by SIGTERM: continue from the last checkpoint with --resume auto")
 
 
 def outlast_sigterm(worker: int) -> None:
-    """Let a loader worker end by SIGTERM of its parent only, which needs more batches to end its step on a scheduler's.
+    """Make a loader worker ignore SIGTERM from anyone but its parent, which needs batches to complete its step.
 
     Args:
-        worker: The number of the worker, which torch gives.
+        worker: The number of the worker, as torch passes it.
     """
     if not hasattr(signal, "sigwaitinfo"):  # macOS and Windows
         return

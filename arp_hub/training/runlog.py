@@ -23,7 +23,7 @@ _TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "cl
 
 
 def tracker_name(config: TrainConfig) -> str | None:
-    """The name of Accelerate's tracker, or None for no tracker.
+    """The name of the tracker for Accelerate, or None for no tracker.
 
     Raises:
         ArpHubError: If Accelerate knows no such tracker.
@@ -39,12 +39,12 @@ def tracker_name(config: TrainConfig) -> str | None:
 
 
 class RunLog:
-    """Writes on the main process only; on others every method does nothing.
+    """The log of a run. Only the main process writes; on all others, every method does nothing.
 
     Args:
         accelerator: The run's accelerator.
         config: The settings.
-        done: Phase and step that a resumed run goes on from: later lines of its log are dropped.
+        done: Phase and step that a resumed run continues from. Later lines of its log are dropped.
     """
 
     def __init__(self, accelerator: Accelerator, config: TrainConfig, done: tuple[str, int] | None) -> None:
@@ -87,7 +87,7 @@ class RunLog:
             _logger.info(message, *values)
 
     def _cut(self, done: tuple[str, int] | None) -> None:
-        """Drop the lines that the run will write again."""
+        """Drop the lines that the resumed run writes a second time."""
         if not self.path.exists():
             return
         kept = []

@@ -32,7 +32,7 @@ def seed_everything(*key: int | str) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the global CPU generators, which image transforms use, for a while; then restore them."""
+    """Seed the global CPU generators, which image transforms use, inside the block, then restore them."""
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -308,7 +308,7 @@ def forward_intermediates(case: Case) -> None:
 
 
 def prune_intermediate_layers(case: Case) -> None:
-    """The first map of a model cut behind it."""
+    """The first map, from a model that is cut after it."""
     needs(case.dense, "prune_intermediate_layers")
 
     def call(model: Any) -> Any:
@@ -480,7 +480,7 @@ def half_precision(case: Case, dtype: torch.dtype) -> None:
 
 
 def compiled(case: Case) -> None:
-    """The tracer of torch.compile. Code generation is left out: it only meets plain small layers."""
+    """The tracer of torch.compile. Code generation is skipped, because it only sees plain small layers."""
     with torch.no_grad():
         same(torch.compile(case.half, backend="eager")(case.images), case.half(case.images))
     torch.compiler.reset()
@@ -609,7 +609,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "features_only": create_with(features_only=True),
     "scriptable": create_with(scriptable=True),
 }
-"""Checks by the name of the entry point. A check returns if it holds, and raises `Failed` or `NotApplicable` if not."""
+"""Checks by the name of the entry point. A check that does not hold raises `Failed` or `NotApplicable`."""
 
 EXPORTS: dict[str, Callable[[Case], None]] = {
     "torch.compile": compiled,

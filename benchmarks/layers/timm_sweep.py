@@ -333,7 +333,7 @@ def write_docs(results: dict[str, Any]) -> None:
 
 
 def problems(row: dict[str, Any]) -> list[str]:
-    """The checks of a row that fail or are stated exceptions."""
+    """The checks of a row that fail or are listed as known exceptions."""
     return [
         f"{check}: {result}" for check, result in row.get("checks", {}).items() if not result.startswith(("ok", "n/a"))
     ]

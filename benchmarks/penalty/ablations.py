@@ -1,11 +1,11 @@
-"""Ablations of the penalty: ResNet-20 on CIFAR-10, one epoch, one thing changed at a time.
+"""Ablations of the penalty: ResNet-20 on CIFAR-10, one epoch, one change at a time.
 
     python -m benchmarks.penalty.ablations list
     python -m benchmarks.penalty.ablations run '0.35/*' --shared ../shared
     python -m benchmarks.penalty.ablations table
 
-All rows of a budget share data, batches, learning rate, plan and (unless their name says otherwise) the start: the
-trained network, or its data-aware decomposition. `run` writes results/ablations.json, and skips rows that it holds
+All rows of a budget share data, batches, learning rate and plan. Unless their name says otherwise, they also share the
+start: the trained network, or its data-aware fit. `run` writes results/ablations.json, and skips rows with a result
 unless `--again` is given. `table` writes docs/ablations.md.
 """
 
@@ -33,7 +33,7 @@ from arp_hub.layers.model import count_params, low_rank_layers
 from arp_hub.penalty import AdaptiveRankPenalty
 from arp_hub.schemes import Factors
 from arp_hub.training import ImageData, calibration_images, evaluate, load_data
-from arp_hub.training.data.augment import epoch_batches, steps_per_epoch
+from arp_hub.training.data.batches import epoch_batches, steps_per_epoch
 from arp_hub.training.data.images import TrainBatch
 from arp_hub.training.seeds import keyed_seed
 from benchmarks.penalty.rival_penalties import (
@@ -311,11 +311,11 @@ ResNet-20 on CIFAR-10 from one trained checkpoint (91.73). In every row: one epo
 momentum 0.9 from a rate of 0.03 along a cosine, distillation 0.9 at temperature 4, gradients clipped at 5, the same
 plan, and no fine-tuning after the cut, unless its name says otherwise. Top-1 is that of the last epoch on the 10,000
 test images; no choice depends on it. The rows `dense-dual` and `dense-output-metric` belong to modes of the penalty
-that lost: they are recorded here, and their code is gone.
+that lost: they are recorded here, and their code has been removed.
 """
 
 RETIRED = ("dense-dual", "dense-output-metric")
-"""Variants with results whose code is gone."""
+"""Variants whose results are kept although their code has been removed."""
 
 
 def page(results: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ The step and the penalties take turns in one run; times are medians of CPU secon
 is included if torchao is installed. Every k x k layer is `cp` and every other layer `channel`, at 45 % of their
 weights. On a GPU, blocks of steps with and without a pull at their end take turns. (A pull timed alone would count its
 kernel launches, which in training overlap with work on the GPU.) Rows of other models and devices in
-results/penalty_cost.json stay.
+results/penalty_cost.json are kept.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--every", type=int, default=32, help="steps from one pull to the next")
     parser.add_argument("--seconds", type=float, default=30.0, help="how long to measure")
-    parser.add_argument("--alone", action="store_true", help="leave out the rivals, which take minutes on large models")
+    parser.add_argument(
+        "--alone", action="store_true", help="skip the other penalties, which take minutes on large models"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="forward passes in bfloat16, channels last")
     args = parser.parse_args()

@@ -19,14 +19,14 @@ LR, RAMP = 0.03, 0.65
 
 
 class FixedShare(AdaptiveRankPenalty):
-    """Moves a tenth of the way to the nearest point at every pull of the ramp, whatever the violation."""
+    """Moves a tenth of the way to the nearest low-rank point at every pull of the ramp, for any violation."""
 
     def _shares(self, stack: Any, violation: Tensor) -> Tensor:
         return torch.full_like(violation, 0.1)
 
 
 class KeepsEnergy(AdaptiveRankPenalty):
-    """Scales every projection back to the norm of the weight before it."""
+    """Rescales every projection to the norm that the weight had before it."""
 
     def _pull(self, holding: bool, keep: bool = False) -> None:
         before = [_norms(stack) for stack in self._stacks]
@@ -41,7 +41,7 @@ class KeepsEnergy(AdaptiveRankPenalty):
 
 
 class NuclearTail(AdaptiveRankPenalty):
-    """In the ramp, thresholds the singular values beyond the rank softly, instead of scaling all by one factor."""
+    """In the ramp, soft-thresholds the singular values beyond the rank, instead of scaling all by one factor."""
 
     def _pull(self, holding: bool, keep: bool = False) -> None:
         if holding:

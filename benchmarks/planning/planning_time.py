@@ -5,8 +5,8 @@
     python -m benchmarks.planning.planning_time resnet50 --images 256 --device cuda
 
 The row in results/planning_time.json holds wall time, CPU time, and peak memory. Peak memory is that of the process, or
-of the GPU, minus what was held before planning, in multiples of the weights. The images are smooth noise, because their
-content does not change the time.
+of the GPU, minus the memory in use before planning, in multiples of the size of the weights. The images are smooth
+noise, because their content does not change the time.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What sensitivities gain in accuracy, and how well the trial of a plan predicts the decomposed model.
+"""Accuracy gained by sensitivities, and how well the trial of a plan predicts the decomposed model.
 
     python -m benchmarks.planning.sensitivity list
     python -m benchmarks.planning.sensitivity run 'resnet20/0.2/*' --shared ../shared
     python -m benchmarks.planning.sensitivity table
 
 A row is NETWORK/KEEP/EXPONENT: layer errors are weighted by sensitivities to this power. (`make_plan` tries several
-exponents.) `run` records the divergence of the predictions from the dense model's, in nats: in the trial of the plan,
-and after decomposition. The second is measured on held-out images, or on the calibration images of lite0, which has no
-others. `run` also records top-1 on the test images. It writes results/sensitivity.json; `table` prints it.
+exponents.) `run` records how far predictions diverge from the dense model's, in nats: in the trial of the plan, and
+after decomposition. The latter is measured on held-out images; lite0 has none, so its calibration images are used.
+`run` also records top-1 on the test images. It writes results/sensitivity.json; `table` prints it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from arp_hub.planning.output_errors import OutputErrors
 from arp_hub.training import evaluate, load_data
 from arp_hub.training.seeds import keyed_generator
 from benchmarks.accuracy import NETWORKS, SEED, Network, images_and_test
-from benchmarks.rows import chosen, load_results, print_rows, results_file, row_parser, run_rows
+from benchmarks.rows import load_results, results_file, row_command, row_parser
 
 RESULTS = results_file("sensitivity")
 ROWS = {
@@ -45,15 +45,7 @@ def main() -> None:
     """Parse the command line and do what it asks for."""
     parser, runner = row_parser(__doc__, table="print the results as a table")
     runner.add_argument("--shared", type=Path, required=True, help="folder with weights/ and data/")
-    args = parser.parse_args()
-    if args.command == "list":
-        print_rows(ROWS, load_results(RESULTS), _short)
-    elif args.command == "run":
-        run_rows(chosen(ROWS, args.rows), RESULTS, args.again, lambda name: measure(*ROWS[name], args.shared), _short)
-    else:
-        print("| row | divergence in the trial | decomposed | top-1 |\n|---|---|---|---|")
-        for name, row in load_results(RESULTS).items():
-            print(f"| `{name}` | {row['tried']:.4f} | {row['divergence']:.4f} | {row['top1']:.2f} |")
+    row_command(parser, ROWS, RESULTS, lambda name, args: measure(*ROWS[name], args.shared), _short, print_table)
 
 
 def measure(name: str, keep: float, power: float, shared: Path) -> dict[str, Any]:
@@ -85,7 +77,7 @@ def measure(name: str, keep: float, power: float, shared: Path) -> dict[str, Any
 
 
 def _held_out(network: Network, model: nn.Module, shared: Path) -> Tensor:
-    """Training images that do not calibrate, without augmentation."""
+    """Training images that are not used for calibration, without augmentation."""
     split = load_data(str(shared / "data" / network.data), model, seed=SEED).train
     order = torch.randperm(
         len(split), generator=keyed_generator(SEED, "calibration")
@@ -102,6 +94,13 @@ def _divergence(dense: nn.Module, small: nn.Module, images: Tensor) -> float:
         exact, found = dense(batch).log_softmax(-1), small(batch).log_softmax(-1)
         total += float((exact.exp() * (exact - found)).sum())
     return total / len(images)
+
+
+def print_table() -> None:
+    """One line a row: divergences and accuracy."""
+    print("| row | divergence in the trial | decomposed | top-1 |\n|---|---|---|---|")
+    for name, row in load_results(RESULTS).items():
+        print(f"| `{name}` | {row['tried']:.4f} | {row['divergence']:.4f} | {row['top1']:.2f} |")
 
 
 def _short(row: dict[str, Any]) -> str:

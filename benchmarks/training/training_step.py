@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 import arp_hub
 from arp_hub._utils.environment import environment
 from arp_hub.training import load_data
-from arp_hub.training.data.augment import epoch_batches
+from arp_hub.training.data.batches import epoch_batches
 from arp_hub.training.data.images import TrainBatch
 from arp_hub.training.graphs import recorded_training
 from benchmarks.penalty.penalty_cost import plan_of
@@ -71,7 +71,7 @@ def main() -> None:
         return time.perf_counter()
 
     def block(pull: bool) -> tuple[float, float]:
-        """Seconds a step, and the part of them spent on data."""
+        """Seconds per step, and how many of them are spent on data."""
         loading, began = 0.0, now()
         for _ in range(length):
             started = now()

@@ -204,7 +204,7 @@ BAD_INPUTS = {
     "a budget and a plan": (f"{HALF} --plan {{tmp}}/other.json", "exactly one of"),
     "a plan and schemes": (
         f"compress {FINE} --plan {{tmp}}/other.json --schemes cp --output {{tmp}}/out",
-        "not for a given --plan",
+        "cannot change a given --plan",
     ),
     "plan of another model": (f"compress {FINE} --plan {{tmp}}/other.json --output {{tmp}}/out", "blocks.0.attn.qkv"),
     "plan that is none": (f"compress {FINE} --plan {{tmp}}/notes.txt --output {{tmp}}/out", "not valid JSON"),

@@ -13,7 +13,7 @@ FLOORS = (
     {"plan"},
     {"layers"},
     {"calibration"},
-    {"planning", "decomposition", "penalty"},
+    {"planning", "decomposition", "penalty", "refinement"},
     {"models"},
     {"reports"},
     {"hub"},

@@ -1,5 +1,7 @@
 """How stored images become pixels: modes, sizes and limits, the choice of images to measure on, and classes."""
 
+import json
+import os
 from types import SimpleNamespace
 
 import datasets
@@ -12,10 +14,8 @@ from PIL import Image
 from arp_hub.errors import ArpHubError
 from arp_hub.hub.load import load_model
 from arp_hub.training import Split, evaluate, load_data
-from arp_hub.training.data import decoding, sources
-from arp_hub.training.data.decoding import as_rgb
 from arp_hub.training.evaluate import why_not_measured
-from arp_hub_cli.app import _test_split, app
+from arp_hub_cli.app import app
 
 CPU = torch.device("cpu")
 
@@ -25,21 +25,31 @@ def model():
     return load_model("cifar_resnet20", pretrained=False)
 
 
-def grey(dtype, low, high):
+@pytest.fixture(scope="module")
+def large_input():
+    """A model with so large an input that `MANY` images exceed the memory for decoded ones and are streamed."""
+    return timm.create_model("test_resnet", pretrained_cfg_overlay={"input_size": (3, 1024, 1024)})
+
+
+MANY, MISSED = 400, 5
+"""Number of images that exceeds the sample whose headers are read, and one of them that the sample leaves out."""
+
+
+def grey(dtype, low, high, side=32):
     """An image with a dark left and a bright right half."""
-    values = np.full((32, 32), low, dtype)
-    values[:, 16:] = high
+    values = np.full((side, side), low, dtype)
+    values[:, side // 2 :] = high
     return Image.fromarray(values)
 
 
-def colour(mode, pixel=(200, 100, 50)):
-    return Image.new("RGB", (32, 32), pixel).convert(mode)
+def colour(mode, side):
+    return Image.new("RGB", (side, side), (200, 100, 50)).convert(mode)
 
 
-def palette(mode):
-    image = Image.new("P", (32, 32), 1)
+def palette(side):
+    image = Image.new("P", (side, side), 1)
     image.putpalette([0, 0, 0, 200, 100, 50])
-    return image.convert("PA") if mode == "PA" else image
+    return image
 
 
 def transparent(image):
@@ -48,42 +58,41 @@ def transparent(image):
 
 
 MODES = {
-    "1 bit": (lambda: grey(np.uint8, 0, 255).convert("1"), "png", (0, 255)),
-    "8 bits": (lambda: grey(np.uint8, 51, 204), "png", (51, 204)),
-    "grey with alpha": (lambda: transparent(grey(np.uint8, 51, 204)), "png", (51, 204)),
-    "10 bits": (lambda: grey(np.uint16, 0, 1023), "png", (0, 255)),
-    "12 bits": (lambda: grey(np.uint16, 819, 4095), "png", (51, 255)),
-    "12 bits, tif": (lambda: grey(np.uint16, 819, 4000), "tif", (51, 249)),
-    "14 bits": (lambda: grey(np.uint16, 0, 16383), "png", (0, 255)),
-    "16 bits": (lambda: grey(np.uint16, 13107, 65535), "png", (51, 255)),
-    "16 bits, big-endian": (lambda: grey(">u2", 13107, 65535), "tif", (51, 255)),
-    "int32, 8 bits": (lambda: grey(np.int32, 51, 204), "tif", (51, 204)),
-    "int32, 12 bits": (lambda: grey(np.int32, 819, 4095), "tif", (51, 255)),
-    "int32, 16 bits": (lambda: grey(np.int32, 13107, 65535), "tif", (51, 255)),
-    "int32, a mask": (lambda: grey(np.int32, 0, 1), "tif", (0, 255)),
-    "float, 0 to 1": (lambda: grey(np.float32, 0.2, 1), "tif", (51, 255)),
-    "float, beyond 1 by resizing": (lambda: grey(np.float32, -0.01, 1.01), "tif", (0, 255)),
-    "float, 0 to 255": (lambda: grey(np.float32, 51, 204), "tif", (51, 204)),
-    "float, 0 to 65535": (lambda: grey(np.float32, 13107, 65535), "tif", (51, 255)),
-    "black, float": (lambda: grey(np.float32, 0, 0), "tif", (0, 0)),
-    "palette": (lambda: palette("P"), "png", (200, 100, 50)),
-    "RGB": (lambda: colour("RGB"), "png", (200, 100, 50)),
-    "RGB, bmp": (lambda: colour("RGB"), "bmp", (200, 100, 50)),
-    "RGB, webp": (lambda: colour("RGB"), "webp", (200, 100, 50)),
-    "RGB, ppm": (lambda: colour("RGB"), "ppm", (200, 100, 50)),
-    "RGBA": (lambda: transparent(colour("RGBA")), "png", (200, 100, 50)),
-    "CMYK, jpg": (lambda: colour("CMYK"), "jpg", (200, 100, 50)),
-    "CMYK, tif": (lambda: colour("CMYK"), "tif", (200, 100, 50)),
-    "YCbCr": (lambda: colour("YCbCr"), "jpg", (200, 100, 50)),
+    "1 bit": (lambda side: grey(np.uint8, 0, 255, side).convert("1"), "png", (0, 255)),
+    "8 bits": (lambda side: grey(np.uint8, 51, 204, side), "png", (51, 204)),
+    "grey with alpha": (lambda side: transparent(grey(np.uint8, 51, 204, side)), "png", (51, 204)),
+    "10 bits": (lambda side: grey(np.uint16, 0, 1023, side), "png", (0, 255)),
+    "12 bits": (lambda side: grey(np.uint16, 819, 4095, side), "png", (51, 255)),
+    "12 bits, tif": (lambda side: grey(np.uint16, 819, 4000, side), "tif", (51, 249)),
+    "14 bits": (lambda side: grey(np.uint16, 0, 16383, side), "png", (0, 255)),
+    "16 bits": (lambda side: grey(np.uint16, 13107, 65535, side), "png", (51, 255)),
+    "16 bits, big-endian": (lambda side: grey(">u2", 13107, 65535, side), "tif", (51, 255)),
+    "int32, 8 bits": (lambda side: grey(np.int32, 51, 204, side), "tif", (51, 204)),
+    "int32, 12 bits": (lambda side: grey(np.int32, 819, 4095, side), "tif", (51, 255)),
+    "int32, 16 bits": (lambda side: grey(np.int32, 13107, 65535, side), "tif", (51, 255)),
+    "int32, a mask": (lambda side: grey(np.int32, 0, 1, side), "tif", (0, 255)),
+    "float, 0 to 1": (lambda side: grey(np.float32, 0.2, 1, side), "tif", (51, 255)),
+    "float, beyond 1 by resizing": (lambda side: grey(np.float32, -0.01, 1.01, side), "tif", (0, 255)),
+    "float, 0 to 255": (lambda side: grey(np.float32, 51, 204, side), "tif", (51, 204)),
+    "float, 0 to 65535": (lambda side: grey(np.float32, 13107, 65535, side), "tif", (51, 255)),
+    "black, float": (lambda side: grey(np.float32, 0, 0, side), "tif", (0, 0)),
+    "palette": (palette, "png", (200, 100, 50)),
+    "RGB": (lambda side: colour("RGB", side), "png", (200, 100, 50)),
+    "RGB, bmp": (lambda side: colour("RGB", side), "bmp", (200, 100, 50)),
+    "RGB, webp": (lambda side: colour("RGB", side), "webp", (200, 100, 50)),
+    "RGB, ppm": (lambda side: colour("RGB", side), "ppm", (200, 100, 50)),
+    "RGBA": (lambda side: transparent(colour("RGBA", side)), "png", (200, 100, 50)),
+    "CMYK, jpg": (lambda side: colour("CMYK", side), "jpg", (200, 100, 50)),
+    "CMYK, tif": (lambda side: colour("CMYK", side), "tif", (200, 100, 50)),
+    "YCbCr": (lambda side: colour("YCbCr", side), "jpg", (200, 100, 50)),
 }
 
 
-@pytest.mark.parametrize("size", ["in memory", "streamed"])
+@pytest.mark.parametrize("side", [32, 128], ids=["in memory", "streamed"])
 @pytest.mark.parametrize(("make", "suffix", "values"), MODES.values(), ids=MODES)
-def test_every_mode_comes_out_at_its_brightness(tmp_path, model, monkeypatch, make, suffix, values, size):
-    monkeypatch.setattr(sources, "_MEMORY", 2**30 if size == "in memory" else 0)
+def test_every_mode_comes_out_at_its_brightness(tmp_path, model, make, suffix, values, side):
     (tmp_path / "cat").mkdir()
-    make().save(tmp_path / "cat" / f"1.{suffix}")
+    make(side).save(tmp_path / "cat" / f"1.{suffix}")
     data = load_data(str(tmp_path), model)
     image = next(iter(data.test.images.evaluation(data.test.indices, 1, CPU, 0)))[0]
     mean, std = (torch.tensor(model.pretrained_cfg[name])[:, None] for name in ("mean", "std"))
@@ -96,13 +105,19 @@ def test_every_mode_comes_out_at_its_brightness(tmp_path, model, monkeypatch, ma
 REFUSED = {
     "NaN": (lambda: grey(np.float32, 0, np.nan), "NaN or infinite"),
     "infinite": (lambda: grey(np.float32, 0, np.inf), "NaN or infinite"),
-    "float, normalised": (lambda: grey(np.float32, -1.5, 2), "largest value, 2, tells no range"),
+    "float, normalised": (lambda: grey(np.float32, -1.5, 2), "largest value, 2, does not show which value is white"),
     "float, negative": (lambda: grey(np.float32, -0.5, 0.9), "-0.5 to 0.9 are not all between 0 and 1"),
-    "float, metres": (lambda: grey(np.float32, 0, 20), "largest value, 20, tells no range"),
-    "int32, class numbers": (lambda: grey(np.int32, 0, 20), "largest value, 20, tells no range"),
+    "float, metres": (lambda: grey(np.float32, 0, 20), "largest value, 20, does not show which value is white"),
+    "int32, class numbers": (lambda: grey(np.int32, 0, 20), "largest value, 20, does not show which value is white"),
     "int32, negative": (lambda: grey(np.int32, -1, 100), "-1 to 100 are not all between 0 and 255"),
-    "int32, more than 16 bits": (lambda: grey(np.int32, 0, 10**6), "largest value, 1e.06, tells no range"),
-    "float, more than 16 bits": (lambda: grey(np.float32, 0, 1e6), "largest value, 1e.06, tells no range"),
+    "int32, more than 16 bits": (
+        lambda: grey(np.int32, 0, 10**6),
+        "largest value, 1e.06, does not show which value is white",
+    ),
+    "float, more than 16 bits": (
+        lambda: grey(np.float32, 0, 1e6),
+        "largest value, 1e.06, does not show which value is white",
+    ),
 }
 
 
@@ -124,9 +139,21 @@ def test_dark_images_stay_dark_beside_bright_ones(tmp_path, model, caplog):
         grey(np.uint16, 0, highest).save(tmp_path / split / "cat" / "1.png")
     data = load_data(str(tmp_path), model)
     assert "4095 is white in its grey images of type int" in caplog.text
-    assert [int(split.images.pixels(CPU).max()) for split in (data.train, data.test)] == [255, 16]
-    with pytest.raises(ValueError, match="0 to 4096 are not all between 0 and 4095"):
-        as_rgb(grey(np.uint16, 0, 4096), {"int": 4095})
+    mean, std = (torch.tensor(model.pretrained_cfg[name]) for name in ("mean", "std"))
+    brightest = [(255 * (split.tensors()[0].amax((0, 2, 3)) * std + mean)).max() for split in (data.train, data.test)]
+    assert [round(float(value)) for value in brightest] == [255, 16]
+
+
+def test_a_value_above_the_white_of_the_other_images_is_refused(tmp_path, model):
+    (tmp_path / "cat").mkdir()
+    files = [tmp_path / "cat" / f"{number:03}.png" for number in range(MANY)]
+    grey(np.uint16, 0, 4096).save(files[MISSED])
+    grey(np.uint16, 0, 4095).save(files[0])
+    for file in files:
+        if not file.exists():
+            os.link(files[0], file)
+    with pytest.raises(ArpHubError, match="005.png' cannot be decoded: .*0 to 4096 are not all between 0 and 4095"):
+        load_data(str(tmp_path), model).test.tensors()
 
 
 def column(root, images, name="train"):
@@ -170,17 +197,20 @@ def test_all_sizes_together_decide_how_images_are_resized(tmp_path, train, test,
         assert torch.allclose(split.tensors()[0], wanted, atol=1e-5)
 
 
-def test_small_images_are_resized_alike_in_memory_and_streamed(tmp_path, model, monkeypatch):
-    column(tmp_path, noise((32, 32), (40, 20), (96, 96), (7, 7)))
-    kept = load_data(str(tmp_path), model).test.tensors()[0]
-    monkeypatch.setattr(sources, "_MEMORY", 0)
-    assert torch.allclose(load_data(str(tmp_path), model).test.tensors()[0], kept, atol=1e-5)
+def test_small_images_are_resized_alike_in_memory_and_streamed(tmp_path, large_input):
+    first = noise((32, 32), (40, 20), (96, 96), (7, 7))
+    seen = []
+    for name, more in (("few", 0), ("many", MANY)):
+        (tmp_path / name).mkdir()
+        column(tmp_path / name, first + [Image.new("RGB", (8, 8))] * more)
+        test = load_data(str(tmp_path / name), large_input).test
+        seen.append(next(iter(test.images.evaluation(test.indices[:4], 4, CPU, 0))))
+    assert torch.allclose(*seen, atol=1e-5)
 
 
-def test_a_large_image_that_the_sample_missed_is_named(tmp_path, model, caplog, monkeypatch):
-    monkeypatch.setattr(decoding, "_SAMPLED", 1)
-    sizes = [(8, 8)] * 20
-    sizes[5] = (100, 100)
+def test_a_large_image_that_the_sample_missed_is_named(tmp_path, model, caplog):
+    sizes = [(8, 8)] * MANY
+    sizes[MISSED] = (100, 100)
     column(tmp_path, noise(*sizes))
     load_data(str(tmp_path), model).test.tensors()
     assert "1 images have more than 96 pixels a side" in caplog.text
@@ -195,39 +225,34 @@ def test_an_image_of_too_many_pixels_is_not_decoded(tmp_path, model, monkeypatch
     assert (tmp_path / "cat" / "1.png").stat().st_size < 30_000
     monkeypatch.setattr(Image.core, "new", None)  # allocating memory for pixels would fail
     with pytest.raises(
-        ArpHubError, match="'cat/1.png' cannot .* its 13300 x 13300 pixels are more than the 67 million"
+        ArpHubError, match="'cat/1.png' cannot .* its 13300 x 13300 pixels are more than the limit of 67 million"
     ):
         load_data(str(tmp_path), model).split("train").tensors()
 
 
 @pytest.mark.parametrize(
-    ("limit", "options", "size"),
-    [
-        (2**26, {}, (64, 48)),
-        (64 * 48, {}, (64, 48)),
-        (64 * 48 - 1, {}, (32, 24)),
-        (32 * 24, {}, (32, 24)),
-        (32 * 24 - 1, {}, None),
-        (47 * 48, {"progressive": True}, None),
-        (2**26, {"progressive": True}, (64, 48)),
-    ],
+    ("options", "used"), [({}, True), ({"progressive": True}, False)], ids=["baseline", "progressive"]
 )
-def test_a_jpeg_of_too_many_pixels_is_decoded_at_half_its_size(tmp_path, monkeypatch, limit, options, size):
-    noise((48, 64))[0].save(tmp_path / "1.jpg", **options)
-    monkeypatch.setattr(decoding, "_MOST_PIXELS", limit)
-    rows = decoding.ImageFiles(tmp_path, ["1.jpg"])
-    if size is None:
-        with pytest.raises(ValueError, match="pixels are more than"):
-            decoding.decoded(rows, 0)
+def test_a_jpeg_of_very_many_pixels_is_used_if_it_can_be_decoded_at_half_its_size(tmp_path, model, options, used):
+    (tmp_path / "cat").mkdir()
+    Image.new("L", (8193, 8192), 128).save(tmp_path / "cat" / "1.jpg", **options)
+    test = load_data(str(tmp_path), model).test
+    if used:
+        mean, std = (torch.tensor(model.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
+        assert (255 * (test.tensors()[0][0] * std + mean)).round().unique().tolist() == [128]
     else:
-        assert decoding.decoded(rows, 0).size == size
+        with pytest.raises(ArpHubError, match="its 8193 x 8192 pixels are more than the limit of 67 million"):
+            test.tensors()
 
 
-def test_images_are_turned_as_their_exif_says(tmp_path):
+def test_images_are_turned_as_their_exif_says(tmp_path, model):
+    """The camera says that the dark left half is the bottom."""
     exif = Image.Exif()
-    exif[0x0112] = 6
-    noise((20, 40))[0].save(tmp_path / "1.jpg", exif=exif)
-    assert decoding.decoded(decoding.ImageFiles(tmp_path, ["1.jpg"]), 0).size == (20, 40)
+    exif[0x0112] = 8
+    (tmp_path / "cat").mkdir()
+    grey(np.uint8, 0, 255).save(tmp_path / "cat" / "1.jpg", exif=exif)
+    image = load_data(str(tmp_path), model).test.tensors()[0][0]
+    assert image[:, :12].min() > image[:, 20:].max()
 
 
 def test_a_row_without_an_image_is_named(tmp_path, model):
@@ -321,6 +346,9 @@ def test_evaluate_and_compress_go_by_one_rule(tmp_path, capsys):
         app(["evaluate", "--model", f"local-dir:{tmp_path / 'model'}", "--data", str(tmp_path / "data")])
     assert stop.value.code == 2
     assert reason in capsys.readouterr().err
-    model = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
-    assert _test_split(model, load_data(str(tmp_path / "data"), model)) is None  # the call that compress makes
+    command = ["compress", "--model", f"local-dir:{tmp_path / 'model'}", "--data", str(tmp_path / "data")]
+    with pytest.raises(SystemExit) as stop:
+        app([*command, "--keep-params", "0.8", "--effort", "fast", "--output", str(tmp_path / "small")])
+    assert not stop.value.code
     assert reason in capsys.readouterr().err
+    assert "top1" not in json.loads((tmp_path / "small" / "metrics.json").read_text())

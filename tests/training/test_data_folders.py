@@ -266,7 +266,7 @@ def test_labels_of_any_type_are_read(tmp_path, model, labels, numbers, names):
         (pa.array(["a", "", "b"]), "1 of 3 images of split 'train' have no label"),
         (pa.array(["", "", ""]), "no split has labels"),
         (pa.array([True, None, False]), "1 of 3 images of split 'train' have no label"),
-        (pa.array([2**64 - 1, 0, 1], pa.uint64()), "look like numbers of images"),
+        (pa.array([2**64 - 1, 0, 1], pa.uint64()), "look like image numbers"),
         (pa.array([0.0, 1.0, 2.0]), "'label' holds neither numbers nor names of classes"),
         (pa.array([[0], [1], [2]]), "'label' holds neither numbers nor names of classes"),
     ],

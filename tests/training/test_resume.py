@@ -16,14 +16,15 @@ from arp_hub import AdaptiveRankPenalty, LayerPlan, RankPlan, training
 from arp_hub.errors import ArpHubError
 from arp_hub.training import TrainConfig, load_data
 from arp_hub.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
-from arp_hub.training.loop import Phase, Run, train
+from arp_hub.training.loop import train
+from arp_hub.training.phases import Phase, Run
 
 STEPS = 3
 PLAN = RankPlan({"0": LayerPlan("channel", 2), "5": LayerPlan("channel", 3)})
 SKIPPED = {
     "bnb": "needs bitsandbytes",
     "fused": "needs apex and a GPU",
-    "adahessian": "differentiates twice, which a run refuses",
+    "adahessian": "needs second derivatives, which a run refuses",
 }
 """Optimisers that are not tried, by the beginning of their names."""
 OPTIMIZERS = [
@@ -72,7 +73,7 @@ def no_fsync(monkeypatch):
 @pytest.mark.parametrize(
     ("optimizer", "words"),
     [
-        ("adahessian", "differentiates twice"),
+        ("adahessian", "needs second derivatives"),
         ("bnbadamw8bit", "cannot be used here"),
         ("fusedlamb", "cannot be used here"),
     ],

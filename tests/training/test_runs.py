@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import hashlib
 import json
 import multiprocessing
 import os
@@ -17,10 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from arp_hub.errors import ArpHubError
 from arp_hub.training import TrainConfig, main, run
-from arp_hub.training import checkpoint as checkpoints
 from arp_hub.training.checkpoint import (
     Checkpoint,
     find_checkpoint,
@@ -29,7 +30,6 @@ from arp_hub.training.checkpoint import (
     newest_whole,
     save_checkpoint,
 )
-from arp_hub.training.loop import _Loop
 from arp_hub.training.runlog import read_log
 
 TINY = {
@@ -136,14 +136,14 @@ def test_a_checkpoint_without_checksums_is_read_if_it_is_whole(saved, case):
         assert find_checkpoint("auto", saved[-1].parent) == saved[1]
 
 
-def test_a_checkpoint_of_a_newer_format_is_refused_and_not_taken_for_damaged(saved, monkeypatch):
-    monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 99)
-    state = {"x": torch.zeros(2)}
-    save_checkpoint(saved[0].parent, Checkpoint("dense", 4, {}, {}, None, 0.0, state), keep=9)
-    monkeypatch.undo()
-    newest = find_checkpoint("auto", saved[0].parent)
+def test_a_checkpoint_of_a_newer_format_is_refused_and_not_taken_for_damaged(saved):
+    meta = json.loads((saved[-1] / STATE).read_text())
+    (saved[-1] / STATE).write_text(json.dumps({**meta, "format_version": 99}))
+    sums = [f"{hashlib.sha256((saved[-1] / name).read_bytes()).hexdigest()}  {name}\n" for name in (STATE, TENSORS)]
+    (saved[-1] / SUMS).write_text("".join(sums))
+    assert find_checkpoint("auto", saved[0].parent) == saved[-1]
     with pytest.raises(ArpHubError, match="format_version 99.*upgrade"):
-        load_checkpoint(newest)
+        load_checkpoint(saved[-1])
 
 
 def test_checksums_are_those_of_sha256sum(saved):
@@ -226,21 +226,21 @@ def test_a_checkpoint_without_checksums_goes_on_where_it_is_whole(stopped, tmp_p
         run(config(tmp_path, dense_lr=1e-3, lr=3e38, resume=str(path)))
 
 
-def test_a_damaged_checkpoint_is_never_the_last_good_one(stopped, tmp_path, monkeypatch):
-    """The newest checkpoint is damaged behind the run's back, then the loss becomes NaN."""
+def test_a_damaged_checkpoint_is_never_the_last_good_one(stopped, tmp_path):
+    """The newest checkpoint is damaged behind the run's back, before the step that makes a weight NaN."""
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
-    original = checkpoints.save_checkpoint
+    folder = tmp_path / "out-run" / "checkpoints"
 
-    def damaging(*arguments):
-        path = original(*arguments)
-        if path.name == "compress-00000000":
-            flipped(path / TENSORS, -1)
-        return path
+    def damage(*_):
+        if (folder / "compress-00000000").exists():
+            flipped(folder / "compress-00000000" / TENSORS, -1)
 
-    monkeypatch.setattr("arp_hub.training.loop.save_checkpoint", damaging)
-    resume = str(tmp_path / "out-run" / "checkpoints" / "dense-00000001")
-    with pytest.raises(ArpHubError, match="last good checkpoint is '.*dense-00000002'"):
-        run(config(tmp_path, dense_lr=1e-3, lr=3e38, resume=resume))
+    hook = register_optimizer_step_pre_hook(damage)
+    try:
+        with pytest.raises(ArpHubError, match="last good checkpoint is '.*dense-00000002'"):
+            run(config(tmp_path, dense_lr=1e-3, lr=3e38, resume=str(folder / "dense-00000001")))
+    finally:
+        hook.remove()
 
 
 HOLD = """
@@ -268,7 +268,7 @@ def test_a_second_run_on_one_output_is_refused_until_the_first_has_ended_or_cras
         holder.kill()
         holder.wait()
     assert f"process {holder.pid}" in lock.read_text()  # the file stays, the lock does not
-    with pytest.raises(ArpHubError, match="run is under way.*--resume auto"):
+    with pytest.raises(ArpHubError, match="holds an unfinished run.*--resume auto"):
         run(config(tmp_path))
 
 
@@ -390,13 +390,13 @@ def recipe(monkeypatch, capsys):
 
 
 PLACES = {
-    "loading data": "arp_hub.training.trainer.load_data",
+    "loading data": "arp_hub.training.inputs.load_data",
     "planning": "arp_hub.training.trainer.make_plan",
     "fitting": "arp_hub.training.trainer.calibration_images",
     "evaluating": "arp_hub.training.trainer.evaluate",
     "saving a checkpoint": "arp_hub.training.checkpoint.save_file",
     "saving the model": "arp_hub.hub.save.save_file",
-    "the report": "arp_hub.training.trainer.write_report",
+    "the report": "arp_hub.training.results.write_report",
 }
 
 
@@ -414,7 +414,7 @@ def test_sigterm_outside_the_loop_is_one_line_and_nothing_half_written(tmp_path,
     settings = {**TINY, "output": tmp_path / "out", "dense_epochs": 0, **changes}
     code, said = recipe(settings)
     assert code == 75
-    assert said[-1] == "stopped by SIGTERM: go on from the last checkpoint with --resume auto"
+    assert said[-1] == "stopped by SIGTERM: continue from the last checkpoint with --resume auto"
     assert not any("Traceback" in line or "rror" in line for line in said)
     assert not list(tmp_path.rglob("*.tmp"))
     assert (tmp_path / "out").exists() == (place == "the report")
@@ -431,27 +431,29 @@ def test_sigterm_to_the_whole_group_with_loader_workers_saves_the_state(tmp_path
         picture = tmp_path / "data" / "train" / f"class{number % 2}" / f"{number:02}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (100, 100), (number, 0, 0)).save(picture)
-    original, workers = _Loop.one_step, []
+    steps, workers = [], []
 
-    def told(loop, micro):
-        loss = original(loop, micro)
-        if loop.step == 1:
+    def told(*_):
+        steps.append(1)
+        if len(steps) == 2:
             workers.extend(child.pid for child in multiprocessing.active_children())
             group = map(str, (*workers, os.getpid(), *workers))
             subprocess.run(["kill", "-TERM", *group], check=True)  # not from this process: workers obey their parent
             time.sleep(0.2)  # for the signals to arrive
             assert len(multiprocessing.active_children()) == len(workers)
-        return loss
 
-    monkeypatch.setattr(_Loop, "one_step", told)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     settings = {**TINY, "output": tmp_path / "out", "model": "test_resnet", "data": tmp_path / "data", "workers": 2,
                 "batch_size": 4, "max_steps": 4, "checkpoint_every": 0}  # fmt: skip
     began = time.monotonic()
-    code, said = recipe(settings)
+    hook = register_optimizer_step_post_hook(told)
+    try:
+        code, said = recipe(settings)
+    finally:
+        hook.remove()
     assert len(workers) == 2
     assert code == 75
-    assert said[-1] == "stopped by SIGTERM at step 2 of phase 'dense', which is saved: go on with --resume auto"
+    assert said[-1] == "stopped by SIGTERM at step 2 of phase 'dense', which is saved: continue with --resume auto"
     assert not any("Traceback" in line for line in said)
     assert load_checkpoint(find_checkpoint("auto", tmp_path / "out-run" / "checkpoints")).step == 2
     assert time.monotonic() - began < 30

@@ -144,7 +144,7 @@ def test_another_model_can_be_the_teacher(finished, tmp_path):
     plan = make_plan(other, keep_params=0.8, input_size=(3, 32, 32))
     save_pretrained(decompose(other, plan), tmp_path / "other")
     for teacher, words in [
-        ("cifar_resnet56", "no teacher: .*'cifar_resnet56'.*teacher_checkpoint"),  # a name without weights
+        ("cifar_resnet56", "cannot load the teacher: .*'cifar_resnet56'.*teacher_checkpoint"),  # a name without weights
         (f"local-dir:{tmp_path / 'other'}", r"teacher .*mean \(0\.5, .*choose another teacher"),
     ]:
         with pytest.raises(ArpHubError, match=words):
@@ -323,7 +323,7 @@ def test_a_failure_in_one_of_two_processes_ends_both_with_its_message(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({}, "cuda_graphs needs one process on a GPU.*1 on cpu"), ({"accumulation": 2}, "accumulation=2 must be 1")],
+    [({}, "cuda_graphs needs one process on a CUDA GPU.*1 on cpu"), ({"accumulation": 2}, "accumulation=2 must be 1")],
 )
 def test_graphs_need_a_gpu_and_whole_batches(tmp_path, changes, message):
     with pytest.raises(ArpHubError, match=message):

@@ -1,4 +1,4 @@
-"""Labelled images for training, choices and the last number, fitted to the input of a model."""
+"""Labelled images for training, validation and testing, in the input format of a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import timm.data
 import torch
 from accelerate import Accelerator
 from sklearn.model_selection import train_test_split
@@ -15,13 +14,14 @@ from torch import Tensor, nn
 
 from ...errors import ArpHubError
 from ..seeds import keyed_generator, keyed_seed
-from .images import DecodedImages, Images, InputFormat
+from .images import DecodedImages, Images
+from .input_format import input_format
 from .sources import Columns, Table, open_tables
 
 _logger = logging.getLogger(__name__)
 
 _TEST_NAMES = ("test", "validation", "valid", "val", "dev")
-"""Names of the split that is tested on; the first that the data has counts."""
+"""Names of the test split, in order of preference."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Split:
     """Some labelled images.
 
     Attributes:
-        name: Name for messages, as ``train`` or ``test``.
+        name: Name in messages, such as ``train`` or ``test``.
         images: Where the pixels come from.
         labels: Class of each image, ``(N,)``; None where the data has no labels.
         indices: Which of ``images`` belong to this split, ``(N,)``.
@@ -61,11 +61,11 @@ class ImageData:
     """A data set with its splits.
 
     Attributes:
-        name: As the caller of `load_data` wrote it.
+        name: The source that was passed to `load_data`.
         num_classes: Number of classes, 0 without labels.
         class_names: Names of the classes, where the data has them.
         train: Images to train on, without those held out.
-        val: Images held out of ``train`` for choices, or None.
+        val: Images held out of ``train`` for validation, or None.
         test: Images for the final accuracy only.
         others: All splits but ``train``, by their own names.
     """
@@ -79,7 +79,7 @@ class ImageData:
     others: Mapping[str, Split] = field(default_factory=dict)
 
     def bad_images(self, accelerator: Accelerator | None = None) -> int:
-        """Number of images that no process could decode so far, each counted once."""
+        """Number of images that could not be decoded so far, on any process, each counted once."""
         splits = (self.train, self.test, *self.others.values())
         seen = torch.cat([images.bad.seen for images in {id(split.images): split.images for split in splits}.values()])
         if accelerator is not None:
@@ -112,7 +112,7 @@ def load_data(
     auto_augment: str = "",
     max_bad_images: int = 0,
 ) -> ImageData:
-    """Open a data set and fit it to a model's input. Pixels are decoded at their first use.
+    """Open a data set for a model. Pixels are decoded when they are first used.
 
     Images of at most 96 pixels a side, judged by a fixed sample of all splits, are small: they are resized to the input
     size without a crop. All other images are resized and cropped as the model's config says. Warnings name the files of
@@ -122,7 +122,7 @@ def load_data(
         source: ``digits``; a folder of class folders (read as torchvision's ``ImageFolder`` does, under ``train/`` and
             ``test/`` if it is split) or of parquet files; or the id of a Hub dataset. ``SOURCE:CONFIG`` chooses a
             configuration of a Hub dataset or of a parquet folder with a README.
-        model: The model to feed: its pretrained_cfg gives input size, mean and std.
+        model: The model whose pretrained_cfg gives input size, mean and std.
         image_key: Image column; by default the one of type Image.
         label_key: Label column of whole numbers, bools or strings; by default the one of type ClassLabel. Strings are
             class names: they are numbered in sorted order.
@@ -130,7 +130,7 @@ def load_data(
         seed: Seed of the held-out split.
         require_labels: Whether data without labels is an error.
         auto_augment: timm's augmentation string, such as ``rand-m9-mstd0.5``, for training.
-        max_bad_images: Number of images of a split that may fail to decode. An image of the mean colour replaces each.
+        max_bad_images: Largest number of images of a split that may fail to decode. Each becomes the mean colour.
 
     Raises:
         ArpHubError: If the data or one of its columns cannot be found, or if labels are missing or out of range.
@@ -143,21 +143,6 @@ def load_data(
     columns = Columns(image_key, label_key, require_labels)
     tables = open_tables(source, columns, form, auto_augment, max_bad_images)
     return _arrange(source, tables, val_fraction, seed, require_labels)
-
-
-def input_format(model: nn.Module) -> InputFormat:
-    """Input size and normalisation of a model, by its pretrained_cfg.
-
-    Raises:
-        ArpHubError: If the model does not take images of three channels.
-    """
-    config = timm.data.resolve_data_config({}, model=model)
-    channels, height, width = config["input_size"]
-    if channels != 3:
-        raise ArpHubError(f"the model takes images of {channels} channels, the data has 3: build it with in_chans=3")
-    return InputFormat(
-        (height, width), tuple(config["mean"]), tuple(config["std"]), config["interpolation"], config["crop_pct"]
-    )
 
 
 def calibration_counts(data: ImageData, count: int | None = None, copies: int | None = None) -> tuple[int, int]:
@@ -173,7 +158,7 @@ def calibration_counts(data: ImageData, count: int | None = None, copies: int | 
     """
     small = isinstance(data.train.images, DecodedImages)
     if count is None:
-        count = 1024 if small else 256  # a large image holds many more patches, and costs as much more
+        count = 1024 if small else 256  # a large image has many more patches and takes proportionally longer
     if copies is None:
         copies = 1 if small else 0
     if count < 1:
@@ -188,12 +173,12 @@ def calibration_images(
 ) -> Tensor:
     """Normalised training images without labels, for the calibration of `make_plan` and `decompose`.
 
-    Copies of an image are turned, moved, scaled and recoloured: the model has not been trained on them.
+    Copies of an image are rotated, shifted, scaled and recoloured, so that they differ from all training images.
 
     Args:
         data: The data.
         count: Number of images, at most all training images. By default 1,024 images held in memory, or 256 others.
-        copies: Varied copies of each image. By default one for images held in memory, or none.
+        copies: Number of varied copies of each image. By default one for images held in memory, or none.
         seed: Seed of the choice and of the copies.
         workers: DataLoader workers, for large data.
 
@@ -254,19 +239,19 @@ def _arrange(source: str, tables: dict[str, Table], val_fraction: float, seed: i
 
 
 def _has_labels(table: Table) -> bool:
-    """Whether there are labels; the Hub's convention for hidden ones is -1 throughout."""
+    """Whether there are labels. Hidden labels are -1 throughout, by the Hub's convention."""
     return table.labels is not None and not bool((table.labels == -1).all())
 
 
 def _check_labels(source: str, splits: list[Split], named: int) -> int:
-    """Check that labels lie in 0..classes-1. The number of classes is that of names, or else follows from ``train``."""
+    """The number of classes, from their names or from the labels of ``train``, after the labels are checked."""
     labelled = [(split.name, split.labels) for split in splits if split.labels is not None]
     if not labelled:
         return 0
     num_classes = named or int(labelled[0][1].max()) + 1
     if not named and num_classes > 10**6:  # public data sets have up to 200,000 classes
         raise ArpHubError(
-            f"data '{source}': labels go up to {num_classes - 1}, so they look like numbers of images: name the column "
+            f"data '{source}': labels go up to {num_classes - 1}, so they look like image numbers: name the column "
             "of the classes with label_key, or number the classes from 0"
         )
     for name, labels in labelled:

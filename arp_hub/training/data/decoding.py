@@ -1,4 +1,4 @@
-"""One stored image as RGB pixels: its size is checked before it is decoded, and its mode decides how it is scaled."""
+"""Decode one stored image to RGB, after a check of its size. Grey values of any range are scaled to 0..255."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL_SIDE = 96
 _MOST_PIXELS = 2**26
 """Pixels of an image that is decoded, 67 million: Pillow holds them in 256 MiB, and each loader worker may do so."""
 _SAMPLED = 128
-"""Images of a split whose headers are read: one larger image in twenty is missed once in 700 data sets."""
+"""Images of a split whose headers are read. If one in twenty is large, one sample in 700 misses them all."""
 _WHITES = (1, 255, 1023, 4095, 16383, 65535)
 """Values that are white in grey images of floats and of 1, 8, 10, 12, 14 and 16 bits."""
 _OVERSHOOT = 0.02
@@ -35,15 +35,15 @@ class Rows(Protocol):
     """The images of one split, as they are stored."""
 
     white: Mapping[str, int]
-    """Value of white, by the kind of number that a grey image holds (`number_kind`)."""
+    """Value of white in grey images, by the kind of their numbers (`number_kind`)."""
 
     def __len__(self) -> int: ...
 
     def open(self, row: int) -> Image.Image:
-        """An image of which only the header is read so far."""
+        """An image, with only its header read."""
 
     def name(self, row: int) -> str:
-        """What a message calls the image."""
+        """The name of the image in messages."""
 
 
 class ImageFiles:
@@ -110,11 +110,11 @@ class ImageColumn:
 
 
 def decoded(rows: Rows, row: int) -> Image.Image:
-    """One image as RGB, turned as its EXIF orientation says.
+    """One image as RGB, rotated by its EXIF orientation.
 
     Raises:
-        ArpHubError: If there is none in this row.
-        Exception: Of any kind, if it cannot be decoded.
+        ArpHubError: If the row holds no image.
+        Exception: Of any kind, if the image cannot be decoded.
     """
     with rows.open(row) as image:
         return as_rgb(_load(image), rows.white)
@@ -127,12 +127,12 @@ def _load(image: Image.Image) -> Image.Image:
         ValueError: If it is too large.
     """
     width, height = image.size
-    # A progressive JPEG is held in memory at its full size, whatever the size it is decoded to.
+    # Pillow holds a progressive JPEG in memory at its full size, even if it decodes it to a smaller one.
     if width * height > _MOST_PIXELS and isinstance(image, JpegImageFile) and not image.info.get("progressive"):
-        image.draft(image.mode, (width // 2, height // 2))  # Pillow opens none that is too large at half its size
+        image.draft(image.mode, (width // 2, height // 2))  # enough: Pillow refuses larger ones itself
     if image.width * image.height > _MOST_PIXELS:
         raise ValueError(
-            f"its {width} x {height} pixels are more than the {_MOST_PIXELS / 1e6:.0f} million that are decoded; "
+            f"its {width} x {height} pixels are more than the limit of {_MOST_PIXELS / 1e6:.0f} million: "
             "make it smaller"
         )
     image.load()
@@ -148,12 +148,12 @@ def number_kind(mode: str) -> str | None:
 def as_rgb(image: Image.Image, white: Mapping[str, int] | None = None) -> Image.Image:
     """An image of any mode as RGB.
 
-    Palettes are looked up, alpha is dropped, and CMYK, YCbCr and HSV are converted by Pillow. Grey images of integers
-    or floats are scaled such that white is 255.
+    Palettes are applied, alpha is dropped, and Pillow converts CMYK, YCbCr and HSV. Grey images of integers or floats
+    are scaled so that white becomes 255.
 
     Args:
         image: The image.
-        white: Value of white by `number_kind`; without one it follows from the largest value of this image.
+        white: Value of white by `number_kind`. A missing one is derived from the largest value of this image.
 
     Raises:
         ValueError: If Pillow cannot convert the mode, or values lie outside black and white.
@@ -188,24 +188,27 @@ def _bounds(values: np.ndarray) -> tuple[float, float]:
 
 
 def _white(high: float, kind: str) -> int:
-    """The lowest value that can be white where ``high`` is the highest.
+    """The smallest of the usual values of white that is not below ``high``, the largest value of an image.
 
     Raises:
-        ValueError: If ``high`` is above 16 bits, or far below the lowest white, so that images would come out black.
+        ValueError: If there is none, or if it is so far above ``high`` that the image would be nearly black.
     """
     slack = 1 + _OVERSHOOT if kind == "float" else 1
     white = next((white for white in _WHITES if high <= white * slack), None)
     if white is None or 1 < white > 4 * high:
-        raise ValueError(f"its largest value, {high:g}, tells no range: scale it to 0..255, 0..65535 or floats of 0..1")
+        raise ValueError(
+            f"its largest value, {high:g}, does not show which value is white: scale it to 0..255, 0..65535 or "
+            "floats of 0..1"
+        )
     return white
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a sample of the images of a data set has in common.
+    """Properties of a data set, from a sample of its images.
 
     Attributes:
-        small: Whether none has a side longer than `SMALL_SIDE`.
+        small: Whether no image has a side longer than `SMALL_SIDE`.
         white: Value of white in grey images of more than 8 bits, by `number_kind`.
     """
 
@@ -214,9 +217,9 @@ class Survey:
 
 
 def survey(splits: Collection[Rows]) -> Survey:
-    """Look at a sample of all splits together, the same at every call: what holds for one split holds for all.
+    """Examine a fixed sample of each split, and decide for all splits together.
 
-    Images that cannot be read are passed over here. Whoever decodes them names them.
+    Images that cannot be read are skipped here and reported when they are decoded.
     """
     sides: list[int] = []
     highest: dict[str, int] = {}
@@ -228,7 +231,7 @@ def survey(splits: Collection[Rows]) -> Survey:
                     sides.append(max(image.size))
                     if kind := number_kind(image.mode):
                         high = _bounds(np.asarray(_load(image), np.float32))[1]
-                        if high > 0:  # a black image tells no range
+                        if high > 0:  # a black image does not show which value is white
                             highest[kind] = max(_white(high, kind), highest.get(kind, 0))
             except Exception:  # decoders raise a dozen kinds
                 continue

@@ -1,7 +1,7 @@
-"""What a folder of images or of parquet files holds: its splits, its classes, and the files that belong to none.
+"""Find the splits and classes in a folder of images or of parquet files, and warn of files that belong to none.
 
-Class folders are read as torchvision's ``ImageFolder`` reads them. The split of an image follows from folders alone,
-never from words in the name of its file.
+Class folders are read as torchvision's ``ImageFolder`` reads them. Only folders decide the split of an image, never the
+name of its file.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def class_folders(source: str, root: Path) -> ClassFolders | None:
 
 
 def _walk(root: Path) -> tuple[list[Parts], list[Parts]]:
-    """All files and all folders below a folder. Links are followed, except those that lead back up."""
+    """All files and all folders below a folder. Links are followed, except those that lead to a parent folder."""
     files, folders = [], []
 
     def refuse(error: OSError) -> None:
@@ -116,7 +116,7 @@ def _walk(root: Path) -> tuple[list[Parts], list[Parts]]:
 
 
 def _leads_up(folder: Path) -> bool:
-    """Whether a link leads to a folder that it lies in, so that following it never ends."""
+    """Whether a link leads to a folder that contains it, so that following it would never end."""
     return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
@@ -125,10 +125,10 @@ def _is_hidden(file: Parts) -> bool:
 
 
 def _split_folders(source: str, images: Collection[Parts]) -> dict[str, str]:
-    """The top folder of each split; empty where the top folders are classes.
+    """The top folder of each split; empty if the top folders are classes.
 
     Raises:
-        ArpHubError: If it is unclear which they are, or if two folders name one split.
+        ArpHubError: If splits and classes cannot be told apart, or if two folders name the same split.
     """
     named, others, deep = _tops(images)
     if not _are_splits(images):
@@ -151,20 +151,20 @@ def _split_folders(source: str, images: Collection[Parts]) -> dict[str, str]:
 
 
 def _tops(images: Collection[Parts]) -> tuple[dict[str, str], set[str], set[str]]:
-    """Top folders with names of splits, and their splits; other top folders; and those that hold folders of images."""
+    """Top folders named after splits, with their splits; other top folders; top folders that contain image folders."""
     tops = {file[0] for file in images if len(file) > 1}
     named = {top: _SPLITS[top.lower()] for top in sorted(tops) if top.lower() in _SPLITS}
     return named, tops.difference(named), {file[0] for file in images if len(file) > 2}
 
 
 def _are_splits(images: Collection[Parts]) -> bool:
-    """Whether all top folders have names of splits, or both a train and a test folder hold class folders."""
+    """Whether all top folders are named after splits, or both a train and a test folder contain class folders."""
     named, others, deep = _tops(images)
     return bool(named) and (not others or {split for top, split in named.items() if top in deep} > {"train"})
 
 
 def _refuse_data_in_classes(source: str, images: Collection[Parts]) -> None:
-    """Refuse folders that look like classes but are data sets of their own: reading them would mix their splits."""
+    """Refuse class folders that are data sets themselves, because their training and test images would be mixed."""
     inside: dict[str, list[Parts]] = {}
     for file in images:
         if len(file) > 1:
@@ -183,7 +183,7 @@ def _first(names: Collection[str]) -> str:
 
 
 def _warn_of_unused(source: str, files: Collection[Parts], used: Collection[str]) -> None:
-    """Name the files that are not used, except hidden ones that are no images, and the README."""
+    """Name the files that are not used, except the README and hidden files that are not images."""
     left = [
         path
         for file in files
@@ -200,7 +200,7 @@ def _looks_like_data(path: str) -> bool:
 
 
 def _warn_of_missing(source: str, labels: Mapping[str, list[int] | None], classes: list[str]) -> None:
-    """Name the classes that a split has no image of: a folder may be missing, or its name spelt in another way."""
+    """Name the classes without images in a split: a folder may be missing, or its name may be misspelt."""
     if len(classes) == 1:
         _logger.warning("data '%s' has one class, '%s': is there a folder for each class?", source, classes[0])
     for split, numbers in labels.items():
@@ -211,18 +211,18 @@ def _warn_of_missing(source: str, labels: Mapping[str, list[int] | None], classe
 
 
 def parquet_splits(source: str, root: Path, config: str | None) -> tuple[dict[str, list[str]], Any]:
-    """Find the parquet files of each split, as the folder's README lists them, or else by their names.
+    """Find the parquet files of each split, from the folder's README or else from their names.
 
-    By name, ``train-00000-of-00003``, ``train/x``, ``train`` and ``cifar-train`` are files of split ``train``. Files
-    that name no split are left out, with a warning; if none names one, all are split ``train``.
+    By name, ``train-00000-of-00003``, ``train/x``, ``train`` and ``cifar-train`` belong to split ``train``. Files whose
+    names contain no split are left out with a warning. If no name contains one, all belong to split ``train``.
 
     Args:
         source: The folder as the user wrote it, for messages.
         root: The folder.
-        config: The configuration in the README to take; None for the default one.
+        config: The configuration in the README; None for the default one.
 
     Returns:
-        Full paths of the files of each split, and the features that the README tells (None if it tells none).
+        Full paths of the files of each split, and the features that the README declares, if any.
 
     Raises:
         ArpHubError: If there is no such configuration, or if several folders hold the same part of a split.
@@ -256,10 +256,10 @@ def parquet_splits(source: str, root: Path, config: str | None) -> tuple[dict[st
 
 
 def choose_configuration(source: str, config: str | None, configs: Collection[str], default: str | None) -> str | None:
-    """The configuration of a data set to load; None where it has none.
+    """The configuration of a data set to load; None if it has none.
 
     Raises:
-        ArpHubError: If there are several and none is chosen, or if there is none of this name.
+        ArpHubError: If there are several and none is chosen, or if the chosen one does not exist.
     """
     if config is None and (default is not None or not configs):
         return default
@@ -310,7 +310,7 @@ def _stem(file: Parts) -> str:
 
 
 def _split_of(file: Parts) -> str:
-    """The split of a parquet file, empty if its path tells none."""
+    """The split of a parquet file; empty if its path names none."""
     if shard := _SHARD.fullmatch(_stem(file)):
         words = [shard["split"].lower(), shard["split"].lower().rpartition("-")[2]]  # also 'cifar10-train'
         return next((_SPLITS[word] for word in words if word in _SPLITS), re.sub(r"\W", "_", shard["split"]))

@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.data.auto_augment import AugmentOp
-from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -26,41 +24,16 @@ from tqdm import tqdm
 from ...errors import ArpHubError
 from ..preemption import outlast_sigterm
 from ..seeds import keyed_seed, seeded
-from .augment import crop_and_flip, sent
+from .augment import VARIATION, auto_augmentation, crop_and_flip, keep_one_bit
 from .decoding import SMALL_SIDE, Rows, decoded
+from .input_format import InputFormat, sent
 
 _logger = logging.getLogger(__name__)
-
-_VARIATION = v2.Compose(
-    [
-        v2.RandomAffine(15, translate=(0.1, 0.1), scale=(0.85, 1.15), interpolation=v2.InterpolationMode.BILINEAR),
-        v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05),
-    ]
-)
-"""Turns, moves, scales and recolours an image, as another photograph of the same thing might differ."""
-
-
-@dataclass(frozen=True)
-class InputFormat:
-    """The input of a model: ``size`` is ``(height, width)``, ``mean`` and ``std`` are of pixels in 0..1."""
-
-    size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = "bicubic"
-    crop_pct: float = 1.0
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """Bytes ``(N, 3, H, W)`` as normalised floats."""
-        mean, std = (
-            sent(torch.tensor(values), pixels.device).mul(255)[:, None, None] for values in (self.mean, self.std)
-        )
-        return pixels.float().sub_(mean).div_(std)
 
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """One global batch: ``indices (B,)`` into a split, the seed of its augmentation, and this process's share of it."""
+    """One global batch: ``indices (B,)`` of its images, the seed of its augmentation, and this process's share."""
 
     indices: Tensor
     seed: int
@@ -72,11 +45,11 @@ class TrainBatch:
 
 
 class BadImages:
-    """The rows of a table whose image cannot be decoded. Shared with loader workers, so that each row counts once.
+    """The rows of a table whose image cannot be decoded. Loader workers share them, so that each row counts once.
 
     Args:
-        count: Rows of the table.
-        limit: How many may be bad. Each is named in a warning and replaced by an image of the mean colour.
+        count: Number of rows.
+        limit: Largest number of bad rows. Each is named in a warning and replaced by an image of the mean colour.
     """
 
     def __init__(self, count: int, limit: int = 0) -> None:
@@ -87,10 +60,10 @@ class BadImages:
         return int(self.seen.sum(dtype=torch.int64))
 
     def add(self, row: int, reason: str) -> None:
-        """Note a bad row.
+        """Record a bad row.
 
         Raises:
-            ArpHubError: If there are more than the limit.
+            ArpHubError: If there are more bad rows than the limit allows.
         """
         if self.seen[row]:
             return
@@ -121,7 +94,7 @@ class Images(Protocol):
     def varied(
         self, indices: Tensor, batch_size: int, device: torch.device, workers: int, seed: int
     ) -> Iterator[Tensor]:
-        """A varied copy of each of these images, like an image that the model has not seen."""
+        """A varied copy of each of these images, which differs from all training images."""
 
 
 class DecodedImages:
@@ -129,11 +102,11 @@ class DecodedImages:
 
     Args:
         count: Number of images.
-        decode: Gives all pixels as bytes ``(count, 3, H, W)``; called at the first use.
+        decode: Returns all pixels as bytes ``(count, 3, H, W)``; called when they are first used.
         form: Input format of the model.
         flip: Whether training images may be mirrored.
         auto_augment: timm's augmentation string (``rand-m9-mstd0.5``), or empty for shifts and flips alone.
-        bad: Where ``decode`` notes the images that it cannot decode.
+        bad: Where ``decode`` records images that it cannot decode.
     """
 
     def __init__(
@@ -146,7 +119,7 @@ class DecodedImages:
         bad: BadImages | None = None,
     ) -> None:
         self.count, self.form, self.flip = count, form, flip
-        self.auto_augment = _auto_augmentation(auto_augment, form) if auto_augment else None
+        self.auto_augment = auto_augmentation(auto_augment, form) if auto_augment else None
         self.bad = BadImages(count) if bad is None else bad
         self._decode = decode
         self._pixels: Tensor | None = None
@@ -174,7 +147,7 @@ class DecodedImages:
             yield self.form.normalise(moved)
 
     def evaluation(self, indices: Tensor, batch_size: int, device: torch.device, workers: int) -> Iterator[Tensor]:
-        """Images in the order of ``indices``; ``workers`` are not needed."""
+        """Images in the order of ``indices``. Pixels in memory need no ``workers``."""
         pixels = self.pixels(device)
         for chosen in indices.split(batch_size):
             yield self.form.normalise(pixels[chosen.to(device)])
@@ -183,7 +156,7 @@ class DecodedImages:
         self, indices: Tensor, batch_size: int, device: torch.device, workers: int, seed: int
     ) -> Iterator[Tensor]:
         """A varied copy of each of these images, mirrored at random unless ``flip`` is off."""
-        vary = v2.Compose([_VARIATION, v2.RandomHorizontalFlip()]) if self.flip else _VARIATION
+        vary = v2.Compose([VARIATION, v2.RandomHorizontalFlip()]) if self.flip else VARIATION
         pixels = self.pixels(torch.device("cpu"))
         for chosen in indices.split(batch_size):
             done = []
@@ -202,37 +175,6 @@ class DecodedImages:
         return torch.from_numpy(np.stack(done)).permute(0, 3, 1, 2).to(pixels.device)
 
 
-def _auto_augmentation(name: str, form: InputFormat) -> Callable[[Image.Image], Image.Image]:
-    """The augmentation that timm has under this name, without the crops, flips and normalisation around it."""
-    try:
-        _, augmentation, _ = transforms_imagenet_train(
-            form.size, auto_augment=name, interpolation=form.interpolation, mean=form.mean, std=form.std, separate=True
-        )
-    except (AssertionError, KeyError, ValueError, IndexError) as error:
-        raise ArpHubError(
-            f"auto_augment: timm knows no augmentation '{name}': give one like rand-m9-mstd0.5"
-        ) from error
-    _keep_one_bit(augmentation)
-    return augmentation
-
-
-def _keep_one_bit(transform: Any) -> None:
-    """Let timm's augmentations posterise to at least one bit: at times they ask for none, which Pillow refuses."""
-    if isinstance(transform, AugmentOp):
-        if transform.name.startswith("Posterize"):
-            transform.level_fn = partial(_one_bit_or_more, cast("Callable[..., Any]", transform.level_fn))
-    elif isinstance(transform, list):
-        for part in transform:
-            _keep_one_bit(part)
-    else:
-        for name in ("transforms", "ops", "policy"):
-            _keep_one_bit(getattr(transform, name, []))
-
-
-def _one_bit_or_more(bits: Callable[..., Any], level: float, settings: Any) -> tuple[int]:
-    return (max(1, *bits(level, settings)),)
-
-
 class StreamedImages:
     """Large images, or too many small ones for memory: the workers of a DataLoader decode and augment each.
 
@@ -240,9 +182,9 @@ class StreamedImages:
         rows: The stored images.
         form: Input format of the model.
         auto_augment: timm's augmentation string (``rand-m9-mstd0.5``), or empty for crops and flips alone.
-        bad: Where images that cannot be decoded are noted; by default the first one is an error.
-        crop: Whether evaluation resizes and crops as the model's config says. Without it the whole image is resized to
-            the input size, as `DecodedImages` does.
+        bad: Where images that cannot be decoded are recorded; by default the first one is an error.
+        crop: Whether evaluation resizes and crops as the model's config says. Otherwise the whole image is resized to
+            the input size, as in `DecodedImages`.
     """
 
     def __init__(
@@ -258,7 +200,7 @@ class StreamedImages:
             interpolation=form.interpolation,
         )
         self.train_transform = common(is_training=True, color_jitter=0.0, auto_augment=auto_augment or None)
-        _keep_one_bit(self.train_transform)
+        keep_one_bit(self.train_transform)
         sizes = {"crop_pct": form.crop_pct} if crop else {"crop_pct": 1.0, "crop_mode": "squash"}
         self.eval_transform = common(is_training=False, **sizes)
 
@@ -282,7 +224,7 @@ class StreamedImages:
         self, indices: Tensor, batch_size: int, device: torch.device, workers: int, seed: int
     ) -> Iterator[Tensor]:
         """A varied copy of each of these images, mirrored at random, resized and cropped."""
-        vary = v2.Compose([_VARIATION, v2.RandomHorizontalFlip(), self.eval_transform])
+        vary = v2.Compose([VARIATION, v2.RandomHorizontalFlip(), self.eval_transform])
         jobs = (
             [(row, keyed_seed(seed, "variation", row)) for row in chosen.tolist()]
             for chosen in indices.split(batch_size)
@@ -328,10 +270,10 @@ class _Transformed(Dataset):
 
 
 def _rgb(rows: Rows, row: int, form: InputFormat, bad: BadImages) -> Image.Image:
-    """One image as RGB; one of the mean colour if it cannot be decoded and ``bad`` allows that.
+    """One image as RGB. If it cannot be decoded and ``bad`` allows that, an image of the mean colour.
 
     Raises:
-        ArpHubError: If there is no image in this row, or if too many cannot be decoded.
+        ArpHubError: If the row holds no image, or if too many cannot be decoded.
     """
     try:
         return decoded(rows, row)

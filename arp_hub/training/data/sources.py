@@ -1,6 +1,6 @@
-"""Labelled images by name: scikit-learn's digits, a folder, or a dataset of the Hub.
+"""Open labelled images by name: scikit-learn's digits, a folder, or a dataset of the Hub.
 
-Feature types tell which column is the image and which is the label.
+Feature types decide which column holds the images and which the labels.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from torch import Tensor
 from ...errors import ArpHubError
 from .decoding import ImageColumn, ImageFiles, Rows, survey
 from .files import ClassFolders, choose_configuration, class_folders, parquet_splits
-from .images import BadImages, DecodedImages, Images, InputFormat, StreamedImages, decode_all
+from .images import BadImages, DecodedImages, Images, StreamedImages, decode_all
+from .input_format import InputFormat
 
 _logger = logging.getLogger(__name__)
 
 _MEMORY = 2**30
-"""Bytes of a split, at the model's input size, up to which small images are held in memory. A small GPU has eight times
-as many."""
+"""Largest size in bytes of a split of small images, at the model's input size, that is held in memory: 1 GiB, an eighth
+of the memory of a small GPU."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """One split as the data has it."""
+    """One split of a data set as it is stored."""
 
     images: Images
     labels: Tensor | None
@@ -49,7 +50,7 @@ class Columns:
     Attributes:
         image: Name of the image column; None for the one of type Image.
         label: Name of the label column; None for the one of type ClassLabel.
-        labelled: Whether there must be labels.
+        labelled: Whether labels are required.
     """
 
     image: str | None = None
@@ -60,10 +61,10 @@ class Columns:
 def open_tables(
     source: str, columns: Columns, form: InputFormat, auto_augment: str, max_bad_images: int
 ) -> dict[str, Table]:
-    """The splits of a data set, its labels read, its images bound to the input of a model.
+    """The splits of a data set, with labels read and images in the input format of a model.
 
     Raises:
-        ArpHubError: If the data or one of its columns cannot be found, or labels are of a wrong type.
+        ArpHubError: If the data or one of its columns cannot be found, or if labels have a wrong type.
     """
     if not isinstance(source, str):
         raise ArpHubError(f"data must be named by text, got {type(source).__name__} {source!r:.100}")
@@ -152,7 +153,7 @@ def _open(source: str, columns: Columns) -> tuple[Splits, tuple[str, ...]]:
 
 
 def _place_and_config(source: str) -> tuple[str, str | None]:
-    """A folder or Hub id, and the configuration that stands after a colon."""
+    """A folder or Hub id, and the configuration after the colon, if any."""
     place, colon, config = source.rpartition(":")
     if not colon or Path(source).expanduser().exists():
         return source, None
@@ -176,7 +177,7 @@ def _from_folders(
 
 
 def _load_parquet(source: str, folder: Path, config: str | None) -> Mapping[str, Any]:
-    import datasets  # its import takes a second, which digits and class folders need not pay
+    import datasets  # here, because its import takes a second that digits and class folders do not need
 
     files, features = parquet_splits(source, folder, config)
     escaped = {split: [glob.escape(path) for path in paths] for split, paths in files.items()}
@@ -188,7 +189,7 @@ def _load_from_hub(source: str, config: str | None) -> Mapping[str, Any]:
 
     try:
         return datasets.load_dataset(source, config)
-    except ValueError as error:  # so it says that a configuration is missing or unknown
+    except ValueError as error:  # datasets raises it for a missing or unknown configuration
         if "config" not in str(error).lower():
             raise
         configs = datasets.get_dataset_config_names(source)
@@ -197,7 +198,7 @@ def _load_from_hub(source: str, config: str | None) -> Mapping[str, Any]:
 
 
 class _Labelled:
-    """A table of the datasets library for each split, with the columns of images and labels found."""
+    """Tables of the datasets library, one for each split, and their columns of images and labels."""
 
     def __init__(self, source: str, tables: Mapping[str, Any], columns: Columns) -> None:
         import datasets
@@ -244,7 +245,7 @@ class _Labelled:
         return {name: (rows, labels[name]) for name, rows in columns.items()}, class_names
 
     def _labels(self, values: Mapping[str, list[Any]]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """Class numbers of each split, and the names of the classes where the data tells them."""
+        """Class numbers of each split, and the names of the classes if the data has them."""
         kind = self.features[self.label_key]
         names, dtype = getattr(kind, "names", None), str(getattr(kind, "dtype", ""))
         numbers: Mapping[Any, int] = {}
@@ -261,7 +262,7 @@ class _Labelled:
         return labels, tuple(names or map(str, numbers))
 
     def _numbers(self, split: str, values: list[Any], numbers: Mapping[Any, int]) -> Tensor:
-        """Class numbers; -1 throughout where there are none, as the Hub has it."""
+        """Class numbers. If there are none, all are -1, by the Hub's convention."""
         absent = sum(1 for value in values if value is None or value == "")
         if absent == len(values):
             return torch.full((len(values),), -1)
@@ -275,7 +276,7 @@ class _Labelled:
 
 
 def _stores_images(kind: Any) -> bool:
-    """Whether a column without a type of its own may hold encoded images, as pandas writes them to parquet."""
+    """Whether a column may hold encoded images although it is not of type Image, as in parquet files of pandas."""
     return isinstance(kind, dict) and {"bytes", "path"} == set(kind) or getattr(kind, "dtype", "") == "binary"
 
 

@@ -1,0 +1,207 @@
+"""Refine a decomposed model on unlabelled images: first block by block, then as a whole.
+
+Both phases minimise the errors of `arp_hub.refinement.losses` with Adam. Within a phase the learning rate rises, then
+falls to zero; short trials find its height. A tenth of the images is held out: a phase that raises the divergence of
+their predictions is undone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .._utils.progress import stage
+from .._utils.torch_utils import ambient_modes_off, evaluating
+from ..calibration.images import Images, batches, check_normalised
+from ..calibration.resumption import block_chain
+from ..errors import ArpHubError
+from ..layers.low_rank import layer_shape
+from ..layers.model import check_model, low_rank_layers, weight_layers
+from .clock import Clock
+from .state import Progress, StateFile, moments_of, restore_moments
+from .steps import Steps, learning
+
+_RATES = (1e-5, 3e-5, 1e-4, 3e-4)
+"""Learning rates that are tried, the lowest first. Factors of one layer are balanced, so all networks are alike."""
+_TRIAL = 0.02
+"""Share of the work that each trial of a learning rate takes."""
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What a refinement did.
+
+    Attributes:
+        images: Unlabelled images that were learnt from.
+        held_out: Images that only measured.
+        steps: Optimiser steps, trials of learning rates included.
+        seconds: Time that it took.
+        before: Divergence of the predictions from the dense model's on the held-out images, before.
+        after: The same afterwards; never higher.
+    """
+
+    images: int
+    held_out: int
+    steps: int
+    seconds: float
+    before: float
+    after: float
+
+
+@ambient_modes_off()
+def refine(
+    model: nn.Module,
+    dense: nn.Module,
+    images: Images,
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    state: str | Path | None = None,
+    progress: bool = False,
+) -> Refinement:
+    """Refine a decomposed model in place, without labels, to the predictions of its dense form.
+
+    Factors, biases and norms learn; dense weights, statistics of BatchNorms and frozen parameters stay. In the first
+    half of the time each block learns to give the dense block's output from the inputs that it gets. In the second half
+    the whole model learns the dense model's predictions, or its features if it has no classifier. Images are cropped
+    and mirrored at random. On a GPU that supports bfloat16, forward passes compute in it. Where ``torch.distributed``
+    is initialised, every process calls this with the same arguments and works on its share of each batch.
+
+    Args:
+        model: The decomposed model, on the device to work on.
+        dense: The dense model that it was made from, on the same device.
+        images: Unlabelled images, normalised as for the model: a tensor ``(N, C, H, W)`` or batches of one size, at
+            least 20. They are held in memory.
+        minutes: Time to work for. Give this or ``steps``; by default 10 minutes.
+        steps: Optimiser steps to make. With the same seed, they give the same model on the same machine.
+        batch_size: Images of a step, over all processes.
+        seed: Seed of the split, the order and the augmentation.
+        state: A file that keeps the state once a minute. If it exists, the refinement goes on from there; it is deleted
+            at the end.
+        progress: Show a progress bar.
+
+    Returns:
+        What was done, with the divergence before and after. ``model`` is never worse than before by that measure.
+
+    Raises:
+        ArpHubError: If the models do not belong together, images are too few, or ``state`` is of another refinement.
+
+    Example:
+        >>> small = decompose(copy.deepcopy(dense), plan, images)  # doctest: +SKIP
+        >>> refine(small, dense, images, minutes=10)  # doctest: +SKIP
+    """
+    check_model(model)
+    check_model(dense)
+    _check(model, dense, minutes, steps, batch_size)
+    check_normalised(images, dense)
+    learnt, held_out = _split(images, seed)
+    with evaluating(model), evaluating(dense), learning(model, dense) as parameters:
+        device = next(dense.parameters()).device
+        blocks = list(block_chain(dense, learnt[:1].to(device)))
+        work = Steps(model, dense, parameters, learnt, held_out, blocks, batch_size, seed)
+        minutes = 10.0 if minutes is None and steps is None else minutes
+        made = {"minutes": minutes, "steps": steps, "batch_size": batch_size, "seed": seed, "images": len(learnt)}
+        file = StateFile(None if state is None else Path(state), made)
+        with stage("refine", 100, progress) as advance:
+            result = _run(work, file, minutes, steps, advance)
+    return Refinement(len(learnt), len(held_out), *result)
+
+
+def _check(model: nn.Module, dense: nn.Module, minutes: float | None, steps: int | None, batch_size: int) -> None:
+    if not low_rank_layers(model):
+        raise ArpHubError("the model has no low-rank layer to refine: decompose it first")
+    if low_rank_layers(dense):
+        raise ArpHubError("`dense` is decomposed itself: pass the dense model that the decomposed one was made from")
+    if minutes is not None and steps is not None:
+        raise ArpHubError("give minutes or steps, not both")
+    for name, value in {"minutes": minutes, "steps": steps, "batch_size": batch_size}.items():
+        if value is not None and not (isinstance(value, (int, float)) and value > 0 and math.isfinite(value)):
+            raise ArpHubError(f"{name} must be a number above 0, got {value!r}")
+    ours, theirs = next(model.parameters()), next(dense.parameters())
+    if ours.device != theirs.device:
+        raise ArpHubError(f"the model is on {ours.device}, the dense model on {theirs.device}: move them together")
+    if ours.dtype != torch.float32 or theirs.dtype != torch.float32:
+        raise ArpHubError(f"refinement needs weights in float32, got {ours.dtype} and {theirs.dtype}: call .float()")
+    known = dict(weight_layers(dense))
+    for name, layer in low_rank_layers(model).items():
+        if name not in known or layer_shape(known[name]) != layer_shape(layer):
+            raise ArpHubError(f"`dense` has no layer '{name}' of the model's shape: pass the model it was made from")
+
+
+def _split(images: Images, seed: int) -> tuple[Tensor, Tensor]:
+    """The images to learn from, and a tenth that is held out."""
+    every = images if isinstance(images, Tensor) else torch.cat([batch.cpu() for batch in batches(images)])
+    if len(every) < 20:
+        raise ArpHubError(f"refinement needs at least 20 images, got {len(every)}: a tenth of them is held out")
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
+    held_out = max(2, len(every) // 10)
+    return every[order[held_out:]], every[order[:held_out]]
+
+
+def _run(
+    work: Steps, file: StateFile, minutes: float | None, steps: int | None, advance: Callable[..., object]
+) -> tuple[int, float, float, float]:
+    """Both phases. Returns steps, seconds, and the divergence before and after."""
+    progress, tensors = file.load() or (Progress(), {})
+    clock = Clock(minutes, steps, progress.seconds, progress.steps)
+    if not tensors:
+        progress.before = progress.least = work.divergence()
+        tensors = {"parameters": work.vector(), "best": work.vector()}
+    work.load(tensors["parameters"])
+    best, shown = tensors["best"], 0
+    phases = [(True, 0.5), (False, 1.0)] if work.blocks else [(False, 1.0)]
+    for number, (by_blocks, end) in list(enumerate(phases))[progress.phase :]:
+        if not progress.rate:
+            progress.rate = _best_rate(work, clock, by_blocks)
+            progress.begin = clock.share()
+        optimizer = work.optimizer()
+        restore_moments(optimizer, work.parameters, tensors)
+        while (share := clock.share()) < end:
+            done = (share - progress.begin) / (end - progress.begin)
+            work.step(optimizer, progress.rate * _schedule(done), clock.steps, by_blocks)
+            clock.steps += 1
+            if file.due():
+                progress.steps, progress.seconds = clock.steps, clock.seconds
+                moments = moments_of(optimizer, work.parameters)
+                file.save(progress, {"parameters": work.vector(), "best": best, **moments})
+            advance(int(100 * share) - shown)
+            shown = int(100 * share)
+        divergence = work.divergence()
+        if divergence < progress.least:
+            progress.least, best = divergence, work.vector()
+        else:
+            work.load(best)
+        progress.phase, progress.rate, tensors = number + 1, 0.0, {}
+        progress.steps, progress.seconds = clock.steps, clock.seconds
+        file.save(progress, {"parameters": best, "best": best.clone()})
+    file.remove()
+    return clock.steps, clock.seconds, progress.before, progress.least
+
+
+def _schedule(done: float) -> float:
+    """The learning rate over its height: a rise over a twentieth of the phase, then a line down to zero."""
+    return min(1.0, (done + 0.005) / 0.05) * (1 - done)
+
+
+def _best_rate(work: Steps, clock: Clock, by_blocks: bool) -> float:
+    """The learning rate whose short run ends with the lowest loss on the held-out images, from low to high."""
+    start, best, least = work.vector(), _RATES[0], math.inf
+    for rate in _RATES:
+        optimizer, begin = work.optimizer(), clock.share()
+        while (share := clock.share()) < begin + _TRIAL:
+            done = (share - begin) / _TRIAL
+            work.step(optimizer, rate * _schedule(done), clock.steps, by_blocks)
+            clock.steps += 1
+        loss = work.loss(by_blocks)
+        work.load(start)
+        if not loss < least:
+            break
+        best, least = rate, loss
+    return best

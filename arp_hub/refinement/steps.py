@@ -1,0 +1,187 @@
+"""Optimiser steps of a refinement, each on a batch of unlabelled images that both models see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torchvision.transforms import v2
+
+from ..calibration.images import Place
+from ..layers.model import low_rank_layers
+from .losses import BlockTargets, divergence
+
+_SMALL = 64
+"""Sides up to which images are shifted, as small data sets are augmented; larger ones are cropped and resized."""
+
+
+@contextmanager
+def learning(student: nn.Module, dense: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """The parameters that a refinement changes; all others need no gradient during the block.
+
+    They are the factors, and every vector: biases, norms and scales. Frozen ones stay as they are.
+    """
+    factors = {id(parameter) for layer in low_rank_layers(student).values() for parameter in layer.parameters()}
+    every = [*student.parameters(), *dense.parameters()]
+    needed = [parameter.requires_grad for parameter in every]
+    chosen = [p for p in student.parameters() if p.requires_grad and (id(p) in factors or p.dim() <= 1)]
+    for parameter in every:
+        parameter.requires_grad_(False)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    try:
+        yield chosen
+    finally:
+        for parameter, before in zip(every, needed, strict=True):
+            parameter.requires_grad_(before)
+            parameter.grad = None
+
+
+class Steps:
+    """Optimiser steps on one set of parameters, the same in all processes.
+
+    Args:
+        student: The decomposed model, in evaluation mode.
+        dense: The dense model, in evaluation mode.
+        parameters: What is learnt.
+        images: Images to learn from, ``(N, C, H, W)``.
+        held_out: Images that only measure.
+        blocks: Consecutive blocks of both models; empty if there are none.
+        batch_size: Images of a step, over all processes.
+        seed: Seed of order and augmentation.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        dense: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        images: Tensor,
+        held_out: Tensor,
+        blocks: Sequence[str],
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.parameters, self.blocks = list(parameters), blocks
+        self._student, self._dense = student, dense
+        self._images, self._held_out, self._seed = images, held_out, seed
+        self._targets = BlockTargets(dense, student, blocks)
+        self._place = Place.of(dense, images)
+        distributed = dist.is_available() and dist.is_initialized()
+        self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        self._batch_size = -(-min(batch_size, len(images)) // self._world) * self._world
+        self._augment = _augmentation((images.shape[-2], images.shape[-1]))
+        if self._world > 1:
+            vector = self.vector()
+            dist.broadcast(vector, 0)
+            self.load(vector)
+
+    def vector(self) -> Tensor:
+        """A copy of all parameters as one vector."""
+        return parameters_to_vector(self.parameters).detach().clone()
+
+    def load(self, vector: Tensor) -> None:
+        """Take the parameters back from a vector."""
+        with torch.no_grad():
+            vector_to_parameters(vector, self.parameters)
+
+    def optimizer(self) -> torch.optim.Adam:
+        """A fresh optimiser of the parameters."""
+        return torch.optim.Adam(self.parameters, lr=0.0)
+
+    def step(self, optimizer: torch.optim.Optimizer, rate: float, number: int, by_blocks: bool) -> None:
+        """One step.
+
+        Args:
+            optimizer: The optimiser.
+            rate: Learning rate.
+            number: Number of the step; it decides the images and their augmentation.
+            by_blocks: Whether each block learns from its own error, or all parameters from that of the predictions.
+        """
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        self._losses(self._batch(number), by_blocks, learn=True)
+        self._average_gradients()
+        optimizer.step()
+
+    def divergence(self) -> float:
+        """The divergence of the predictions from the dense model's, on the held-out images."""
+        return self._measure(by_blocks=False)
+
+    def loss(self, by_blocks: bool) -> float:
+        """What steps minimise, on the held-out images."""
+        return self._measure(by_blocks)
+
+    @torch.no_grad()
+    def _measure(self, by_blocks: bool) -> float:
+        total = torch.zeros(2, dtype=torch.float64)
+        for part in self._held_out[self._rank :: self._world].split(self._batch_size):
+            images = part.to(self._place.device, self._place.dtype, memory_format=self._place.layout)
+            loss = self._losses(images, by_blocks, learn=False)
+            total += torch.tensor([float(loss) * len(part), len(part)], dtype=torch.float64)
+        if self._world > 1:
+            total = total.to(self._place.device)
+            dist.all_reduce(total)
+        return float(total[0] / total[1])
+
+    def _losses(self, images: Tensor, by_blocks: bool, learn: bool) -> Tensor:
+        """The sum of all losses on some images; with ``learn`` they are propagated back."""
+        total = torch.zeros((), device=images.device)
+
+        def count(loss: Tensor) -> None:
+            nonlocal total
+            total = total + loss.detach()
+            if learn and loss.requires_grad:
+                loss.backward()
+
+        with self._precision():
+            with torch.no_grad(), self._targets.remembered() if by_blocks else nullcontext():
+                exact = self._dense(images)
+            with self._targets.compared(count) if by_blocks else nullcontext():
+                found = self._student(images)
+            count(divergence(self._dense, exact, found, len(images)))
+        return total
+
+    def _precision(self) -> torch.autocast:
+        """Forward passes in bfloat16 on GPUs that compute in it."""
+        device = self._place.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda" and torch.cuda.is_bf16_supported())
+
+    def _batch(self, number: int) -> Tensor:
+        """This process's share of the images of one step, augmented."""
+        first, count = number * self._batch_size, len(self._images)
+        order = torch.cat(
+            [self._order(epoch) for epoch in range(first // count, (first + self._batch_size) // count + 1)]
+        )
+        chosen = order[first % count :][: self._batch_size][self._rank :: self._world]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((self._seed * 2**20 + number) * self._world + self._rank)
+            images = torch.stack([self._augment(self._images[index]) for index in chosen.tolist()])
+        return images.to(self._place.device, self._place.dtype, memory_format=self._place.layout)
+
+    def _order(self, epoch: int) -> Tensor:
+        return torch.randperm(len(self._images), generator=torch.Generator().manual_seed(self._seed * 2**20 + epoch))
+
+    def _average_gradients(self) -> None:
+        if self._world == 1:
+            return
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        vector = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(vector)
+        vector /= self._world
+        for parameter, part in zip(self.parameters, vector.split([p.numel() for p in self.parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+
+def _augmentation(size: tuple[int, int]) -> v2.Transform:
+    """Random crops and mirrored images, as timm augments small and large images. Teacher and student see the same."""
+    if max(size) <= _SMALL:
+        crop: v2.Transform = v2.RandomCrop(size, padding=max(1, max(size) // 8), padding_mode="reflect")
+    else:
+        crop = v2.RandomResizedCrop(size, scale=(0.35, 1.0), antialias=True)
+    return v2.Compose([crop, v2.RandomHorizontalFlip()])

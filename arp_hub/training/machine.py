@@ -1,0 +1,84 @@
+"""The machine that a run trains on: its devices and processes, and the batch sizes that they can share."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+
+from ..errors import ArpHubError
+from .config import TrainConfig
+from .data.dataset import ImageData
+from .runlog import tracker_name
+
+_logger = logging.getLogger(__name__)
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """The accelerator of a run.
+
+    Raises:
+        ArpHubError: If this machine lacks the precision, the processes or the GPU that the settings ask for, or if its
+            processes cannot share a batch evenly.
+    """
+    try:
+        accelerator = Accelerator(
+            cpu=config.cpu,
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.accumulation,
+            log_with=tracker_name(config),
+            project_config=ProjectConfiguration(project_dir=str(config.run_folder)),
+        )
+    except ValueError as error:
+        if isinstance(error, ArpHubError):
+            raise
+        raise ArpHubError(
+            f"this machine or process does not support mixed_precision={config.mixed_precision} with "
+            f"cpu={config.cpu}: {error}"
+        ) from error
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ArpHubError(
+            f"{launched} processes were launched, but each would train by itself: add --cpu to train on CPUs "
+            "with several processes"
+        )
+    if config.cuda_graphs and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
+        raise ArpHubError(
+            f"cuda_graphs needs one process on a CUDA GPU, but this run has {accelerator.num_processes} on "
+            f"{accelerator.device.type}: leave cuda_graphs out"
+        )
+    parts = _parts(config, accelerator)
+    if config.batch_size % parts:
+        pairs = ", each with an even number of images for mixup and cutmix" if _mixes_pairs(config) else ""
+        raise ArpHubError(
+            f"batch_size={config.batch_size} cannot be divided among {accelerator.num_processes} processes with "
+            f"accumulation={config.accumulation} parts{pairs}: choose a multiple of {parts}"
+        )
+    return accelerator
+
+
+def affordable(config: TrainConfig, accelerator: Accelerator, data: ImageData) -> TrainConfig:
+    """The settings of a trial run on a CPU, with at most a million pixels a step, so that it takes seconds.
+
+    All other runs keep their batch size.
+    """
+    if not config.max_steps or accelerator.device.type != "cpu":
+        return config
+    parts, (height, width) = _parts(config, accelerator), data.train.images.form.size
+    most = max(parts, 2**20 // (height * width) // parts * parts)
+    if config.batch_size <= most:
+        return config
+    _logger.warning("trial run on a CPU: %d images a step instead of batch_size=%d", most, config.batch_size)
+    return dataclasses.replace(config, batch_size=most)
+
+
+def _parts(config: TrainConfig, accelerator: Accelerator) -> int:
+    """The number that must divide a batch: parts for processes and accumulation, in pairs for mixup and cutmix."""
+    return accelerator.num_processes * config.accumulation * (2 if _mixes_pairs(config) else 1)
+
+
+def _mixes_pairs(config: TrainConfig) -> bool:
+    return bool(config.mixup or config.cutmix)

@@ -1,0 +1,86 @@
+"""The optimiser of a phase: whether it can be used, its schedule, and its state in checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_info
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+
+from ..errors import ArpHubError
+from .config import TrainConfig
+
+
+def check_optimizer(config: TrainConfig) -> None:
+    """Refuse an optimiser that cannot train here.
+
+    Raises:
+        ArpHubError: If it needs a package that is not installed, or second derivatives.
+    """
+    name = config.optimizer
+    try:
+        create_optimizer_v2(nn.Linear(1, 1), opt=name, lr=config.lr)
+    except (ImportError, AssertionError, AttributeError, TypeError, RuntimeError, ValueError) as error:
+        raise ArpHubError(f"optimizer '{name}' cannot be used here ({error}): choose another") from error
+    if get_optimizer_info(name.lower()).second_order:
+        raise ArpHubError(f"optimizer '{name}' needs second derivatives, which a run does not compute: choose another")
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
+    """The optimiser that the settings name, for all weights of a model."""
+    return create_optimizer_v2(
+        model, opt=config.optimizer, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum
+    )
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int, steps_per_epoch: int) -> Scheduler:
+    """The timm schedule over the steps of a phase, so that it also fits a phase shortened by ``max_steps``.
+
+    Raises:
+        ArpHubError: If timm has no such schedule.
+    """
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched=config.schedule,
+        num_epochs=steps,
+        decay_epochs=max(1, steps // 3),
+        decay_milestones=[steps // 2, steps * 3 // 4],
+        warmup_epochs=min(round(config.warmup_epochs * steps_per_epoch), steps // 2),
+        warmup_lr=0.0,
+        step_on_epochs=False,
+        updates_per_epoch=1,
+    )
+    if schedule is None:
+        raise ArpHubError(f"schedule: timm has no '{config.schedule}'")
+    return schedule
+
+
+def group_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The plain values of an optimiser's parameter groups, because LAMB and Adan keep their step count there.
+
+    Values of other types, such as dtypes, never change, so that a resumed run already has them.
+    """
+    plain = (bool, int, float, str, list, tuple, Tensor, type(None))
+    return [
+        {name: value for name, value in group.items() if name != "params" and isinstance(value, plain)}
+        for group in optimizer.param_groups
+    ]
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, state: Mapping[int, Any], groups: Sequence[Mapping[str, Any]] | None
+) -> None:
+    """Restore an optimiser from a checkpoint.
+
+    Args:
+        optimizer: A new optimiser of the same model.
+        state: Its state for each parameter.
+        groups: The values of its groups; None for checkpoints that lack them.
+    """
+    optimizer.load_state_dict({"state": dict(state), "param_groups": optimizer.state_dict()["param_groups"]})
+    for group, values in zip(optimizer.param_groups, groups or (), strict=False):
+        group.update({name: tuple(v) if isinstance(group.get(name), tuple) else v for name, v in values.items()})

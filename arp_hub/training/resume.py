@@ -1,0 +1,34 @@
+"""The settings that a resumed run must share with the run that it continues."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from .checkpoint import Checkpoint, check_same
+from .config import TrainConfig, without_retired
+from .data.dataset import ImageData
+
+_FREE = {"workers", "resume", "overwrite", "log_every", "keep_checkpoints", "checkpoint_every", "tracker", "output"}
+_FREE |= {"max_bad_images", "push_to_hub", "hub_private", "cuda_graphs"}
+"""Settings that a resumed run may change, because no number depends on them."""
+
+
+def fixed_settings(config: TrainConfig, accelerator: Accelerator, data: ImageData) -> dict[str, Any]:
+    """The settings that decide the numbers of a run, as checkpoints hold them."""
+    settings = {name: value for name, value in config.to_dict().items() if name not in _FREE}
+    return settings | {"processes": accelerator.num_processes, "training images": len(data.train)}
+
+
+def check_settings(start: Checkpoint, settings: Mapping[str, Any], path: Path) -> None:
+    """Refuse to resume from a checkpoint of other settings. Settings that it lacks had their defaults.
+
+    Raises:
+        ArpHubError: Naming each setting that differs, with both values.
+    """
+    defaults = {item.name: item.default for item in dataclasses.fields(TrainConfig) if item.name not in _FREE}
+    check_same({**defaults, **without_retired(start.settings)}, settings, path)

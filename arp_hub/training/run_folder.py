@@ -1,0 +1,130 @@
+"""The folders of a run: a lock on them, checks before any work, and their clearing when the run begins."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from .._utils.files import locked, remove_unfinished
+from ..errors import ArpHubError
+from ..hub.push import check_push
+from ..hub.save import check_folder
+from .checkpoint import STATE, Checkpoint, remove_later_checkpoints, remove_unfinished_checkpoints, writing
+from .config import TrainConfig
+
+LOCK = "run.lock"
+"""Name of the file that the main process locks while the run lasts."""
+
+
+class RunFolder:
+    """The folder of a run, beside the finished model. Only the main process writes in it.
+
+    Args:
+        config: The settings.
+        accelerator: The run's accelerator.
+    """
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.path = config.run_folder
+        self.checkpoints = self.path / "checkpoints"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock while the block runs.
+
+        Raises:
+            ArpHubError: If another run holds it, or if the folder holds other files or cannot be written.
+        """
+        if not self.accelerator.is_main_process:
+            yield
+            return
+        self._check_owner()
+        with ExitStack() as stack:
+            try:
+                with writing(self.path):
+                    stack.enter_context(locked(self.path / LOCK))
+            except ArpHubError as error:
+                if isinstance(error.__cause__, BlockingIOError):
+                    raise ArpHubError(
+                        f"another run writes in '{self.path}' ({error.__cause__}): wait for its end, stop it, or "
+                        "choose another output"
+                    ) from error
+                raise
+            yield
+
+    def check(self, start: Checkpoint | None) -> None:
+        """Refuse a run that would overwrite a model or another run, or that could not publish its model.
+
+        Args:
+            start: The checkpoint to resume from, if any.
+
+        Raises:
+            ArpHubError: Naming the folder or repository.
+        """
+        config, output = self.config, Path(self.config.output)
+        check_folder(output, overwrite=config.overwrite)
+        if config.push_to_hub and self.accelerator.is_main_process:
+            check_push(config.push_to_hub)
+        if not config.overwrite and start is None:
+            if output.exists() and any(output.iterdir()):
+                raise ArpHubError(
+                    f"'{output}' already holds a model: choose another output, or replace it with --overwrite"
+                )
+            if self.checkpoints.is_dir() and not config.resume:
+                raise ArpHubError(
+                    f"'{self.path}' holds an unfinished run: continue it with --resume auto, or start a new run with "
+                    "--overwrite"
+                )
+        self.accelerator.wait_for_everyone()  # the main process must not change the folder while others check it
+
+    def begin(self, config: TrainConfig, start: Checkpoint | None) -> None:
+        """Remove what the run will write, and save its settings.
+
+        A new run clears the folder. A resumed run removes later checkpoints and files that are only half-written.
+
+        Args:
+            config: The settings to save.
+            start: The checkpoint to resume from, if any.
+        """
+        if self.accelerator.is_main_process:
+            with writing(self.path):
+                remove_unfinished(Path(config.output))
+                if start is None:
+                    self._clear()
+                for folder in (self.path, self.checkpoints):
+                    remove_unfinished_checkpoints(folder)
+                if start is not None:
+                    remove_later_checkpoints(self.checkpoints, start.phase, start.step)
+                config.save(self.path / "config.yaml")
+        self.accelerator.wait_for_everyone()
+
+    def _check_owner(self) -> None:
+        """Refuse a folder that is a file, or that holds files which no run wrote."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ArpHubError(f"'{self.path}' is a file, but the run needs a folder there: choose another output")
+        if not self.config.overwrite and not _is_run_folder(self.path):
+            raise ArpHubError(
+                f"'{self.path}' is where the run keeps its checkpoints, but it holds "
+                f"'{min(self.path.iterdir()).name}', which no run wrote: choose another output, or delete the whole "
+                "folder with --overwrite"
+            )
+
+    def _clear(self) -> None:
+        """Delete everything but the lock."""
+        for path in self.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+
+
+def _is_run_folder(folder: Path) -> bool:
+    """Whether a folder is empty, missing or written by a run."""
+    if not folder.exists() or not any(folder.iterdir()) or (folder / LOCK).exists():
+        return True
+    return any(folder.glob(f"checkpoints/*/{STATE}"))
