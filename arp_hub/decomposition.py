@@ -17,7 +17,7 @@ from ._utils.progress import counted, stage
 from ._utils.torch_utils import ambient_modes_off, evaluating
 from .calibration.batchnorm import following_norms, norms_with_statistics, renormalise
 from .calibration.gradients import gradient_moments
-from .calibration.images import LEAST_PIXELS, Images, batches, check_normalised, limited
+from .calibration.images import LEAST_PIXELS, Images, batches, check_normalised, check_outputs, limited
 from .calibration.layer_problem import LayerProblem, can_shift
 from .calibration.moments import LARGE, SAMPLES, Moments
 from .calibration.passes import paired_moments
@@ -27,7 +27,7 @@ from .errors import ArpHubError
 from .layers.apply_plan import check_plan
 from .layers.carry_over import loses_hooks
 from .layers.low_rank import LowRankLayer, effective_weight, layer_shape, low_rank_layer
-from .layers.model import check_model, layers_called, low_rank_layers, replace_layers
+from .layers.model import check_model, check_weights, layers_called, low_rank_layers, replace_layers
 from .layers.trace import InputSize, Trace, trace
 from .plan import LayerPlan, RankPlan
 from .schemes import Factors, Scheme, relative_error
@@ -84,11 +84,7 @@ def decompose(
     schemes, settings = check_plan(model, plan), Effort.of(effort)
     if factors is not None and calibration is not None:
         raise ArpHubError("pass either calibration images or factors, not both: given factors are not fitted again")
-    if any(tensor.is_inference() for tensor in [*model.parameters(), *model.buffers()]):
-        raise ArpHubError(
-            "the model was made in inference mode, so its weights cannot be changed or trained: make it outside, or "
-            "pass copy.deepcopy(model), copied outside"
-        )
+    check_weights(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     _warn_of_lost_hooks([name for name in plan.layers if loses_hooks(modules[name])])
     for name in plan.layers:
@@ -167,6 +163,7 @@ def _decompose_by_data(
     """Fit layer after layer on a copy, then put all new layers into ``model`` at once."""
     shapes = [cast(InputSize, tuple(batch.shape[1:])) for batch in batches(images) for _ in batch]
     traced = trace(model, shapes[0])
+    check_outputs(model, images)
     with evaluating(model), stage("decompose", len(plan.layers), progress) as advance:
         # with weights in common: only buffers are changed in place, and whole layers exchanged
         student = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})

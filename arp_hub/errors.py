@@ -1,5 +1,7 @@
 """The exception that arp_hub raises for every error that a user can correct."""
 
+from pathlib import Path
+
 from ._utils.secrets import printable
 
 
@@ -14,3 +16,23 @@ class ArpHubError(ValueError):
         if len(text) > 1_900:  # the start names the fault, the end the way out
             text = f"{text[:1_500]} … {text[-400:]}"
         super().__init__(text)
+
+
+def checked_path(given: object, what: str) -> Path:
+    """A path that a user gave, whether anything is there or not.
+
+    Args:
+        given: The path.
+        what: What it is, for messages.
+
+    Raises:
+        ArpHubError: If it is not a path, or no system could hold a file of that name.
+    """
+    try:
+        path = Path(given)  # type: ignore[arg-type]
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except (OSError, TypeError, ValueError) as error:
+        raise ArpHubError(f"{what} must be the path of a file or folder, got {given!r:.200}: {error}") from error
+    return path

@@ -19,12 +19,12 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ._utils.files import write_atomically
-from .errors import ArpHubError
+from ._utils.files import read_text, write_atomically
+from ._utils.parse import parse_json, shown
+from .errors import ArpHubError, checked_path
 from .schemes import SCHEMES
 
 FORMAT_VERSION = 1
@@ -57,10 +57,10 @@ class LayerPlan:
 
     def __post_init__(self) -> None:
         if not isinstance(self.scheme, str) or self.scheme not in SCHEMES:
-            raise ArpHubError(f"unknown scheme {_short(self.scheme)}: choose one of {', '.join(SCHEMES)}")
+            raise ArpHubError(f"unknown scheme {shown(self.scheme)}: choose one of {', '.join(SCHEMES)}")
         for name, value in (("rank", self.rank), ("groups", self.groups)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ArpHubError(f"{name} must be a whole number of at least 1, got {_short(value)}")
+                raise ArpHubError(f"{name} must be a whole number of at least 1, got {shown(value)}")
         if self.groups > 1 and not SCHEMES[self.scheme].grouped:
             grouped = ", ".join(name for name, scheme in SCHEMES.items() if scheme.grouped)
             raise ArpHubError(f"scheme '{self.scheme}' makes no groups, got groups={self.groups}: use {grouped}")
@@ -132,8 +132,16 @@ class RankPlan:
         return json.dumps(self.to_dict(), indent=2)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON, atomically."""
-        write_atomically(Path(path), self.to_json() + "\n")
+        """Write the plan as JSON, atomically.
+
+        Raises:
+            ArpHubError: If it cannot be written there.
+        """
+        path = checked_path(path, "path")
+        try:
+            write_atomically(path, self.to_json() + "\n")
+        except (OSError, ValueError) as error:
+            raise ArpHubError(f"cannot write the plan '{path}': {error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RankPlan:
@@ -142,18 +150,22 @@ class RankPlan:
         Raises:
             ArpHubError: If there is no such file, or it does not hold a plan.
         """
+        path = checked_path(path, "path")
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(path, 2**24)
+        except (OSError, ValueError) as error:
             raise ArpHubError(f"cannot read the plan '{path}': {error}") from error
-        return cls.from_json(text)
+        try:
+            return cls.from_json(text)
+        except ArpHubError as error:
+            raise ArpHubError(f"cannot read the plan '{path}': {error}") from error
 
     @classmethod
     def from_json(cls, text: str) -> RankPlan:
         """Parse a plan from JSON text; raises as `from_dict` does."""
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:  # ValueError: also for numbers of thousands of digits
+            data = parse_json(text)
+        except ValueError as error:  # also for numbers of thousands of digits
             raise ArpHubError(f"the plan is not valid JSON: {error}") from error
         return cls.from_dict(data)
 
@@ -165,22 +177,22 @@ class RankPlan:
             ArpHubError: If a key is missing, of the wrong type, or required by the file and unknown here.
         """
         if not isinstance(data, Mapping):
-            raise ArpHubError(f"a plan is a JSON object, got {_short(data)}")
+            raise ArpHubError(f"a plan is a JSON object, got {shown(data)}")
         version = data.get("format_version")
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-            raise ArpHubError(f"the plan's format_version must be a whole number from 1, got {_short(version)}")
+            raise ArpHubError(f"the plan's format_version must be a whole number from 1, got {shown(version)}")
         if version > FORMAT_VERSION:
             raise ArpHubError(
                 f"the plan has format_version {version}, this arp_hub reads up to {FORMAT_VERSION}: {_UPGRADE}"
             )
         requires = data.get("requires", [])
         if not isinstance(requires, list) or not all(isinstance(key, str) for key in requires):
-            raise ArpHubError(f"the plan's 'requires' must be a list of key names, got {_short(requires)}")
+            raise ArpHubError(f"the plan's 'requires' must be a list of key names, got {shown(requires)}")
         layers, dense = data.get("layers"), data.get("dense", {})
         if not isinstance(layers, Mapping):
-            raise ArpHubError(f"the plan's 'layers' must be an object of layer plans, got {_short(layers)}")
+            raise ArpHubError(f"the plan's 'layers' must be an object of layer plans, got {shown(layers)}")
         if not isinstance(dense, Mapping) or not all(isinstance(reason, str) for reason in dense.values()):
-            raise ArpHubError(f"the plan's 'dense' must be an object of reasons, got {_short(dense)}")
+            raise ArpHubError(f"the plan's 'dense' must be an object of reasons, got {shown(dense)}")
         if len(layers) + len(dense) > _MOST_LAYERS:
             raise ArpHubError(f"the plan names {len(layers) + len(dense)} layers, more than the {_MOST_LAYERS} allowed")
         _check_keys(data, _PLAN_KEYS, requires, "the plan")
@@ -190,25 +202,25 @@ class RankPlan:
 
 def _layer_from_dict(name: str, data: Any, requires: list[str]) -> LayerPlan:
     if not isinstance(data, Mapping):
-        raise ArpHubError(f"layer {_short(name)}: its plan must be an object, got {_short(data)}")
-    _check_keys(data, _LAYER_KEYS, requires, f"layer {_short(name)}")
+        raise ArpHubError(f"layer {shown(name)}: its plan must be an object, got {shown(data)}")
+    _check_keys(data, _LAYER_KEYS, requires, f"layer {shown(name)}")
     if missing := {"scheme", "rank"} - data.keys():
-        raise ArpHubError(f"layer {_short(name)}: its plan lacks {', '.join(sorted(missing))}")
+        raise ArpHubError(f"layer {shown(name)}: its plan lacks {', '.join(sorted(missing))}")
     try:
         return LayerPlan(data["scheme"], data["rank"], data.get("groups", 1))
     except ArpHubError as error:
-        raise ArpHubError(f"layer {_short(name)}: {error}") from None
+        raise ArpHubError(f"layer {shown(name)}: {error}") from None
 
 
 def _model_from_dict(data: Any, requires: list[str]) -> PlannedModel:
     if not isinstance(data, Mapping):
-        raise ArpHubError(f"the plan's 'model' must be an object, got {_short(data)}")
+        raise ArpHubError(f"the plan's 'model' must be an object, got {shown(data)}")
     _check_keys(data, _MODEL_KEYS, requires, "the plan's 'model'")
     architecture, shapes = data.get("architecture"), data.get("shapes", {})
     if not isinstance(architecture, str):
-        raise ArpHubError(f"the plan's 'model' must name its architecture, got {_short(architecture)}")
+        raise ArpHubError(f"the plan's 'model' must name its architecture, got {shown(architecture)}")
     if not isinstance(shapes, Mapping) or not all(isinstance(shape, str) for shape in shapes.values()):
-        raise ArpHubError(f"the plan's 'model' must hold the shapes of layers as texts by name, got {_short(shapes)}")
+        raise ArpHubError(f"the plan's 'model' must hold the shapes of layers as texts by name, got {shown(shapes)}")
     if len(shapes) > _MOST_LAYERS:
         raise ArpHubError(f"the plan's 'model' holds {len(shapes)} shapes, more than the {_MOST_LAYERS} allowed")
     return PlannedModel(architecture, dict(shapes))
@@ -217,17 +229,9 @@ def _model_from_dict(data: Any, requires: list[str]) -> PlannedModel:
 def _check_keys(data: Mapping[str, Any], known: frozenset[str], requires: list[str], owner: str) -> None:
     unknown = [key for key in data if key not in known]
     if needed := [key for key in unknown if key in requires]:
-        raise ArpHubError(f"{owner} requires {_short(needed)}, which this arp_hub does not know: {_UPGRADE}")
+        raise ArpHubError(f"{owner} requires {shown(needed)}, which this arp_hub does not know: {_UPGRADE}")
     if unknown:
         warnings.warn(
-            f"{owner} holds {_short(unknown)}, which this arp_hub does not know and ignores; to use it, {_UPGRADE}",
+            f"{owner} holds {shown(unknown)}, which this arp_hub does not know and ignores; to use it, {_UPGRADE}",
             stacklevel=4,
         )
-
-
-def _short(value: Any, limit: int = 80) -> str:
-    """A value for an error message, cut to a readable length."""
-    if isinstance(value, int) and value.bit_length() > 200:  # Python takes very long to write it out
-        return f"a number of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"

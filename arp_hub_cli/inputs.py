@@ -57,6 +57,8 @@ def plan_options(
                 f"{_option(name)} must lie between 0 and 1 (the share to keep, 0.5 for half), got {share:g}"
             )
     chosen = _list(schemes)
+    if chosen == ():
+        raise ArpHubError(f"--schemes names none: choose from {', '.join(SCHEMES)}")
     for name in chosen or ():
         if name not in SCHEMES:
             raise ArpHubError(f"unknown scheme '{name}': choose from {', '.join(SCHEMES)}")

@@ -25,7 +25,8 @@ Pretrained = Annotated[
     ),
 ]
 NumClasses = Annotated[
-    int | None, typer.Option(help="Number of classes of --checkpoint, if it differs from the model's.")
+    int | None,
+    typer.Option(help="Number of classes of --checkpoint, if it differs from the model's.", min=0, max=2**20),
 ]
 ModelKwargs = Annotated[
     list[str] | None,
@@ -68,6 +69,7 @@ Calibration = Annotated[
     typer.Option(
         "--calibration-images",
         help="Training images of --data to calibrate on, without labels; by default 1,024 small or 256 large ones.",
+        min=1,
     ),
 ]
 Copies = Annotated[
@@ -75,6 +77,7 @@ Copies = Annotated[
     typer.Option(
         "--calibration-copies",
         help="Augmented copies added for each calibration image; by default 1 for small images, 0 for large ones.",
+        min=0,
     ),
 ]
 Effort = Annotated[
@@ -93,13 +96,13 @@ RefineSteps = Annotated[
     int | None, typer.Option(help="Optimiser steps of --refine, in place of minutes.", show_default=False)
 ]
 RefineImages = Annotated[int, typer.Option(help="Training images to refine on, without labels.")]
-Workers = Annotated[int, typer.Option(help="Processes that decode large images.")]
+Workers = Annotated[int, typer.Option(help="Processes that decode large images.", min=0)]
 Device = Annotated[
     str | None,
     typer.Option(
         help="cpu, cuda, ...; by default cuda if available. `plan` also takes meta, and then uses shapes only."
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.", min=0, max=2**32 - 1)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace --output, even if it holds other files.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else.")]

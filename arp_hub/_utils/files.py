@@ -30,7 +30,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         flush(temporary)
         temporary.replace(path)
-        flush(path.parent)
+        _flush_entry(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -41,12 +41,17 @@ def write_atomically(path: Path, data: str | bytes) -> None:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def read_text(path: Path, largest: int = 2**26) -> str:
+def read_text(path: Path, largest: int = 2**26, errors: str = "strict") -> str:
     """Read a text file (UTF-8) of at most ``largest`` bytes.
+
+    Args:
+        path: The file.
+        largest: Most bytes that it may have.
+        errors: What happens to bytes that are not UTF-8, as for ``open``.
 
     Raises:
         OSError: If it is missing, no regular file (a pipe would block), or too large.
-        UnicodeDecodeError: If it is not text.
+        UnicodeDecodeError: If it is not text, unless ``errors`` says otherwise.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path.name} is missing")
@@ -54,7 +59,7 @@ def read_text(path: Path, largest: int = 2**26) -> str:
         raise OSError(f"{path.name} is not a regular file")
     if (size := path.stat().st_size) > largest:
         raise OSError(f"{path.name} has {size:,} bytes, {largest:,} are allowed")
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8", errors=errors)
 
 
 @contextmanager
@@ -111,6 +116,12 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def _flush_entry(path: Path) -> None:
+    """Flush the name of a file or folder that is in place. A failure is no error, because the content is complete."""
+    with suppress(OSError):
+        flush(path.parent)
+
+
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """A new folder to fill. It replaces ``folder`` when the block ends without an error.
@@ -126,20 +137,28 @@ def replacing(folder: Path) -> Iterator[Path]:
         for path in (*new.rglob("*"), new):
             flush(path)
         _put(new, folder)
-        flush(folder.parent)
+        _flush_entry(folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete temporary folders of killed processes. Call it only from the one process that writes ``folder``."""
+    """Delete temporary folders of killed processes. Call it only from the one process that writes ``folder``.
+
+    If a process was killed while it moved the old folder out of the way, the old folder is put back.
+    """
     folder = folder.resolve()
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}.????????.tmp"):
+    name = glob.escape(folder.name)
+    for old in folder.parent.glob(f".{name}.????????.old"):
+        if not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    for left in folder.parent.glob(f".{name}.????????.tmp"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def _put(new: Path, folder: Path) -> None:
-    """Move ``new`` to ``folder``, and the old folder, if any, to ``new``."""
+    """Move ``new`` to ``folder``. The old folder, if any, is deleted or moves to ``new``."""
     if not folder.exists():
         new.rename(folder)
     elif not _exchange(new, folder):
@@ -150,7 +169,7 @@ def _put(new: Path, folder: Path) -> None:
         except BaseException:
             old.rename(folder)
             raise
-        old.rename(new)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _exchange(a: Path, b: Path) -> bool:

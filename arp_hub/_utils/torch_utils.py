@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def ambient_modes_off() -> Iterator[None]:
-    """Switch autocast and inference mode off: tensors made inside are in full precision, and can be trained."""
-    with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    """Switch autocast, inference mode and a default device off: tensors made inside are whole and can be trained."""
+    here = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), here:
         yield

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._utils.torch_utils import evaluating
 from ..errors import ArpHubError
 
 Images = Tensor | Iterable[Any]
@@ -70,6 +71,10 @@ def batches(
             "calibration must be a tensor or something that can be iterated over repeatedly (a list, a DataLoader), "
             f"got a one-pass {type(images).__name__}: wrap it in list(...)"
         )
+    if isinstance(images, Tensor) and images.layout is not torch.strided:
+        raise ArpHubError(f"calibration images must be dense tensors, got {images.layout}: call to_dense() on them")
+    if not isinstance(images, Iterable):
+        raise ArpHubError(f"calibration must be images (N, C, H, W) or batches of them, got {type(images).__name__}")
     count = 0
     for item in _split(images, place, pixels) if isinstance(images, Tensor) else images:
         batch = _checked(item[0] if isinstance(item, (tuple, list)) else item, count)
@@ -96,7 +101,7 @@ def _checked(batch: Any, first: int) -> Tensor:
     if not bool(batch.isfinite().all()):
         bad = first + int((~batch.flatten(1).isfinite().all(1)).nonzero()[0])
         raise ArpHubError(f"calibration image {bad} holds NaN or infinite pixels: remove it")
-    return batch
+    return batch.clone() if batch.is_inference() else batch.detach()  # autograd cannot save what inference mode made
 
 
 def _split(images: Tensor, place: Place | None, pixels: int | None) -> Iterable[Tensor]:
@@ -115,6 +120,24 @@ def limited(images: Images, most: int) -> Images:
             return images
         return images[torch.linspace(0, len(images) - 1, most).round().long()]
     return list(batches(images, most=most))
+
+
+@torch.no_grad()
+def check_outputs(model: nn.Module, images: Images) -> None:
+    """Check that the model's output on the first image is finite: nothing can be fitted to another one.
+
+    Raises:
+        ArpHubError: If it is NaN or infinite.
+    """
+    place = Place.of(model, images)
+    with evaluating(model):
+        found = model(next(batches(images, place))[:1])
+    for output in found if isinstance(found, (tuple, list)) else (found,):
+        if isinstance(output, Tensor) and not bool(output.isfinite().all()):
+            raise ArpHubError(
+                "the model's output on the first calibration image is NaN or infinite: load other weights, or compute "
+                "in float32"
+            )
 
 
 def check_normalised(images: Images, model: nn.Module) -> None:

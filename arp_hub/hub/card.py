@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .._utils.parse import parse_yaml
 from ..reports.plots import can_draw, decays_figure, ranks_figure, save_figure, violation_figure
 from . import card_text as text
 
@@ -36,6 +37,10 @@ _LISTED_LICENSES = frozenset(
 """Values that the Hub accepts for ``license:`` (https://huggingface.co/docs/hub/repositories-licenses)."""
 _GENERATED = frozenset(ModelCardData(model_name="").__dict__) - {"language", "license_name", "license_link"}
 """Keys of the card's head that every push writes; keys that an owner adds are kept."""
+
+
+UNFIT = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What `draw_pictures` and `model_card` raise if an entry of the metrics has an unexpected type."""
 
 
 def model_card(
@@ -197,8 +202,8 @@ def _head(card: str) -> dict[str, Any]:
     """The YAML head of a card, empty if it cannot be read."""
     parts = card.split("---\n", 2)
     try:
-        head = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
-    except yaml.YAMLError:
+        head = parse_yaml(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
+    except ValueError:
         head = {}
     return head if isinstance(head, dict) else {}
 

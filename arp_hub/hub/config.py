@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from timm.models._hub import save_config_for_hf
 from timm.utils import reparameterize_model
 from torch import nn
 
+from .._utils.parse import shown
 from .._version import __version__
 from ..errors import ArpHubError
 from ..layers.apply_plan import plan_of
 from ..layers.cfg_names import with_layer_names
-from ..models._untrusted import BAD_CONFIG
+from ..models._untrusted import BAD_CONFIG, check_arguments
 from ..models.lowrank import NAME, OF_THE_WEIGHTS, OURS, backbone_cfg
 
 
@@ -46,6 +48,8 @@ def write_config(
     Raises:
         ArpHubError: If the model's architecture is unknown, or an argument or label cannot be stored.
     """
+    if not isinstance(model_args or {}, Mapping):
+        raise ArpHubError(f"model_args must hold arguments by name, got {type(model_args).__name__}")
     num_classes = getattr(model, "num_classes", None)
     if not isinstance(num_classes, int):
         raise ArpHubError(
@@ -65,12 +69,13 @@ def write_config(
     view._traits = with_layer_names(getattr(model, "_traits", {}))
     view.pretrained_cfg["architecture"] = NAME if plan.layers else name
     view._model_args = args | dict(model_args or {})
+    check_arguments(view._model_args, f"the arguments of {name} cannot be saved: model_args must not hold")
     extra: dict[str, Any] = {"arp_hub": {"version": __version__}}
     if label_names is not None:
         extra["label_names"] = _labels(label_names, num_classes)
     try:
         save_config_for_hf(view, str(path), model_config=extra, model_args=dict(model_args or {}))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ArpHubError(
             f"the arguments that {name} was made with cannot be stored: {error} "
             "(pass model_args={name: value} with values that JSON and timm take)"
@@ -91,7 +96,7 @@ def check_rebuilds(config: Mapping[str, Any], model: nn.Module) -> None:
         ArpHubError: If it cannot be built, or has other weights or convolutions, so that loading would give another
             model.
     """
-    what = f"{config['architecture']} with {_short(config['model_args'])}"
+    what = f"{config['architecture']} with {shown(config['model_args'])}"
     way_out = "pass backbone= and model_args=, as given to timm.create_model"
     try:
         with torch.device("meta"):
@@ -158,11 +163,7 @@ def _noted_args(model: nn.Module) -> dict[str, Any]:
 
 
 def _labels(label_names: Sequence[str], num_classes: int) -> list[str]:
-    if isinstance(label_names, str) or len(label_names) != num_classes:
-        raise ArpHubError(f"label_names must name all {num_classes} classes, got {_short(label_names)}")
-    return [str(label) for label in label_names]
-
-
-def _short(value: Any, limit: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    names = [] if isinstance(label_names, (str, Mapping)) or not isinstance(label_names, Iterable) else [*label_names]
+    if len(names) != num_classes or not all(isinstance(name, (str, Integral)) for name in names):
+        raise ArpHubError(f"label_names must be a list of all {num_classes} classes, got {shown(label_names)}")
+    return [str(name) for name in names]

@@ -19,10 +19,12 @@ from timm.models._hub import download_from_hf
 from torch import Tensor, nn
 
 from .. import models  # noqa: F401  (registers our models with timm)
-from ..errors import ArpHubError
+from .._utils.parse import shown
+from ..errors import ArpHubError, checked_path
 from ..layers.trace import InputSize
 from ..models._untrusted import (
     BAD_CONFIG,
+    LIMITS,
     check_args,
     check_build,
     check_cfg,
@@ -71,6 +73,9 @@ def load_model(
         pretrained = checkpoint is None and (is_saved_model(name) or timm.models.is_model_pretrained(name))
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
+    classes = kwargs.get("num_classes", 0)
+    if isinstance(classes, bool) or not isinstance(classes, int) or not 0 <= classes <= LIMITS.classes:
+        raise ArpHubError(f"num_classes must be a whole number from 0 to {LIMITS.classes}, got {shown(classes)}")
     pretrained = pretrained and checkpoint is None
     remote = name.startswith(_PREFIXES[1:]) or (pretrained and not is_saved_model(name))
     with bounded_waits(), cache_if_offline() if remote else nullcontext() as offline:
@@ -172,7 +177,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         ArpHubError: If there is no such file, or it holds anything but tensors.
     """
-    path = Path(path)
+    path = checked_path(path, "checkpoint")
     if not path.is_file():
         raise ArpHubError(f"no checkpoint file at '{path}': give the path of a .safetensors or torch weights file")
     try:
@@ -182,6 +187,8 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         else:
             # weights_only loads tensors and plain containers; it refuses to unpickle any other object
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except ArpHubError:
+        raise
     except SafetensorError as error:
         raise ArpHubError(f"checkpoint '{path}' is not a whole safetensors file: {error}") from error
     except Exception as error:  # torch raises many kinds of errors for an unreadable file
@@ -208,8 +215,10 @@ def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_name(name: str) -> None:
     """Check a name first: timm raises a bare AssertionError, KeyError or RuntimeError for a bad one."""
+    if not isinstance(name, str):
+        raise ArpHubError(f"a model's name must be text, got {type(name).__name__} {name!r:.100}")
     if name.startswith("local-dir:"):
-        config = Path(name.removeprefix("local-dir:")) / "config.json"
+        config = checked_path(name.removeprefix("local-dir:"), "the model's folder") / "config.json"
         if not config.is_file():
             raise ArpHubError(f"no model at '{name}': the folder has no config.json (save_pretrained writes one)")
     elif not is_saved_model(name) and not timm.is_model(name):

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from ..errors import ArpHubError
+from ..errors import ArpHubError, checked_path
 from ..layers.model import check_model
 from .client import HubFailure, call
 from .load import load_model
@@ -133,7 +133,7 @@ def download(
     Example:
         >>> folder = arp_hub.download("me/resnet50-arp@v1")  # doctest: +SKIP
     """
-    name, _, at = repo_id.removeprefix("hf-hub:").partition("@")
+    name, _, at = repo_id.removeprefix("hf-hub:").partition("@") if isinstance(repo_id, str) else (repo_id, "", "")
     check_name(name)
     folder = Path(
         call(
@@ -159,7 +159,7 @@ def _check_source(model_or_folder: object) -> None:
     if not isinstance(model_or_folder, (str, os.PathLike)):
         check_model(model_or_folder, mergeable=True)
         return
-    folder = Path(model_or_folder)
+    folder = checked_path(model_or_folder, "the model's folder")
     if not is_saved_folder(folder) or not (folder / WEIGHTS).is_file():
         raise ArpHubError(f"'{folder}' is not a folder with a saved model: write it with arp_hub.save_pretrained")
 

@@ -236,6 +236,8 @@ def _who(api: HfApi) -> tuple[str, str | None, dict[str, str | None]]:
 
 def check_name(repo_id: str) -> None:
     """Check a repository's name by the rules of the Hub."""
+    if not isinstance(repo_id, str):
+        raise ArpHubError(f"the name of a repository must be text, got {type(repo_id).__name__} {repo_id!r:.100}")
     try:
         validate_repo_id(repo_id)
     except FAILURES as error:

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from .._utils.environment import environment
 from .._utils.files import replacing
+from .._utils.parse import parse_json, read_json
 from .._utils.secrets import redact
-from ..errors import ArpHubError
+from ..errors import ArpHubError, checked_path
 from ..layers.model import check_model
 from ..layers.trace import input_size_of
 from ..reports.run_page import REPORT
 from ..reports.summary import model_sizes
-from .card import draw_pictures, model_card
+from .card import UNFIT, draw_pictures, model_card
 from .config import check_rebuilds, write_config
 
 CONFIG, WEIGHTS, CARD, METRICS = "config.json", "model.safetensors", "README.md", "metrics.json"
@@ -72,8 +73,8 @@ def save_pretrained(
         >>> arp_hub.save_pretrained(model, "out", metrics={"top1": 70.1})  # doctest: +SKIP
     """
     check_model(model, mergeable=True)
-    folder = Path(folder)
     check_folder(folder, overwrite=overwrite)
+    folder = Path(folder)
     given = plain_metrics(metrics or {})
     tensors = _tensors(model)
     try:
@@ -84,9 +85,13 @@ def save_pretrained(
             check_rebuilds(config, model)
             numbers = _numbers(model, config, given)
             write_json(new / METRICS, numbers)
-            pictures = draw_pictures(new, numbers)
-            card = model_card(config, numbers, f"local-dir:{folder.name}", pictures=pictures)
-            (new / CARD).write_text(card, encoding="utf-8")
+            try:
+                pictures = draw_pictures(new, numbers)
+                card = model_card(config, numbers, f"local-dir:{folder.name}", pictures=pictures)
+            except UNFIT as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise ArpHubError(f"metrics hold entries that the card cannot show ({reason}): mend them") from error
+            write_card(new / CARD, card)
             save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
             (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode)  # safetensors gives only the owner read access
     except FAILED_WRITES as error:
@@ -98,17 +103,27 @@ def check_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> 
     """Check that `save_pretrained` may save in a folder, for use before long work.
 
     Raises:
-        ArpHubError: If it is a file or contains the current directory; also, unless ``overwrite``, if it holds files
-            that `save_pretrained` did not write.
+        ArpHubError: If it is a file, lies below a file or in a read-only folder, or contains the current directory.
+            Unless ``overwrite``, also if it holds files that `save_pretrained` did not write.
     """
-    folder = Path(folder)
+    folder = checked_path(folder, "folder")
+    above = next(place for place in folder.absolute().parents if place.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ArpHubError(f"cannot save in '{folder}': '{above}' is a file or read-only: choose another folder")
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise ArpHubError(f"'{folder}' is not UTF-8, and safetensors reads no such path: choose another") from error
     if not folder.exists():
         return
     if not folder.is_dir():
         raise ArpHubError(f"'{folder}' is a file: choose a folder to save the model in")
     if Path.cwd().is_relative_to(folder.resolve()):
         raise ArpHubError(f"'{folder}' contains the current directory and cannot be replaced: choose another folder")
-    names = [entry.name for entry in folder.iterdir()]
+    try:
+        names = [entry.name for entry in folder.iterdir()]
+    except OSError as error:
+        raise ArpHubError(f"cannot look into '{folder}': {error}: choose another folder") from error
     strange = sorted(name for name in names if name not in _FILES and Path(name).suffix not in _PICTURES)
     if names and not overwrite and (strange or not is_saved_folder(folder)):
         shown = f"'{strange[0]}'" if strange else "another model"
@@ -121,9 +136,10 @@ def check_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> 
 def is_saved_folder(folder: Path) -> bool:
     """Whether a folder was written by `save_pretrained`."""
     try:
-        return "arp_hub" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        config = read_json(folder / CONFIG)
+    except (OSError, ValueError):
         return False
+    return isinstance(config, dict) and isinstance(config.get("arp_hub"), dict)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -158,14 +174,22 @@ def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
         ArpHubError: If JSON cannot hold them.
     """
     try:
-        plain = json.loads(redact(json.dumps(dict(metrics), allow_nan=False)))
-    except (TypeError, ValueError) as error:
+        plain = parse_json(redact(json.dumps(dict(metrics), allow_nan=False)))
+    except (TypeError, ValueError, RecursionError) as error:
         raise ArpHubError(
             f"metrics must be what JSON holds (finite numbers, strings, lists, objects): {error}"
         ) from error
     if not isinstance(plain.get("dense", {}), dict):
-        raise ArpHubError(f"metrics['dense'] must hold the dense model's metrics by name, got {plain['dense']!r}")
+        raise ArpHubError(f"metrics['dense'] must hold the dense model's metrics by name, got {plain['dense']!r:.100}")
+    plan = plain.get("plan") or {}
+    if not isinstance(plan, dict) or not isinstance(plan.get("dense", {}), dict):
+        raise ArpHubError(f"metrics['plan'] must be a plan as RankPlan.to_dict gives it, got {plan!r:.100}")
     return plain
+
+
+def write_card(path: Path, card: str) -> None:
+    """Write a card. Half of a surrogate pair, as names of files and texts in JSON may hold, is spelled out."""
+    path.write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -11,18 +11,18 @@ from typing import Any
 
 from torch import nn
 
+from .._utils.parse import read_json
 from .._utils.secrets import holds_secret
 from ..decomposition import to_dense
 from ..errors import ArpHubError
 from ..layers.model import low_rank_layers
-from .card import PICTURES, by_hand, draw_pictures, keep_by_hand, model_card
+from ..models._untrusted import read_config
+from .card import PICTURES, UNFIT, by_hand, draw_pictures, keep_by_hand, model_card
 from .load import load_model
-from .save import CARD, CONFIG, FAILED_WRITES, METRICS, WEIGHTS, plain_metrics, save_pretrained, write_json
+from .save import CARD, CONFIG, FAILED_WRITES, METRICS, WEIGHTS, plain_metrics, save_pretrained, write_card, write_json
 
 _logger = logging.getLogger(__name__)
 
-UNFIT = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""What rendering raises if an entry of the metrics has an unexpected type."""
 _METRICS_BYTES = 2**24
 """Largest ``metrics.json`` in bytes."""
 
@@ -76,7 +76,7 @@ def stage(
         ArpHubError: If the folder does not hold a whole model, or a text holds what looks like a token.
     """
     model = load_model(f"local-dir:{folder}").eval()
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_config(folder / CONFIG)
     numbers = _merge(_read_metrics(folder), plain_metrics(metrics or {}))
     merged = None
     if dense_revision and low_rank_layers(model):
@@ -137,7 +137,7 @@ def _merged(
             raise error.__cause__ from None
         _logger.warning("the merged model is left out: %s", error)
         return None
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_config(folder / CONFIG)
     card = model_card(config, _read_metrics(folder), f"hf-hub:{repo_id}@{branch}")
     _write_card(folder / CARD, card, "", earlier_card(branch))
     return {path.name: path for path in folder.iterdir()}
@@ -147,7 +147,7 @@ def _write_card(path: Path, card: str, here: str, there: str) -> None:
     """Write a card with the owner's edits, taken from the Hub or, if there are none, from the local card."""
     if by_hand(here) and by_hand(there) and by_hand(here) != by_hand(there):
         _logger.warning("the owner's notes in the folder and on the Hub differ: the Hub's are kept, edit them there")
-    path.write_text(keep_by_hand(card, there if by_hand(there) or not by_hand(here) else here), encoding="utf-8")
+    write_card(path, keep_by_hand(card, there if by_hand(there) or not by_hand(here) else here))
 
 
 def _read_metrics(folder: Path) -> dict[str, Any]:
@@ -158,17 +158,13 @@ def _read_metrics(folder: Path) -> dict[str, Any]:
     """
     path = folder / METRICS
     try:
-        if (size := path.stat().st_size) > _METRICS_BYTES:
-            raise ArpHubError(f"'{path}' has {size:,} bytes, {_METRICS_BYTES:,} are allowed: save the model again")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, _METRICS_BYTES)
         if not isinstance(found, dict) or not isinstance(found.get("dense", {}), dict):
             raise TypeError("it and its 'dense' must be JSON objects")
         for key in ("layers", "history"):
             if len(found.get(key) or ()) > 10_000:
                 raise ValueError(f"'{key}' has {len(found[key]):,} rows, {10_000:,} are allowed")
         json.dumps(found, allow_nan=False)
-    except ArpHubError:
-        raise
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ArpHubError(f"cannot read '{path}': {error}: save the model again") from error
     return found

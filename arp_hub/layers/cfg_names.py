@@ -2,6 +2,8 @@
 
 timm expects the weights of ``pretrained_cfg["classifier"]`` and ``["first_conv"]`` in the state dict. The weight of a
 low-rank layer is computed and not stored, so these entries name its factors.
+
+timm's ``reset_classifier`` leaves the pretrained_cfg as it is. `decompose`, `to_dense`, saving and loading correct it.
 """
 
 from __future__ import annotations

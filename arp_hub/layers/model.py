@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NoReturn, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ArpHubError
@@ -18,6 +19,7 @@ _SEPARATE = "qkv_bias_separate"
 """Attribute of timm's attention modules that says whether they call ``qkv`` or read its weight."""
 _MERGING = ("fuse", "reparameterize", "switch_to_deploy")
 """Methods that ``timm.utils.reparameterize_model`` calls to merge a module's layers."""
+_CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
 
@@ -56,6 +58,31 @@ def check_model(model: object, *, mergeable: bool = False) -> None:
                 )
         if mergeable and isinstance(module, LowRankLayer) and (reason := module.refusal()):
             raise ArpHubError(f"layer '{name}' cannot be merged: {reason}")
+
+
+@torch.no_grad()
+def check_weights(model: nn.Module, *, trainable: bool = True) -> None:
+    """Check that the weights of a model are finite. Buffers may hold infinity, as attention masks do.
+
+    Args:
+        model: The model. Weights on the meta device are not checked.
+        trainable: Refuse weights that were made in inference mode, too: they cannot be changed or trained.
+
+    Raises:
+        ArpHubError: Naming the layer.
+    """
+    buffers = dict(model.named_buffers())
+    for name, tensor in [*model.named_parameters(), *buffers.items()]:
+        if trainable and tensor.is_inference():
+            raise ArpHubError(
+                "the model was made in inference mode, so its weights cannot be changed or trained: make it outside, "
+                "or pass copy.deepcopy(model), copied outside"
+            )
+        if tensor.is_meta or tensor.dtype not in _CHECKED:
+            continue
+        if bool(tensor.isnan().any() if name in buffers else not tensor.isfinite().all()):
+            layer, _, key = name.rpartition(".")
+            raise ArpHubError(f"layer '{layer}': its {key} holds NaN or infinite values")
 
 
 def refusals(model: nn.Module) -> dict[nn.Module, str]:

@@ -7,7 +7,6 @@ first built on the meta device. Building stops once it has more tensors, or far 
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
+from .._utils.parse import read_json, shown
 from ..errors import ArpHubError
 from ._skip_init import SkipInit
 
@@ -79,18 +79,14 @@ def read_config(path: Path) -> dict[str, Any]:
         ArpHubError: If it cannot be read, is too large, or is not a model config.
     """
     try:
-        if (size := path.stat().st_size) > LIMITS.config_bytes:
-            raise ArpHubError(f"'{path}' has {size:,} bytes, a model config has {LIMITS.config_bytes:,} at most")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ArpHubError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
+        found = read_json(path, LIMITS.config_bytes)
+    except (OSError, ValueError) as error:
         raise ArpHubError(f"cannot read '{path}': {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("architecture"), str):
         raise ArpHubError(f"'{path}' is not a timm model config: it names no architecture")
     for key in ("model_args", "pretrained_cfg"):
         if not isinstance(found.get(key, {}), dict):
-            raise ArpHubError(f"'{path}' is not a timm model config: {key} must be an object, got {_short(found[key])}")
+            raise ArpHubError(f"'{path}' is not a timm model config: {key} must be an object, got {shown(found[key])}")
     return found
 
 
@@ -101,7 +97,7 @@ def check_args(args: Any, source: str) -> dict[str, Any]:
         ArpHubError: Naming the argument.
     """
     if not isinstance(args, Mapping):
-        raise ArpHubError(f"the config of '{source}': model_args must be an object, got {_short(args)}")
+        raise ArpHubError(f"the config of '{source}': model_args must be an object, got {shown(args)}")
     check_arguments(args, f"the config of '{source}': model_args must not hold")
     return dict(args)
 
@@ -121,7 +117,7 @@ def check_arguments(args: Mapping[str, Any], refused: str) -> None:
     for name, value in args.items():
         if name != "plan":  # RankPlan.from_dict checks it
             largest = LIMITS.classes if name == "num_classes" else LIMITS.number
-            _check_value(value, f"{refused} this value of {_short(name)}: it", largest)
+            _check_value(value, f"{refused} this value of {shown(name)}: it", largest)
 
 
 def check_cfg(cfg: Mapping[str, Any], source: str) -> None:
@@ -144,7 +140,7 @@ def check_cfg(cfg: Mapping[str, Any], source: str) -> None:
     }
     for key, (holds, wanted) in kinds.items():
         if cfg.get(key) is not None and not holds(cfg[key]):
-            raise ArpHubError(f"the config of '{source}': {key} must be {wanted}, got {_short(cfg[key])}")
+            raise ArpHubError(f"the config of '{source}': {key} must be {wanted}, got {shown(cfg[key])}")
 
 
 def read_header(path: Path) -> dict[str, tuple[int, ...]]:
@@ -268,7 +264,7 @@ def _check_value(value: Any, what: str, largest: int) -> None:
         if isinstance(item, str) and len(item) > LIMITS.text:
             raise ArpHubError(f"{what} holds a text of {len(item)} characters")
         if isinstance(item, (int, float)) and not isinstance(item, bool) and not abs(item) <= largest:
-            raise ArpHubError(f"{what} holds the number {_short(item)}, which is beyond {largest}")
+            raise ArpHubError(f"{what} holds the number {shown(item)}, which is beyond {largest}")
 
 
 def _parts(value: Any, depth: int = 0) -> Iterator[tuple[Any, int]]:
@@ -304,8 +300,3 @@ def _is_name(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return len(value) <= 16 and all(isinstance(name, str) for name in value)
     return isinstance(value, str)
-
-
-def _short(value: Any) -> str:
-    text = f"a number of {value.bit_length()} bits" if isinstance(value, int) and abs(value) > 2**64 else repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .._utils.parse import shown
 from ..errors import ArpHubError
 from ._untrusted import check_arguments
 
@@ -51,9 +52,10 @@ def plain_arguments(given: Mapping[str, Any], option: str = "model_kwargs") -> d
     for name, value in given.items():
         try:
             json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ArpHubError(
-                f"{option} {name}={value!r:.60} cannot be kept with the model: give numbers, text or lists ({error})"
+                f"{option} {name}={shown(value, 60)} cannot be kept with the model: give numbers, text or lists "
+                f"({error})"
             ) from None
     check_arguments(given, f"{option} must not hold")
     return {name: json.loads(json.dumps(value)) for name, value in given.items() if value is not None}

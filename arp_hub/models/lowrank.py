@@ -27,6 +27,7 @@ from timm.models._hub import download_from_hf
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
+from .._utils.parse import shown
 from ..errors import ArpHubError
 from ..layers.apply_plan import apply_plan
 from ..layers.cfg_names import name_factors, names_of, with_layer_names
@@ -148,7 +149,7 @@ def arp_lowrank(
 def _entrypoint(backbone: str) -> Callable[..., nn.Module]:
     """The entrypoint of the backbone, which must be a registered dense model."""
     if not isinstance(backbone, str) or not backbone:
-        raise ArpHubError(f"{NAME} needs backbone= (a timm name) and plan=; got backbone={backbone!r}")
+        raise ArpHubError(f"{NAME} needs backbone= (a timm name) and plan=; got backbone={shown(backbone)}")
     if not _BACKBONE.fullmatch(backbone):
         raise ArpHubError(f"backbone {backbone[:100]!r} is not a timm name (like 'resnet50' or 'resnet50.a1_in1k')")
     name = backbone.partition(".")[0]

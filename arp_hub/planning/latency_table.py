@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .._utils.environment import environment
 from .._utils.files import write_atomically
+from .._utils.parse import read_json
 from ..layers.low_rank import LowRankLayer, low_rank_layer
 from ..plan import LayerPlan
 from ..schemes import Scheme
@@ -148,7 +149,7 @@ def cache_folder() -> Path:
 def _read(file: Path) -> dict[str, float]:
     """The measurements in a file, none if it is missing or damaged."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
     except (OSError, ValueError):
         return {}
     if not isinstance(found, dict):

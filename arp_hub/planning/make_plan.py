@@ -14,12 +14,13 @@ from typing import cast
 from torch import nn
 
 from .._utils.torch_utils import ambient_modes_off
-from ..calibration.images import Images, batches, check_normalised, limited
+from ..calibration.images import Images, batches, check_normalised, check_outputs, limited
 from ..effort import Effort
 from ..errors import ArpHubError
 from ..layers.apply_plan import made_for
+from ..layers.cfg_names import names_of
 from ..layers.low_rank import layer_shape
-from ..layers.model import check_model, low_rank_layers, other_parameters, refusals, weight_layers
+from ..layers.model import check_model, check_weights, low_rank_layers, other_parameters, refusals, weight_layers
 from ..layers.trace import InputSize, Trace, input_size_of, trace
 from ..plan import RankPlan
 from ..schemes import SCHEMES, Scheme
@@ -86,6 +87,7 @@ def make_plan(
         >>> make_plan(timm.create_model("resnet18"), keep_params=0.5, schemes=["channel", "group_out"])
     """
     check_model(model)
+    check_weights(model, trainable=calibration is not None)
     cost, share = _budget(keep_params, keep_macs, keep_latency)
     settings = Effort.of(effort)
     if workload is not None and cost != "latency":
@@ -105,6 +107,8 @@ def make_plan(
         calibration = limited(calibration, settings.images)
         input_size = input_size or cast(InputSize, tuple(next(batches(calibration)).shape[1:]))
     traced = trace(model, input_size)
+    if calibration is not None:
+        check_outputs(model, calibration)
     layers, dense = _eligible(model, traced, names, exclude)
     budget: Budget
     if cost == "latency":
@@ -180,4 +184,4 @@ def _first_convs(model: nn.Module) -> list[str]:
     config = getattr(model, "pretrained_cfg", None) or {}
     first = config.get("first_conv") if isinstance(config, Mapping) else getattr(config, "first_conv", None)
     known = dict(model.named_modules(remove_duplicate=False))
-    return [name for name in ([first] if isinstance(first, str) else first or []) if name in known]
+    return [name for name in names_of(first) if name in known]

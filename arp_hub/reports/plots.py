@@ -14,7 +14,7 @@ from typing import Any
 from xml.dom import minidom
 
 from .._utils.files import atomic_path
-from ..errors import ArpHubError
+from ..errors import ArpHubError, checked_path
 from .spectra import Spectrum
 
 _SURFACE, _INK, _MUTED, _GRID = "#fcfcfb", "#0b0b0b", "#52514e", "#e1e0d9"
@@ -280,10 +280,13 @@ def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     Raises:
         ArpHubError: If the suffix is none of a picture, or the folder does not exist.
     """
-    path = Path(path)
     check_picture_path(path)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150, format=path.suffix.lower()[1:])
+    path = Path(path)
+    try:
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=150, format=path.suffix.lower()[1:])
+    except OSError as error:
+        raise ArpHubError(f"cannot write the picture '{path}': {error}") from error
 
 
 def check_picture_path(path: str | os.PathLike[str]) -> None:
@@ -292,7 +295,7 @@ def check_picture_path(path: str | os.PathLike[str]) -> None:
     Raises:
         ArpHubError: If not.
     """
-    path = Path(path)
+    path = checked_path(path, "a picture")
     suffixes = (".png", ".svg", ".pdf")
     if path.suffix.lower() not in suffixes:
         raise ArpHubError(f"a picture's name ends in {', '.join(suffixes)}, got '{path}'")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, TemplateError
 from markupsafe import Markup
 
-from .._utils.files import write_atomically
-from ..errors import ArpHubError
+from .._utils.files import read_text, write_atomically
+from .._utils.parse import parse_json, read_json
+from ..errors import ArpHubError, checked_path
 from .plots import can_draw, curves_figure, decay_figure, inline_svg, rank_bars_figure, violations_figure
 
 REPORT = "report.html"
@@ -33,19 +33,22 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         The file.
 
     Raises:
-        ArpHubError: If the folder holds neither file, or one that cannot be read.
+        ArpHubError: If the folder holds neither file, or one that cannot be read, or cannot be written to.
 
     Example:
         >>> write_report("runs/quickstart-run")  # doctest: +SKIP
         PosixPath('runs/quickstart-run/report.html')
     """
-    folder = Path(folder)
+    folder = checked_path(folder, "folder")
     log, metrics = _read_lines(folder / "log.jsonl"), _read_object(folder / "metrics.json")
     if not log and not metrics:
         raise ArpHubError(f"'{folder}' holds no log.jsonl and no metrics.json: give a run's folder (OUTPUT-run)")
     text = render(log, metrics, folder.name)
     # a name in a JSON file may hold half of a surrogate pair, which UTF-8 cannot encode
-    write_atomically(folder / REPORT, text.encode("utf-8", errors="replace"))
+    try:
+        write_atomically(folder / REPORT, text.encode("utf-8", errors="replace"))
+    except OSError as error:
+        raise ArpHubError(f"cannot write '{folder / REPORT}': {error}") from error
     return folder / REPORT
 
 
@@ -160,10 +163,14 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    try:
+        text = read_text(path, errors="replace")
+    except OSError as error:
+        raise ArpHubError(f"cannot read '{path}': {error}") from error
+    for line in text.splitlines():
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
+            entry = parse_json(line)
+        except ValueError:
             continue
         if isinstance(entry, dict) and {"phase", "loss", "top1", "lr"} <= entry.keys():
             entries.append(entry)
@@ -174,8 +181,8 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
         raise ArpHubError(f"cannot read '{path}': {error}") from error
     if not isinstance(found, dict):
         raise ArpHubError(f"'{path}' holds no metrics: it is not a JSON object")

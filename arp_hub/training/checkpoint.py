@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .._utils.files import atomic_path, read_text, replacing
+from .._utils.parse import read_json
 from ..errors import ArpHubError
 
 _logger = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class Checkpoint:
         plan: The plan as JSON, once there is one.
         seconds: Wall time so far.
         state: Nested dictionaries and lists of tensors and plain values: model, optimizer, penalty and the like.
+        path: The folder that it was read from.
     """
 
     phase: str
@@ -57,6 +60,23 @@ class Checkpoint:
     plan: Mapping[str, Any] | None
     seconds: float
     state: Mapping[str, Any]
+    path: Path | None = None
+
+    def load_into(self, target: Any, part: str) -> None:
+        """Load a part of the state into a model or a penalty.
+
+        Raises:
+            DamagedCheckpoint: If the part is missing or does not fit.
+        """
+        try:
+            target.load_state_dict(self.state[part])
+        except ArpHubError:
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise _damaged(
+                self.path, f"'{part}' does not fit this run ({type(error).__name__}: {reason:.300})"
+            ) from error
 
 
 class DamagedCheckpoint(ArpHubError):
@@ -92,7 +112,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     verify_checksums(path)
     try:
-        meta = json.loads(read_text(path / STATE))
+        meta = read_json(path / STATE)
         tensors = load_file(path / TENSORS)
         if meta["format_version"] > FORMAT_VERSION:
             raise ArpHubError(
@@ -107,7 +127,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 scores=meta["scores"],
                 plan=meta["plan"],
                 seconds=meta.get("seconds", 0.0),
-                state=_unflatten(meta["state"], tensors),
+                state=_unflatten(meta["state"], tensors, path),
+                path=path,
             )
         )
     except ArpHubError:
@@ -139,9 +160,71 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
     ):
         if not isinstance(value, types) or isinstance(value, bool):
             raise TypeError(f"{name} is of type {type(value).__name__}")
-    if checkpoint.phase not in PHASES or checkpoint.step < 0:
-        raise ValueError(f"there is no step {checkpoint.step} of phase '{checkpoint.phase}'")
+    if checkpoint.phase not in PHASES or checkpoint.step < 0 or not math.isfinite(checkpoint.seconds):
+        raise ValueError(
+            f"there is no step {checkpoint.step} of phase '{checkpoint.phase}' after {checkpoint.seconds} seconds"
+        )
+    place = PHASES.index(checkpoint.phase), checkpoint.step
+    if checkpoint.path and (_place(checkpoint.path) or place) != place:
+        raise ValueError(f"it holds step {checkpoint.step} of phase '{checkpoint.phase}'")
+    if checkpoint.phase != "dense" and not isinstance(checkpoint.scores.get("dense"), dict):
+        raise TypeError("its scores lack those of the dense model")
+    for name, holds, wanted in _PARTS:
+        if not holds(checkpoint.state.get(name)):
+            raise TypeError(f"'{name}' in its state is not {wanted}")
     return checkpoint
+
+
+def _are_tensors(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(isinstance(part, Tensor) for part in value.values()))
+
+
+def _are_states(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict) and all(isinstance(key, int) and isinstance(part, dict) for key, part in value.items())
+    )
+
+
+def _are_groups(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(group, dict) for group in value))
+
+
+def _is_penalty(value: Any) -> bool:
+    if value is None:
+        return True
+    return (
+        isinstance(value, dict)
+        and all(type(value[key]) is int for key in ("step_count", "total_steps", "ramp_steps"))
+        and isinstance(value["layers"], dict)
+        and all(layer is not None and _are_tensors(layer) for layer in value["layers"].values())
+    )
+
+
+def _are_totals(value: Any) -> bool:
+    return value is None or (isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == 3)
+
+
+_PARTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("model", _are_tensors, "tensors by name"),
+    ("ema", _are_tensors, "tensors by name"),
+    ("optimizer", _are_states, "a state for each parameter"),
+    ("groups", _are_groups, "a list of groups"),
+    ("penalty", _is_penalty, "the state of a penalty"),
+    ("scaler", lambda value: value is None or isinstance(value, dict), "the state of a scaler"),
+    ("totals", _are_totals, "three numbers for each process"),
+)
+"""The parts of a run's state, which it holds or lacks: name, check and what the check wants."""
+
+
+class _Part(dict[Any, Any]):
+    """A dictionary of a checkpoint: an entry that it lacks is damage, and no error of the program."""
+
+    def __init__(self, items: Iterable[tuple[Any, Any]], path: Path) -> None:
+        super().__init__(items)
+        self.path = path
+
+    def __missing__(self, key: Any) -> Any:
+        raise _damaged(self.path, f"its state lacks '{key}'")
 
 
 def verify_checksums(path: Path) -> None:
@@ -172,7 +255,7 @@ def _sums(path: Path) -> dict[str, str]:
     return {name: f"{_sha256(path / name)}  {name}\n" for name in (STATE, TENSORS)}
 
 
-def _damaged(path: Path, what: str) -> DamagedCheckpoint:
+def _damaged(path: Path | None, what: str) -> DamagedCheckpoint:
     return DamagedCheckpoint(
         f"'{path}' is not a whole checkpoint: {what}. Give another with --resume, or start a new run with --overwrite"
     )
@@ -316,14 +399,14 @@ def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
-def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _unflatten(value: Any, tensors: Mapping[str, Tensor], path: Path) -> Any:
     """The tree with its tensors and dictionaries back; tuples come back as lists."""
     if isinstance(value, dict):
         if _TENSOR in value:
             tensor = tensors[value[_TENSOR]]
             # The memory layout decides the order in which norms, such as LAMB's, are summed, and so their last bit.
             return tensor.contiguous(memory_format=_TURNED) if value.get("channels_last") else tensor
-        return {key: _unflatten(item, tensors) for key, item in value["__dict__"]}
+        return _Part([(key, _unflatten(item, tensors, path)) for key, item in value["__dict__"]], path)
     if isinstance(value, list):
-        return [_unflatten(item, tensors) for item in value]
+        return [_unflatten(item, tensors, path) for item in value]
     return value

@@ -15,9 +15,10 @@ from typing import Any
 import timm.optim
 import yaml
 
-from .._utils.files import write_atomically
+from .._utils.files import read_text, write_atomically
+from .._utils.parse import parse_yaml, shown
 from ..effort import EFFORTS
-from ..errors import ArpHubError
+from ..errors import ArpHubError, checked_path
 from ..models.arguments import plain_arguments, read_arguments
 from ..schemes import SCHEMES
 
@@ -170,7 +171,7 @@ class TrainConfig:
     overwrite: bool = _setting("run", False, "replace a finished model and start a new run")
     push_to_hub: str = _setting("run", "", "USER/NAME to publish the finished model as; checked before training")
     hub_private: bool = _setting("run", False, "make a new repository on the Hub private")
-    seed: int = _setting("run", 0, "seed of every random choice", low=0)
+    seed: int = _setting("run", 0, "seed of every random choice", low=0, high=2**32 - 1)
     checkpoint_every: int = _setting("run", 0, "steps between checkpoints; 0: one per epoch", low=0)
     keep_checkpoints: int = _setting("run", 2, "checkpoints to keep", low=1)
     log_every: int = _setting("run", 50, "steps between tracker entries", low=1)
@@ -260,9 +261,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
     Raises:
         ArpHubError: If the file cannot be read, or does not hold known settings.
     """
+    path = checked_path(path, "config")
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        data = parse_yaml(read_text(path))
+    except (OSError, ValueError) as error:
         raise ArpHubError(f"cannot read the config '{path}': {error}") from error
     data = {} if data is None else data
     if not isinstance(data, dict):
@@ -279,7 +281,9 @@ def without_retired(settings: Mapping[str, Any]) -> dict[str, Any]:
         ArpHubError: If such a setting has another value.
     """
     if settings.get("method", "tracking") != "tracking":
-        raise ArpHubError(f"method={settings['method']!r}: the penalty has one method, 'tracking': leave method out")
+        raise ArpHubError(
+            f"method={shown(settings['method'])}: the penalty has one method, 'tracking': leave method out"
+        )
     return {name: value for name, value in settings.items() if name != "method"}
 
 
@@ -336,7 +340,7 @@ def parse(setting: dataclasses.Field[Any], value: Any) -> Any:
         int: "a whole number",
         float: "a number",
     }
-    raise ArpHubError(f"{setting.name} must be {names[kind]}, got {value!r}")
+    raise ArpHubError(f"{setting.name} must be {names[kind]}, got {shown(value)}")
 
 
 def _kind(setting: dataclasses.Field[Any]) -> tuple[Any, bool]:

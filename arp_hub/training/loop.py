@@ -69,7 +69,7 @@ class _Loop:
         self.raw_optimizer = optimizer
         self.totals = torch.zeros(3, device=accelerator.device)  # of the epoch: summed loss, hits, images
         if start:
-            self.restore(start.state)
+            self.restore(start)
         self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
         self.forward: Forward = self.wrapped
         self.guide: Forward | None = self.teach if phase.teacher and config.distill else None
@@ -78,11 +78,12 @@ class _Loop:
         self.checkpoints = config.run_folder / "checkpoints"
         self.listen_every = 1 if accelerator.num_processes == 1 else 10  # steps between exchanges about SIGTERM
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, start: Checkpoint) -> None:
         """Restore what `save` writes, except the model and the penalty."""
+        state = start.state
         restore_optimizer(self.raw_optimizer, state["optimizer"], state.get("groups"))
         if self.ema:
-            self.ema.module.load_state_dict(state["ema"])
+            start.load_into(self.ema.module, "ema")
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if "totals" in state:  # a row for each process

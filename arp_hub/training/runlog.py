@@ -12,6 +12,7 @@ from accelerate.utils import is_tensorboard_available
 from tqdm import tqdm
 
 from .._utils.files import read_text, write_atomically
+from .._utils.parse import parse_json
 from ..errors import ArpHubError
 from .checkpoint import PHASES, writing
 from .config import TrainConfig
@@ -92,12 +93,12 @@ class RunLog:
         kept = []
         if done is not None:
             last = PHASES.index(done[0]), done[1]
-            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in read_text(self.path, errors="replace").splitlines():
                 try:
-                    entry = json.loads(line)
+                    entry = parse_json(line)
                     if (PHASES.index(entry["phase"]), entry["step"]) <= last:
                         kept.append(line)
-                except (ValueError, LookupError, TypeError, RecursionError):
+                except (ValueError, LookupError, TypeError):
                     continue  # the last line of a killed run may be half-written
         write_atomically(self.path, "".join(line + "\n" for line in kept))
 
@@ -111,10 +112,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     try:
         for line in read_text(path).splitlines():
-            entry = json.loads(line)
+            entry = parse_json(line)
             if not isinstance(entry, dict):
                 raise TypeError(f"expected an object, got {type(entry).__name__}")
             entries.append(entry)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ArpHubError(f"cannot read the log '{path}', line {len(entries) + 1}: {error}") from error
     return entries

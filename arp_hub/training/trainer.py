@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..decomposition import decompose, to_dense
-from ..hub.load import read_weights
+from ..hub.load import load_checkpoint as load_weights
 from ..layers.apply_plan import apply_plan
 from ..layers.model import count_params
 from ..penalty import AdaptiveRankPenalty
@@ -98,12 +98,12 @@ def _dense_model(run: Run, model: nn.Module, start: Checkpoint | None) -> nn.Mod
     config, kept = run.config, run.config.run_folder / "dense.safetensors"
     model.to(run.accelerator.device)
     if start and start.phase != "dense":
-        model.load_state_dict(read_weights(kept))
+        load_weights(model, kept)
         return model.eval()
     if config.dense_epochs:
         _check_budget(run, model)
         if start:
-            model.load_state_dict(start.state["model"])
+            start.load_into(model, "model")
         phase = Phase("dense", model, config.dense_epochs, config.dense_lr or config.lr)
         model = train(run, phase, start) or model
     model.eval()
@@ -123,7 +123,7 @@ def _compressed_model(
     if start and start.phase == "finetune":
         plan = RankPlan.from_dict(start.plan)
         model = apply_plan(copy.deepcopy(dense), plan)
-        model.load_state_dict(start.state["model"])
+        start.load_into(model, "model")
     else:
         model, plan = _penalised_model(run, dense, guide, start if start and start.phase == "compress" else None)
     if config.finetune_epochs:
@@ -144,7 +144,7 @@ def _penalised_model(
     factors = None
     if start:
         plan = RankPlan.from_dict(start.plan)
-        model.load_state_dict(start.state["model"])
+        start.load_into(model, "model")
     else:
         plan, factors = _plan_and_fit(run, model)
         if not config.epochs:
@@ -154,7 +154,7 @@ def _penalised_model(
         model, plan, total_steps=run.total_steps(config.epochs), ramp=config.ramp, factors=factors
     )
     if start:
-        penalty.load_state_dict(start.state["penalty"])
+        start.load_into(penalty, "penalty")
     phase = Phase("compress", model, config.epochs, config.lr, teacher, penalty, config.freeze_norms)
     average = train(run, phase, start)
     if average is not None:  # an average of low-rank weights is only nearly low-rank: project it

@@ -68,6 +68,7 @@ def test_any_floating_point_type(weights, pixels):
 
 
 MODES = {
+    "meta device": lambda: torch.device("meta"),
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "inference mode": torch.inference_mode,
     "no gradients": torch.no_grad,
@@ -94,7 +95,10 @@ def test_ambient_modes_change_nothing(mode):
 
 def test_a_model_made_in_inference_mode_is_refused():
     with torch.inference_mode():
-        model = small_model()
+        model, images = small_model(), IMAGES.clone()
+    with pytest.raises(ArpHubError, match="made in inference mode"):
+        make_plan(model, calibration=IMAGES, **PLANNED)
+    assert low_rank_layers(compressed(small_model(), images))
     with pytest.raises(ArpHubError, match="made in inference mode"):
         decompose(model, make_plan(model, **PLANNED), IMAGES)
     decompose(copy.deepcopy(model), make_plan(model, **PLANNED), IMAGES)
@@ -129,6 +133,40 @@ def test_a_dead_layer_fits_at_any_rank(dead, images):
     assert all(bool(tensor.isfinite().all()) for tensor in small.state_dict().values())
 
 
+def spoilt(name, value):
+    """A model with one odd number."""
+    model = small_model()
+    model.state_dict()[name].view(-1)[0] = value
+    return model
+
+
+SPOILT = {
+    f"{name} {value}": (name, value, message)
+    for name, values, message in (
+        ("plain.weight", (float("nan"), float("inf")), "layer 'plain': its weight holds NaN or infinite"),
+        ("last.bias", (float("nan"), -float("inf")), "layer 'last': its bias holds NaN or infinite"),
+        ("stem.1.running_mean", (float("nan"),), "layer 'stem.1': its running_mean holds NaN"),
+        ("stem.1.running_var", (-5.0, float("nan")), "NaN or infinite"),
+    )
+    for value in values
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+@pytest.mark.parametrize("images", [None, IMAGES], ids=["weights alone", "images"])
+def test_a_model_that_gives_no_finite_output_is_refused(case, images):
+    name, value, message = SPOILT[case]
+    if value == -5.0 and images is None:
+        pytest.skip("only images show it")
+    model = spoilt(name, value)
+    plan = make_plan(small_model(), **PLANNED)
+    with pytest.raises(ArpHubError, match=message):
+        make_plan(model, calibration=images, **PLANNED)
+    with pytest.raises(ArpHubError, match=message):
+        decompose(model, plan, images)
+    assert not low_rank_layers(model)
+
+
 nan, infinite = IMAGES.clone(), IMAGES.clone()
 nan[5, 0, 3, 3], infinite[23, 1, 0, 0] = float("nan"), float("inf")
 REFUSED = {
@@ -142,6 +180,8 @@ REFUSED = {
     "bytes as floats": ((IMAGES * 50 + 128).clamp(0, 255), "divide bytes by 255"),
     "one image without a batch": (IMAGES[0], r"\(N, C, H, W\), got \(3, 12, 12\)"),
     "a list of names": (["a.png"], "got str"),
+    "a number": (5, "got int"),
+    "sparse images": (IMAGES.to_sparse(), r"got torch.sparse_coo: call to_dense\(\)"),
     "grey images": (IMAGES[:, :1], "cannot run on an input"),
 }
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -52,6 +54,21 @@ def run(capsys: pytest.CaptureFixture[str]):
     return call
 
 
+def free_space(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
+    """Every disk has this much free space."""
+    usage = shutil.disk_usage("/")._replace(free=int(gib * 2**30))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+
+
+def install(folder: Path, monkeypatch: pytest.MonkeyPatch, requirements: list[str]) -> None:
+    """Install metadata of arp-hub with these requirements, before the real ones."""
+    metadata = folder / "arp_hub-0.1.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    lines = ["Metadata-Version: 2.1", "Name: arp-hub", "Version: 0.1.0"]
+    metadata.write_text("\n".join([*lines, *(f"Requires-Dist: {line}" for line in requirements)]))
+    monkeypatch.syspath_prepend(folder)
+
+
 @pytest.mark.parametrize(
     ("token", "user", "refused"),
     [(None, None, False), (TOKEN, "alice", False), ("hf_anOldToken", None, True)],
@@ -70,7 +87,7 @@ def test_login_state(hub, monkeypatch, token, user, refused):
 def test_a_healthy_machine(hub, run, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
-    monkeypatch.setattr("arp_hub_cli.doctor._LOW_DISK", 0)
+    free_space(monkeypatch, gib=100)
     code, out, err = run()
     assert (code, err) == (0, "no problem found\n")
     assert torch.__version__.partition("+")[0] in out
@@ -81,19 +98,17 @@ def test_a_healthy_machine(hub, run, monkeypatch):
     assert json.loads(out)["problems"] == []
 
 
-def test_what_is_wrong_is_named_with_the_way_out(run, monkeypatch):
+def test_what_is_wrong_is_named_with_the_way_out(run, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(
-        "arp_hub_cli.doctor.requires", lambda name: ["torch>=99", "no-such-package", 'x; extra == "toys"']
-    )
-    monkeypatch.setattr("arp_hub_cli.doctor._LOW_DISK", 2**60)
+    install(tmp_path, monkeypatch, ["torch>=99", "no-such-package", 'x; extra == "toys"'])
+    free_space(monkeypatch, gib=1)
     code, out, err = run()
     assert code == 1
     for words in (
         'pip install --upgrade "torch>=99"',
         "no-such-package is missing",
         "http://127.0.0.1:9 cannot be reached",
-        "GiB left: make room",
+        "has 1.0 GiB left: make room",
     ):
         assert words in err
     assert "toys no" in out

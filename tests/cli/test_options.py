@@ -68,6 +68,9 @@ REFUSED = {
     "an overlay": ("--model-kwargs pretrained_cfg_overlay={}", "must not hold 'pretrained_cfg_overlay'"),
     "a huge argument": ("--model-kwargs in_chans=10000000", "in_chans"),
     "two numbers of classes": ("--num-classes 7 --model-kwargs num_classes=10", "num_classes=10 differ"),
+    "classes below zero": ("--num-classes -3", "Invalid value for '--num-classes'"),
+    "classes beyond any model": ("--num-classes 5000000", "Invalid value for '--num-classes'"),
+    "classes below zero by argument": ("--model-kwargs num_classes=-3", "num_classes must be a whole number from 0"),
     "an input of one channel": ("--input-size 1 32 32", "--input-size 1 32 32: 'test_resnet' takes images of 3"),
     "an input of no height": ("--input-size 3 0 32", "got 3 0 32"),
     "channels that contradict": ("--input-size 3 32 32 --model-kwargs in_chans=1", "takes images of 1 channels"),
@@ -90,6 +93,40 @@ def test_bad_options_of_the_model_are_one_line(call: Any, tmp_path: Path, comman
     assert (code, out, len(err.splitlines())) == (2, "", 1), err
     assert message in err
     assert list(tmp_path.iterdir()) == []
+
+
+NUMBERS = {
+    "--seed": ("-1", "99999999999999999999999", "x"),
+    "--calibration-images": ("0", "-5"),
+    "--calibration-copies": ("-1",),
+    "--workers": ("-1",),
+    "--rank-multiple": ("0",),
+    "--schemes": ("", ",", "cp,x"),
+    "--keep-params": ("nan", "0", "1", "-1"),
+}
+
+
+@pytest.mark.parametrize("command", ["plan", "compress"])
+@pytest.mark.parametrize(("option", "value"), [(option, value) for option in NUMBERS for value in NUMBERS[option]])
+def test_numbers_out_of_range_are_one_line_before_any_work(
+    call: Any, tmp_path: Path, command: str, option: str, value: str
+) -> None:
+    words = [
+        word for word in COMMANDS[command].format(tmp=tmp_path).split() if option != "--keep-params" or "0.9" != word
+    ]
+    words = [word for word in words if word != option]
+    code, out, err = call(*words, option, value, "--model", "nosuch", "--data", "nosuch")
+    assert (code, out, len(err.splitlines())) == (2, "", 1), err
+    assert option.strip("-").rstrip("s") in err and "nosuch" not in err
+
+
+def test_a_place_below_a_file_is_refused_before_any_work(call: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    code, out, err = call(
+        "compress", "--model", "nosuch", "--keep-params", "0.5", "--output", tmp_path / "file" / "out"
+    )
+    assert (code, out, len(err.splitlines())) == (2, "", 1), err
+    assert "is a file or read-only" in err
 
 
 @pytest.mark.parametrize(("name", "fixed"), [("test_resnet", False), ("vit_tiny_patch16_224", True)])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import multiprocessing
 import os
-import pkgutil
+import resource
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import arp_hub
+from arp_hub._utils.files import remove_unfinished
 from arp_hub.hub.save import check_folder
 from arp_hub.layers.apply_plan import plan_of
 from arp_hub.layers.model import count_params
@@ -332,20 +334,64 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         arp_hub.save_pretrained(small_model(), tmp_path / "file" / "out")
 
 
-# What fails, at which call, and whether the system can swap two folders in one step.
-FAULTS = [
-    ("arp_hub.hub.config.save_config_for_hf", 1, True),
-    ("arp_hub.hub.save.check_rebuilds", 1, True),
-    ("arp_hub.hub.save.model_sizes", 1, True),
-    ("arp_hub.hub.save.model_card", 1, True),
-    ("arp_hub.hub.save.save_file", 1, True),
-    ("pathlib.Path.write_text", 1, True),
-    ("pathlib.Path.write_text", 2, True),
-    ("pathlib.Path.chmod", 1, True),
-    ("arp_hub._utils.files._exchange", 1, True),
-    ("pathlib.Path.rename", 1, False),
-    ("pathlib.Path.rename", 2, False),
-]
+def nested(depth: int = 5_000) -> list[Any]:
+    found: list[Any] = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
+ODD: dict[str, dict[str, Any]] = {
+    **{f"metrics {key} {value!r}": {"metrics": {key: value}}
+       for key, values in {"top1": ("80", None, [1]), "dense": ("x", None, [1]), "history": (5, [1, 2], [{}, {}]),
+                           "plan": (5, {"dense": 5}, {"dense": [1]}), "latency": (5, [5]), "scores": (5,)}.items()
+       for value in values},
+    "spectra": {"metrics": {"spectra": 5, "dense": {"spectra": 5}}},
+    "spectra of text": {"metrics": {"spectra": {"a": "x"}, "dense": {"spectra": {"a": [1, 2]}}}},
+    "top-1 of the dense model": {"metrics": {"top1": 5.0, "dense": {"top1": "x"}}},
+    "nested metrics": {"metrics": {"a": nested()}},
+    "an endless number": {"metrics": {"top1": float("inf")}},
+    "a number of 5,001 digits": {"metrics": {"top1": 10**5_000}},
+    "a tensor": {"metrics": {"top1": torch.tensor(3.0)}},
+    "metrics in a list": {"metrics": [1, 2]},
+    "labels are a number": {"label_names": 5},
+    "labels by number": {"label_names": {k: f"class {k}" for k in range(10)}},
+    "labels are one text": {"label_names": "abcdefghij"},
+    "too few labels": {"label_names": ["a"]},
+    "labels are missing": {"label_names": [None] * 10},
+    "nested labels": {"label_names": [nested()] * 10},
+    "arguments in a list": {"model_args": [1]},
+    "nested arguments": {"model_args": {"x": nested()}},
+    "an argument of loading": {"model_args": {"pretrained_strict": False}},
+    "a tensor as an argument": {"model_args": {"x": torch.ones(2)}},
+    "a backbone of numbers": {"backbone": 5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_metrics_labels_and_arguments_are_refused(
+    case: str, earlier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ARP_HUB_PICTURES", "1")
+    folder = Path(shutil.copytree(earlier, tmp_path / "out"))
+    before = contents(folder)
+    with pytest.raises(arp_hub.ArpHubError) as raised:
+        arp_hub.save_pretrained(small_model(), folder, **ODD[case])
+    assert len(str(raised.value)) < 500
+    assert contents(folder) == before and names_in(tmp_path) == ["out"]
+
+
+def test_half_a_surrogate_is_spelled_out(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with pytest.raises(arp_hub.ArpHubError, match="not UTF-8"):
+        arp_hub.save_pretrained(small_model(), tmp_path / os.fsdecode(b"\xff"))
+    arp_hub.save_pretrained(small_model(), folder, metrics={"data": "\ud800", "top1": 5.0}, label_names=["\ud800"] * 10)
+    assert "\\ud800" in (folder / "README.md").read_text(encoding="utf-8")
+    assert load(folder).num_classes == 10
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -354,38 +400,95 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return arp_hub.save_pretrained(small_model(), tmp_path_factory.mktemp("earlier") / "out")
 
 
-@pytest.mark.parametrize(("target", "call", "swap"), FAULTS)
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
-def test_a_failure_leaves_the_old_folder_whole(
-    target: str,
-    call: int,
-    swap: bool,
-    error: BaseException,
-    earlier: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    folder, other = Path(shutil.copytree(earlier, tmp_path / "out")), timm.create_model("cifar_resnet20")
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    calls = 0
+def in_child(work: Callable[..., None], *arguments: Any) -> None:
+    """Run a check in a forked process, because audit hooks and limits of a process cannot be taken back."""
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise error
-        return original(*args, **kwargs)
 
+def save_with_each_operation_failing(place: Path, error: BaseException, swap: bool) -> None:
+    """Replace the model in ``old`` while the n-th file operation fails, for every n."""
     if not swap:
-        monkeypatch.setattr("arp_hub._utils.files._exchange", lambda a, b: False)
-    original = pkgutil.resolve_name(target)
-    monkeypatch.setattr(target, fail)
-    with pytest.raises((arp_hub.ArpHubError, KeyboardInterrupt)):
-        arp_hub.save_pretrained(other, folder)
-    assert calls >= call
-    monkeypatch.undo()
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert names_in(tmp_path) == ["out"]
+        ctypes.CDLL = lambda *arguments, **options: None  # a system that cannot exchange two folders in one step
+    model = timm.create_model("cifar_resnet20")
+    old, new = contents(place / "old"), contents(arp_hub.save_pretrained(model, place / "reference" / "out"))
+    folder, seen, failing = place / "work" / "out", 0, 0
+
+    def fail(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal seen
+        if event in ("open", "os.rename", "os.mkdir", "os.chmod") and str(folder.parent) in str(arguments[:2]):
+            seen += 1
+            if seen == failing:
+                raise error
+
+    sys.addaudithook(fail)
+    for number in itertools.count(1):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(place / "old", folder)
+        seen, failing, refused = 0, number, False
+        try:
+            arp_hub.save_pretrained(model, folder)
+        except (arp_hub.ArpHubError, KeyboardInterrupt) as raised:
+            refused = isinstance(raised, arp_hub.ArpHubError)
+        reached, failing = seen >= number, 0
+        found = contents(folder)
+        assert found in ([old] if refused else [old, new]), f"operation {number}"
+        left = names_in(folder.parent) != ["out"]
+        assert not left or found == new, f"operation {number}"  # what fails may be the deletion of the old folder
+        for path in folder.parent.glob(".out.*"):
+            shutil.rmtree(path)
+        if not reached:
+            break
+    assert contents(folder) == new and number > 12
+
+
+@pytest.mark.parametrize("swap", [True, False], ids=["swap", "no swap"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
+def test_a_failure_leaves_a_whole_folder(error: BaseException, swap: bool, earlier: Path, tmp_path: Path) -> None:
+    shutil.copytree(earlier, tmp_path / "old")
+    in_child(save_with_each_operation_failing, tmp_path, error, swap)
+
+
+def save_with_little_space(folder: Path, sizes: list[int]) -> None:
+    model, before = small_model(), contents(folder)
+    for size in sizes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        with pytest.raises(arp_hub.ArpHubError, match=r"cannot save in .*the earlier content is unchanged"):
+            arp_hub.save_pretrained(model, folder)
+        assert contents(folder) == before and names_in(folder.parent) == [folder.name]
+
+
+def test_a_file_that_is_cut_off_leaves_the_old_folder(earlier: Path, tmp_path: Path) -> None:
+    """The first size stops the config, the last the weights, and those between stop the card and the picture."""
+    folder = Path(shutil.copytree(earlier, tmp_path / "out"))
+    written = sorted(path.stat().st_size for path in folder.iterdir())
+    in_child(save_with_little_space, folder, [0, *(size - 1 for size in written)])
+
+
+def save_until_a_rename(folder: Path, number: int) -> None:
+    """End the process, as a kill does, before the n-th rename of a system without an exchange of folders."""
+    ctypes.CDLL = lambda *arguments, **options: None
+    model = timm.create_model("cifar_resnet20")
+    count = itertools.count(1)
+    sys.addaudithook(lambda event, _: os._exit(9) if event == "os.rename" and next(count) == number else None)
+    arp_hub.save_pretrained(model, folder)
+    os._exit(9)
+
+
+@pytest.mark.parametrize(("rename", "is_new"), [(1, False), (2, False), (3, True)])
+def test_what_a_kill_between_two_renames_leaves_is_put_back(
+    rename: int, is_new: bool, earlier: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(earlier, tmp_path / "out"))
+    old = contents(folder)
+    process = multiprocessing.get_context("fork").Process(target=save_until_a_rename, args=(folder, rename))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    remove_unfinished(folder)
+    assert names_in(tmp_path) == ["out"] and (contents(folder) != old) == is_new
 
 
 def save_forever(folder: Path, first: int) -> None:

@@ -280,6 +280,48 @@ def test_the_cfg_names_parameters_in_memory_saved_and_loaded(name: str, tmp_path
     assert {key: written[key] for key in before} == before
 
 
+AFTER_A_RESET: dict[str, Callable[[Any, Path], Any]] = {
+    "saved and loaded": lambda model, path: timm.create_model(
+        f"local-dir:{arp_hub.save_pretrained(model, path / 'again')}", pretrained=True
+    ),
+    "merged": lambda model, path: arp_hub.to_dense(model),
+    "decomposed again": lambda model, path: arp_hub.decompose(
+        model, arp_hub.RankPlan({"layer2.0.conv1": arp_hub.LayerPlan("channel", 4)})
+    ),
+    "its new classifier decomposed": lambda model, path: arp_hub.decompose(
+        model, arp_hub.RankPlan({"fc": arp_hub.LayerPlan("channel", 2)})
+    ),
+    "built again by transformers' way": lambda model, path: timm.create_model(
+        "arp_lowrank", pretrained_cfg=model.pretrained_cfg, num_classes=model.num_classes,
+        **{key: value for key, value in model._model_args.items() if key != "num_classes"},
+    ),
+}  # fmt: skip
+"""What follows ``reset_classifier``, in which timm leaves the pretrained_cfg as it is."""
+
+
+@pytest.mark.parametrize("classes", [0, 4])
+@pytest.mark.parametrize("loaded", [False, True], ids=["in memory", "loaded"])
+@pytest.mark.parametrize("step", AFTER_A_RESET)
+def test_the_cfg_names_parameters_after_the_classifier_is_reset(
+    step: str, loaded: bool, classes: int, tmp_path: Path
+) -> None:
+    layers = {name: arp_hub.LayerPlan("channel", 4) for name in ("fc", "layer1.0.conv1")}
+    model: Any = arp_hub.decompose(timm.create_model("test_resnet"), arp_hub.RankPlan(layers))
+    if loaded:
+        model = timm.create_model(f"local-dir:{arp_hub.save_pretrained(model, tmp_path / 'out')}", pretrained=True)
+    elif step.startswith("built"):
+        pytest.skip("timm did not make it")
+    model.reset_classifier(classes)
+    if step.startswith("its") and not classes:
+        pytest.skip("there is no classifier")
+    model = AFTER_A_RESET[step](model, tmp_path)
+    named = ["fc.factors.0", "fc.factors.1"] if step.startswith("its") else ["fc"]
+    found = model.pretrained_cfg["classifier"]
+    assert ([found] if isinstance(found, str) else list(found)) == named
+    assert [f"{name}.weight" in model.state_dict() for name in named] == [classes > 0] * len(named)
+    assert model.num_classes == classes and model(torch.randn(1, 3, 64, 64)).shape[-1] == classes or not classes
+
+
 @pytest.mark.parametrize(
     ("name", "layers"),
     [

@@ -161,6 +161,71 @@ def stopped(tmp_path_factory):
     return folder
 
 
+def edited(*keys, drop=False, value=None):
+    """A change of `state.json`: one entry is dropped or has another value. Keys of the tree are those of the state."""
+
+    def change(found):
+        place = found
+        for key in keys[:-1]:
+            place = dict(place["__dict__"])[key] if "__dict__" in place else place[key]
+        if "__dict__" in place:
+            pairs = [[key, value if key == keys[-1] else item] for key, item in place["__dict__"]]
+            place["__dict__"] = [pair for pair in pairs if pair[0] != keys[-1] or not drop]
+        elif drop:
+            del place[keys[-1]]
+        else:
+            place[keys[-1]] = value
+
+    return change
+
+
+LACKING = {
+    **{f"no {key}": edited(key, drop=True)
+       for key in ("format_version", "phase", "step", "settings", "scores", "plan", "state")},
+    **{f"no {key} in the state": edited("state", key, drop=True) for key in ("model", "optimizer", "penalty")},
+    **{f"{key} is a number": edited(key, value=5) for key in ("phase", "settings", "scores", "plan", "state")},
+    **{f"{key} in the state is a number": edited("state", key, value=5)
+       for key in ("model", "optimizer", "groups", "penalty", "ema", "scaler", "totals")},
+    **{f"{key} in the state is a list": edited("state", key, value=[1])
+       for key in ("model", "optimizer", "groups", "penalty", "ema", "scaler", "totals")},
+    "another step than its name": edited("step", value=1),
+    "a step of text": edited("step", value="3"),
+    "endless seconds": edited("seconds", value=float("inf")),
+    "scores without the dense model's": edited("scores", value={}),
+    "scores of the dense model are a number": edited("scores", "dense", value=5),
+    "a tensor that the file lacks": edited("state", "model", "head.bias", value={"__tensor__": "x"}),
+    "no tensor of the model": edited("state", "model", "head.bias", drop=True),
+    "a tensor of another shape": edited("state", "model", "head.bias", value={"__tensor__": "/model/head.weight"}),
+    "a number for a tensor": edited("state", "model", "head.bias", value=5),
+    "no steps of the penalty": edited("state", "penalty", "step_count", drop=True),
+    "steps of the penalty are text": edited("state", "penalty", "total_steps", value="2"),
+    "other steps of the penalty": edited("state", "penalty", "total_steps", value=7),
+    "no layers of the penalty": edited("state", "penalty", "layers", drop=True),
+    "an optimizer with names": edited("state", "optimizer", value={"__dict__": [["a", {"__dict__": []}]]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LACKING)
+def test_a_checkpoint_that_lacks_an_entry_is_refused_before_training(stopped, tmp_path, case):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "out-run" / "checkpoints" / "compress-00000000"
+    (path / SUMS).unlink()
+    found = json.loads((path / STATE).read_text())
+    LACKING[case](found)
+    (path / STATE).write_text(json.dumps(found))
+    with pytest.raises(ArpHubError) as raised:
+        run(config(tmp_path, dense_lr=1e-3, lr=3e38, resume=str(path)))
+    assert "NaN" not in str(raised.value) and len(str(raised.value)) < 900
+
+
+def test_a_checkpoint_without_checksums_goes_on_where_it_is_whole(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "out-run" / "checkpoints" / "compress-00000000"
+    (path / SUMS).unlink()
+    with pytest.raises(ArpHubError, match="NaN or infinite"):
+        run(config(tmp_path, dense_lr=1e-3, lr=3e38, resume=str(path)))
+
+
 def test_a_damaged_checkpoint_is_never_the_last_good_one(stopped, tmp_path):
     """The newest checkpoint is damaged behind the run's back, before the step that makes a weight NaN."""
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)

@@ -66,7 +66,11 @@ def open_tables(
     Raises:
         ArpHubError: If the data or one of its columns cannot be found, or if labels have a wrong type.
     """
+    if not isinstance(source, str):
+        raise ArpHubError(f"data must be named by text, got {type(source).__name__} {source!r:.100}")
     if source == "digits":
+        if columns.image or columns.label:
+            raise ArpHubError("data 'digits' has no columns to choose from: leave out image_key and label_key")
         return _digits(form, auto_augment)
     splits, class_names = _open(source, columns)
     splits = {name: split for name, split in splits.items() if len(split[0])}
