@@ -1,0 +1,69 @@
+"""Refinement on the command line and in a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arp_hub.training import TrainConfig
+from arp_hub.training import run as train
+from arp_hub_cli.app import app
+
+COMPRESS = (
+    "compress --model cifar_resnet20 --no-pretrained --keep-params 0.5 --schemes channel --effort fast --max-images 32"
+).split()
+
+
+def call(*words: Any) -> int:
+    with pytest.raises(SystemExit) as stop:
+        app([str(word) for word in words])
+    return int(stop.value.code or 0)
+
+
+def test_compress_refines_and_says_so(tmp_path, capsys):
+    out, words = tmp_path / "out", ["--data", "digits", "--calibration-images", 64, "--refine-images", 60]
+    assert call(*COMPRESS, *words, "--refine-steps", 12, "--output", out, "--json") == 0
+    found = json.loads(capsys.readouterr().out)["refinement"]
+    assert (found["images"], found["held_out"], found["steps"]) == (54, 6, 12)
+    assert found["after"] <= found["before"]
+    assert json.loads((out / "metrics.json").read_text())["refinement"] == found
+    assert "then refined on 54 unlabelled images" in (out / "README.md").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # no state is left
+
+
+REFUSED = {
+    "no data": (["--refine"], "--refine needs unlabelled images: give --data"),
+    "two bounds": (["--data", "digits", "--refine-minutes", 1, "--refine-steps", 5], "give one of them"),
+    "no time": (["--data", "digits", "--refine-minutes", 0], "--refine-minutes must be above 0, got 0"),
+    "no step": (["--data", "digits", "--refine-steps", 0], "--refine-steps must be at least 1, got 0"),
+    "few images": (["--data", "digits", "--refine", "--refine-images", 19], "--refine-images must be at least 20"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_options_are_one_line_before_any_work(case, tmp_path, capsys):
+    options, message = REFUSED[case]
+    assert call(*COMPRESS, *options, "--output", tmp_path / "out") == 2
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1) and message in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_refines_its_fit(tmp_path):
+    config = TrainConfig(
+        model="cifar_resnet20", data="digits", keep_params=0.5, schemes=("channel",), effort="fast", max_steps=4,
+        epochs=0, refine_minutes=1, refine_images=40, batch_size=8, cpu=True, tracker="none",
+        output=str(tmp_path / "out"),
+    )  # fmt: skip
+    metrics = train(config)
+    assert metrics["refinement"]["steps"] == 4 and metrics["top1"] == metrics["scores"]["refined"]["top1"]
+    assert "refined without labels" in (tmp_path / "out" / "README.md").read_text()
+    assert not (Path(config.run_folder) / "refinement.safetensors").exists()
+
+
+def test_a_run_without_a_fit_refines_nothing(tmp_path):
+    with pytest.raises(ValueError, match="start_from='dense' makes none: set refine_minutes=0"):
+        TrainConfig(model="cifar_resnet20", keep_params=0.5, start_from="dense", refine_minutes=1)
