@@ -194,7 +194,10 @@ BAD_INPUTS = {
     "folder without images": (f"{HALF} --data {{tmp}}/empty", "no images"),
     "unknown split": (f"evaluate {FINE} --data digits --split dev", "'dev'"),
     "other classes than the data": (f"evaluate {SEVEN} --data digits", "7 classes"),
-    "no calibration images": (f"{HALF} --data digits --calibration-images 0", "Invalid value for '--calibration-images'"),
+    "no calibration images": (
+        f"{HALF} --data digits --calibration-images 0",
+        "Invalid value for '--calibration-images'",
+    ),
     "keep_params of 0": (f"compress {FINE} --keep-params 0 --output {{tmp}}/out", "got 0"),
     "keep_params of 1.5": (f"compress {FINE} --keep-params 1.5 --output {{tmp}}/out", "got 1.5"),
     "keep_macs of nan": (f"plan {FINE} --keep-macs nan --output {{tmp}}/plan.json", "got nan"),
