@@ -5,6 +5,7 @@ Each command imports its modules when it runs, so that help is printed quickly.
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import asdict
 from importlib.metadata import version
@@ -39,6 +40,10 @@ from .options import (
     Overwrite,
     Pretrained,
     RankMultiple,
+    Refine,
+    RefineImages,
+    RefineMinutes,
+    RefineSteps,
     Schemes,
     Seed,
     Workers,
@@ -166,6 +171,10 @@ def compress(
     copies: Copies = None,
     effort: Effort = "balanced",
     input_size: InputSize = None,
+    refine: Refine = False,
+    refine_minutes: RefineMinutes = None,
+    refine_steps: RefineSteps = None,
+    refine_images: RefineImages = 1000,
     max_images: Annotated[int | None, typer.Option(help=f"Measure accuracy on {MAX_IMAGES_HELP}", min=1)] = None,
     workers: Workers = 0,
     device: Device = None,
@@ -177,6 +186,9 @@ def compress(
 
     With --data, each layer is fitted to its output on calibration images; without it, only to its weights. If the data
     has labels, top-1 and top-5 are measured on the test split before and after.
+
+    --refine takes longer, and is worth it for ViTs and mobile networks. If it is interrupted, the same command resumes
+    it, from a file beside --output.
 
     Example: arp-hub compress --model resnet50 --data path/to/images --keep-params 0.5 --output out
     """
@@ -190,11 +202,22 @@ def compress(
     from arp_hub.reports import spectra, tables
     from arp_hub.training.data.dataset import calibration_counts
 
-    from .inputs import ModelChoice, check_effort, open_data, open_images, open_model, plan_options, timed_workload
+    from .inputs import (
+        ModelChoice,
+        RefineChoice,
+        check_effort,
+        open_data,
+        open_images,
+        open_model,
+        plan_options,
+        timed_workload,
+    )
 
     workload = timed_workload(batch_size, dtype, channels_last)
     options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude, plan)
     check_effort(effort)
+    refinement = RefineChoice(refine, refine_minutes, refine_steps, refine_images)
+    refinement.check(data)
     check_folder(output, overwrite=overwrite)
     given = None if plan is None else RankPlan.load(plan)
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
@@ -206,9 +229,11 @@ def compress(
     counts = calibration_counts(found, calibration, copies) if found else (0, 0)
     test = _test_split(network, found)
     before, falls = _figures(network, test, max_images, workers), spectra.decays(network)
+    dense = copy.deepcopy(network) if refinement.wanted else network
     start = time.perf_counter()
     made = given or make_plan(network, **options, calibration=images, effort=effort, progress=True)
     decompose(network, made, images, effort=effort, progress=True)
+    refined = refinement.run(network, dense, found, output, seed, workers)
     seconds = time.perf_counter() - start
     after = _figures(network, test, max_images, workers)
     result: dict[str, Any] = {
@@ -219,6 +244,7 @@ def compress(
         "calibration_copies": counts[1],
         "effort": effort,
         "trained": False,
+        **({"refinement": asdict(refined)} if refined else {}),
         "random_weights": random_weights,
         "seconds": round(seconds, 2),
         "seed": seed,
@@ -240,7 +266,7 @@ def compress(
     if as_json:
         print_json({**result, "output": str(output)})
     else:
-        title = f"{model}, no training, {seconds:.0f} s"
+        title = f"{model}, {'refined without labels' if refined else 'no training'}, {seconds:.0f} s"
         print_tables(tables.comparison_table({"dense": before, "decomposed": after}, title))
         note(f'saved; load it with timm.create_model("local-dir:{output}", pretrained=True) after `import arp_hub`')
 

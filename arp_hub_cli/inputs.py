@@ -20,6 +20,7 @@ from arp_hub.hub.load import is_saved_model, load_model, set_input_size
 from arp_hub.layers.trace import InputSize
 from arp_hub.models.arguments import read_arguments
 from arp_hub.plan import RankPlan
+from arp_hub.refinement import LEAST_IMAGES, Refinement, refine
 from arp_hub.schemes import SCHEMES
 from arp_hub.timing import DTYPES, Workload
 from arp_hub.training import ImageData, calibration_images, load_data
@@ -183,6 +184,60 @@ class ModelChoice:
                 f"--input-size {_words(given)}: '{self.name}' takes images of {channels} channels: give "
                 f"--input-size {_words((channels, *given[1:]))}, or add --model-kwargs in_chans={given[0]}"
             )
+
+
+@dataclass(frozen=True)
+class RefineChoice:
+    """The options of a refinement.
+
+    Attributes:
+        given: Whether ``--refine`` is given.
+        minutes: ``--refine-minutes``.
+        steps: ``--refine-steps``.
+        images: ``--refine-images``.
+    """
+
+    given: bool
+    minutes: float | None
+    steps: int | None
+    images: int
+
+    @property
+    def wanted(self) -> bool:
+        """Whether to refine: its length implies it."""
+        return self.given or self.minutes is not None or self.steps is not None
+
+    def check(self, data: str | None) -> None:
+        """Refuse what makes no refinement, before any work.
+
+        Raises:
+            ArpHubError: In the words of the options.
+        """
+        if not self.wanted:
+            return
+        if data is None:
+            raise ArpHubError("--refine needs unlabelled images: give --data")
+        if self.minutes is not None and self.steps is not None:
+            raise ArpHubError("--refine-minutes and --refine-steps both bound the refinement: give one of them")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ArpHubError(f"--refine-minutes must be above 0, got {self.minutes:g}")
+        if self.steps is not None and self.steps < 1:
+            raise ArpHubError(f"--refine-steps must be at least 1, got {self.steps}")
+        if self.images < LEAST_IMAGES:
+            raise ArpHubError(f"--refine-images must be at least {LEAST_IMAGES}, got {self.images}")
+
+    def run(
+        self, model: nn.Module, dense: nn.Module, data: ImageData | None, output: Path, seed: int, workers: int
+    ) -> Refinement | None:
+        """Refine the model in place; None if no refinement is wanted."""
+        if data is None or not self.wanted:
+            return None
+        with stage("read images to refine on"):
+            images = calibration_images(data, self.images, copies=0, seed=seed, workers=workers)
+        state = output.with_name(f"{output.name}-refinement.safetensors")
+        return refine(
+            model, dense, images, minutes=self.minutes, steps=self.steps, seed=seed, state=state, progress=True
+        )
 
 
 def _words(numbers: Sequence[int]) -> str:

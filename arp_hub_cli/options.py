@@ -86,6 +86,16 @@ Effort = Annotated[
         help=f"Preset that trades CPU time of plan and fit for accuracy: {', '.join(EFFORTS)}.", metavar="PRESET"
     ),
 ]
+Refine = Annotated[
+    bool, typer.Option("--refine", help="Refine the fit by gradient steps on unlabelled images; needs --data.")
+]
+RefineMinutes = Annotated[
+    float | None, typer.Option(help="Minutes of --refine; by default 10.", show_default=False, metavar="MINUTES")
+]
+RefineSteps = Annotated[
+    int | None, typer.Option(help="Optimiser steps of --refine, in place of minutes.", show_default=False)
+]
+RefineImages = Annotated[int, typer.Option(help="Training images to refine on, without labels.")]
 Workers = Annotated[int, typer.Option(help="Processes that decode large images.", min=0)]
 Device = Annotated[
     str | None,

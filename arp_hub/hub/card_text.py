@@ -18,6 +18,7 @@ _ROWS = {
 _STAGES = {
     "dense": "dense",
     "fit": "decomposed without training",
+    "refined": "refined without labels",
     "before_decomposition": "after penalty training, before decomposition",
     "decomposed": "decomposed",
     "finetuned": "after fine-tuning the factors",
@@ -147,15 +148,29 @@ def facts(metrics: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 def recipe(metrics: Mapping[str, Any]) -> str:
     """How the weights were made, in one or two sentences."""
-    config = metrics.get("config")
+    config, refined = metrics.get("config"), _refined(metrics.get("refinement"))
     if metrics.get("trained") is False:
         count = metrics.get("calibration_images")
         how = f"fitted to each layer's output on {count:,d} unlabelled images" if count else "computed from the weights"
-        return f"No training: the factors were {how}."
+        if not refined:
+            return f"No training: the factors were {how}."
+        return f"No labels: the factors were {how}, then {refined}."
     if not isinstance(config, Mapping):
         return ""
     settings = ", ".join(f"{key} {config[key]}" for key in _RECIPE if config.get(key) not in (None, "", 0))
-    return f"Trained with the adaptive rank penalty: {settings}. All settings are in `metrics.json`."
+    before = f"The fit was {refined}. " if refined else ""
+    return f"{before}Trained with the adaptive rank penalty: {settings}. All settings are in `metrics.json`."
+
+
+def _refined(refinement: Any) -> str:
+    """What a refinement did, as `arp_hub.Refinement` has it; empty without one."""
+    if not isinstance(refinement, Mapping):
+        return ""
+    return (
+        f"refined on {refinement['images']:,d} unlabelled images for {refinement['seconds'] / 60:.0f} minutes "
+        f"(divergence from the dense model's predictions: {refinement['before']:.3f} nats before, "
+        f"{refinement['after']:.3f} after, on {refinement['held_out']:,d} others)"
+    )
 
 
 def limits(metrics: Mapping[str, Any], decomposed: bool) -> list[str]:

@@ -26,6 +26,8 @@ from .clock import Clock
 from .state import Progress, StateFile, moments_of, restore_moments
 from .steps import Steps, learning
 
+LEAST_IMAGES = 20
+"""Images that a refinement needs, so that a tenth of them can be held out."""
 _RATES = (1e-5, 3e-5, 1e-4, 3e-4)
 """Learning rates that are tried, the lowest first. Factors of one layer are balanced, so all networks are alike."""
 _TRIAL = 0.02
@@ -108,9 +110,17 @@ def refine(
         work = Steps(model, dense, parameters, learnt, held_out, blocks, batch_size, seed)
         minutes = 10.0 if minutes is None and steps is None else minutes
         made = {"minutes": minutes, "steps": steps, "batch_size": batch_size, "seed": seed, "images": len(learnt)}
+        made["parameters"] = sum(parameter.numel() for parameter in parameters)
         file = StateFile(None if state is None else Path(state), made)
         with stage("refine", 100, progress) as advance:
-            result = _run(work, file, minutes, steps, advance)
+            shown = 0
+
+            def show(share: float) -> None:
+                nonlocal shown
+                advance(int(100 * share) - shown)
+                shown = int(100 * share)
+
+            result = _run(work, file, minutes, steps, show)
     return Refinement(len(learnt), len(held_out), *result)
 
 
@@ -138,8 +148,8 @@ def _check(model: nn.Module, dense: nn.Module, minutes: float | None, steps: int
 def _split(images: Images, seed: int) -> tuple[Tensor, Tensor]:
     """The images to learn from, and a tenth that is held out."""
     every = images if isinstance(images, Tensor) else torch.cat([batch.cpu() for batch in batches(images)])
-    if len(every) < 20:
-        raise ArpHubError(f"refinement needs at least 20 images, got {len(every)}: a tenth of them is held out")
+    if len(every) < LEAST_IMAGES:
+        raise ArpHubError(f"refinement needs at least {LEAST_IMAGES} images, got {len(every)}: pass more")
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
     held_out = max(2, len(every) // 10)
     return every[order[held_out:]], every[order[:held_out]]
@@ -148,14 +158,14 @@ def _split(images: Images, seed: int) -> tuple[Tensor, Tensor]:
 def _run(
     work: Steps, file: StateFile, minutes: float | None, steps: int | None, advance: Callable[..., object]
 ) -> tuple[int, float, float, float]:
-    """Both phases. Returns steps, seconds, and the divergence before and after."""
+    """All phases. Returns steps, seconds, and the divergence before and after."""
     progress, tensors = file.load() or (Progress(), {})
     clock = Clock(minutes, steps, progress.seconds, progress.steps)
-    if not tensors:
+    if tensors:
+        work.load(tensors["parameters"])
+    else:
         progress.before = progress.least = work.divergence()
-        tensors = {"parameters": work.vector(), "best": work.vector()}
-    work.load(tensors["parameters"])
-    best, shown = tensors["best"], 0
+    best = tensors.get("best", work.vector())
     phases = [(True, 0.5), (False, 1.0)] if work.blocks else [(False, 1.0)]
     for number, (by_blocks, end) in list(enumerate(phases))[progress.phase :]:
         if not progress.rate:
@@ -163,26 +173,33 @@ def _run(
             progress.begin = clock.share()
         optimizer = work.optimizer()
         restore_moments(optimizer, work.parameters, tensors)
-        while (share := clock.share()) < end:
-            done = (share - progress.begin) / (end - progress.begin)
-            work.step(optimizer, progress.rate * _schedule(done), clock.steps, by_blocks)
-            clock.steps += 1
-            if file.due():
-                progress.steps, progress.seconds = clock.steps, clock.seconds
-                moments = moments_of(optimizer, work.parameters)
-                file.save(progress, {"parameters": work.vector(), "best": best, **moments})
-            advance(int(100 * share) - shown)
-            shown = int(100 * share)
-        divergence = work.divergence()
-        if divergence < progress.least:
+        try:
+            while (share := clock.share()) < end:
+                done = (share - progress.begin) / (end - progress.begin)
+                work.step(optimizer, progress.rate * _schedule(done), clock.steps, by_blocks)
+                clock.steps += 1
+                advance(share)
+                if file.due():
+                    _save(file, progress, clock, work, best, optimizer)
+        except BaseException:  # what is done is not lost, whatever stops it
+            _save(file, progress, clock, work, best, optimizer)
+            raise
+        if (divergence := work.divergence()) < progress.least:
             progress.least, best = divergence, work.vector()
         else:
             work.load(best)
         progress.phase, progress.rate, tensors = number + 1, 0.0, {}
-        progress.steps, progress.seconds = clock.steps, clock.seconds
-        file.save(progress, {"parameters": best, "best": best.clone()})
+        _save(file, progress, clock, work, best, None)
     file.remove()
     return clock.steps, clock.seconds, progress.before, progress.least
+
+
+def _save(
+    file: StateFile, progress: Progress, clock: Clock, work: Steps, best: Tensor, optimizer: torch.optim.Adam | None
+) -> None:
+    progress.steps, progress.seconds = clock.steps, clock.seconds
+    moments = moments_of(optimizer, work.parameters) if optimizer else {}
+    file.save(progress, {"parameters": work.vector(), "best": best, **moments})
 
 
 def _schedule(done: float) -> float:

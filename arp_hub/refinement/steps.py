@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 from torchvision.transforms import v2
 
 from ..calibration.images import Place
@@ -85,9 +85,11 @@ class Steps:
         return parameters_to_vector(self.parameters).detach().clone()
 
     def load(self, vector: Tensor) -> None:
-        """Take the parameters back from a vector."""
+        """Copy a vector into the parameters."""
+        parts = vector.split([parameter.numel() for parameter in self.parameters])
         with torch.no_grad():
-            vector_to_parameters(vector, self.parameters)
+            for parameter, part in zip(self.parameters, parts, strict=True):
+                parameter.copy_(part.view_as(parameter))
 
     def optimizer(self) -> torch.optim.Adam:
         """A fresh optimiser of the parameters."""
@@ -158,11 +160,14 @@ class Steps:
         order = torch.cat(
             [self._order(epoch) for epoch in range(first // count, (first + self._batch_size) // count + 1)]
         )
-        chosen = order[first % count :][: self._batch_size][self._rank :: self._world]
+        chosen = order[first % count :][: self._batch_size].tolist()
+        images = []
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self._seed * 2**20 + number) * self._world + self._rank)
-            images = torch.stack([self._augment(self._images[index]) for index in chosen.tolist()])
-        return images.to(self._place.device, self._place.dtype, memory_format=self._place.layout)
+            for place in range(self._rank, self._batch_size, self._world):
+                torch.manual_seed(self._seed * 2**32 + first + place)  # whatever the number of processes
+                images.append(self._augment(self._images[chosen[place]]))
+        batch = torch.stack(images)
+        return batch.to(self._place.device, self._place.dtype, memory_format=self._place.layout)
 
     def _order(self, epoch: int) -> Tensor:
         return torch.randperm(len(self._images), generator=torch.Generator().manual_seed(self._seed * 2**20 + epoch))

@@ -98,6 +98,10 @@ class TrainConfig:
     ramp: float = _setting(
         "phases", 0.65, "share of penalty training that is the ramp; the rest is the hold", low=0, below=1
     )
+    refine_minutes: float = _setting(
+        "phases", 0.0, "minutes of refining the fit on unlabelled images, before the penalty; 0: none", low=0
+    )
+    refine_images: int = _setting("phases", 1000, "training images to refine the fit on", low=20)
     finetune_epochs: int = _setting("phases", 0, "epochs of fine-tuning the factors after decomposition", low=0)
     start_from: str = _setting(
         "phases",
@@ -195,6 +199,11 @@ class TrainConfig:
         if self.epochs == 0 and self.start_from == "dense":
             raise ArpHubError(
                 "epochs=0 means no penalty training, which needs start_from='fit': set it, or raise epochs"
+            )
+        if self.refine_minutes and self.start_from == "dense":
+            raise ArpHubError(
+                f"refine_minutes={self.refine_minutes:g} refines the fit, and start_from='dense' makes none: set "
+                "refine_minutes=0, or start_from='fit'"
             )
         if (self.mixup or self.cutmix) and self.batch_size // self.accumulation % 2:
             raise ArpHubError(

@@ -23,12 +23,13 @@ from .runlog import read_log
 
 def all_numbers(run: Run, plan: RankPlan) -> dict[str, Any]:
     """The numbers of a run and where they come from. The scores of the finished model are at the top level."""
-    last = next(run.scores[name] for name in ("finetuned", "decomposed", "fit") if name in run.scores)
+    last = next(run.scores[name] for name in ("finetuned", "decomposed", "refined", "fit") if name in run.scores)
     return {
         **environment(),
         **last,
         "dense": run.scores["dense"],
         "scores": run.scores,
+        **({"refinement": run.refinement} if run.refinement else {}),
         "data": run.config.data,
         "split": run.data.test.name,
         **({"bad_images": bad} if (bad := run.data.bad_images(run.accelerator)) else {}),

@@ -18,6 +18,8 @@ from .config import TrainConfig
 
 LOCK = "run.lock"
 """Name of the file that the main process locks while the run lasts."""
+REFINEMENT = "refinement.safetensors"
+"""Name of the file that holds the state of an unfinished refinement of the fit."""
 
 
 class RunFolder:
@@ -115,11 +117,12 @@ class RunFolder:
             )
 
     def _clear(self) -> None:
-        """Delete everything but the lock."""
+        """Delete everything but the lock; where resuming is asked for, an unfinished refinement stays, too."""
+        kept = {LOCK, REFINEMENT} if self.config.resume else {LOCK}
         for path in self.path.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name != LOCK:
+            elif path.name not in kept:
                 path.unlink()
 
 

@@ -1,12 +1,14 @@
 """The story of a run: from data and a model, through planning and training, to a saved compressed model.
 
-load -> dense training (optional) -> plan -> fit -> ramp and hold -> decompose -> fine-tune (optional) -> save
+load -> dense training (optional) -> plan -> fit -> refine (optional) -> ramp and hold -> decompose
+-> fine-tune (optional) -> save
 """
 
 from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import asdict
 from typing import Any
 
 from accelerate import Accelerator
@@ -19,6 +21,7 @@ from ..layers.model import count_params
 from ..penalty import AdaptiveRankPenalty
 from ..plan import RankPlan
 from ..planning.make_plan import make_plan
+from ..refinement import refine
 from ..schemes import Factors
 from .checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_tensors, writing
 from .config import TrainConfig
@@ -33,7 +36,7 @@ from .preemption import Preempted, Sigterm
 from .processes import shared_factors, shared_plan
 from .results import all_numbers, publish, save
 from .resume import check_settings, fixed_settings
-from .run_folder import RunFolder
+from .run_folder import REFINEMENT, RunFolder
 from .runlog import RunLog
 
 
@@ -173,9 +176,23 @@ def _plan_and_fit(run: Run, model: nn.Module) -> tuple[RankPlan, dict[str, Facto
     run.log.note("plan: %d layers are decomposed, %d stay dense", len(plan.layers), len(plan.dense))
     if config.start_from == "dense":
         return plan, None
+    dense = copy.deepcopy(model)
     decompose(model, plan, calibration=images, effort=config.effort, progress=show)
     run.scores["fit"] = _score(run, model, "data-aware fit, untrained")
+    if config.refine_minutes:
+        _refine(run, model, dense, show)
     return plan, shared_factors(run.accelerator, model)
+
+
+def _refine(run: Run, model: nn.Module, dense: nn.Module, progress: bool) -> None:
+    """Refine the fit on unlabelled images; a stopped run goes on from the state in its folder."""
+    config = run.config
+    images = calibration_images(run.data, config.refine_images, copies=0, seed=config.seed, workers=config.workers)
+    bound: dict[str, Any] = {"steps": config.max_steps} if config.max_steps else {"minutes": config.refine_minutes}
+    state = config.run_folder / REFINEMENT
+    done = refine(model, dense, images, seed=config.seed, state=state, progress=progress, **bound)
+    run.refinement = asdict(done)
+    run.scores["refined"] = _score(run, model, "refined on unlabelled images")
 
 
 def _check_budget(run: Run, model: nn.Module) -> None:

@@ -1,0 +1,232 @@
+"""Refinement brings a decomposed model closer to its dense model, and never farther away."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from arp_hub import ArpHubError, LayerPlan, RankPlan, decompose, make_plan, refine
+
+
+def pixels(count: int, side: int = 32, seed: int = 1) -> Tensor:
+    """Smooth random images: each is a few waves."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, 4, 4, generator=generator)
+    return nn.functional.interpolate(coarse, size=(side, side), mode="bicubic")
+
+
+class Unchained(nn.Module):
+    """Two branches: not one module takes the output of the one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 24, 5), nn.Conv2d(3, 24, 5)
+        self.head = nn.Linear(48, 10)
+        self.num_classes = 10
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = torch.cat([self.left(x).relu().mean((2, 3)), self.right(x).relu().amax((2, 3))], 1)
+        return self.head(maps)
+
+
+def pair(kind: str, keep: float = 0.4) -> tuple[nn.Module, nn.Module, Tensor]:
+    """A decomposed model, its dense model, and images."""
+    torch.manual_seed(0)
+    side = 32
+    if kind == "unchained":
+        dense: nn.Module = Unchained()
+    elif kind == "features":
+        dense = timm.create_model("test_resnet", num_classes=0)
+    elif kind == "windows":
+        side, options = 64, {"img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (1, 1, 1, 1)}
+        dense = timm.create_model("swin_tiny_patch4_window7_224", num_heads=(1, 1, 2, 2), num_classes=10, **options)
+    elif kind == "vit":
+        side, dense = 64, timm.create_model("test_vit", num_classes=10, img_size=64)
+    else:
+        dense = timm.create_model("test_resnet", num_classes=10)
+    images = pixels(60, side)
+    with torch.no_grad():  # random classifiers hardly tell images apart
+        for parameter in (dense.head if kind == "unchained" else dense.get_classifier()).parameters():
+            parameter.mul_(10)
+    plan = make_plan(dense, keep_params=keep, schemes=["channel"], input_size=(3, side, side))
+    return decompose(copy.deepcopy(dense), plan), dense, images
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vit", "windows", "features", "unchained"])
+def test_all_kinds_of_models_get_closer(kind):
+    model, dense, images = pair(kind)
+    before = copy.deepcopy(dense.state_dict())
+    fixed = {name: tensor.clone() for name, tensor in model.named_buffers()}
+    model.train()
+    with torch.no_grad():
+        wanted, given = (one.eval()(images) for one in (dense, copy.deepcopy(model)))
+    found = refine(model, dense.train(), images, steps=40, batch_size=8)
+    assert (found.images, found.held_out, found.steps) == (54, 6, 40)
+    assert found.after < 0.9 * found.before
+    assert model.training and dense.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
+    assert all(torch.equal(tensor, fixed[name]) for name, tensor in model.named_buffers())
+    with torch.no_grad():
+        closer = model.eval()(images)
+    assert (closer - wanted).square().mean() < (given - wanted).square().mean()
+
+
+def test_a_trained_network_agrees_more(shared, cifar_train, cifar_test):
+    """With real weights, on images that it has not seen."""
+    dense = timm.create_model("cifar_resnet20").eval()
+    dense.load_state_dict(load_file(shared / "weights/resnet20_cifar10.safetensors"))
+    images, (test, _) = cifar_train(200), cifar_test(300)
+    plan = make_plan(dense, keep_params=0.3, calibration=images, schemes=["channel"], effort="fast")
+    model = decompose(copy.deepcopy(dense), plan, images, effort="fast")
+
+    def divergence() -> float:
+        with torch.no_grad():
+            wanted, given = dense(test).log_softmax(-1), model.eval()(test).log_softmax(-1)
+        return float((wanted.exp() * (wanted - given)).sum(-1).mean())
+
+    before = divergence()
+    refine(model, dense, images, steps=50)
+    assert divergence() < before
+
+
+def test_what_makes_it_worse_is_undone():
+    """The decomposed model is exact, so that no step can improve it."""
+    torch.manual_seed(0)
+    dense = timm.create_model("cifar_resnet20").eval()
+    layer = dense.get_submodule("layer3.0.conv2")
+    with torch.no_grad():
+        layer.weight[32:] = layer.weight[:32]
+    plan = RankPlan({"layer3.0.conv2": LayerPlan("channel", 32)}, {})
+    model = decompose(copy.deepcopy(dense), plan)
+    before = copy.deepcopy(model.state_dict())
+    found = refine(model, dense, pixels(40), steps=20)
+    assert found.after == found.before < 1e-6
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_frozen_and_dense_weights_stay():
+    model, dense, images = pair("resnet")
+    model.get_submodule("layer2").requires_grad_(False)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    refine(model, dense, images, steps=20)
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed and not any(name.startswith("layer2.") or name == "conv1.0.weight" for name in changed)
+    assert not any(p.requires_grad for p in model.get_submodule("layer2").parameters())
+
+
+@pytest.mark.parametrize("stop", [3, 13, 25, 38], ids=["trial of rates", "blocks", "second trial", "whole model"])
+def test_a_stopped_refinement_goes_on_as_if_it_had_not_been_stopped(stop, tmp_path):
+    model, dense, images = pair("resnet")
+    whole, state, calls = copy.deepcopy(model), tmp_path / "state.safetensors", 0
+
+    def interrupt(module: nn.Module, args: Any) -> None:
+        nonlocal calls
+        calls += dense.training is False and len(args[0]) == 8
+        if calls == stop:
+            raise KeyboardInterrupt
+
+    refine(whole, dense, images, steps=40, batch_size=8)
+    hook = dense.register_forward_pre_hook(interrupt)
+    start = copy.deepcopy(model)
+    with pytest.raises(KeyboardInterrupt):
+        refine(model, dense, images, steps=40, batch_size=8, state=state)
+    hook.remove()
+    found = refine(start, dense, images, steps=40, batch_size=8, state=state)
+    assert found.steps == 40 and not list(tmp_path.iterdir())
+    assert all(torch.equal(one, other) for one, other in zip(start.parameters(), whole.parameters(), strict=True))
+
+
+REFUSALS: dict[str, tuple[Callable[[nn.Module, nn.Module, Tensor], Any], str]] = {
+    "dense": (lambda m, d, x: refine(d, d, x, steps=2), "no low-rank layer to refine"),
+    "two decomposed": (lambda m, d, x: refine(m, m, x, steps=2), "`dense` is decomposed itself"),
+    "another network": (
+        lambda m, d, x: refine(m, timm.create_model("test_vit", img_size=32), x, steps=2),
+        "`dense` has no layer 'layer",
+    ),
+    "few images": (lambda m, d, x: refine(m, d, x[:19], steps=2), "at least 20 images, got 19"),
+    "both bounds": (lambda m, d, x: refine(m, d, x, steps=2, minutes=1), "minutes or steps, not both"),
+    "no step": (lambda m, d, x: refine(m, d, x, steps=0), "steps must be a number above 0, got 0"),
+    "no time": (lambda m, d, x: refine(m, d, x, minutes=float("nan")), "minutes must be a number above 0, got nan"),
+    "no batch": (lambda m, d, x: refine(m, d, x, steps=2, batch_size=0), "batch_size must be a number above 0"),
+    "half": (lambda m, d, x: refine(m.half(), d, x, steps=2), "needs weights in float32, got torch.float16"),
+    "bytes": (lambda m, d, x: refine(m, d, 255 * x.abs(), steps=2), "divide bytes by 255"),
+    "NaN": (lambda m, d, x: refine(m, d, x.index_fill(0, torch.tensor(7), torch.nan), steps=2), "image 7 holds NaN"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refused_before_any_work(case):
+    model, dense, images = pair("resnet")
+    call, message = REFUSALS[case]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ArpHubError, match=message.replace("(", r"\(")):
+        call(model, dense, images)
+    if case != "half":
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 64, b"\xff" * 8 + b"{}"], ids=["empty", "zeros", "long header"])
+def test_a_file_that_is_no_state_is_refused(content, tmp_path):
+    model, dense, images = pair("resnet")
+    state = tmp_path / "state.safetensors"
+    state.write_bytes(content)
+    with pytest.raises(ArpHubError, match="holds no state of a refinement.*delete it"):
+        refine(model, dense, images, steps=2, state=state)
+    assert state.read_bytes() == content
+
+
+def test_a_state_of_other_settings_is_refused(tmp_path):
+    model, dense, images = pair("resnet")
+    state, calls = tmp_path / "state.safetensors", 0
+
+    def interrupt(module: nn.Module, args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 15:
+            raise KeyboardInterrupt
+
+    hook = model.fc.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        refine(model, dense, images, steps=20, batch_size=8, state=state)
+    hook.remove()
+    with pytest.raises(ArpHubError, match="is of a refinement with steps=20, not 30: delete it"):
+        refine(model, dense, images, steps=30, batch_size=8, state=state)
+
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+torch.set_num_threads(1)
+from test_refine import pair, refine
+dist.init_process_group("gloo", rank=int(sys.argv[1]), world_size=2, init_method="file://" + sys.argv[2])
+model, dense, images = pair("resnet")
+found = refine(model, dense, images, steps=30, batch_size=8)
+torch.save((found.before, found.after, list(model.parameters())), sys.argv[3] + sys.argv[1])
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_share_the_work(tmp_path):
+    command = [sys.executable, "-c", WORKER]
+    workers = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store"), str(tmp_path / "found")], cwd=Path(__file__).parent
+        )
+        for rank in range(2)
+    ]
+    assert [worker.wait(120) for worker in workers] == [0, 0]
+    (before, after, one), (_, _, other) = (torch.load(tmp_path / f"found{k}") for k in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    model, dense, images = pair("resnet")
+    alone = refine(model, dense, images, steps=30, batch_size=8)
+    assert before == pytest.approx(alone.before, rel=1e-4)
+    assert after == pytest.approx(alone.after, rel=0.2)
