@@ -18,6 +18,7 @@ SURFACE = {
     "ArpHubError": "",
     "LayerPlan": "scheme rank groups",
     "RankPlan": "layers dense",
+    "Refinement": "images held_out steps seconds before after",
     "Workload": "batch_size dtype channels_last",
     "benchmark": "model workload dense input_size compiled seconds",
     "decompose": "model plan calibration factors",
@@ -25,6 +26,7 @@ SURFACE = {
     "make_plan": "model keep_params keep_macs keep_latency workload schemes calibration",
     "models": "",
     "push_to_hub": "repo_id tag",
+    "refine": "model dense images minutes steps batch_size seed state",
     "save_pretrained": "model folder metrics label_names overwrite",
     "to_dense": "model",
 }
