@@ -168,6 +168,8 @@ def _run(
     best = tensors.get("best", work.vector())
     phases = [(True, 0.5), (False, 1.0)] if work.blocks else [(False, 1.0)]
     for number, (by_blocks, end) in list(enumerate(phases))[progress.phase :]:
+        if clock.share() >= end:
+            continue
         if not progress.rate:
             progress.rate = _best_rate(work, clock, by_blocks)
             progress.begin = clock.share()
@@ -212,7 +214,7 @@ def _best_rate(work: Steps, clock: Clock, by_blocks: bool) -> float:
     start, best, least = work.vector(), _RATES[0], math.inf
     for rate in _RATES:
         optimizer, begin = work.optimizer(), clock.share()
-        while (share := clock.share()) < begin + _TRIAL:
+        while (share := clock.share()) < min(begin + _TRIAL, 1.0):
             done = (share - begin) / _TRIAL
             work.step(optimizer, rate * _schedule(done), clock.steps, by_blocks)
             clock.steps += 1

@@ -67,7 +67,8 @@ class StateFile:
             with safe_open(self._path, "pt") as file:
                 saved = json.loads((file.metadata() or {})["refinement"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            progress, settings = Progress(**saved["progress"]), saved["settings"]
+            progress, settings = Progress(**saved["progress"]), dict(saved["settings"])
+            tensors["parameters"], tensors["best"]  # noqa: B018 - whether they are there
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ArpHubError(f"'{self._path}' holds no state of a refinement ({error}): {way_out}") from error
         for name, value in self._settings.items():

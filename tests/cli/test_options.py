@@ -229,7 +229,7 @@ def test_in_a_file_each_stage_is_one_line(call: Any, tmp_path: Path) -> None:
     ]
     totals = {match["stage"]: int(match["total"]) for match in found if match["total"]}
     layers = len(arp_hub.RankPlan.from_dict(json.loads((tmp_path / "out/metrics.json").read_text())["plan"]).layers)
-    assert totals["decompose"] == layers and totals["measure layers"] == totals["measure sensitivities"] >= layers
+    assert totals["decompose"] == layers <= totals["measure layers"]
 
 
 def test_in_a_terminal_bars_count_to_a_total(
@@ -242,7 +242,7 @@ def test_in_a_terminal_bars_count_to_a_total(
     plan = arp_hub.make_plan(model, **options, calibration=images, effort="fast", progress=True)
     arp_hub.decompose(model, plan, images, effort="fast", progress=True)
     said = capsys.readouterr().err
-    for title in ("measure layers", "measure sensitivities", "decompose"):
+    for title in ("measure layers", "decompose"):
         found = re.findall(rf"{title}:\s+\d+%\|.*?\| (\d+)/(\d+)", said)
         assert found and {total for _, total in found} == {found[-1][1]} and int(found[-1][1]) > 3, title
     arp_hub.make_plan(timm.create_model("cifar_resnet20"), **options)

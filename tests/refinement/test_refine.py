@@ -124,6 +124,13 @@ def test_frozen_and_dense_weights_stay():
     assert not any(p.requires_grad for p in model.get_submodule("layer2").parameters())
 
 
+@pytest.mark.parametrize("bound", [{"steps": 1}, {"steps": 4}, {"minutes": 1e-6}], ids=str)
+def test_too_little_work_for_all_phases_ends(bound):
+    model, dense, images = pair("resnet")
+    found = refine(model, dense, images, batch_size=8, **bound)
+    assert found.after <= found.before and found.steps <= bound.get("steps", 1)
+
+
 @pytest.mark.parametrize("stop", [3, 13, 25, 38], ids=["trial of rates", "blocks", "second trial", "whole model"])
 def test_a_stopped_refinement_goes_on_as_if_it_had_not_been_stopped(stop, tmp_path):
     model, dense, images = pair("resnet")
