@@ -10,9 +10,9 @@ weights and images        ``e (s + m)``, with ``e`` the relative error of the ou
 ========================  ===================================================================================
 
 Errors of weights say little about the network's output, so they are squared: that evens them out among layers. With
-images, the sum of ``e s`` is the divergence of the network's predictions to second order. It holds for small errors only:
-a layer that hardly matters while its error is small may ruin the network at a low rank. So each sensitivity is averaged
-with the mean of all; their common factor 1/2 changes no plan.
+images, the sum of ``e s`` is the divergence of the network's predictions to second order. That holds for small errors
+only: a layer that hardly matters while its error is small may ruin the network at a low rank. So each sensitivity is
+averaged with the mean of all; their common factor 1/2 changes no plan.
 """
 
 from __future__ import annotations
