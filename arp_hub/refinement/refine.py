@@ -150,7 +150,7 @@ def _split(images: Images, seed: int) -> tuple[Tensor, Tensor]:
     every = images if isinstance(images, Tensor) else torch.cat([batch.cpu() for batch in batches(images)])
     if len(every) < LEAST_IMAGES:
         raise ArpHubError(f"refinement needs at least {LEAST_IMAGES} images, got {len(every)}: pass more")
-    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed % 2**63))
     held_out = max(2, len(every) // 10)
     return every[order[held_out:]], every[order[:held_out]]
 

@@ -164,13 +164,14 @@ class Steps:
         images = []
         with torch.random.fork_rng(devices=[]):
             for place in range(self._rank, self._batch_size, self._world):
-                torch.manual_seed(self._seed * 2**32 + first + place)  # whatever the number of processes
+                torch.manual_seed((self._seed * 2**32 + first + place) % 2**63)  # for any number of processes
                 images.append(self._augment(self._images[chosen[place]]))
         batch = torch.stack(images)
         return batch.to(self._place.device, self._place.dtype, memory_format=self._place.layout)
 
     def _order(self, epoch: int) -> Tensor:
-        return torch.randperm(len(self._images), generator=torch.Generator().manual_seed(self._seed * 2**20 + epoch))
+        generator = torch.Generator().manual_seed((self._seed * 2**32 + epoch) % 2**63)
+        return torch.randperm(len(self._images), generator=generator)
 
     def _average_gradients(self) -> None:
         if self._world == 1:

@@ -54,6 +54,7 @@ class RunLog:
         if self.main:
             with writing(self.path):
                 self._cut(done)
+                self.path.touch()  # a run without epochs has an empty log
         flat = {name: json.dumps(value) if isinstance(value, (dict, list, type(None))) else value
                 for name, value in config.to_dict().items()}  # fmt: skip
         accelerator.init_trackers("tracker", config=flat)
