@@ -29,7 +29,7 @@ def checked_path(given: object, what: str) -> Path:
         ArpHubError: If it is not a path, or no system could hold a file of that name.
     """
     try:
-        path = Path(given)  # type: ignore[arg-type]
+        path = Path(given)  # type: ignore[arg-type]  # what is no path raises TypeError, which is refused below
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return path

@@ -187,8 +187,8 @@ def compress(
     With --data, each layer is fitted to its output on calibration images; without it, only to its weights. If the data
     has labels, top-1 and top-5 are measured on the test split before and after.
 
-    --refine takes longer, and is worth it for ViTs and mobile networks. If it is interrupted, the same command resumes
-    it, from a file beside --output.
+    --refine adds ten minutes of gradient steps on unlabelled images. If it is interrupted, the same command resumes it
+    from a file beside --output.
 
     Example: arp-hub compress --model resnet50 --data path/to/images --keep-params 0.5 --output out
     """

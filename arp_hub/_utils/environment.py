@@ -34,11 +34,21 @@ def environment() -> dict[str, Any]:
 
 
 def _command() -> str | None:
-    """The command line without tokens; the program is named without its folder."""
+    """The command line without tokens, and without the folders of this machine: it may be published."""
     program = Path(sys.argv[0]).name if sys.argv else ""
     if program in ("", "-c", "-m") or hasattr(sys, "ps1") or "ipykernel" in program:
         return None
-    return redact(shlex.join([program, *sys.argv[1:]]))
+    return redact(shlex.join([program, *(_without_machine(word) for word in sys.argv[1:])]))
+
+
+def _without_machine(word: str) -> str:
+    """A word of a command line; of an absolute path, what is below the working directory, or else the last name."""
+    option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    path = Path(value)
+    if not path.is_absolute():
+        return word
+    here = Path.cwd()
+    return option + equals + (path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name)
 
 
 def _hardware() -> dict[str, Any]:

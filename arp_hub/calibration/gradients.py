@@ -37,7 +37,7 @@ Substitute = Callable[[Tensor], Tensor]
 """A function that computes a layer's output from its input, in the layer's place."""
 _Kept = TypeVar("_Kept")
 _TEMPERATURE = 4.0
-"""Divisor of the logits, see above; of 1, 2 and 4 the best on ResNet-20, the ViT and lite0 (docs/experiments.md)."""
+"""Divisor of the logits, see above; of 1, 2 and 4 the best on ResNet-20 (docs/experiments.md)."""
 _PIXELS = 2**18
 """Pixels of images whose activations are kept for gradients together, 5 images of 224 x 224: 0.6 GB of ResNet-50."""
 

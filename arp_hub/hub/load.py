@@ -107,7 +107,7 @@ def set_input_size(model: nn.Module, size: InputSize) -> None:
     changes: dict[str, Any] = {"input_size": tuple(size), "test_input_size": None}
     if tuple(cfg.get("input_size") or ())[1:] != tuple(size)[1:]:
         changes["pool_size"] = None
-    model.pretrained_cfg = model.default_cfg = {**cfg, **changes}  # type: ignore[assignment]
+    model.pretrained_cfg = model.default_cfg = {**cfg, **changes}  # type: ignore[assignment]  # a Module's attribute may be anything
 
 
 def is_saved_model(name: str) -> bool:

@@ -12,7 +12,7 @@ without classes it is ``||z - z'||^2 / ||z - mean(z)||^2`` of its outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -79,15 +79,8 @@ class BlockTargets:
     @contextmanager
     def remembered(self) -> Iterator[None]:
         """Remember what the dense model's blocks give during the block."""
-        hooks = [
-            self._dense.get_submodule(name).register_forward_hook(partial(self._remember, name))
-            for name in self._blocks
-        ]
-        try:
+        with self._hooked(self._dense, self._remember):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @contextmanager
     def compared(self, learn: Callable[[Tensor], None]) -> Iterator[None]:
@@ -96,22 +89,24 @@ class BlockTargets:
         A block's output is cut off from the graph behind it, so that only this block learns from its error, and its
         activations are free as soon as ``learn`` has propagated it back.
         """
-        hooks = [
-            self._student.get_submodule(name).register_forward_hook(partial(self._compare, name, learn))
-            for name in self._blocks
-        ]
         try:
-            yield
+            with self._hooked(self._student, partial(self._compare, learn)):
+                yield
         finally:
-            for hook in hooks:
-                hook.remove()
             self._targets.clear()
+
+    @contextmanager
+    def _hooked(self, model: nn.Module, hook: Callable[..., Tensor | None]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name in self._blocks:
+                stack.callback(model.get_submodule(name).register_forward_hook(partial(hook, name)).remove)
+            yield
 
     def _remember(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._targets[name] = output.clone()  # a module behind it may change it in place
 
     def _compare(
-        self, name: str, learn: Callable[[Tensor], None], module: nn.Module, args: tuple[Any, ...], output: Tensor
+        self, learn: Callable[[Tensor], None], name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor
     ) -> Tensor:
         target = self._targets.pop(name)
         learn(block_error(target, output, -1 if target.dim() < 4 or self._last else 1))

@@ -66,9 +66,10 @@ class StateFile:
         try:
             with safe_open(self._path, "pt") as file:
                 saved = json.loads((file.metadata() or {})["refinement"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
             progress, settings = Progress(**saved["progress"]), dict(saved["settings"])
-            tensors["parameters"], tensors["best"]  # noqa: B018 - whether they are there
+            if missing := {"parameters", "best"} - tensors.keys():
+                raise KeyError(min(missing))
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ArpHubError(f"'{self._path}' holds no state of a refinement ({error}): {way_out}") from error
         for name, value in self._settings.items():

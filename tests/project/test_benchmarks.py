@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from arp_hub._utils.environment import environment
 from arp_hub.hub.card import TEMPLATE
 from benchmarks import accuracy, accuracy_report
 from benchmarks.penalty import ablations
@@ -80,3 +81,26 @@ def test_pages_are_what_the_benchmarks_write():
     assert accuracy_report.PAGE.read_text(encoding="utf-8") == accuracy_report.page(results)
     assert readme == accuracy_report.with_table(readme, results)
     assert ablations.PAGE.read_text(encoding="utf-8") == ablations.page(load_results(ablations.RESULTS))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.name)
+def test_results_name_no_folder_of_a_machine(path):
+    commands = re.findall(r'"command": "(.*)"', path.read_text(encoding="utf-8"))
+    assert [command for command in commands if re.search(r"(^|[ =])/", command)] == []
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("/data/images", "images"),
+        ("--data=/data/images", "--data=images"),
+        ("../shared", "../shared"),
+        ("{cwd}/runs/out", "runs/out"),
+        ("0.5", "0.5"),
+        ("--again", "--again"),
+    ],
+)
+def test_a_recorded_command_names_no_folder_of_a_machine(word, said, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["/opt/bin/recipe.py", word.format(cwd=tmp_path)])
+    assert environment()["command"] == f"recipe.py {said}"
