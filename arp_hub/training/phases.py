@@ -33,7 +33,6 @@ class Run:
         sigterm: Whether SIGTERM has come.
         scores: Accuracies measured so far.
         plan: The plan as JSON, once there is one.
-        refinement: What the refinement of the fit did, if there was one in this run.
         began: When the run began, on the clock of `time.perf_counter`; earlier for a resumed run.
     """
 
@@ -45,7 +44,6 @@ class Run:
     sigterm: Sigterm = field(default_factory=Sigterm)
     scores: dict[str, Any] = field(default_factory=dict)
     plan: Mapping[str, Any] | None = None
-    refinement: Mapping[str, Any] | None = None
     began: float = field(default_factory=time.perf_counter)
 
     @property

@@ -29,7 +29,7 @@ def all_numbers(run: Run, plan: RankPlan) -> dict[str, Any]:
         **last,
         "dense": run.scores["dense"],
         "scores": run.scores,
-        **({"refinement": run.refinement} if run.refinement else {}),
+        **({"refinement": refined["refinement"]} if (refined := run.scores.get("refined")) else {}),
         "data": run.config.data,
         "split": run.data.test.name,
         **({"bad_images": bad} if (bad := run.data.bad_images(run.accelerator)) else {}),

@@ -191,8 +191,8 @@ def _refine(run: Run, model: nn.Module, dense: nn.Module, progress: bool) -> Non
     bound: dict[str, Any] = {"steps": config.max_steps} if config.max_steps else {"minutes": config.refine_minutes}
     state = config.run_folder / REFINEMENT
     done = refine(model, dense, images, seed=config.seed, state=state, progress=progress, **bound)
-    run.refinement = asdict(done)
-    run.scores["refined"] = _score(run, model, "refined on unlabelled images")
+    # with the scores, because checkpoints hold these
+    run.scores["refined"] = {**_score(run, model, "refined on unlabelled images"), "refinement": asdict(done)}
 
 
 def _check_budget(run: Run, model: nn.Module) -> None:

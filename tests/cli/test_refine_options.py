@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,20 @@ def test_a_run_refines_its_fit(tmp_path):
     assert metrics["refinement"]["steps"] == 4 and metrics["top1"] == metrics["scores"]["refined"]["top1"]
     assert "refined without labels" in (tmp_path / "out" / "README.md").read_text()
     assert not (Path(config.run_folder) / "refinement.safetensors").exists()
+
+
+def test_a_resumed_run_still_says_how_its_fit_was_refined(tmp_path):
+    settings = {
+        "model": "cifar_resnet20", "data": "digits", "keep_params": 0.5, "schemes": ("channel",), "effort": "fast",
+        "max_steps": 4, "epochs": 1, "refine_minutes": 1, "refine_images": 40, "batch_size": 8, "cpu": True,
+        "tracker": "none", "checkpoint_every": 1, "keep_checkpoints": 99, "output": str(tmp_path / "out"),
+    }  # fmt: skip
+    whole = train(TrainConfig(**settings))
+    checkpoint = sorted((tmp_path / "out-run" / "checkpoints").iterdir())[0]
+    shutil.rmtree(tmp_path / "out")
+    resumed = train(TrainConfig(**settings, resume=str(checkpoint)))
+    assert resumed["refinement"] == whole["refinement"] and resumed["top1"] == whole["top1"]
+    assert "The fit was refined on 36 unlabelled images" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_run_without_a_fit_refines_nothing(tmp_path):
