@@ -166,8 +166,10 @@ def _refined(refinement: Any) -> str:
     """What a refinement did, as `arp_hub.Refinement` has it; empty without one."""
     if not isinstance(refinement, Mapping):
         return ""
+    seconds = refinement["seconds"]
+    duration = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
     return (
-        f"refined on {refinement['images']:,d} unlabelled images for {refinement['seconds'] / 60:.0f} minutes "
+        f"refined on {refinement['images']:,d} unlabelled images for {duration} "
         f"(divergence from the dense model's predictions: {refinement['before']:.3f} nats before, "
         f"{refinement['after']:.3f} after, on {refinement['held_out']:,d} others)"
     )
