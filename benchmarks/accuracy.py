@@ -23,53 +23,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import arp_hub
 from arp_hub._utils.environment import environment
 from arp_hub.hub.card import keep_by_hand, model_card
-from arp_hub.hub.load import load_model
 from arp_hub.hub.save import CARD, CONFIG, METRICS
 from arp_hub.layers.low_rank import layer_shape
 from arp_hub.layers.model import count_params
 from arp_hub.layers.trace import count_macs
 from arp_hub.plan import LayerPlan, RankPlan
 from arp_hub.schemes import make_scheme
-from arp_hub.training import Split, TrainConfig, calibration_images, evaluate, load_data
+from arp_hub.training import TrainConfig, evaluate
 from arp_hub.training import run as train
+from benchmarks.networks import NETWORKS, SEED, calibration_of, load_network, test_images_of
 from benchmarks.rows import HERE, load_results, results_file, row_command, row_parser
 
 RESULTS, MODELS = results_file("accuracy"), HERE / "models"
-SEED = 0
-
-
-@dataclass(frozen=True)
-class Network:
-    """A trained network and its data.
-
-    Attributes:
-        model: timm name.
-        checkpoint: File under ``weights/``; if empty, rows train the dense network first.
-        data: Folder under ``data/``.
-        images: Number of unlabelled calibration images.
-        one_split: Whether the data has a single split, which is then divided into calibration and test images.
-    """
-
-    model: str
-    checkpoint: str
-    data: str
-    images: int
-    one_split: bool = False
-
-
-NETWORKS = {
-    "resnet20": Network("cifar_resnet20", "resnet20_cifar10.safetensors", "cifar10", 1024),
-    "resnet56": Network("cifar_resnet56", "resnet56_cifar10.safetensors", "cifar10", 1024),
-    "resnet110": Network("cifar_resnet110", "", "cifar10", 1024),
-    "lite0": Network(
-        "tf_efficientnet_lite0", "tf_efficientnet_lite0_imagenet.safetensors", "imagenet-sample", 256, one_split=True
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -93,7 +63,13 @@ class Row:
     train: Mapping[str, Any] = field(default_factory=dict)
 
 
-BUDGETS = {"resnet20": (0.5, 0.35, 0.25, 0.2), "resnet56": (0.5, 0.35, 0.25), "lite0": (0.84, 0.7)}
+BUDGETS = {
+    "resnet20": (0.5, 0.35, 0.25, 0.2),
+    "resnet56": (0.5, 0.35, 0.25),
+    "lite0": (0.84, 0.7),
+    "mobilenetv2": (0.84, 0.7),
+    "vit": (0.67, 0.5),
+}
 SCHEME_SETS = {
     "channel": ("channel",),
     "+spatial": ("channel", "spatial"),
@@ -195,11 +171,12 @@ def _short(row: dict[str, Any]) -> str:
 
 def measure_fit(row: Row, shared: Path) -> dict[str, Any]:
     """Plan and decompose without training, and evaluate on the test images."""
-    network = NETWORKS[row.network]
     torch.manual_seed(SEED)
-    model = load_model(network.model, str(shared / "weights" / network.checkpoint)).eval()
-    images, test = images_and_test(network, model, shared)
-    images, used = (None, 0) if row.images == 0 else (images, network.images)
+    model, images = load_network(row.network, shared), None
+    test = test_images_of(row.network, model, shared)
+    used = 0 if row.images == 0 else NETWORKS[row.network].images
+    if used:
+        images = calibration_of(row.network, model, shared)
     dense = {**evaluate(model, test), **_counts(model)}
     began = time.perf_counter()
     if row.uniform:
@@ -218,19 +195,6 @@ def measure_fit(row: Row, shared: Path) -> dict[str, Any]:
         "dense": dense,
         "plan": plan.to_dict(),
     }
-
-
-def images_and_test(network: Network, model: nn.Module, shared: Path) -> tuple[Tensor, Split]:
-    """Calibration images and test images, which do not overlap."""
-    data = load_data(str(shared / "data" / network.data), model, seed=SEED)
-    if not network.one_split:
-        return calibration_images(data, network.images, seed=SEED), data.test
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(SEED))
-    seen, rest = order[: network.images].sort().values, order[network.images :].sort().values
-    split = data.train
-    images = torch.cat(list(split.images.evaluation(split.indices[seen], 64, torch.device("cpu"), 0)))
-    labels = None if split.labels is None else split.labels[rest]
-    return images, Split("the other images", split.images, labels, split.indices[rest])
 
 
 def uniform_plan(model: nn.Module, keep: float, scheme: str) -> RankPlan:
@@ -258,7 +222,7 @@ def measure_trained(name: str, row: Row, shared: Path, cuda_graphs: bool = False
         settings["teacher_checkpoint"] = str(shared / settings["teacher_checkpoint"])
     config = TrainConfig(
         model=network.model,
-        checkpoint=str(shared / "weights" / network.checkpoint) if network.checkpoint else "",
+        checkpoint=str(shared / "weights" / f"{network.checkpoint}.safetensors") if network.checkpoint else "",
         data=str(shared / "data" / network.data),
         keep_params=row.keep,
         output=str(output),

@@ -18,7 +18,9 @@ NETWORKS = {
     "resnet20": "ResNet-20, CIFAR-10",
     "resnet56": "ResNet-56, CIFAR-10",
     "resnet110": "ResNet-110, CIFAR-10",
-    "lite0": "tf_efficientnet_lite0, sample of ImageNet",
+    "lite0": "tf_efficientnet_lite0, ImageNet",
+    "mobilenetv2": "mobilenetv2_100, ImageNet",
+    "vit": "ViT-S/14, CIFAR-10 at 112 px",
 }
 METHODS = {
     "fit": "data-aware fit, no training",

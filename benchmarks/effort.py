@@ -13,70 +13,25 @@ from __future__ import annotations
 
 import copy
 import resource
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
 
 import arp_hub
 from arp_hub._utils.environment import environment
 from arp_hub.effort import EFFORTS
-from arp_hub.hub.load import load_model
 from arp_hub.layers.model import count_params
-from arp_hub.training import Split, evaluate, load_data
-from arp_hub.training.seeds import keyed_generator
+from arp_hub.training import evaluate
+from benchmarks.networks import SEED, calibration_of, load_network, test_images_of
 from benchmarks.rows import load_results, results_file, row_command, row_parser
 
 RESULTS = results_file("effort")
-SEED = 0
-
-
-@dataclass(frozen=True)
-class Network:
-    """A trained network, its calibration images and its test images.
-
-    Attributes:
-        model: timm name.
-        checkpoint: File under ``weights/``.
-        keep: Share of the parameters to keep.
-        data: Folder under ``data/`` with the calibration images.
-        images: Number of calibration images.
-        test: Folder under ``data/`` with the test images.
-        test_images: Number of test images.
-        args: Arguments of the model.
-    """
-
-    model: str
-    checkpoint: str
-    keep: float
-    data: str
-    images: int
-    test: str
-    test_images: int
-    args: dict[str, Any] = field(default_factory=dict)
-
-
-NETWORKS = {
-    "resnet20": Network("cifar_resnet20", "resnet20_cifar10", 0.5, "cifar10", 1024, "cifar10", 10_000),
-    "resnet56": Network("cifar_resnet56", "resnet56_cifar10", 0.35, "cifar10", 512, "cifar10", 10_000),
-    "lite0": Network(
-        "tf_efficientnet_lite0", "tf_efficientnet_lite0_imagenet", 0.84, "imagenet-sample", 128, "imagenet-val", 900
-    ),
-    "vit": Network(
-        "vit_small_patch14_dinov2",
-        "vit_small_patch14_dinov2_cifar10_112",
-        0.67,
-        "cifar10",
-        128,
-        "cifar10",
-        1000,
-        {"img_size": 112, "num_classes": 10, "pretrained_cfg_overlay": {"input_size": (3, 112, 112), "crop_pct": 1.0}},
-    ),
-}
-ROWS = [f"{network}/{effort}" for network in NETWORKS for effort in EFFORTS]
+SETTINGS = {"resnet20": (0.5, 1024), "resnet56": (0.35, 512), "lite0": (0.84, 128), "vit": (0.67, 128)}
+"""Share of the parameters to keep, and number of calibration images."""
+TEST_IMAGES = {"vit": 1000}
+"""Number of test images, where not all are used."""
+ROWS = [f"{network}/{effort}" for network in SETTINGS for effort in EFFORTS]
 
 
 def main() -> None:
@@ -87,39 +42,29 @@ def main() -> None:
     row_command(parser, ROWS, RESULTS, lambda row, args: measure(row, args.shared), _short, print_table)
 
 
-def network_and_images(name: str, shared: Path) -> tuple[nn.Module, Tensor, Split]:
-    """The dense network, its calibration images and its test split."""
-    network = NETWORKS[name]
-    model = load_model(network.model, pretrained=False, **network.args)
-    state = load_file(shared / "weights" / f"{network.checkpoint}.safetensors")
-    model.load_state_dict({key: value.float() for key, value in state.items()}, strict=False)
-    train = load_data(str(shared / "data" / network.data), model, seed=SEED).train
-    order = torch.randperm(len(train), generator=keyed_generator(SEED, "calibration"))[: network.images]
-    images = torch.cat(list(train.images.evaluation(train.indices[order], 64, torch.device("cpu"), 0)))
-    return model.eval(), images, load_data(str(shared / "data" / network.test), model, seed=SEED).test
-
-
 def measure(row: str, shared: Path) -> dict[str, Any]:
     """Plan and decompose one network with one preset."""
     name, effort = row.split("/")
-    network = NETWORKS[name]
-    model, images, test = network_and_images(name, shared)
+    keep, count = SETTINGS[name]
+    model = load_network(name, shared)
+    images = calibration_of(name, model, shared, count, copies=0)
+    test = test_images_of(name, model, shared, TEST_IMAGES.get(name))
     began = _cpu()
-    plan = arp_hub.make_plan(model, keep_params=network.keep, calibration=images, effort=effort)
+    plan = arp_hub.make_plan(model, keep_params=keep, calibration=images, effort=effort)
     planned = _cpu()
     small = arp_hub.decompose(copy.deepcopy(model), plan, images, effort=effort)
     fitted = _cpu()
     return {
         **environment(),
         "seed": SEED,
-        "keep_params": network.keep,
+        "keep_params": keep,
         "kept": round(count_params(small) / count_params(model), 4),
         "calibration_images": len(images),
         "plan_seconds": {"user": round(planned[0] - began[0], 1), "system": round(planned[1] - began[1], 1)},
         "decompose_seconds": {"user": round(fitted[0] - planned[0], 1), "system": round(fitted[1] - planned[1], 1)},
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "dense": evaluate(model, test, max_images=network.test_images),
-        **evaluate(small, test, max_images=network.test_images),
+        "dense": evaluate(model, test),
+        **evaluate(small, test),
     }
 
 

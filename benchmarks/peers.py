@@ -34,7 +34,6 @@ from torch import Tensor, nn
 
 import arp_hub
 from arp_hub._utils.environment import environment
-from arp_hub.hub.load import load_model
 from arp_hub.layers.low_rank import layer_shape
 from arp_hub.layers.model import count_params
 from arp_hub.layers.trace import count_macs, input_size_of
@@ -42,7 +41,7 @@ from arp_hub.planning.costs import rank_at
 from arp_hub.reports.benchmark import benchmark
 from arp_hub.schemes import make_scheme
 from arp_hub.training import Split, evaluate
-from benchmarks.accuracy import NETWORKS, images_and_test
+from benchmarks.networks import NETWORKS, calibration_of, load_network, test_images_of
 from benchmarks.rows import load_rows, replace_row, results_file
 
 RESULTS = results_file("peers")
@@ -182,10 +181,10 @@ def main() -> None:
         return
     if args.shared is None:
         parser.error("--shared is required: a folder with weights/ and data/")
-    network = NETWORKS[args.network]
     torch.manual_seed(0)
-    model = load_model(network.model, args.shared / "weights" / network.checkpoint).eval()
-    images, test = images_and_test(network, model, args.shared)
+    model = load_network(args.network, args.shared)
+    images = calibration_of(args.network, model, args.shared)
+    test = test_images_of(args.network, model, args.shared)
     dense = {"top1": evaluate(model, test, max_images=TEST_IMAGES)["top1"], "params": count_params(model)}
     for keep in args.keep:
         for peer in args.peers:

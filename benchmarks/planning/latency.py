@@ -223,13 +223,11 @@ def in_form(form: str) -> dict[str, Any]:
 
 def trade_off(keep: float, shared: Path) -> dict[str, Any]:
     """Top-1 and measured latency of the trained network under a latency budget, without training."""
-    from arp_hub.hub.load import load_model
     from arp_hub.training import evaluate
-    from benchmarks.accuracy import NETWORKS, images_and_test
+    from benchmarks.networks import calibration_of, load_network, test_images_of
 
-    network = NETWORKS["lite0"]
-    dense = load_model(network.model, str(shared / "weights" / network.checkpoint)).eval()
-    images, test = images_and_test(network, dense, shared)
+    dense = load_network("lite0", shared)
+    images, test = calibration_of("lite0", dense, shared), test_images_of("lite0", dense, shared)
     before = evaluate(dense, test)
     try:
         plan = arp_hub.make_plan(dense, keep_latency=keep, calibration=images, exclude=())
