@@ -23,7 +23,7 @@ from arp_hub.plan import RankPlan
 from arp_hub.refinement import LEAST_IMAGES, Refinement, refine
 from arp_hub.schemes import SCHEMES
 from arp_hub.timing import DTYPES, Workload
-from arp_hub.training import ImageData, calibration_images, load_data
+from arp_hub.training import ImageData, calibration_images, load_data, refinement_images
 
 from .terminal import note
 
@@ -233,11 +233,10 @@ class RefineChoice:
         if data is None or not self.wanted:
             return None
         with stage("read images to refine on"):
-            images = calibration_images(data, self.images, copies=0, seed=seed, workers=workers)
+            images, held_out = refinement_images(data, self.images, seed=seed, workers=workers)
         state = output.with_name(f"{output.name}-refinement.safetensors")
-        return refine(
-            model, dense, images, minutes=self.minutes, steps=self.steps, seed=seed, state=state, progress=True
-        )
+        bound: dict[str, Any] = {"minutes": self.minutes, "steps": self.steps}
+        return refine(model, dense, images, held_out=held_out, **bound, seed=seed, state=state, progress=True)
 
 
 def _words(numbers: Sequence[int]) -> str:

@@ -61,6 +61,7 @@ def refine(
     dense: nn.Module,
     images: Images,
     *,
+    held_out: Images | None = None,
     minutes: float | None = None,
     steps: int | None = None,
     batch_size: int = 16,
@@ -80,7 +81,9 @@ def refine(
         model: The decomposed model, on the device to work on.
         dense: The dense model that it was made from, on the same device.
         images: Unlabelled images, normalised as for the model: a tensor ``(N, C, H, W)`` or batches of one size, at
-            least 20. They are held in memory.
+            least 20 together with ``held_out``. They are held in memory.
+        held_out: Unlabelled images that only measure; by default a tenth of ``images``, chosen at random. Pass images
+            that the fit has not seen: on its own calibration images it errs less than on all others.
         minutes: Time to work for. Give this or ``steps``; by default 10 minutes.
         steps: Optimiser steps to make. With the same seed, they give the same model on the same machine.
         batch_size: Images of a step, over all processes.
@@ -102,12 +105,14 @@ def refine(
     check_model(model)
     check_model(dense)
     _check(model, dense, minutes, steps, batch_size)
-    check_normalised(images, dense)
-    learnt, held_out = _split(images, seed)
+    for given in (images, held_out):
+        if given is not None:
+            check_normalised(given, dense)
+    learnt, measured = _split(images, held_out, seed)
     with evaluating(model), evaluating(dense), learning(model, dense) as parameters:
         device = next(dense.parameters()).device
         blocks = list(block_chain(dense, learnt[:1].to(device)))
-        work = Steps(model, dense, parameters, learnt, held_out, blocks, batch_size, seed)
+        work = Steps(model, dense, parameters, learnt, measured, blocks, batch_size, seed)
         minutes = 10.0 if minutes is None and steps is None else minutes
         made = {"minutes": minutes, "steps": steps, "batch_size": batch_size, "seed": seed, "images": len(learnt)}
         made["parameters"] = sum(parameter.numel() for parameter in parameters)
@@ -121,7 +126,7 @@ def refine(
                 shown = int(100 * share)
 
             result = _run(work, file, minutes, steps, show)
-    return Refinement(len(learnt), len(held_out), *result)
+    return Refinement(len(learnt), len(measured), *result)
 
 
 def _check(model: nn.Module, dense: nn.Module, minutes: float | None, steps: int | None, batch_size: int) -> None:
@@ -145,14 +150,29 @@ def _check(model: nn.Module, dense: nn.Module, minutes: float | None, steps: int
             raise ArpHubError(f"`dense` has no layer '{name}' of the model's shape: pass the model it was made from")
 
 
-def _split(images: Images, seed: int) -> tuple[Tensor, Tensor]:
-    """The images to learn from, and a tenth that is held out."""
-    every = images if isinstance(images, Tensor) else torch.cat([batch.cpu() for batch in batches(images)])
-    if len(every) < LEAST_IMAGES:
-        raise ArpHubError(f"refinement needs at least {LEAST_IMAGES} images, got {len(every)}: pass more")
-    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed % 2**63))
-    held_out = max(2, len(every) // 10)
-    return every[order[held_out:]], every[order[:held_out]]
+def _split(images: Images, held_out: Images | None, seed: int) -> tuple[Tensor, Tensor]:
+    """The images to learn from, and those that only measure."""
+    learnt = _tensor(images)
+    if held_out is not None:
+        measured = _tensor(held_out)
+        if len(measured) < 2:
+            raise ArpHubError(f"held_out needs at least 2 images to measure on, got {len(measured)}: pass more")
+        if learnt.shape[1:] != measured.shape[1:]:
+            shapes = f"{tuple(learnt.shape[1:])} and {tuple(measured.shape[1:])}"
+            raise ArpHubError(f"images and held_out have images of shapes {shapes}: pass images of one shape")
+    else:
+        order = torch.randperm(len(learnt), generator=torch.Generator().manual_seed(seed % 2**63))
+        count = max(2, len(learnt) // 10)
+        learnt, measured = learnt[order[count:]], learnt[order[:count]]
+    if len(learnt) + len(measured) < LEAST_IMAGES:
+        raise ArpHubError(
+            f"refinement needs at least {LEAST_IMAGES} images, got {len(learnt) + len(measured)}: pass more"
+        )
+    return learnt, measured
+
+
+def _tensor(images: Images) -> Tensor:
+    return images if isinstance(images, Tensor) else torch.cat([batch.cpu() for batch in batches(images)])
 
 
 def _run(

@@ -2,7 +2,7 @@
 
 from .command import main
 from .config import TrainConfig
-from .data.dataset import ImageData, Split, calibration_images, load_data
+from .data.dataset import ImageData, Split, calibration_images, load_data, refinement_images
 from .evaluate import Scores, evaluate
 from .trainer import run
 
@@ -15,5 +15,6 @@ __all__ = [
     "evaluate",
     "load_data",
     "main",
+    "refinement_images",
     "run",
 ]

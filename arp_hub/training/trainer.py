@@ -25,7 +25,7 @@ from ..refinement import refine
 from ..schemes import Factors
 from .checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_tensors, writing
 from .config import TrainConfig
-from .data.dataset import calibration_images
+from .data.dataset import calibration_images, refinement_images
 from .evaluate import Scores, evaluate
 from .inputs import load_data_and_model, load_teacher
 from .loop import train
@@ -187,10 +187,10 @@ def _plan_and_fit(run: Run, model: nn.Module) -> tuple[RankPlan, dict[str, Facto
 def _refine(run: Run, model: nn.Module, dense: nn.Module, progress: bool) -> None:
     """Refine the fit on unlabelled images; a stopped run goes on from the state in its folder."""
     config = run.config
-    images = calibration_images(run.data, config.refine_images, copies=0, seed=config.seed, workers=config.workers)
+    images, held_out = refinement_images(run.data, config.refine_images, seed=config.seed, workers=config.workers)
     bound: dict[str, Any] = {"steps": config.max_steps} if config.max_steps else {"minutes": config.refine_minutes}
     state = config.run_folder / REFINEMENT
-    done = refine(model, dense, images, seed=config.seed, state=state, progress=progress, **bound)
+    done = refine(model, dense, images, held_out=held_out, seed=config.seed, state=state, progress=progress, **bound)
     # with the scores, because checkpoints hold these
     run.scores["refined"] = {**_score(run, model, "refined on unlabelled images"), "refinement": asdict(done)}
 

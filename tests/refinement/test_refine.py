@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from arp_hub import ArpHubError, LayerPlan, RankPlan, decompose, make_plan, refine
+from arp_hub.training import calibration_images, load_data, refinement_images
 
 
 def pixels(count: int, side: int = 32, seed: int = 1) -> Tensor:
@@ -99,6 +100,30 @@ def test_a_trained_network_agrees_more(shared, cifar_train, cifar_test):
     assert divergence() < before
 
 
+def test_images_held_out_by_the_caller_measure():
+    model, dense, images = pair("resnet")
+    with torch.no_grad():
+        wanted, given = (one.eval()(images[40:]).log_softmax(-1) for one in (dense, model))
+    found = refine(model, dense, images[:40], held_out=images[40:].split(6), steps=20, batch_size=8)
+    assert (found.images, found.held_out) == (40, 20)
+    assert found.before == pytest.approx(float((wanted.exp() * (wanted - given)).sum(-1).mean()), rel=1e-4)
+    with torch.no_grad():
+        given = model(images[40:]).log_softmax(-1)
+    assert found.after == pytest.approx(float((wanted.exp() * (wanted - given)).sum(-1).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("count", [20, 300, 5000])
+def test_the_fit_has_not_seen_the_images_held_out(count):
+    data = load_data("digits", timm.create_model("cifar_resnet20"))
+    seen = {image.numpy().tobytes() for image in calibration_images(data, 1024, copies=0, seed=3)}
+    learnt, held_out = refinement_images(data, count, seed=3)
+    assert (
+        len(learnt) + len(held_out) == min(count, len(data.train))
+        and len(held_out) == (len(learnt) + len(held_out)) // 10
+    )
+    assert not seen & {image.numpy().tobytes() for image in held_out}
+
+
 def test_what_makes_it_worse_is_undone():
     """The decomposed model is exact, so that no step can improve it."""
     torch.manual_seed(0)
@@ -161,6 +186,12 @@ REFUSALS: dict[str, tuple[Callable[[nn.Module, nn.Module, Tensor], Any], str]] =
         "`dense` has no layer 'layer",
     ),
     "few images": (lambda m, d, x: refine(m, d, x[:19], steps=2), "at least 20 images, got 19"),
+    "few held out": (
+        lambda m, d, x: refine(m, d, x[:30], held_out=x[:1], steps=2),
+        "held_out needs at least 2 images to measure on, got 1",
+    ),
+    "other shape": (lambda m, d, x: refine(m, d, x, held_out=x[..., :16], steps=2), "pass images of one shape"),
+    "held-out bytes": (lambda m, d, x: refine(m, d, x, held_out=255 * x.abs(), steps=2), "divide bytes by 255"),
     "both bounds": (lambda m, d, x: refine(m, d, x, steps=2, minutes=1), "minutes or steps, not both"),
     "no step": (lambda m, d, x: refine(m, d, x, steps=0), "steps must be a number above 0, got 0"),
     "no time": (lambda m, d, x: refine(m, d, x, minutes=float("nan")), "minutes must be a number above 0, got nan"),

@@ -198,6 +198,28 @@ def calibration_images(
     return torch.stack(versions, dim=1).flatten(0, 1)
 
 
+def refinement_images(data: ImageData, count: int, *, seed: int = 0, workers: int = 0) -> tuple[Tensor, Tensor]:
+    """Normalised training images without labels, for `refine`: to learn from, and a tenth to hold out.
+
+    With the same seed, `calibration_images` takes its images from the other end of the same order. So the fit has not
+    seen the images held out, unless nearly all training images calibrate it.
+
+    Args:
+        data: The data.
+        count: Number of images, at most all training images.
+        seed: Seed of the choice.
+        workers: DataLoader workers, for large data.
+
+    Returns:
+        Images to learn from, and held-out images: ``(N, 3, H, W)`` on the CPU.
+    """
+    split, device = data.train, torch.device("cpu")
+    chosen = split.indices[torch.randperm(len(split), generator=keyed_generator(seed, "calibration"))[-count:]]
+    images = torch.cat(list(split.images.evaluation(chosen, 128, device, workers)))
+    held_out = min(len(images), max(2, len(images) // 10))
+    return images[:-held_out], images[-held_out:]
+
+
 def _arrange(source: str, tables: dict[str, Table], val_fraction: float, seed: int, require_labels: bool) -> ImageData:
     """Decide which table is for training and which for testing."""
     usable = {name: table for name, table in tables.items() if not require_labels or _has_labels(table)}
