@@ -10,7 +10,8 @@ weights are exactly low rank after each pull, and drift by a few optimiser steps
 all ends with a pull, so decomposing then changes nothing.
 
 The penalty depends on weights alone and is deterministic. Under data parallelism every process does the same work on
-the same weights, without communication.
+the same weights, without communication. Weights that FSDP2 shards are gathered for a pull, one stack of like layers at
+a time, and each process writes its own part.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from .errors import ArpHubError
 from .layers.apply_plan import check_plan
 from .layers.model import check_model
+from .layers.sharding import check_unsharded, gathered, is_sharded, write
 from .plan import RankPlan
 from .schemes import Factors, Scheme, make_scheme
 
@@ -78,7 +80,7 @@ class _Stack:
     def dense_weights(self, weights: Sequence[Tensor] | None = None) -> Tensor:
         """Weights one below the other, ``(layers * O, I, kh, kw)``, in single precision; by default the model's own."""
         weights = weights or [layer.weight for layer in self.layers]
-        weight = torch.cat([one.detach() for one in weights]).float().contiguous()
+        weight = torch.cat([gathered(one.detach()) for one in weights]).float().contiguous()
         return weight if weight.dim() == 4 else weight[..., None, None]
 
     def nearest(self, weight: Tensor) -> Factors:
@@ -116,7 +118,7 @@ class _Stack:
             rows = len(weight) // len(shares)
             nearest = torch.lerp(weight, nearest, shares.repeat_interleave(rows).view(-1, 1, 1, 1))
         for layer, target in zip(self.layers, nearest.chunk(len(self.layers)), strict=True):
-            layer.weight.copy_(target.view(layer.weight.shape))
+            write(layer.weight, target.view(layer.weight.shape))
 
     def apart(self, joined: Factors | None) -> list[Factors]:
         """The factors, or bases, of each layer; an empty list if there are none yet."""
@@ -170,7 +172,8 @@ class AdaptiveRankPenalty:
     Layers whose weight does not require gradients are left out: nothing trains them, so nothing pulls them.
 
     Args:
-        model: The dense model in training, without a wrapper: pass ``accelerator.unwrap_model(model)``.
+        model: The dense model in training, without a wrapper: pass ``accelerator.unwrap_model(model)``. FSDP2 may
+            shard it before or afterwards; then all processes call every method together.
         plan: A plan made for it.
         total_steps: Optimiser steps of the whole training.
         ramp: Share of the steps in which the violation falls; the rest is the hold. 0 holds from the first step.
@@ -202,7 +205,7 @@ class AdaptiveRankPenalty:
         factors: Mapping[str, Factors] | None = None,
         every: int | None = None,
     ) -> None:
-        check_model(model)
+        check_model(model, sharded=True)
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ArpHubError(f"every must be a whole number of at least 1, got {every!r}")
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
@@ -285,6 +288,7 @@ class AdaptiveRankPenalty:
             ArpHubError: If `step` was never called, or a weight is NaN or infinite.
         """
         self._require_steps()
+        self._check_own()
         self._check_finite()
         found: dict[str, float] = {}
         for stack in self._stacks:
@@ -298,7 +302,11 @@ class AdaptiveRankPenalty:
         """A copy of a model of the same architecture, with its pulled layers at their nearest low-rank weights.
 
         It is what decomposing the model would give, for measuring accuracy between two pulls.
+
+        Raises:
+            ArpHubError: If the model is sharded.
         """
+        check_unsharded(model)
         twin = copy.deepcopy(model)
         for stack in self._stacks:
             weights = [cast(Tensor, twin.get_submodule(layer.name).weight) for layer in stack.layers]
@@ -322,6 +330,7 @@ class AdaptiveRankPenalty:
                 f"the weights are not low-rank yet: step {self.step_count} of a ramp of {self.ramp_steps}; "
                 "train into the hold first"
             )
+        self._check_own()
         self._check_finite()
         if self._drifted or any(stack.factors is None for stack in self._stacks):
             self._pull(holding=True, keep=True)
@@ -389,18 +398,31 @@ class AdaptiveRankPenalty:
             raise ArpHubError("penalty.step() was never called: call it after every optimizer.step()")
 
     def _check_own(self) -> None:
-        """Refuse to pull parameters that the model has replaced: that would change nothing."""
+        """Refuse to pull parameters that the model has replaced: that would change nothing.
+
+        FSDP2 replaces parameters when it shards a model. Those are pulled from then on.
+        """
         for stack in self._stacks:
             for layer in stack.layers:
-                if self._modules[layer.name]._parameters.get("weight") is not layer.weight:
+                weight = self._modules[layer.name]._parameters.get("weight")
+                if weight is layer.weight:
+                    continue
+                if is_sharded(layer.weight):
                     raise ArpHubError(
-                        f"layer '{layer.name}': its weight was replaced or sharded after the penalty was built: build "
+                        f"layer '{layer.name}': its weight is gathered at the moment, and a pull of the sharded one "
+                        "would be lost: call model.reshard() before penalty.step()"
+                    )
+                if weight is not None and is_sharded(weight) and weight.shape == layer.weight.shape:
+                    layer.weight = weight
+                else:
+                    raise ArpHubError(
+                        f"layer '{layer.name}': its weight was replaced after the penalty was built: build "
                         "the penalty from the model as it is trained"
                     )
 
     def _check_finite(self) -> None:
         layers = [layer for stack in self._stacks for layer in stack.layers]
-        finite = torch.stack([layer.weight.detach().isfinite().all() for layer in layers]).tolist()
+        finite = torch.stack([gathered(layer.weight.detach()).isfinite().all() for layer in layers]).tolist()
         bad = {layer.name for layer, good in zip(layers, finite, strict=True) if not good}
         if bad:
             name = next(name for name in self._names if name in bad)

@@ -14,6 +14,7 @@ from .carry_over import carry_over
 from .cfg_names import name_factors
 from .dense import refusal
 from .low_rank import LowRankLayer
+from .sharding import check_unsharded
 
 _SEPARATE = "qkv_bias_separate"
 """Attribute of timm's attention modules that says whether they call ``qkv`` or read its weight."""
@@ -23,12 +24,13 @@ _CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
 
-def check_model(model: object, *, mergeable: bool = False) -> None:
+def check_model(model: object, *, mergeable: bool = False, sharded: bool = False) -> None:
     """Check that a model is a bare, uncompiled module.
 
     Args:
         model: What the user passed as a model.
         mergeable: Check the factors of low-rank layers, too: they must be plain layers.
+        sharded: Accept parameters that FSDP2 shards.
 
     Raises:
         ArpHubError: If it is something else, or wrapped: the message says what to pass.
@@ -45,6 +47,8 @@ def check_model(model: object, *, mergeable: bool = False) -> None:
         raise ArpHubError("the model is wrapped by PEFT: pass model.merge_and_unload()")
     if "ScriptModule" in kinds:
         raise ArpHubError("the model is a TorchScript module: pass the Python model that it was made from")
+    if not sharded:
+        check_unsharded(model)
     for name, module in model.named_modules():
         if "_orig_mod" in module._modules:
             raise ArpHubError(f"the model's part '{name}' is compiled: call torch.compile after decomposing")

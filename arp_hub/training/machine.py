@@ -7,13 +7,15 @@ import logging
 import os
 
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration
 
 from ..errors import ArpHubError
 from .config import TrainConfig
 from .data.dataset import ImageData
 from .runlog import tracker_name
 
+_SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+"""Ways to train in which no process holds whole weights: recipes evaluate and store whole models."""
 _logger = logging.getLogger(__name__)
 
 
@@ -39,6 +41,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"this machine or process does not support mixed_precision={config.mixed_precision} with "
             f"cpu={config.cpu}: {error}"
         ) from error
+    if accelerator.distributed_type in _SHARDING:
+        raise ArpHubError(
+            f"recipes train by data parallelism, not with {accelerator.distributed_type.value}: choose MULTI_GPU or "
+            "MULTI_CPU in `accelerate config`; FSDP2 works in a training loop of your own"
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ArpHubError(

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from helpers import ON_TWO, both_ended_clean, search_path
 from hypothesis import given
 from hypothesis import strategies as st
@@ -321,6 +323,15 @@ def test_a_failure_in_one_of_two_processes_ends_both_with_its_message(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_sharded_weights_are_refused_before_any_work(tmp_path, monkeypatch, kind):
+    """A machine that shards is stood in for: Accelerate asks for GPUs to do so."""
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType(kind)))
+    with pytest.raises(ArpHubError, match=f"not with {kind}: choose MULTI_GPU.*a training loop of your own"):
+        run(config(tmp_path))
+    assert not (tmp_path / "out-run").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({}, "cuda_graphs needs one process on a CUDA GPU.*1 on cpu"), ({"accumulation": 2}, "accumulation=2 must be 1")],
@@ -346,6 +357,8 @@ def test_graphs_train_to_the_same_weights(tmp_path, precision):
 
 LOOKING = """
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from arp_hub.training.graphs import recorded_training
 
 class Looking(torch.nn.Conv2d):

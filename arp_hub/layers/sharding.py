@@ -1,0 +1,53 @@
+"""Weights that FSDP2 (``torch.distributed.fsdp.fully_shard``) shards: each process holds a part of a DTensor."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArpHubError
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor."""
+    return hasattr(tensor, "full_tensor")  # by its method, because its class has moved between versions of torch
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole tensor. For a sharded one, all processes call this together."""
+    return cast(Tensor, cast(Any, tensor).full_tensor()) if is_sharded(tensor) else tensor
+
+
+@torch.no_grad()
+def write(parameter: nn.Parameter, value: Tensor) -> None:
+    """Copy a whole value into a parameter. Of a sharded one, each process writes its own part, without communication.
+
+    Args:
+        parameter: The parameter.
+        value: The value, the same in all processes.
+    """
+    if is_sharded(parameter):
+        sharded = cast(Any, parameter)
+        from torch.distributed.tensor import DTensor, Replicate
+
+        everywhere = [Replicate()] * sharded.device_mesh.ndim
+        whole = DTensor.from_local(value.to(parameter.dtype), sharded.device_mesh, everywhere, run_check=False)
+        value = whole.redistribute(placements=sharded.placements)
+    parameter.copy_(value)
+
+
+def check_unsharded(model: nn.Module) -> None:
+    """Refuse a model whose parameters are sharded.
+
+    Raises:
+        ArpHubError: Naming the first one.
+    """
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise ArpHubError(
+                f"parameter '{name}' is sharded over processes (FSDP2): gather the weights with "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions("
+                "full_state_dict=True)), and load them into an unsharded model"
+            )
