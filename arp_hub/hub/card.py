@@ -10,16 +10,17 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .._utils.parse import parse_yaml
+from .._utils.parse import parse_yaml, read_json
 from ..reports.model_figures import decays_figure, moved, ranks_figure, violation_figure
 from ..reports.plots import can_draw, save_figure
 from . import card_text as text
 from .card_words import command, plain_data_name
 
 TEMPLATE = Path(__file__).with_name("templates") / "card.md"
+EXPORT = "export.json"
 PICTURES = {
     "ranks.png": "Rank and parameters of each decomposed layer",
-    "spectra.png": "Singular values of the layers, before and after decomposition",
+    "spectra.png": "Singular values of each dense layer in its scheme: the plan keeps the coloured part",
     "violation.png": "Distance of the layers from their ranks during training",
 }
 """Files that `draw_pictures` may write, with their captions."""
@@ -141,6 +142,14 @@ def draw_pictures(folder: Path, metrics: Mapping[str, Any]) -> list[str]:
     for file, figure in figures.items():
         save_figure(figure, folder / file)
     return list(figures)
+
+
+def read_export(folder: Path) -> Any:
+    """The content of a folder's ``export.json``, which ``arp-hub export`` writes; None without one that can be read."""
+    try:
+        return read_json(folder / EXPORT)
+    except (OSError, ValueError):
+        return None
 
 
 def keep_by_hand(card: str, earlier: str) -> str:

@@ -54,7 +54,7 @@ def accuracy(metrics: Mapping[str, Any]) -> str:
     dense = metrics.get("dense", {})
     where = f" on {found}" if (found := _data(metrics)) else ""
     before = f"; the dense model reaches {dense['top1']:.2f} %" if "top1" in dense else ""
-    return f"Top-1 accuracy{where} is {metrics['top1']:.2f} %{before}."
+    return f"Top-1 accuracy is {metrics['top1']:.2f} %{where}{before}."
 
 
 def numbers(metrics: Mapping[str, Any], decomposed: bool, exported: Mapping[str, Any]) -> str:
@@ -171,7 +171,7 @@ def dense_layers(metrics: Mapping[str, Any]) -> str:
 def facts(metrics: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """How the numbers came about, as pairs of label and value."""
     if where := _data(metrics):
-        yield "data", _inline(where)
+        yield "data", where
     if count := metrics.get("calibration_images"):
         copies = metrics.get("calibration_copies")
         more = f", each with {copies} augmented cop{'y' if copies == 1 else 'ies'}" if copies else ""
@@ -255,6 +255,8 @@ def limits(metrics: Mapping[str, Any], decomposed: bool) -> list[str]:
         found.append("No accuracy was measured: evaluate the model on your data before you rely on it.")
     elif "top1" in dense and (lost := round(dense["top1"], 2) - round(metrics["top1"], 2)) > 0.005:
         found.append(f"It is {lost:.2f} points of top-1 less accurate than the dense model on the images measured.")
+    if metrics.get("random_weights"):
+        found.append("The dense model had random weights: the numbers show sizes and timings, not a useful accuracy.")
     if metrics.get("shared_images"):
         found.append(
             "The data has only one split: calibration used some of the test images, without their labels. Both "
@@ -313,8 +315,8 @@ def _place(timing: Mapping[str, Any]) -> str:
 
 def _data(metrics: Mapping[str, Any]) -> str:
     """The data that accuracy was measured on: ``CIFAR-10, test split``."""
-    name, split = data_name(metrics), metrics.get("split")
-    return f"{name}, {split} split" if name and split else name
+    name, split = _inline(data_name(metrics)), metrics.get("split")
+    return f"{name}, {_inline(split)} split" if name and split else name
 
 
 def _percent(after: float, before: float) -> str:

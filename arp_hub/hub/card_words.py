@@ -14,6 +14,7 @@ _DATA = {
     "imagenet": "ImageNet",
     "imagenet-1k": "ImageNet",
     "imagenet-sample": "a sample of ImageNet",
+    "imagenet-val": "a sample of ImageNet",
     "mnist": "MNIST",
 }
 """Names that readers know, by the last part of a folder's or a Hub id's name."""
@@ -44,7 +45,8 @@ _FILES = (".safetensors", ".pth", ".pt", ".bin", ".json", ".yaml", ".yml")
 
 def data_name(metrics: Mapping[str, Any]) -> str:
     """The data set by its name: an id on the Hub with a link, or the last part of a folder's name; else empty."""
-    if dataset := metrics.get("dataset"):
+    dataset = str(metrics.get("dataset") or "")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
         return f"[{dataset}](https://huggingface.co/datasets/{dataset})"
     return plain_data_name(metrics)
 
