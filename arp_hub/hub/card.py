@@ -25,6 +25,7 @@ PICTURES = {
 }
 """Files that `draw_pictures` may write, with their captions."""
 _OPEN, _CLOSE = re.compile(r"<!-- owner: [^>\n]{0,200}-->\n"), "<!-- /owner -->"
+_PROJECT = "https://github.com/arp-hub/arp-hub"
 _TIMM = "https://github.com/huggingface/pytorch-image-models#licenses"
 """Where timm lists the licences of its weights."""
 _LISTED_LICENSES = frozenset(
@@ -78,6 +79,7 @@ def model_card(
         template_path=str(TEMPLATE),
         title=_title(name),
         name=name,
+        project=_PROJECT,
         backbone=backbone,
         stock=not backbone.startswith("cifar_"),
         decomposed=plan is not None,

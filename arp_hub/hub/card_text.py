@@ -257,6 +257,9 @@ def limits(metrics: Mapping[str, Any], decomposed: bool) -> list[str]:
         found.append(f"It is {lost:.2f} points of top-1 less accurate than the dense model on the images measured.")
     if metrics.get("random_weights"):
         found.append("The dense model had random weights: the numbers show sizes and timings, not a useful accuracy.")
+    config = metrics.get("config")
+    if isinstance(config, Mapping) and (steps := config.get("max_steps")):
+        found.append(f"It comes from a trial run of at most {steps} steps in each phase.")
     if metrics.get("shared_images"):
         found.append(
             "The data has only one split: calibration used some of the test images, without their labels. Both "

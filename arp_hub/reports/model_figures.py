@@ -80,7 +80,7 @@ def ranks_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
     """
     height = min(0.2, _TALLEST / len(rows))
     size = min(8.0, 60 * height)
-    figure = new_figure(width=7, height=0.9 + height * len(rows))
+    figure = new_figure(width=6.4, height=0.9 + height * len(rows))
     ranks, sizes = figure.subplots(1, 2, sharey=True)
     schemes = list(dict.fromkeys(row["scheme"] for row in rows))
     for scheme, colour in zip(schemes, itertools.cycle(COLOURS), strict=False):
@@ -120,7 +120,7 @@ def decays_figure(spectra: Mapping[str, Mapping[str, Any]], cuts: Mapping[str, t
     schemes = list(dict.fromkeys(cuts.get(name, ("",))[0] for name in shown))
     columns = min(2, len(schemes))
     lines = math.ceil(len(schemes) / columns)
-    figure = new_figure(width=7, height=0.6 + 2.8 * lines)
+    figure = new_figure(width=6.4, height=0.6 + 2.8 * lines)
     panels = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
     for axes, scheme in zip(panels, schemes, strict=False):
         for depth, name in enumerate(shown, start=1):
@@ -146,7 +146,7 @@ def violation_figure(history: Sequence[Mapping[str, Any]]) -> Any:
     Returns:
         A ``matplotlib.figure.Figure``.
     """
-    figure = new_figure(width=7, height=3.4)
+    figure = new_figure(width=6.4, height=3.4)
     axes = figure.subplots()
     steps = [entry["step"] for entry in history]
     for name in history[0].get("violations", {}):

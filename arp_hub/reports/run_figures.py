@@ -35,16 +35,18 @@ def curves_figure(curves: Mapping[str, Mapping[int, Any]], label: str, *, from_l
     Returns:
         A ``matplotlib.figure.Figure``.
     """
-    figure = new_figure(width=6, height=3)
+    figure = new_figure(width=5.2, height=3)
     axes = figure.subplots()
     for (name, points), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False):
-        axes.plot(list(points), list(map(number, points.values())), color=colour, marker=".", markersize=4, label=name)
+        values = list(map(number, points.values()))
+        # A point on the edge of the axes is drawn whole.
+        axes.plot(list(points), values, color=colour, marker=".", markersize=7, label=name, clip_on=False, zorder=3)
     axes.set(xlabel="epoch", ylabel=label)
     _whole_epochs(axes, [epoch for points in curves.values() for epoch in points])
     axes.ticklabel_format(axis="y", useOffset=False)
-    values = [value for points in curves.values() for value in map(number, points.values()) if math.isfinite(value)]
-    if from_lowest and values and min(values) < max(values):
-        axes.set_ylim(bottom=min(values))
+    finite = [value for points in curves.values() for value in map(number, points.values()) if math.isfinite(value)]
+    if from_lowest and finite and min(finite) < max(finite):
+        axes.set_ylim(bottom=min(finite))
     legend(axes)
     style(axes)
     return figure
@@ -65,7 +67,7 @@ def violations_figure(violations: Mapping[str, Mapping[int, Any]]) -> Any:
     first, last = min(epochs), max(epochs)
     rows = [[number(values.get(epoch)) for epoch in range(first, last + 1)] for values in violations.values()]
     cells = [[min(max(value, FLOOR), 1.0) if value > 0 else math.nan for value in row] for row in rows]
-    figure = new_figure(width=6, height=1.3 + 0.2 * len(rows))
+    figure = new_figure(width=5.2, height=1.3 + 0.2 * len(rows))
     axes = figure.subplots()
     extent = (first - 0.5, last + 0.5, len(rows) - 0.5, -0.5)
     image = axes.imshow(
@@ -73,7 +75,7 @@ def violations_figure(violations: Mapping[str, Mapping[int, Any]]) -> Any:
     )
     axes.set_xlabel("epoch")
     _whole_epochs(axes, epochs)
-    colour_scale(figure, image, axes, "violation", location="top", aspect=40, pad=0.01)
+    colour_scale(figure, image, axes, "violation, log scale", location="top", aspect=40, pad=0.01)
     style(axes)
     name_rows(axes, list(violations))
     return figure
@@ -90,7 +92,7 @@ def rank_bars_figure(layers: Mapping[str, tuple[Any, str]]) -> Any:
     """
     ranks, texts = [number(rank) for rank, _ in layers.values()], [short(text) for _, text in layers.values()]
     largest = max([1.0, *(rank for rank in ranks if rank > 0)])
-    figure = new_figure(width=6, height=0.7 + 0.2 * len(ranks))
+    figure = new_figure(width=5.2, height=0.7 + 0.2 * len(ranks))
     axes = figure.subplots()
     rest = axes.barh(range(len(ranks)), [largest] * len(ranks), height=0.75, color=PALE)
     axes.barh(range(len(ranks)), ranks, height=0.75, color=STRONG)
