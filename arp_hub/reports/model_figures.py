@@ -23,6 +23,7 @@ from .plots import (
     name_rows,
     new_figure,
     number,
+    short,
     style,
 )
 from .spectra import Spectrum
@@ -85,7 +86,7 @@ def ranks_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
     schemes = list(dict.fromkeys(row["scheme"] for row in rows))
     for scheme, colour in zip(schemes, itertools.cycle(COLOURS), strict=False):
         mine = [(k, row["rank"], row["groups"]) for k, row in enumerate(rows) if row["scheme"] == scheme]
-        bars = ranks.barh([k for k, *_ in mine], [rank for _, rank, _ in mine], 0.75, color=colour, label=scheme)
+        bars = ranks.barh([k for k, *_ in mine], [rank for _, rank, _ in mine], 0.75, color=colour, label=short(scheme))
         texts = [f"{rank} x {groups}" if groups > 1 else str(rank) for _, rank, groups in mine]
         ranks.bar_label(bars, texts, padding=2, fontsize=size, color=MUTED)
     for key, colour, label in (("params", PALE, "dense"), ("params_after", STRONG, "compressed")):

@@ -135,7 +135,7 @@ def style(axes: Any, title: str | None = None) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.label.set_color(MUTED)
     if title:
-        axes.set_title(title, loc="left", fontsize=10, color=MUTED)
+        axes.set_title(short(title, 60), loc="left", fontsize=10, color=MUTED, parse_math=False)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(GRID)
