@@ -163,7 +163,7 @@ def test_notes_of_the_local_card_are_published(hub: HubServer, client: Client, t
     (folder / "README.md").write_text(card.replace("\n\n<!-- /owner -->", "\nFrom my desk.\n<!-- /owner -->"))
     push(client, folder, NAME, "--no-dense")
     assert b"\nFrom my desk.\n<!-- /owner -->" in hub.repos[NAME].files()["README.md"]
-    assert "dense" not in hub.repos[NAME].files()["README.md"].decode().split("## Numbers")[0].split("```")[2]
+    assert "@dense" not in hub.repos[NAME].files()["README.md"].decode()
 
 
 def test_branches_and_pull_requests(hub: HubServer, client: Client, folder: Path) -> None:
