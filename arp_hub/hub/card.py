@@ -136,7 +136,8 @@ def draw_pictures(folder: Path, metrics: Mapping[str, Any]) -> list[str]:
     rows = [row for row in metrics.get("layers", ()) if row["scheme"]]
     if rows:
         figures["ranks.png"] = ranks_figure(rows)
-    spectra = {name: found for name, found in (metrics.get("spectra") or {}).items() if isinstance(found, Mapping)}
+    spectra = metrics.get("spectra") or {}
+    spectra = {name: found for name, found in spectra.items() if not isinstance(found, list)}  # an older format
     if spectra and rows:
         figures["spectra.png"] = decays_figure(spectra, {row["name"]: (row["scheme"], row["rank"]) for row in rows})
     if moved(history := metrics.get("history", ())):

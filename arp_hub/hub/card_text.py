@@ -230,7 +230,7 @@ def _refined(refinement: Any) -> str:
         return ""
     before, after = refinement["before"], refinement["after"]
     where = f"on {refinement['held_out']:,d} other images"
-    done = f" The fit was refined for {_duration(refinement['seconds'])} on {refinement['images']:,d} unlabelled images"
+    done = f" The fit was refined on {refinement['images']:,d} unlabelled images for {_duration(refinement['seconds'])}"
     if after >= before:
         return f"{done}, but no step brought it closer to the dense model's predictions {where}: the fit is unchanged."
     digits = next((n for n in range(3, 7) if round(before, n) != round(after, n)), 6)
