@@ -228,10 +228,11 @@ def compress(
     images = open_images(found, calibration, copies, seed, workers)
     counts = calibration_counts(found, calibration, copies) if found else (0, 0)
     test = _test_split(network, found)
-    before, falls = _figures(network, test, max_images, workers), spectra.decays(network)
+    before = _figures(network, test, max_images, workers)
     dense = copy.deepcopy(network) if refinement.wanted else network
     start = time.perf_counter()
     made = given or make_plan(network, **options, calibration=images, effort=effort, progress=True)
+    falls = spectra.decays(network, made)
     decompose(network, made, images, effort=effort, progress=True)
     refined = refinement.run(network, dense, found, output, seed, workers)
     seconds = time.perf_counter() - start
@@ -258,8 +259,7 @@ def compress(
         "dataset": hub_dataset(data),
         "shared_images": bool(test and found and found.train.name == found.test.name),
         "plan": made.to_dict(),
-        "dense": {**before, "spectra": falls},
-        "spectra": spectra.decays(network),
+        "spectra": falls,
     }
     with stage("save"):
         save_pretrained(network, output, metrics=metrics, label_names=names or None, overwrite=overwrite)
@@ -389,7 +389,8 @@ def inspect(
     from arp_hub.layers.apply_plan import check_plan, plan_of
     from arp_hub.plan import RankPlan
     from arp_hub.reports import spectra, summary, tables
-    from arp_hub.reports.plots import check_picture_path, save_figure, spectra_figure
+    from arp_hub.reports.model_figures import spectra_figure
+    from arp_hub.reports.plots import check_picture_path, save_figure
 
     from .inputs import ModelChoice, open_data, open_images, open_model
 
@@ -413,7 +414,7 @@ def inspect(
     rows = summary.spectrum_reports(network, found, shown, distances)
     metric = "weights" if images is None else "outputs"
     if plot is not None:
-        ranks = {name: entry.rank for name, entry in shown.layers.items()}
+        ranks = {name: entry.rank for name, entry in shown.layers.items() if entry.scheme == "channel"}
         save_figure(spectra_figure(found, ranks, f"{model}: spectra of {metric}"), plot)
     if as_json:
         listed = [row.to_dict() for row in rows]

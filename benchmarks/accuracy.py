@@ -27,7 +27,7 @@ from torch import nn
 
 import arp_hub
 from arp_hub._utils.environment import environment
-from arp_hub.hub.card import keep_by_hand, model_card
+from arp_hub.hub.card import PICTURES, draw_pictures, keep_by_hand, model_card, read_export
 from arp_hub.hub.save import CARD, CONFIG, METRICS
 from arp_hub.layers.low_rank import layer_shape
 from arp_hub.layers.model import count_params
@@ -252,12 +252,30 @@ def card(folder: Path) -> str:
     """The model card of a folder in models/, with the notes that its owner added by hand."""
     config, metrics = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (CONFIG, METRICS))
     pictures = [path.name for path in folder.glob("*.png")]
-    written = model_card(config, metrics, f"local-dir:{folder.name}", pictures=pictures)
+    name = f"local-dir:{folder.relative_to(HERE.parent).as_posix()}"  # loads from the root of a clone
+    written = model_card(
+        config, metrics | {"runs": _runs(metrics)}, name, pictures=pictures, export=read_export(folder)
+    )
     return keep_by_hand(written, (folder / CARD).read_text(encoding="utf-8"))
 
 
+def _runs(metrics: Mapping[str, Any]) -> str:
+    """How many training runs a kept model was chosen from: the rows of its network and budget that train."""
+    config = metrics["config"]
+    rows = [
+        name
+        for name, row in load_results(RESULTS).items()
+        if name in ROWS and ROWS[name].train and row["keep"] == config["keep_params"]
+        if NETWORKS[row["network"]].model == config["model"]
+    ]
+    return f"{len(rows)}, of which the most accurate one on this test split is kept" if len(rows) > 1 else "1"
+
+
 def write_card(folder: Path) -> None:
-    """Rewrite the card of a folder in models/."""
+    """Rewrite the card of a folder in models/, and its pictures."""
+    for picture in PICTURES:
+        (folder / picture).unlink(missing_ok=True)
+    draw_pictures(folder, json.loads((folder / METRICS).read_text(encoding="utf-8")))
     (folder / CARD).write_text(card(folder), encoding="utf-8")
 
 

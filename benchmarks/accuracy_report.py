@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
-
+from benchmarks.accuracy_chart import write_chart
 from benchmarks.rows import HERE
 
 README, DOCS = HERE.parent / "README.md", HERE.parent / "docs"
@@ -34,19 +31,6 @@ METHODS = {
     "long": "penalty training, three to twelve times as long",
     "long-teacher": "penalty training, ResNet-56 as the teacher, twice as long",
 }
-COLOURS = {
-    "fit": "#2a78d6",
-    "weights": "#86b6ef",
-    "svd": "#7a7a72",
-    "uniform-cp": "#3f9c6b",
-    "factors": "#a05fc0",
-    "train": "#e08a1e",
-    "long": "#c0392b",
-    "long-teacher": "#6d1f14",
-}
-
-_LEAST_LOST = 0.1
-
 Results = Mapping[str, Mapping[str, Any]]
 
 BEGIN, END = "<!-- written by benchmarks/accuracy.py table -->\n", "<!-- to here -->"
@@ -79,8 +63,7 @@ def write_report(results: Results) -> None:
     if not results:
         raise SystemExit("there are no results yet: run some rows first")
     PAGE.write_text(page(results), encoding="utf-8")
-    FIGURE.parent.mkdir(exist_ok=True)
-    _figure(results).savefig(FIGURE, dpi=150)
+    write_chart(results, FIGURE)
     README.write_text(with_table(README.read_text(encoding="utf-8"), results), encoding="utf-8")
     print(f"wrote {PAGE.name}, {FIGURE.name} and the table of {README.name}")
 
@@ -182,51 +165,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _size(counts: Mapping[str, Any]) -> str:
     return f"{counts['params']:,} parameters, {counts['macs'] / 1e6:.1f} M multiply-accumulates"
-
-
-def _figure(results: Results) -> Figure:
-    """Plot the top-1 lost over the share of parameters kept, with one panel for each network of several rows."""
-    rows = Counter(row["network"] for row in results.values())
-    networks = [network for network in NETWORKS if rows[network] > 1]
-    figure = Figure(figsize=(max(6.5, 4.6 * len(networks)), 5.2), layout="constrained")
-    peers = json.loads((HERE / "published.json").read_text())["rows"]
-    for axes, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
-        own = [(name.split("/")[0], row) for name, row in results.items() if row["network"] == network]
-        for method, colour in COLOURS.items():
-            points = sorted(
-                (100 * row["params"] / row["dense"]["params"], _lost(row["dense"]["top1"] - row["top1"]))
-                for m, row in own
-                if m == method
-            )
-            if points:
-                axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=METHODS[method])
-        theirs = [row for row in peers if row["network"] == network and row["top1"] is not None]
-        if theirs:
-            places = [(100 - row["removed"], _lost(row["dense"] - row["top1"])) for row in theirs]
-            axes.plot(
-                *zip(*places, strict=True),
-                "D",
-                mfc="none",
-                color="#0b0b0b",
-                label="published by others, most with fine-tuning",
-            )
-        axes.set(title=NETWORKS[network], xlabel="parameters kept, %", yscale="log")
-        axes.invert_yaxis()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.grid(color="#e1e0d9", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel(f"points of top-1 lost (at most {_LEAST_LOST:g} at the top)")
-    handles = {
-        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    return figure
-
-
-def _lost(points: float) -> float:
-    return max(points, _LEAST_LOST)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,22 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .._utils.parse import parse_yaml
-from ..reports.plots import can_draw, decays_figure, ranks_figure, save_figure, violation_figure
+from .._utils.parse import parse_yaml, read_json
+from ..reports.model_figures import decays_figure, moved, ranks_figure, violation_figure
+from ..reports.plots import can_draw, save_figure
 from . import card_text as text
+from .card_words import command, plain_data_name
 
 TEMPLATE = Path(__file__).with_name("templates") / "card.md"
+EXPORT = "export.json"
 PICTURES = {
     "ranks.png": "Rank and parameters of each decomposed layer",
-    "spectra.png": "Singular values of the layers, before and after decomposition",
+    "spectra.png": "Singular values of each dense layer in its scheme: the plan keeps the coloured part",
     "violation.png": "Distance of the layers from their ranks during training",
 }
 """Files that `draw_pictures` may write, with their captions."""
 _OPEN, _CLOSE = re.compile(r"<!-- owner: [^>\n]{0,200}-->\n"), "<!-- /owner -->"
+_PROJECT = "https://github.com/arp-hub/arp-hub"
 _TIMM = "https://github.com/huggingface/pytorch-image-models#licenses"
 """Where timm lists the licences of its weights."""
 _LISTED_LICENSES = frozenset(
@@ -51,6 +55,7 @@ def model_card(
     pictures: Sequence[str] = (),
     dense: str | None = None,
     tag: str | None = None,
+    export: Any = None,
 ) -> str:
     """Render the card.
 
@@ -61,6 +66,7 @@ def model_card(
         pictures: Pictures in the card's folder, named as in `PICTURES`.
         dense: Revision that holds the merged model, if any.
         tag: Tag of this version, if any.
+        export: The folder's ``export.json``, if any: the table then has a column for an int8 model.
 
     Returns:
         Markdown with a YAML head, in the Hub's format.
@@ -73,15 +79,17 @@ def model_card(
         template_path=str(TEMPLATE),
         title=_title(name),
         name=name,
+        project=_PROJECT,
         backbone=backbone,
         stock=not backbone.startswith("cifar_"),
         decomposed=plan is not None,
         merged_from=metrics.get("merged_from"),
         summary=text.summary(metrics),
+        accuracy=text.accuracy(metrics),
         classes=config["num_classes"],
         dense=dense,
         tag=tag,
-        numbers=text.numbers(metrics, plan is not None),
+        numbers=text.numbers(metrics, plan is not None, text.int8(export)),
         notes=text.notes(metrics),
         stages=text.stages(metrics),
         layers=len(plan["layers"]) if plan else 0,
@@ -91,7 +99,7 @@ def model_card(
         pictures=[(file, PICTURES[file]) for file in PICTURES if file in pictures],
         facts=list(text.facts(metrics)),
         recipe=text.recipe(metrics),
-        command=metrics.get("command"),
+        command=command(metrics),
         limits=text.limits(metrics, plan is not None),
     )
     return str(card.content).rstrip() + "\n"
@@ -125,15 +133,26 @@ def draw_pictures(folder: Path, metrics: Mapping[str, Any]) -> list[str]:
     if not can_draw():
         return []
     figures = {}
-    if rows := [row for row in metrics.get("layers", ()) if row["scheme"]]:
+    rows = [row for row in metrics.get("layers", ()) if row["scheme"]]
+    if rows:
         figures["ranks.png"] = ranks_figure(rows)
-    if (before := metrics.get("dense", {}).get("spectra")) and (after := metrics.get("spectra")):
-        figures["spectra.png"] = decays_figure(before, after)
-    if len(history := metrics.get("history", ())) > 1:
+    spectra = metrics.get("spectra") or {}
+    spectra = {name: found for name, found in spectra.items() if not isinstance(found, list)}  # an older format
+    if spectra and rows:
+        figures["spectra.png"] = decays_figure(spectra, {row["name"]: (row["scheme"], row["rank"]) for row in rows})
+    if moved(history := metrics.get("history", ())):
         figures["violation.png"] = violation_figure(history)
     for file, figure in figures.items():
         save_figure(figure, folder / file)
     return list(figures)
+
+
+def read_export(folder: Path) -> Any:
+    """The content of a folder's ``export.json``, which ``arp-hub export`` writes; None without one that can be read."""
+    try:
+        return read_json(folder / EXPORT)
+    except (OSError, ValueError):
+        return None
 
 
 def keep_by_hand(card: str, earlier: str) -> str:
@@ -187,7 +206,7 @@ def _results(metrics: Mapping[str, Any]) -> list[EvalResult]:
         EvalResult(
             task_type="image-classification",
             dataset_type=str(data) if metrics.get("dataset") else "imagefolder",
-            dataset_name=str(data).rstrip("/").rpartition("/")[2],
+            dataset_name=plain_data_name(metrics),
             dataset_split=metrics.get("split"),
             metric_type="accuracy",
             metric_name=label,

@@ -7,10 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .card_words import data_name, model_name
+
 _ROWS = {
     "params": ("parameters", lambda n: f"{n:,d}"),
     "macs": ("multiply-accumulates", lambda n: f"{n:,d}"),
-    "bytes": ("weights file", lambda n: f"{n / 1e6:,.2f} MB"),
+    "bytes": ("weights", lambda n: f"{n / 1e6:,.2f} MB"),
     "top1": ("top-1, %", lambda n: f"{n:.2f}"),
     "top5": ("top-5, %", lambda n: f"{n:.2f}"),
     "loss": ("cross-entropy, nats", lambda n: f"{n:.4f}"),
@@ -23,53 +25,84 @@ _STAGES = {
     "decomposed": "decomposed",
     "finetuned": "after fine-tuning the factors",
 }
-_FACTS = {
-    "data": "data",
-    "split": "split for the accuracy",
-    "images": "images in the accuracy measurement",
-    "calibration_images": "unlabelled calibration images",
-    "calibration_copies": "augmented copies of each calibration image",
-    "seed": "seed",
-    "seconds": "seconds",
-    "processes": "processes",
+_SETTINGS = {
+    "optimizer": "optimiser {}",
+    "lr": "learning rate {:g}",
+    "batch_size": "batch size {}",
+    "weight_decay": "weight decay {:g}",
+    "schedule": "{} schedule",
+    "mixed_precision": "mixed precision {}",
 }
-_RECIPE = tuple(
-    "epochs ramp start_from finetune_epochs dense_epochs optimizer lr batch_size weight_decay schedule distill "
-    "teacher mixed_precision".split()
-)
-_FASTER = 0.97
-"""Share of the dense model's time up to which a model is called faster: timings are that uncertain."""
+_NOISE = 0.03
+"""Difference of a latency from the dense model's, as a share, that is not called faster or slower: it is noise."""
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
-    """One line: the savings in size and compute, and the accuracy."""
-    dense, parts = metrics.get("dense", {}), []
+    """The end of the first sentence: the savings, and the accuracy."""
+    dense, text = metrics.get("dense", {}), ""
     if "params" in dense:
-        share = 100 * metrics["params"] / dense["params"]
-        parts.append(f"{metrics['params']:,d} parameters instead of {dense['params']:,d} ({share:.1f} %)")
+        text = f"compressed to {_percent(metrics['params'], dense['params'])} of its parameters"
     if "macs" in dense and "macs" in metrics:
-        parts.append(f"{100 * metrics['macs'] / dense['macs']:.1f} % of the multiply-accumulates")
-    if "top1" in metrics:
-        before = f" instead of {dense['top1']:.2f} %" if "top1" in dense else ""
-        parts.append(f"top-1 {metrics['top1']:.2f} %{before}")
-    return ", ".join(parts)
+        text += f" and {_percent(metrics['macs'], dense['macs'])} of its multiply-accumulates"
+    return f"{text} by low-rank decomposition" if text else "in low-rank form"
 
 
-def numbers(metrics: Mapping[str, Any], decomposed: bool) -> str:
-    """A table that compares the decomposed model with the dense one."""
+def accuracy(metrics: Mapping[str, Any]) -> str:
+    """One sentence: the accuracy, the data, and the dense model's accuracy. Empty if none was measured."""
+    if "top1" not in metrics:
+        return ""
+    dense = metrics.get("dense", {})
+    where = f" on {found}" if (found := _data(metrics)) else ""
+    before = f"; the dense model reaches {dense['top1']:.2f} %" if "top1" in dense else ""
+    return f"Top-1 accuracy is {metrics['top1']:.2f} %{where}{before}."
+
+
+def numbers(metrics: Mapping[str, Any], decomposed: bool, exported: Mapping[str, Any]) -> str:
+    """A table that compares the compressed model with the dense one.
+
+    Args:
+        metrics: ``metrics.json``.
+        decomposed: Whether the model is decomposed.
+        exported: Size and accuracy of an exported int8 model, as `int8` finds them; may be empty.
+    """
     dense, rows = metrics.get("dense", {}), []
     for key, (label, form) in _ROWS.items():
         if key in metrics:
             before = dense.get(key)
-            share = f"{100 * metrics[key] / before:.1f} %" if before and key in ("params", "macs", "bytes") else ""
-            rows.append((label, "" if before is None else form(before), form(metrics[key]), share))
+            share = _percent(metrics[key], before) if before and key in ("params", "macs", "bytes") else ""
+            small = form(exported[key]) if key in exported else ""
+            rows.append([label, "" if before is None else form(before), form(metrics[key]), share, small])
     for timing in _timings(metrics):
-        before, after = timing["dense_latency_ms"]["median"], timing["latency_ms"]["median"]
         label = f"latency, batch {timing['batch_size']}, ms"
-        rows.append((label, f"{before:.2f}", f"{after:.2f}", f"{100 * timing['ratio']['median']:.0f} %"))
+        rows.append([label, *(f"{ms:.2f}" for ms in _medians(timing)), f"{_share_of_time(timing)} %", ""])
     if not decomposed:
-        return _table(("", "this model"), [(label, value) for label, _, value, _ in rows])
-    return _table(("", "dense", "this model", "of dense"), rows)
+        return _table(("", "this model"), [(label, value) for label, _, value, *_ in rows])
+    head = ("", "dense", "compressed", "of dense", "compressed, int8")
+    columns = len(head) if exported else len(head) - 1
+    return _table(head[:columns], [row[:columns] for row in rows])
+
+
+def int8(export: Any) -> dict[str, Any]:
+    """Size and accuracy of the int8 model that an ``export.json`` describes; empty without one.
+
+    Args:
+        export: Content of the file. Entries may lie at any depth, and need ``bytes`` or ``top1``.
+    """
+    if isinstance(export, Mapping):
+        for name, entry in export.items():
+            if "int8" in str(name) and isinstance(entry, Mapping) and (found := _figures(entry)):
+                return found
+        if export.get("int8") is True or export.get("precision") == "int8":
+            return _figures(export)
+        export = list(export.values())
+    entries = export if isinstance(export, list) else []
+    return next((found for entry in entries if (found := int8(entry))), {})
+
+
+def _figures(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of an entry that the table has rows for."""
+    keys = ("bytes", "top1", "top5", "loss")
+    return {key: entry[key] for key in keys if isinstance(entry.get(key), int | float)}
 
 
 def notes(metrics: Mapping[str, Any]) -> str:
@@ -77,7 +110,7 @@ def notes(metrics: Mapping[str, Any]) -> str:
     size = " x ".join(str(side) for side in metrics["input_size"])
     parts = [f"Multiply-accumulates are counted for one image of {size}."]
     if "top1" in metrics and metrics.get("images"):
-        where = f" of `{metrics['data']}`" if metrics.get("data") else ""
+        where = f" of {found}" if (found := _data(metrics)) else ""
         parts.append(f"Accuracy is measured on {metrics['images']:,d} images{where}.")
     if timings := _timings(metrics):
         places = dict.fromkeys(_place(timing) for timing in timings)
@@ -136,10 +169,21 @@ def dense_layers(metrics: Mapping[str, Any]) -> str:
 
 
 def facts(metrics: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """How the numbers were measured, as pairs of label and value."""
-    for key, label in _FACTS.items():
-        if metrics.get(key) is not None:
-            yield label, _inline(metrics[key])
+    """How the numbers came about, as pairs of label and value."""
+    if where := _data(metrics):
+        yield "data", where
+    if count := metrics.get("calibration_images"):
+        copies = metrics.get("calibration_copies")
+        more = f", each with {copies} augmented cop{'y' if copies == 1 else 'ies'}" if copies else ""
+        yield "calibration images", f"{count:,d} without labels{more}"
+    if (runs := metrics.get("runs")) is not None:
+        yield "training runs", _inline(runs)
+    if metrics.get("seed") is not None:
+        yield "seed", _inline(metrics["seed"])
+    if metrics.get("seconds") is not None:
+        yield "duration", _duration(metrics["seconds"])
+    if (processes := metrics.get("processes")) and processes != 1:
+        yield "processes", _inline(processes)
     for key in ("hardware", "versions"):
         if found := metrics.get(key):
             words = ", ".join(f"{k} {v}" for k, v in found.items()) if isinstance(found, Mapping) else found
@@ -147,32 +191,59 @@ def facts(metrics: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def recipe(metrics: Mapping[str, Any]) -> str:
-    """How the weights were made, in one or two sentences."""
+    """How the weights were made, in a few sentences."""
     config, refined = metrics.get("config"), _refined(metrics.get("refinement"))
     if metrics.get("trained") is False:
         count = metrics.get("calibration_images")
         how = f"fitted to each layer's output on {count:,d} unlabelled images" if count else "computed from the weights"
-        if not refined:
-            return f"No training: the factors were {how}."
-        return f"No labels: the factors were {how}, then {refined}."
-    if not isinstance(config, Mapping):
-        return ""
-    settings = ", ".join(f"{key} {config[key]}" for key in _RECIPE if config.get(key) not in (None, "", 0))
-    before = f"The fit was {refined}. " if refined else ""
-    return f"{before}Trained with the adaptive rank penalty: {settings}. All settings are in `metrics.json`."
+        begin = "No labels were used" if refined else "No training"
+        return f"{begin}: the factors were {how}.{refined}"
+    return f"{_trained(config)}{refined} All settings are in `metrics.json`." if isinstance(config, Mapping) else ""
+
+
+def _trained(config: Mapping[str, Any]) -> str:
+    """The phases of a training run, with their settings."""
+    parts = []
+    if epochs := config.get("dense_epochs"):
+        parts.append(f"The dense model was trained for {_epochs(epochs)}.")
+    if epochs := config.get("epochs"):
+        start = "the fitted model" if config.get("start_from") == "fit" else "the dense model"
+        parts.append(f"Trained with the adaptive rank penalty for {_epochs(epochs)}, starting from {start}.")
+    if epochs := config.get("finetune_epochs"):
+        parts.append(f"The factors were fine-tuned for {_epochs(epochs)}.")
+    if config.get("distill"):
+        teacher = model_name(str(config["teacher"])) if config.get("teacher") else ""
+        parts.append(f"The loss distils from {f'`{teacher}`' if teacher else 'the dense model'}.")
+    values = [form.format(config[key]) for key, form in _SETTINGS.items() if config.get(key) not in (None, "", "no", 0)]
+    if values:
+        parts.append(f"Settings: {', '.join(values)}.")
+    return " ".join(parts)
+
+
+def _epochs(count: Any) -> str:
+    return f"{count} epoch{'' if count == 1 else 's'}"
 
 
 def _refined(refinement: Any) -> str:
-    """What a refinement did, as `arp_hub.Refinement` has it; empty without one."""
+    """A sentence on what a refinement did, as `arp_hub.Refinement` has it; empty without one."""
     if not isinstance(refinement, Mapping):
         return ""
-    seconds = refinement["seconds"]
-    duration = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+    before, after = refinement["before"], refinement["after"]
+    where = f"on {refinement['held_out']:,d} other images"
+    done = f" The fit was refined on {refinement['images']:,d} unlabelled images for {_duration(refinement['seconds'])}"
+    if after >= before:
+        return f"{done}, but no step brought it closer to the dense model's predictions {where}: the fit is unchanged."
+    digits = next((n for n in range(3, 7) if round(before, n) != round(after, n)), 6)
     return (
-        f"refined on {refinement['images']:,d} unlabelled images for {duration} "
-        f"(divergence from the dense model's predictions: {refinement['before']:.3f} nats before, "
-        f"{refinement['after']:.3f} after, on {refinement['held_out']:,d} others)"
+        f"{done}. The divergence from the dense model's predictions fell from {before:.{digits}f} to "
+        f"{after:.{digits}f} nats {where}."
     )
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} hours"
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
 
 
 def limits(metrics: Mapping[str, Any], decomposed: bool) -> list[str]:
@@ -182,9 +253,13 @@ def limits(metrics: Mapping[str, Any], decomposed: bool) -> list[str]:
         pass  # its card has the accuracy
     elif "top1" not in metrics:
         found.append("No accuracy was measured: evaluate the model on your data before you rely on it.")
-    elif "top1" in dense and round(dense["top1"] - metrics["top1"], 2) > 0:
-        lost = dense["top1"] - metrics["top1"]
-        found.append(f"It is {lost:.2f} points of top-1 less accurate than its dense form on the images measured.")
+    elif "top1" in dense and (lost := round(dense["top1"], 2) - round(metrics["top1"], 2)) > 0.005:
+        found.append(f"It is {lost:.2f} points of top-1 less accurate than the dense model on the images measured.")
+    if metrics.get("random_weights"):
+        found.append("The dense model had random weights: the numbers show sizes and timings, not a useful accuracy.")
+    config = metrics.get("config")
+    if isinstance(config, Mapping) and (steps := config.get("max_steps")):
+        found.append(f"It comes from a trial run of at most {steps} steps in each phase.")
     if metrics.get("shared_images"):
         found.append(
             "The data has only one split: calibration used some of the test images, without their labels. Both "
@@ -206,13 +281,25 @@ def _speed(metrics: Mapping[str, Any]) -> list[str]:
             "layers can be slower than one large layer, especially at large batch sizes on a GPU. Measure it on your "
             "device."
         ]
-    found = [
-        f"Smaller but not faster on {_place(timing)} at batch {timing['batch_size']}: it takes "
-        f"{100 * timing['ratio']['median']:.0f} % of the dense model's time."
-        for timing in timings
-        if timing["ratio"]["median"] > _FASTER
-    ]
+    found = []
+    for timing in timings:
+        share, where = _share_of_time(timing), f"on {_place(timing)} at batch {timing['batch_size']}"
+        if share > 100 * (1 + _NOISE):
+            found.append(f"Slower than the dense model {where}: it takes {share} % of the dense model's time.")
+        elif share > 100 * (1 - _NOISE):
+            found.append(f"As fast as the dense model {where}, within the noise: it takes {share} % of the time.")
     return [*found, "Latency differs on other devices, batch sizes and precisions: measure it on yours."]
+
+
+def _medians(timing: Mapping[str, Any]) -> tuple[float, float]:
+    """Median latency of the dense and the compressed model in milliseconds."""
+    return timing["dense_latency_ms"]["median"], timing["latency_ms"]["median"]
+
+
+def _share_of_time(timing: Mapping[str, Any]) -> int:
+    """Time of the compressed model in per cent of the dense model's, of the medians that the card shows."""
+    before, after = _medians(timing)
+    return round(100 * after / before)
 
 
 def _timings(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -227,6 +314,16 @@ def _place(timing: Mapping[str, Any]) -> str:
     compiled = "compiled" if timing.get("compiled") else ""
     where = timing.get("hardware") or timing["device"]
     return ", ".join(filter(None, (where, threads, timing["dtype"], layout, compiled)))
+
+
+def _data(metrics: Mapping[str, Any]) -> str:
+    """The data that accuracy was measured on: ``CIFAR-10, test split``."""
+    name, split = _inline(data_name(metrics)), metrics.get("split")
+    return f"{name}, {_inline(split)} split" if name and split else name
+
+
+def _percent(after: float, before: float) -> str:
+    return f"{100 * after / before:.1f} %"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

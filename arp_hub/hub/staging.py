@@ -17,7 +17,7 @@ from ..decomposition import to_dense
 from ..errors import ArpHubError
 from ..layers.model import low_rank_layers
 from ..models._untrusted import read_config
-from .card import PICTURES, UNFIT, by_hand, draw_pictures, keep_by_hand, model_card
+from .card import PICTURES, UNFIT, by_hand, draw_pictures, keep_by_hand, model_card, read_export
 from .load import load_model
 from .save import CARD, CONFIG, FAILED_WRITES, METRICS, WEIGHTS, plain_metrics, save_pretrained, write_card, write_json
 
@@ -95,7 +95,8 @@ def stage(
     name = f"hf-hub:{repo_id}" + ("" if branch == MAIN else f"@{branch}")
     dense = merged.branch if merged else None
     try:
-        card = model_card(config, numbers, name, pictures=pictures, dense=dense, tag=tag)
+        export = read_export(folder)
+        card = model_card(config, numbers, name, pictures=pictures, dense=dense, tag=tag, export=export)
     except UNFIT as error:
         raise _unfit(folder / METRICS, error) from error
     here = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +14,21 @@ from markupsafe import Markup
 from .._utils.files import read_text, write_atomically
 from .._utils.parse import parse_json, read_json
 from ..errors import ArpHubError, checked_path
-from .plots import can_draw, curves_figure, decay_figure, inline_svg, rank_bars_figure, violations_figure
+from .model_figures import decays_figure
+from .plots import can_draw, inline_svg
+from .run_figures import curves_figure, rank_bars_figure, violations_figure
 
 REPORT = "report.html"
 _PHASES = ("dense", "compress", "finetune")
+_HEADINGS = {
+    "model": "Model and data",
+    "keep_params": "Budget",
+    "dense_epochs": "Phases",
+    "batch_size": "Optimisation",
+    "distill": "Regularisation",
+    "output": "Output",
+}
+"""The first setting of each group of `TrainConfig`, with the heading of the group."""
 
 
 def write_report(folder: str | os.PathLike[str]) -> Path:
@@ -95,7 +107,11 @@ def _charts(log: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> lis
     return [
         _chart("Loss", "Mean over each epoch, in nats.", curves_figure, curves("loss"), "loss"),
         _chart(
-            "Accuracy", "Top-1 on augmented training images and on held-out ones.", curves_figure, accuracy, "top-1, %"
+            "Accuracy",
+            "Top-1 on augmented training images and on held-out ones. The axis starts at the lowest value.",
+            functools.partial(curves_figure, from_lowest=True),
+            accuracy,
+            "top-1, %",
         ),
         _chart("Learning rate", "At the last step of each epoch.", curves_figure, curves("lr"), "learning rate"),
         _chart(
@@ -105,31 +121,42 @@ def _charts(log: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> lis
             violations,
         ),
         _chart("Ranks", "Scheme and rank of every decomposed layer.", rank_bars_figure, _ranks(metrics)),
-        *(
-            _chart(title, "Singular values of every layer; the first layer is the palest.", decay_figure, spectra)
-            for title, spectra in (
-                ("Spectra before", metrics.get("dense", {}).get("spectra")),
-                ("Spectra after", metrics.get("spectra")),
-            )
-            if spectra
+        _chart(
+            "Spectra",
+            "Singular values of each layer in its scheme. The plan keeps the coloured part and cuts the grey part.",
+            decays_figure,
+            _spectra(metrics),
+            _cuts(metrics),
         ),
     ]
 
 
 def _chart(
-    heading: str, text: str, draw: Callable[..., Any], data: Mapping[str, Any], *labels: str
+    heading: str, text: str, draw: Callable[..., Any], data: Mapping[str, Any], *more: Any
 ) -> tuple[str, str, Markup | None]:
     # The labels of the SVG and all text in it are escaped by the XML writers.
-    return heading, text, Markup(inline_svg(heading, draw, data, *labels)) if data else None
+    return heading, text, Markup(inline_svg(heading, draw, data, *more)) if data else None
 
 
 def _ranks(metrics: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
-    """Rank over all groups, and a text with scheme, rank and groups, by layer."""
+    """Rank of one group, and a text with scheme, rank and groups, by layer."""
     found = {}
     for name, layer in metrics.get("plan", {}).get("layers", {}).items():
         rank, groups = layer["rank"], layer.get("groups", 1)
-        found[name] = (rank * groups, f"{layer['scheme']}, {rank}" + (f" x {groups}" if groups > 1 else ""))
+        found[name] = (rank, f"{layer['scheme']}, {rank}" + (f" x {groups}" if groups > 1 else ""))
     return found
+
+
+def _cuts(metrics: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
+    """Scheme, and rank of one group, by layer."""
+    layers = metrics.get("plan", {}).get("layers", {})
+    return {name: (layer["scheme"], layer["rank"]) for name, layer in layers.items()}
+
+
+def _spectra(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Spectra by layer. Entries without the full rank, as versions before 0.1.0 wrote them, are left out."""
+    found = metrics.get("spectra") or {}
+    return {name: entry for name, entry in found.items() if isinstance(entry, Mapping) and entry.get("values")}
 
 
 def _sizes(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -149,13 +176,25 @@ def _sizes(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def _facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Settings, hardware and versions of the run."""
+def _facts(metrics: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Measurement, settings, hardware and versions of the run: a heading, and pairs of name and value."""
     names = ("data", "split", "images", "bad_images", "seed", "processes", "seconds")
-    groups = [{name: metrics[name] for name in names if name in metrics}]
-    groups += [metrics.get(name, {}) for name in ("hardware", "versions", "config")]
-    pairs = ((key, value) for group in groups for key, value in group.items() if value not in (None, "", []))
-    return list(dict.fromkeys((str(key).replace("_", " "), str(value)) for key, value in pairs))
+    groups: dict[str, dict[str, Any]] = {"Measurement": {name: metrics[name] for name in names if name in metrics}}
+    heading = "Settings"
+    for name, value in metrics.get("config", {}).items():
+        heading = _HEADINGS.get(name, heading)
+        groups.setdefault(heading, {})[name] = value
+    groups |= {"Hardware": metrics.get("hardware", {}), "Versions": metrics.get("versions", {})}
+    found = []
+    for title, group in groups.items():
+        pairs = [(str(key).replace("_", " "), str(value)) for key, value in group.items() if _set(value)]
+        if pairs:
+            found.append((title, pairs))
+    return found
+
+
+def _set(value: Any) -> bool:
+    return value not in (None, "", [], {})
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

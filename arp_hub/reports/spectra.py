@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,11 @@ from ..calibration.images import Images
 from ..calibration.passes import all_moments
 from ..effort import Effort
 from ..errors import ArpHubError
+from ..layers.apply_plan import check_plan
 from ..layers.dense import refusal
 from ..layers.low_rank import LowRankLayer, effective_weight, layer_shape
 from ..layers.model import weight_layers
+from ..plan import RankPlan
 from ..schemes import SCHEMES, MatrixScheme, Scheme, make_scheme, relative_error
 from ..schemes.linalg import singular_values, tail_shares
 
@@ -93,26 +96,52 @@ def spectrum(module: nn.Module, scheme: Scheme | None = None) -> Spectrum:
     return Spectrum(singular_values(scheme.fold(effective_weight(module).double())).float())
 
 
-def decays(model: nn.Module, points: int = 33) -> dict[str, list[float]]:
-    """How fast the singular values of every layer fall, in few numbers, as ``metrics.json`` keeps them for the card.
+@torch.no_grad()
+def decays(model: nn.Module, plan: RankPlan, points: int = 33) -> dict[str, dict[str, Any]]:
+    """How fast the singular values of every planned layer fall, each in its own scheme, as ``metrics.json`` keeps them.
 
     Args:
-        model: A model, dense or decomposed (then the merged weights count).
-        points: Numbers a layer, at even steps from the largest singular value to the smallest.
+        model: The dense model.
+        plan: Its plan. Only the scheme and groups of every layer count, not the rank.
+        points: Numbers a layer, at even steps from rank 1 to the full rank.
 
     Returns:
-        Singular values of the ``channel`` fold over the largest, by layer.
+        By layer, the ``full_rank`` of its scheme per block, and ``values``: singular values over the largest.
+
+    Raises:
+        ArpHubError: If the plan does not fit the model.
 
     Example:
-        >>> dense = {"spectra": decays(model)}  # doctest: +SKIP
+        >>> spectra = decays(model, plan)  # doctest: +SKIP
     """
-    return {name: _decay(spectrum(layer).values, points) for name, layer in decomposable_layers(model).items()}
+    found = {}
+    for name, scheme in check_plan(model, plan).items():
+        energies = rank_energies(effective_weight(model.get_submodule(name)).double(), scheme)
+        values = (energies / energies.max().clamp_min(torch.finfo(energies.dtype).tiny)).sqrt()
+        places = torch.linspace(0, len(values) - 1, min(points, len(values))).round().long()
+        rounded = [float(f"{value:.3g}") for value in values[places.to(values.device)].tolist()]
+        found[name] = {"full_rank": len(values), "values": rounded}
+    return found
 
 
-def _decay(values: Tensor, points: int) -> list[float]:
-    mean = (values / values[:, :1].clamp_min(torch.finfo(values.dtype).tiny)).mean(0)
-    places = torch.linspace(0, len(mean) - 1, min(points, len(mean))).round().long()
-    return [float(f"{value:.3g}") for value in mean[places].tolist()]
+def rank_energies(weight: Tensor, scheme: Scheme) -> Tensor:
+    """The energy that rank 1, 2, .. of a scheme adds to the approximation of a weight, up to the full rank.
+
+    For the matrix schemes these are the squared singular values of the matrix that the scheme truncates, summed over
+    its blocks. For ``cp`` they are those of the kernel's slices, and for ``tucker2`` those of its two channel modes:
+    what both schemes truncate before their first sweep.
+
+    Args:
+        weight: Dense weight ``(G * O, I, kh, kw)``.
+        scheme: A scheme bound to its shape.
+    """
+    values = scheme.spectrum(weight)
+    if values is not None:
+        return values.square().sum(0)
+    start = scheme.cold_start(weight, 1)
+    assert start is not None  # a scheme without a spectrum has a cold start
+    errors = start[1]
+    return -torch.cat([errors.new_ones(1), errors]).diff().clamp_max(0)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from .._utils.files import write_atomically
 from ..hub.load import hub_dataset, is_saved_model, published_name
 from ..hub.push import push_to_hub
 from ..hub.save import METRICS, save_pretrained
+from ..layers.apply_plan import plan_of
 from ..plan import RankPlan
 from ..reports.run_page import write_report
 from ..reports.spectra import decays
@@ -61,8 +62,7 @@ def save(run: Run, dense: nn.Module, model: nn.Module, metrics: dict[str, Any]) 
             "base_model": published_name(config.model, dense) if published and not config.checkpoint else None,
             "dataset": hub_dataset(config.data),
             "shared_images": run.data.train.name == run.data.test.name,
-            "dense": {**metrics["dense"], "spectra": decays(dense)},
-            "spectra": decays(model),
+            "spectra": decays(dense, plan_of(model)),
             "history": [entry for entry in read_log(run.log.path) if "violation" in entry],
         }
         label_names = names if len(names) == model.num_classes else None

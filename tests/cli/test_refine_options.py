@@ -31,7 +31,7 @@ def test_compress_refines_and_says_so(tmp_path, capsys):
     assert (found["images"], found["held_out"], found["steps"]) == (54, 6, 12)
     assert found["after"] <= found["before"]
     assert json.loads((out / "metrics.json").read_text())["refinement"] == found
-    assert "then refined on 54 unlabelled images" in (out / "README.md").read_text()
+    assert "The fit was refined on 54 unlabelled images" in (out / "README.md").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # no state is left
 
 

@@ -18,8 +18,18 @@ from arp_hub.layers.low_rank import layer_shape
 from arp_hub.layers.model import count_params
 from arp_hub.layers.trace import count_macs
 from arp_hub.plan import LayerPlan, RankPlan
-from arp_hub.reports.plots import save_figure, spectra_figure
-from arp_hub.reports.spectra import MATRIX_SCHEMES, Spectrum, decomposable_layers, output_spectra, spectrum, violation
+from arp_hub.reports.model_figures import decays_figure, moved, spectra_figure
+from arp_hub.reports.plots import save_figure
+from arp_hub.reports.spectra import (
+    MATRIX_SCHEMES,
+    Spectrum,
+    decays,
+    decomposable_layers,
+    output_spectra,
+    rank_energies,
+    spectrum,
+    violation,
+)
 from arp_hub.reports.summary import plan_report, spectrum_reports
 from arp_hub.reports.tables import dense_table, plan_table, spectrum_table
 from arp_hub.schemes import make_scheme, relative_error
@@ -75,6 +85,48 @@ def test_schemes_that_are_no_matrix_have_no_spectrum():
     assert MATRIX_SCHEMES == ("channel", "spatial", "group_in", "group_out")
     with pytest.raises(ArpHubError, match="'cp' has no singular values"):
         spectrum(conv, make_scheme("cp", layer_shape(conv)))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "groups"),
+    [("channel", 1), ("spatial", 1), ("group_in", 2), ("group_out", 4), ("cp", 1), ("tucker2", 1)],
+    ids=str,
+)
+def test_energies_of_ranks_are_those_of_what_the_scheme_truncates(scheme, groups):
+    """They add up to the weight's energy, and the rest beyond a rank is the error there: of a cold start, at least."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 12, 3)
+    bound = make_scheme(scheme, layer_shape(conv), groups)
+    weight = conv.weight.detach().double()
+    energies = rank_energies(weight, bound)
+    shares = energies / energies.sum()
+    assert len(shares) == bound.max_rank and (shares >= 0).all()
+    for rank in (1, 2, 5):
+        error = float(relative_error(weight, bound.compose(bound.nearest(weight, rank))))
+        exact = scheme in MATRIX_SCHEMES
+        assert float(shares[rank:].sum()) == pytest.approx(error, abs=1e-5) if exact else shares[rank:].sum() > error
+
+
+def test_the_picture_of_spectra_cuts_every_layer_at_its_rank(resnet):
+    falls = decays(resnet, PLAN)
+    assert {name: found["full_rank"] for name, found in falls.items()} == {
+        "layer1.0.conv1": 64 * 9, "layer2.0.conv1": 128, "layer3.0.conv2": 768, "layer3.0.downsample.0": 64,
+        "layer4.1.conv2": 512,
+    }  # fmt: skip
+    cuts = {name: (entry.scheme, entry.rank) for name, entry in PLAN.layers.items()}
+    figure = decays_figure(falls, cuts)
+    panels = [axes for axes in figure.axes if axes.lines]
+    assert [axes.get_title("left").partition(":")[0] for axes in panels] == [scheme for scheme, _ in cuts.values()]
+    for axes, (name, (_, rank)) in zip(panels, cuts.items(), strict=True):
+        dots = [float(line.get_xdata()[0]) for line in axes.lines if line.get_marker() == "o"]
+        assert dots == [pytest.approx(rank / falls[name]["full_rank"])]
+
+
+@pytest.mark.parametrize(
+    ("means", "drawn"), [([], False), ([0.1], False), ([0.0, 0.0], False), ([1e-7, 3e-8], False), ([0.5, 1e-3], True)]
+)
+def test_violations_are_drawn_where_they_moved(means, drawn):
+    assert moved([{"violation": mean} for mean in means]) == drawn
 
 
 def test_output_spectrum_holds_the_energy_of_the_outputs():

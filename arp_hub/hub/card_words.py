@@ -1,0 +1,126 @@
+"""What a card says of places on the machine that made it: names of data sets, teachers and commands, never paths."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+_DATA = {
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "digits": "scikit-learn's digits",
+    "imagenet": "ImageNet",
+    "imagenet-1k": "ImageNet",
+    "imagenet-sample": "a sample of ImageNet",
+    "imagenet-val": "a sample of ImageNet",
+    "mnist": "MNIST",
+}
+"""Names that readers know, by the last part of a folder's or a Hub id's name."""
+_PROGRAMS = {"arp-hub": "arp-hub", "__main__.py": "python -m arp_hub"}
+"""Programs of the package by their recorded name."""
+_RECIPES = (
+    "any_backbone.py cifar_resnet110.py cifar_resnet20.py cifar_resnet56.py cifar_vgg16.py custom_loop.py "
+    "quickstart.py resnet50.py"
+).split()
+"""Scripts under ``recipes/`` of the repository."""
+_OWN_OPTIONS = {
+    "--checkpoint-every": 1,
+    "--hub-private": 0,
+    "--json": 0,
+    "--keep-checkpoints": 1,
+    "--log-every": 1,
+    "--overwrite": 0,
+    "--push-to-hub": 1,
+    "--resume": 1,
+    "--tracker": 1,
+    "--workers": 1,
+}
+"""Options that change nothing in the model, with the number of their values: a printed command leaves them out."""
+
+_FILES = (".safetensors", ".pth", ".pt", ".bin", ".json", ".yaml", ".yml")
+"""Endings of files that only the author has."""
+
+
+def data_name(metrics: Mapping[str, Any]) -> str:
+    """The data set by its name: an id on the Hub with a link, or the last part of a folder's name; else empty."""
+    dataset = str(metrics.get("dataset") or "")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
+        return f"[{dataset}](https://huggingface.co/datasets/{dataset})"
+    return plain_data_name(metrics)
+
+
+def plain_data_name(metrics: Mapping[str, Any]) -> str:
+    """The same without a link."""
+    last = _last_part(metrics.get("dataset") or metrics.get("data") or "")
+    return _DATA.get(last.lower(), last)
+
+
+def model_name(name: str) -> str:
+    """A model by its name: of a folder, the last part."""
+    kind, colon, rest = name.partition(":")
+    return rest if colon and kind == "hf-hub" else _last_part(rest if colon else name)
+
+
+def command(metrics: Mapping[str, Any]) -> str:
+    """The recorded command as a reader can run it; empty if it needs files or scripts that only its author has."""
+    recorded = metrics.get("command")
+    if not isinstance(recorded, str):
+        return ""
+    try:
+        program, *words = shlex.split(recorded)
+    except ValueError:
+        return ""
+    printed = _PROGRAMS.get(program) or (f"python recipes/{program}" if program in _RECIPES else "")
+    options = _options(words)
+    if not printed or options is None:
+        return ""
+    kept = []
+    for option, values in options:
+        if option in _OWN_OPTIONS:
+            continue
+        if option == "--output":
+            values = ["out"]
+        elif option == "--data":
+            values = [metrics["dataset"]] if metrics.get("dataset") else values
+            if values != ["digits"] and not metrics.get("dataset"):
+                return ""
+        elif any(_is_local(value) for value in values):
+            return ""
+        kept += [option, *values]
+    return f"{printed} {shlex.join(word for word in kept if word)}".rstrip()
+
+
+def _options(words: list[str]) -> list[tuple[str, list[str]]] | None:
+    """Options with their values; the words before the first option come with an empty name."""
+    found: list[tuple[str, list[str]]] = [("", [])]
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            found.append((name, [value] if equals else []))
+        elif _is_full(found[-1]):
+            return None  # a value that belongs to no option known to take one
+        else:
+            found[-1][1].append(word)
+    return found
+
+
+def _is_full(option: tuple[str, list[str]]) -> bool:
+    return len(option[1]) >= _OWN_OPTIONS.get(option[0], 1_000)
+
+
+def _is_local(word: str) -> bool:
+    """Whether a word names a file or folder, rather than a Hub id, a number or a name."""
+    kind, colon, rest = word.partition(":")
+    if colon and kind == "hf-hub":
+        return False
+    if colon and kind == "local-dir":
+        return True
+    return (
+        word.endswith((".safetensors", ".pth", ".pt", ".bin", ".json", ".yaml", ".yml")) or "/" in word or "\\" in word
+    )
+
+
+def _last_part(path: Any) -> str:
+    return next((part for part in reversed(re.split(r"[\\/]", str(path))) if part not in ("", ".", "..")), "")

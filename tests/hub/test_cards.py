@@ -1,0 +1,240 @@
+"""What a reader of a card may and may not meet: no path, no row name, one number for one thing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from helpers import low_rank_model
+
+import arp_hub
+from arp_hub.hub.card import model_card
+from arp_hub.hub.card_words import _RECIPES, command
+from arp_hub.training import TrainConfig, run
+from arp_hub_cli.app import app
+
+ROOT = Path(__file__).parents[2]
+STORED = sorted(
+    path for folder in ("benchmarks/models", "docs/examples") for path in (ROOT / folder).glob("*/README.md")
+)
+PATH = re.compile(r"\.\./|(?<![\w.-])runs/|(?:^|[\s\"'`(=:])(?:/(?!owner)[A-Za-z.]|[A-Za-z]:\\|~/)", re.M)
+ROW = re.compile(r"\b(?:fit|weights|svd|train|long|long-teacher|teacher|ramp|factors|uniform-cp)/\w+/0\.\d")
+FIT = ["--keep-params", "0.6", "--schemes", "channel", "--effort", "fast"]
+TRAINED = {
+    "model": "cifar_resnet20", "data": "digits", "keep_params": 0.5, "schemes": ("channel",), "calibration_images": 4,
+    "max_steps": 2, "batch_size": 16, "cpu": True, "tracker": "none", "epochs": 1, "ramp": 0.0,
+}  # fmt: skip
+
+
+def check(card: str) -> None:
+    """Fail if a card names a place of a machine or a row of a benchmark."""
+    assert [match[0] for match in PATH.finditer(card)] == []
+    assert [match[0] for match in ROW.finditer(card)] == []
+
+
+def arp(*words: object) -> None:
+    with pytest.raises(SystemExit) as stop:
+        app([str(word) for word in words])
+    assert not stop.value.code
+
+
+def read_card(folder: Path) -> str:
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    check(card)
+    for path in (str(folder), str(folder.parent)):
+        assert path not in card
+    return card
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.parent.name)
+def test_stored_cards_name_no_path_and_no_row(path: Path) -> None:
+    card = path.read_text(encoding="utf-8")
+    check(card)
+    assert re.search(r"Top-1 accuracy is [\d.]+ % on (CIFAR-10|a sample of ImageNet), (test|validation) split;", card)
+    folder = path.parent.relative_to(ROOT)
+    if folder.parts[0] == "benchmarks":
+        assert f'"local-dir:{folder.as_posix()}"' in card
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["../shared/data", "in runs/out here", "from /data/x", "`~/weights`", "C:\\models", "--data=/data", "train/r/0.5"],
+)
+def test_the_check_finds_what_must_not_be_there(text: str) -> None:
+    with pytest.raises(AssertionError):
+        check(f"a card\n{text}")
+
+
+def test_a_card_without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["compress", "--model", "test_resnet", "--no-pretrained", *FIT, "--output", str(tmp_path / "small")]
+    monkeypatch.setattr("sys.argv", ["arp-hub", *words])
+    arp(*words)
+    card = read_card(tmp_path / "small")
+    assert "Top-1" not in card and "No training: the factors were computed from the weights." in card
+    assert "had random weights" in card and "No accuracy was measured" in card
+    assert command_of(card) == [*words[:-1], "out"]
+    assert card.index("```python") < card.index("## Results") < card.index("| parameters |") < card.index("## Use")
+
+
+def test_a_card_of_a_model_fitted_and_refined_on_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = ("--data", "digits", "--calibration-images", 32, "--max-images", 32)
+    refine = ("--refine", "--refine-steps", 4, "--refine-images", 40)
+    words = ("compress", "--model", "cifar_resnet20", *data, *FIT, *refine, "--output", tmp_path / "small")
+    monkeypatch.setattr("sys.argv", ["arp-hub", *map(str, words)])
+    arp(*words)
+    card = read_card(tmp_path / "small")
+    assert "on scikit-learn's digits, test split; the dense model reaches" in card
+    assert "- data: scikit-learn's digits, test split" in card
+    assert "fitted to each layer's output on 32 unlabelled images" in card
+    assert "calibration images: 32 without labels" in card
+    assert re.search(r"fell from [\d.]+ to [\d.]+ nats on \d+ other images|the fit is unchanged", card)
+    assert command_of(card)[:5] == ["compress", "--model", "cifar_resnet20", "--data", "digits"]
+    numbers = json.loads((tmp_path / "small" / "metrics.json").read_text())
+    assert set(numbers["spectra"]) == set(numbers["plan"]["layers"])
+
+
+def command_of(card: str) -> list[str]:
+    """The arguments of the command that a card prints."""
+    program, *words = shlex.split(card.split("```bash\n")[1].split("```")[0])
+    assert program == "arp-hub"
+    return words
+
+
+@pytest.mark.parametrize("kind", ["penalty", "teacher and fine-tuning"])
+def test_a_card_of_a_training_run(tmp_path: Path, kind: str) -> None:
+    changes: dict[str, Any] = {}
+    if kind != "penalty":
+        torch.manual_seed(0)
+        mean_and_std = {key: timm.create_model("cifar_resnet20").pretrained_cfg[key] for key in ("mean", "std")}
+        teacher = timm.create_model("cifar_resnet20", pretrained_cfg_overlay=mean_and_std)
+        arp_hub.save_pretrained(teacher, tmp_path / "taught")
+        changes = {"distill": 0.5, "teacher": f"local-dir:{tmp_path / 'taught'}", "finetune_epochs": 2}
+    run(TrainConfig(**TRAINED, output=str(tmp_path / "small"), **changes))
+    card = read_card(tmp_path / "small")
+    assert "Trained with the adaptive rank penalty for 1 epoch, starting from the fitted model." in card
+    assert "learning rate 0.05, batch size 16" in card and "| after penalty training, before decomposition |" in card
+    assert ("The factors were fine-tuned for 2 epochs. The loss distils from `taught`." in card) == (kind != "penalty")
+
+
+def numbers(**changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    args = {"backbone": "resnet18", "plan": {"layers": {"a": {"scheme": "cp", "rank": 3}}}}
+    config = {"architecture": "arp_lowrank", "num_classes": 10, "pretrained_cfg": {}, "model_args": args}
+    metrics = {"params": 50, "macs": 60, "bytes": 2_000_000, "top1": 70.0, "input_size": [3, 32, 32],
+               "dense": {"params": 100, "macs": 100, "bytes": 4_000_000, "top1": 71.0}}  # fmt: skip
+    return config, metrics | changes
+
+
+def rendered(export: Any = None, **changes: Any) -> str:
+    return model_card(*numbers(**changes), "hf-hub:ann/small", export=export)
+
+
+@pytest.mark.parametrize(
+    ("ms", "words"),
+    [
+        ((28.48, 27.98), "| 98 % |.*As fast as the dense model .* it takes 98 % of the time"),
+        ((10.0, 9.96), "| 100 % |.*As fast .* it takes 100 % of the time"),
+        ((10.0, 14.0), "| 140 % |.*Slower than the dense model .* it takes 140 % of the dense model's time"),
+        ((10.0, 5.0), "| 50 % |"),
+    ],
+)
+def test_a_latency_is_one_number(ms: tuple[float, float], words: str) -> None:
+    dense, small = ms
+    timing = {"device": "cpu", "threads": 1, "dtype": "float32", "batch_size": 1, "ratio": {"median": 1.001},
+              "dense_latency_ms": {"median": dense}, "latency_ms": {"median": small}}  # fmt: skip
+    card = rendered(latency=[timing])
+    assert re.search(words.replace("| ", r"\| ", 2), card, re.S)
+    shares = set(re.findall(r"(?<!\.)\b(\d+) % (?:\||of the (?:time|dense model's))", card))
+    assert shares == {str(round(100 * small / dense))}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (
+            0.188,
+            0.188,
+            "no step brought it closer to the dense model's predictions on 50 other images: the fit is unch",
+        ),
+        (0.3, 0.1, "fell from 0.300 to 0.100 nats on 50 other images."),
+        (0.18841, 0.18839, "fell from 0.18841 to 0.18839 nats"),
+    ],
+)
+def test_a_refinement_says_whether_it_helped(before: float, after: float, words: str) -> None:
+    refinement = {"before": before, "after": after, "images": 100, "held_out": 50, "steps": 9, "seconds": 60.0}
+    card = rendered(trained=False, calibration_images=64, refinement=refinement)
+    assert words in card and "No labels were used: the factors were fitted" in card
+
+
+@pytest.mark.parametrize(
+    "export",
+    [
+        {"onnx-int8": {"bytes": 600_000, "top1": 69.5}, "onnx": {"bytes": 2_100_000, "top1": 70.0}},
+        {"files": [{"precision": "float32", "bytes": 5}, {"precision": "int8", "bytes": 600_000, "top1": 69.5}]},
+        {"int8": True, "bytes": 600_000, "top1": 69.5},
+    ],
+)
+def test_an_exported_int8_model_has_a_column(export: Any) -> None:
+    card = rendered(export)
+    assert "|  | dense | compressed | of dense | compressed, int8 |" in card
+    assert "| weights | 4.00 MB | 2.00 MB | 50.0 % | 0.60 MB |" in card
+    assert "| top-1, % | 71.00 | 70.00 |  | 69.50 |" in card
+
+
+@pytest.mark.parametrize("export", [None, {}, [], 3, {"onnx": {"bytes": 5}}, {"int8": {"bytes": "many"}}])
+def test_other_exports_leave_the_table_as_it_is(export: Any) -> None:
+    assert "int8" not in rendered(export)
+
+
+def test_the_folder_of_an_exported_model_gives_the_column(tmp_path: Path) -> None:
+    from arp_hub.hub.card import read_export
+
+    model = low_rank_model("test_resnet", {"layer1.0.conv1": "channel"})
+    folder = arp_hub.save_pretrained(model, tmp_path / "small")
+    assert read_export(folder) is None
+    (folder / "export.json").write_text("not JSON")
+    assert read_export(folder) is None
+    (folder / "export.json").write_text('{"int8": {"top1": 5.0}}')
+    assert read_export(folder) == {"int8": {"top1": 5.0}}
+
+
+@pytest.mark.parametrize(
+    ("recorded", "dataset", "printed"),
+    [
+        ("arp-hub compress --model resnet18 --data digits --output runs/x --json", None,
+         "arp-hub compress --model resnet18 --data digits --output out"),
+        ("__main__.py compress --model a --data here/pets --output=o", "ann/pets",
+         "python -m arp_hub compress --model a --data ann/pets --output out"),
+        ("resnet50.py --epochs 3 --resume auto --push-to-hub ann/small --tracker none", None,
+         "python recipes/resnet50.py --epochs 3"),
+        ("arp-hub compress --model hf-hub:ann/big --keep-params 0.5", None,
+         "arp-hub compress --model hf-hub:ann/big --keep-params 0.5"),
+        ("arp-hub compress --model a --checkpoint weights.safetensors", None, ""),
+        ("arp-hub compress --model local-dir:big", None, ""),
+        ("arp-hub compress --model a --data pets", None, ""),
+        ("accuracy.py run train/resnet20/0.5 --shared ../shared", None, ""),
+        ("mine.py --fast", None, ""),
+        ("arp-hub 'unbalanced", None, ""),
+        (None, None, ""),
+    ],
+)  # fmt: skip
+def test_a_command_is_printed_where_a_reader_can_run_it(recorded: Any, dataset: Any, printed: str) -> None:
+    assert command({"command": recorded, "dataset": dataset}) == printed
+    assert ("```bash\n" in rendered(command=recorded, dataset=dataset)) == bool(printed)
+
+
+def test_recipes_whose_commands_are_printed_exist() -> None:
+    assert sorted(_RECIPES) == sorted(path.name for path in (ROOT / "recipes").glob("*.py"))
+
+
+def test_the_card_quotes_what_timm_says_without_the_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = arp_hub.save_pretrained(low_rank_model("test_resnet", {"layer1.0.conv1": "channel"}), tmp_path / "small")
+    monkeypatch.delitem(timm.models._registry._model_entrypoints, "arp_lowrank")
+    with pytest.raises(RuntimeError, match=r"^Unknown model \(arp_lowrank\)$") as raised:
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert f"If timm says `{raised.value}`" in read_card(folder)
