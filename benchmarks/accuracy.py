@@ -34,7 +34,7 @@ from arp_hub.layers.model import count_params
 from arp_hub.layers.trace import count_macs
 from arp_hub.plan import LayerPlan, RankPlan
 from arp_hub.schemes import make_scheme
-from arp_hub.training import TrainConfig, evaluate
+from arp_hub.training import TrainConfig, evaluate, load_data, refinement_images
 from arp_hub.training import run as train
 from benchmarks.networks import NETWORKS, SEED, calibration_of, load_network, test_images_of
 from benchmarks.rows import HERE, load_results, results_file, row_command, row_parser
@@ -52,6 +52,7 @@ class Row:
         images: Number of calibration images; None: the network's own number, 0: weights alone.
         schemes: Schemes to choose from; empty: all.
         uniform: Scheme for all k x k layers at the same share of parameters, instead of a plan by error.
+        refine: Minutes of refinement after the fit, on 1,000 unlabelled images.
         train: Settings of the recipe, if the row trains.
     """
 
@@ -60,6 +61,7 @@ class Row:
     images: int | None = None
     schemes: tuple[str, ...] = ()
     uniform: str = ""
+    refine: float = 0.0
     train: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -86,6 +88,7 @@ def _rows() -> dict[str, Row]:
             rows[f"fit/{network}/{keep}"] = Row(network, keep)
             rows[f"weights/{network}/{keep}"] = Row(network, keep, images=0)
             rows[f"svd/{network}/{keep}"] = Row(network, keep, images=0, schemes=("channel",))
+        rows[f"refine/{network}/{budgets[-1]}"] = Row(network, budgets[-1], refine=15)
     for keep in BUDGETS["resnet20"]:
         rows[f"uniform-cp/resnet20/{keep}"] = Row("resnet20", keep, uniform="cp")
     for name, schemes in SCHEME_SETS.items():
@@ -184,17 +187,29 @@ def measure_fit(row: Row, shared: Path) -> dict[str, Any]:
     else:
         plan = arp_hub.make_plan(model, keep_params=row.keep, schemes=row.schemes or None, calibration=images)
     planned = time.perf_counter()
-    small = arp_hub.decompose(copy.deepcopy(model), plan, images)
+    small, fitted = arp_hub.decompose(copy.deepcopy(model), plan, images), time.perf_counter()
+    refined = {}
+    if row.refine:
+        refined = {"fit": evaluate(small, test), "refinement": refine_without_labels(row, model, small, shared)}
     return {
         **evaluate(small, test),
         **_counts(small),
         "calibration_images": used,
         "calibration_copies": 0 if images is None else len(images) // used - 1,
         "seconds_plan": round(planned - began, 1),
-        "seconds_decompose": round(time.perf_counter() - planned, 1),
+        "seconds_decompose": round(fitted - planned, 1),
+        **refined,
         "dense": dense,
         "plan": plan.to_dict(),
     }
+
+
+def refine_without_labels(row: Row, dense: nn.Module, small: nn.Module, shared: Path) -> dict[str, Any]:
+    """Refine a decomposed model in place, on images that the fit has not seen as far as the data has enough."""
+    data = load_data(str(shared / "data" / NETWORKS[row.network].data), dense, seed=SEED)
+    images, held_out = refinement_images(data, 1000, seed=SEED)
+    done = arp_hub.refine(small, dense, images, held_out=held_out, minutes=row.refine, seed=SEED)
+    return dataclasses.asdict(done)
 
 
 def uniform_plan(model: nn.Module, keep: float, scheme: str) -> RankPlan:
