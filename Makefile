@@ -4,8 +4,9 @@ quality:  ## lint and type check, changing nothing
 	ruff check .
 	ruff format --check .
 	mypy
+	codespell README.md CHANGELOG.md CONTRIBUTING.md arp_hub arp_hub_cli benchmarks docs examples recipes tests
 
-style:  ## let ruff put right what it can
+style:  ## let ruff fix what it can
 	ruff check --fix .
 	ruff format .
 

@@ -63,8 +63,8 @@ def decompose(
         model: A model with dense layers, on the device to work on, neither compiled nor wrapped.
         plan: A plan made for this model.
         calibration: Unlabelled images, normalised as for the model: a tensor ``(N, C, H, W)`` or batches.
-        factors: Factors to use as they are, by layer, such as those of `AdaptiveRankPenalty.factors` after the hold.
-            They must reproduce the weights up to rounding.
+        factors: Factors by layer that are used unchanged, such as those of `AdaptiveRankPenalty.factors` after the
+            hold. They must reproduce the weights up to rounding.
         effort: ``"fast"``, ``"balanced"``, ``"thorough"``, or an `arp_hub.effort.Effort`: how much time the fit takes.
         progress: Show a progress bar.
 

@@ -182,8 +182,8 @@ class AdaptiveRankPenalty:
             the steps between, so that only the cost changes. The hold always begins and ends with a pull.
 
     Raises:
-        ArpHubError: If the plan does not fit the model, no planned layer can be trained, the schedule leaves no step
-            for the hold, or ``every`` is not a whole number of at least 1.
+        ArpHubError: If the plan does not fit the model, or no planned layer can be trained. If the schedule leaves
+            no step for the hold, or ``every`` is not a whole number of at least 1.
 
     Example:
         >>> penalty = AdaptiveRankPenalty(model, plan, total_steps=len(loader) * epochs)
@@ -213,7 +213,7 @@ class AdaptiveRankPenalty:
         if not 0 <= ramp < 1:
             raise ArpHubError(f"ramp must be at least 0 and below 1, got {ramp}: the rest of the steps is the hold")
         self.total_steps, self.ramp_steps = total_steps, math.ceil(ramp * total_steps)
-        # 32: on ResNet-20 rarer pulls cost no accuracy (docs/ablations.md); a short training has ten pulls
+        # 32: on ResNet-20 rarer pulls cost no accuracy (docs/research/ablations.md); a short training has ten pulls
         self.every = every or min(32, max(1, total_steps // 10))
         if self.ramp_steps >= total_steps:
             raise ArpHubError(
@@ -280,7 +280,7 @@ class AdaptiveRankPenalty:
 
     @torch.no_grad()
     def violations(self) -> dict[str, float]:
-        """Relative violation of every pulled layer, between 0 and 1, measured on the weights as they are.
+        """Relative violation of every pulled layer, between 0 and 1, measured on the weights at the time of the call.
 
         It costs as much as a pull and changes nothing.
 

@@ -8,7 +8,7 @@
 `--shared` is a folder with `weights/` (trained checkpoints) and `data/` (CIFAR-10 and a sample of ImageNet, as
 parquet). `run` writes one entry for each row to results/accuracy.json, and skips rows with an entry unless `--again` is
 given. With `--cuda-graphs`, training on a GPU uses CUDA graphs. The finished models of the rows in `KEPT` are stored in
-models/. `table` writes docs/results.md, its figure, the table of the README, and the cards of models/.
+models/. `table` writes docs/research/results.md, its figure, the table of the README, and the cards of models/.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ KEPT = (
 
 def main() -> None:
     """Parse the command line and do what it asks for."""
-    parser, runner = row_parser(__doc__, table="write docs/results.md, its figure, the table of the README, and cards")
+    parser, runner = row_parser(__doc__, table="write the results page, its figure, the table of the README, and cards")
     runner.add_argument("--shared", type=Path, required=True, help="folder with weights/ and data/")
     runner.add_argument("--cuda-graphs", action="store_true", help="train with CUDA graphs on a GPU")
     row_command(
@@ -150,7 +150,7 @@ def main() -> None:
 
 
 def write_pages() -> None:
-    """Write docs/results.md, its figure, the table of the README, and the cards of the kept models."""
+    """Write docs/research/results.md, its figure, the table of the README, and the cards of the kept models."""
     from benchmarks.accuracy_report import write_report
 
     write_report(load_results(RESULTS))

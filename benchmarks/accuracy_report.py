@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.accuracy_chart import write_chart
-from benchmarks.rows import HERE
+from benchmarks.rows import HERE, load_rows, results_file
 
 README, DOCS = HERE.parent / "README.md", HERE.parent / "docs"
-PAGE, FIGURE = DOCS / "results.md", DOCS / "img" / "accuracy.png"
+PAGE, FIGURE = DOCS / "research" / "results.md", DOCS / "img" / "accuracy.png"
 NETWORKS = {
     "resnet20": "ResNet-20, CIFAR-10",
     "resnet56": "ResNet-56, CIFAR-10",
@@ -19,6 +19,8 @@ NETWORKS = {
     "mobilenetv2": "mobilenetv2_100, ImageNet",
     "vit": "ViT-S/14, CIFAR-10 at 112 px",
 }
+SUMMARY = (("resnet20", 0.5), ("resnet20", 0.35), ("resnet56", 0.35), ("lite0", 0.84), ("vit", 0.67))
+"""Networks and budgets in the table of the README."""
 METHODS = {
     "fit": "data-aware fit, no training",
     "uniform-cp": "CP at one share everywhere, data-aware, no training",
@@ -33,8 +35,17 @@ METHODS = {
 }
 Results = Mapping[str, Mapping[str, Any]]
 
-BEGIN, END = "<!-- written by benchmarks/accuracy.py table -->\n", "<!-- to here -->"
-"""Marks in the README before and after the table."""
+SUMMARY_MARKS = "<!-- written by benchmarks/accuracy.py table -->\n", "<!-- to here -->"
+PEERS_MARKS = "<!-- written by benchmarks/accuracy.py table: peers -->\n", "<!-- to here: peers -->"
+"""Marks in the README before and after each table."""
+LIBRARIES = {
+    "arp_hub": ("arp_hub", "low rank, planned and fitted on images"),
+    "tltorch": ("[tltorch](https://github.com/tensorly/torch)", "CP and Tucker layers at given ranks"),
+    "torch-pruning": ("[Torch-Pruning](https://github.com/VainF/Torch-Pruning)", "removes whole channels"),
+    "svd": ("SVD, as in [torchao](https://github.com/pytorch/ao)'s low-rank training", "low rank of the weights alone"),
+}
+COMPARED = (("resnet20", 0.5), ("lite0", 0.84))
+"""Networks and budgets of the comparison with other libraries."""
 
 HEAD = """# Results
 
@@ -54,22 +65,23 @@ setting is chosen on the test images. Rows were recorded at different commits, s
 every 32nd. That row was planned on a CPU, trained up to step 7,649 of 9,750 on an H200 (`--cuda-graphs`) and to its end
 on a CPU.
 
-![Points of top-1 lost over the share of parameters kept](img/accuracy.png)
+![Points of top-1 lost over the share of parameters kept](../img/accuracy.png)
 """
 
 
 def write_report(results: Results) -> None:
-    """Write docs/results.md, its figure, and the table of the README."""
+    """Write docs/research/results.md, its figure, and the tables of the README."""
     if not results:
         raise SystemExit("there are no results yet: run some rows first")
     PAGE.write_text(page(results), encoding="utf-8")
     write_chart(results, FIGURE)
-    README.write_text(with_table(README.read_text(encoding="utf-8"), results), encoding="utf-8")
-    print(f"wrote {PAGE.name}, {FIGURE.name} and the table of {README.name}")
+    peers = load_rows(results_file("peers"))
+    README.write_text(with_tables(README.read_text(encoding="utf-8"), results, peers), encoding="utf-8")
+    print(f"wrote {PAGE.name}, {FIGURE.name} and the tables of {README.name}")
 
 
 def page(results: Results) -> str:
-    """The text of docs/results.md."""
+    """The text of docs/research/results.md."""
     parts = [HEAD]
     for network, title in NETWORKS.items():
         own = {name: result for name, result in results.items() if result["network"] == network}
@@ -78,41 +90,56 @@ def page(results: Results) -> str:
     return "\n".join(parts)
 
 
-def with_table(readme: str, results: Results) -> str:
-    """The README with its table written from results."""
-    before, _, rest = readme.partition(BEGIN)
-    return before + BEGIN + _summary(results) + END + rest.partition(END)[2]
+def with_tables(readme: str, results: Results, peers: Iterable[Mapping[str, Any]]) -> str:
+    """The README with both of its tables written from results."""
+    for (begin, end), table in ((SUMMARY_MARKS, _summary(results)), (PEERS_MARKS, _libraries(peers))):
+        before, _, rest = readme.partition(begin)
+        readme = before + begin + table + end + rest.partition(end)[2]
+    return readme
+
+
+def _libraries(peers: Iterable[Mapping[str, Any]]) -> str:
+    """The most accurate row of each library on two networks at one budget each."""
+    measured = [row for row in peers if row.get("top1") is not None]
+    head = ["library", "what it does"]
+    rows = {prefix: [name, does] for prefix, (name, does) in LIBRARIES.items()}
+    for network, keep in COMPARED:
+        own = [row for row in measured if (row["network"], row["keep_params"]) == (network, keep)]
+        title = NETWORKS[network].partition(",")[0]
+        head += [f"{title} at {100 * keep:.0f} %: top-1", "latency"]
+        for prefix, cells in rows.items():
+            best = max(
+                (row for row in own if row["peer"].startswith(prefix)), key=lambda row: row["top1"], default=None
+            )
+            cells += ["", ""] if best is None else [f"{best['top1']:.1f}", f"{best['latency_ratio']['median']:.2f}"]
+        dense = own[0]["dense"]["top1"]
+        head[-2] += f" (dense {dense:.1f})"
+    return _table(head, rows.values())
 
 
 def _summary(results: Results) -> str:
-    """Top-1 by network, budget and method."""
-    measured = {name.split("/")[0] for name in results}
-    shown = ("svd", "weights", "fit", "factors", "train")
-    columns = {method: METHODS[method] for method in shown if method in measured}
-    columns["train"] += " (longer; longer and with ResNet-56 as the teacher)"
+    """Top-1 of the dense network, of the fit, and of the trained model that is stored in the repository."""
     rows = []
-    for network, title in NETWORKS.items():
-        own = {name: row for name, row in results.items() if row["network"] == network}
-        for keep in sorted({row["keep"] for row in own.values()}, reverse=True):
-            at_budget = [own.get(f"{method}/{network}/{keep}") for method in columns]
-            numbers = ["" if row is None else f"{row['top1']:.2f}" for row in at_budget]
-            longer = [own.get(f"{method}/{network}/{keep}") for method in ("long", "long-teacher")]
-            if found := [f"{row['top1']:.2f}" for row in longer if row is not None]:
-                numbers[-1] = f"{numbers[-1]} ({'; '.join(found)})".lstrip()
-            dense = next(iter(own.values()))["dense"]["top1"]
-            rows.append([title, f"{100 * keep:.0f} %", f"{dense:.2f}", *numbers])
-    return _table(["network", "parameters kept", "dense", *columns.values()], rows)
+    for network, keep in SUMMARY:
+        fit = results.get(f"fit/{network}/{keep}")
+        if fit is None:
+            continue
+        stored = [row for row in results.values() if (row["network"], row["keep"]) == (network, keep)]
+        trained = next((f"{row['top1']:.1f}" for row in stored if "model_folder" in row), "")
+        shown = [f"{100 * keep:.0f} %", f"{fit['dense']['top1']:.1f}", f"{fit['top1']:.1f}", trained]
+        rows.append([NETWORKS[network], *shown])
+    return _table(["network, data", "parameters kept", "dense", "fit, no training", "penalty training"], rows)
 
 
 def _network(network: str, title: str, results: Results) -> str:
     dense = next(iter(results.values()))["dense"]
-    lines = [f"## {title}\n", f"Dense: top-1 {dense['top1']:.2f}, {_size(dense)}.\n"]
+    lines = [f"## {title}\n", f"Dense: top-1 {dense['top1']:.2f} on {dense['images']:,} images, {_size(dense)}.\n"]
     main = [name for name in results if name.split("/")[0] in METHODS]
     order = list(METHODS)
     main.sort(key=lambda name: (-results[name]["keep"], order.index(name.split("/")[0])))
     lines.append(
         _table(
-            ["parameters kept", "how", "top-1", "against dense", "parameters", "MACs", "row"],
+            ["parameters kept", "how", "top-1", "against dense", "parameters", "MACs", "test images", "row"],
             (_row(name, METHODS[name.split("/")[0]], results[name]) for name in main),
         )
     )
@@ -122,7 +149,7 @@ def _network(network: str, title: str, results: Results) -> str:
         others.sort()
         lines.append(
             _table(
-                ["parameters kept", "what", "top-1", "against dense", "parameters", "MACs", "row"],
+                ["parameters kept", "what", "top-1", "against dense", "parameters", "MACs", "test images", "row"],
                 (_row(name, name.split("/")[1], results[name]) for name in others),
             )
         )
@@ -148,6 +175,7 @@ def _row(name: str, method: str, result: Mapping[str, Any]) -> list[str]:
         f"{result['top1'] - dense['top1']:+.2f}",
         f"{result['params']:,}",
         f"{result['macs'] / 1e6:.1f} M",
+        f"{result['images']:,}",
         f"`{name}`",
     ]
 

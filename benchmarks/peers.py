@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--network", default="resnet20", choices=list(NETWORKS))
     parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5, 0.35], help="shares of the parameters")
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
-    parser.add_argument("--table", action="store_true", help="print the table of docs/speed.md")
+    parser.add_argument("--table", action="store_true", help="print the table of docs/research/speed.md")
     args = parser.parse_args()
     if args.table:
         print_table(load_rows(RESULTS))

@@ -2,7 +2,9 @@
 
 import re
 
-OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+(?:tests|benchmarks|recipes|arp_hub|README|CONTRIBUTING)[^)]*\)")
+OUTSIDE = re.compile(
+    r"\[([^\]]+)\]\((?:\.\./)+(?:tests|benchmarks|recipes|arp_hub|README|CONTRIBUTING|Dockerfile)[^)]*\)"
+)
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:

@@ -30,7 +30,7 @@ from .images import Images, Place, batches
 
 STATISTICS_PIXELS = 2**20
 """Pixels of a batch that BatchNorm statistics are taken of, 20 images of 224 x 224. Batches of 3 images cost 2 points
-on lite0, and larger batches only take memory (docs/experiments.md)."""
+on lite0, and larger batches only take memory (docs/research/experiments.md)."""
 
 
 class _Readers(TorchDispatchMode):

@@ -12,7 +12,7 @@ positions, errors ``e`` of that output change the predictions by::
 
 This needs no labels (Martens and Grosse 2015). For a network without classes ``v = n``, which gives the squared change
 of its output. ``t = 4`` because confident predictions hardly respond to small errors, yet large ones overturn them: at
-``t = 1`` a quarter of ResNet-20 loses 36 points of agreement with the dense network (docs/experiments.md).
+``t = 1`` a quarter of ResNet-20 loses 36 points of agreement with the dense network (docs/research/experiments.md).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Substitute = Callable[[Tensor], Tensor]
 """A function that computes a layer's output from its input, in the layer's place."""
 _Kept = TypeVar("_Kept")
 _TEMPERATURE = 4.0
-"""Divisor of the logits, see above; of 1, 2 and 4 the best on ResNet-20 (docs/experiments.md)."""
+"""Divisor of the logits, see above; of 1, 2 and 4 the best on ResNet-20 (docs/research/experiments.md)."""
 _PIXELS = 2**18
 """Pixels of images whose activations are kept for gradients together, 5 images of 224 x 224: 0.6 GB of ResNet-50."""
 

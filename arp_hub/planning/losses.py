@@ -12,7 +12,7 @@ weights and images        ``(e + 10 e^2) s^(3/4)``, with ``e`` the relative erro
 Errors of weights say little about the network's output, so they are squared: that evens them out among layers. With
 images, the sum of ``e s`` is the divergence of the network's predictions to second order. That holds for small errors
 only: a layer that hardly matters while its error is small may ruin the network at a low rank. The square of the error
-and the power of the sensitivity, 3/4, guard against it; both numbers were measured (docs/experiments.md).
+and the power of the sensitivity, 3/4, guard against it; both numbers were measured (docs/research/experiments.md).
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def benchmark(
     """Time a model against its dense form: warmed up, in turns, medians with quartiles.
 
     Args:
-        model: Any timm model, on the device to time it on; it is copied and left as it is.
+        model: Any timm model, on the device to time it on; it is copied, not changed.
         workload: Batch size, numbers and memory layout; by default one image, float32.
         dense: What to compare with; by default the model with its factors merged.
         input_size: ``(channels, height, width)``; by default the model's own.

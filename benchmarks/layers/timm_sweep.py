@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 import multiprocessing
+import re
 import resource
 import tempfile
 import time
@@ -258,37 +259,48 @@ def save(results: dict[str, Any]) -> None:
 
 INTRO = """# Supported models
 
-Written by `python -m benchmarks.layers.timm_sweep --docs` from `benchmarks/results/timm_sweep.json`; do not edit.
-timm {timm}, torch {torch}, {threads} thread of {cpu}, seed 0.
+All {architectures} architectures of timm {timm} can be planned, in {families} families. A family is one of timm's model
+files. The smallest architecture of {checked} families is tested in full. The {planned} families above 60 M parameters
+are planned by shape.
 
-Every family of timm is one of its model files. For each, the smallest architecture is decomposed with random weights,
-at the smallest image that it takes: at full rank, where every feature map and every entry point must give what the
-dense model gives (relative error below 1e-3), and to half of its parameters, where it must be finite, hold the promised
-number of parameters, and come back bit for bit in a process that has not seen it. Architectures above 60 M parameters
-are planned without weights, by shape alone.
+Every test has two parts, with random weights at the smallest image size:
 
-| | |
+- **Full rank:** every feature map and entry point gives the output of the dense model, within a relative error of 1e-3.
+- **Half of the parameters:** the output is finite, the number of parameters is as planned, and a new process loads the
+  model bit for bit.
+
+| column | holds |
 |---|---|
-| families with a model below 60 M parameters | {small} |
-| of them checked | {checked} |
-| with nothing that fails | {passing} |
-| of them with a stated exception, in the last column | {excepted} |
-| families whose smallest model is larger: planned by shape | {planned} |
-| families exported (torch.compile, torch.export, ONNX, TorchScript) with nothing that fails | {exported} |
-| of them with a stated exception | {exports_excepted} |
-| architectures planned by shape | {architectures} of {all_architectures} |
-| longest planning of a checked one, with weights, in CPU time | {slowest} |
+| decomposable | share of the parameters in layers that a plan may choose, without the first convolution |
+| stays dense | kinds of layers with at least 1 % of the parameters that stay dense |
+| exceptions | entry points that do not work, explained [below](#exceptions) |
 
-The entry points: {entry_points}.
-
-*Decomposable* is the share of the parameters in layers that a plan may choose; the first convolution is left out
-unless you ask for it (`exclude=()`). What stays dense is listed from 1 % on, without biases and norms. *Not applicable*
-is what the dense model does not have or cannot do either: it lacks the method, takes no such argument, or raises the
-same error. An *exception* is something that does not hold, and why.
-
-| family | smallest model | parameters | decomposable | stays dense | not applicable | fails or exception |
-|---|---|---|---|---|---|---|
+| family | smallest model | parameters | decomposable | stays dense | exceptions |
+|---|---|---|---|---|---|
 """
+END = """
+## Exceptions
+
+| family | entry point | reason |
+|---|---|---|
+{exceptions}
+## What is tested
+
+{entry_points}.
+
+{exported} families also export through torch.compile, torch.export, ONNX and TorchScript, {exports_excepted} of them
+with an exception. Planning a tested model takes at most {slowest} of CPU time.
+
+This page is written by `python -m benchmarks.layers.timm_sweep --docs` from `benchmarks/results/timm_sweep.json`. The
+file also lists what the dense models do not support. It holds runs of timm {timm} and torch {torch}, seed 0, on
+{threads} thread of {cpu}.
+"""
+SHORT = (
+    (r"depthwise: .*", "depthwise"),
+    (r"a parameter of the model itself, .*", "parameters outside of layers"),
+    (r"layers of type (\w+) .*", r"\1"),
+)
+"""Reasons of a plan, and their form in a table cell."""
 
 
 def write_docs(results: dict[str, Any]) -> None:
@@ -299,37 +311,46 @@ def write_docs(results: dict[str, Any]) -> None:
     rows = [one for part in architectures.values() for one in part.get("models", {}).values()]
     seconds, slowest = max(((row["planning_seconds"], row["model"]) for row in checked.values()), default=(0, "none"))
     large = len(families) - len(checked)
-    text = INTRO.format(
-        timm=results["versions"]["timm"],
-        torch=results["versions"]["torch"],
-        threads=results["hardware"]["threads"],
-        cpu=results["hardware"]["cpu"],
-        small=len(results["smallest"]) - large,
-        checked=len(checked),
-        passing=sum(not failures(row) for row in checked.values()),
-        excepted=sum(bool(problems(row)) and not failures(row) for row in checked.values()),
-        planned=large,
-        exported=sum("checks" in row and not failures(row) for row in exports.values()),
-        exports_excepted=sum(bool(problems(row)) and not failures(row) for row in exports.values()),
-        architectures=sum("error" not in row for row in rows),
-        all_architectures=sum(map(len, families_of_timm().values())),
-        slowest=f"{seconds:.1f} s ({slowest})",
-        entry_points=", ".join(f"`{check}`" for check in [*CHECKS, *EXPORTS]),
-    )
+    text, exceptions = "", []
     for family in sorted(results["smallest"]):
         row = families.get(family)
         if row is None:
             error = results.get("families", {}).get(family, {}).get("error", "not run yet")
-            text += f"| {family} | {results['smallest'][family]} | | | | | {error} |\n"
+            text += f"| {family} | {results['smallest'][family]} | | | | {error} |\n"
             continue
         both = {"checks": {**row.get("checks", {}), **exports.get(family, {}).get("checks", {})}}
-        stays = [f"{reason} ({one['share']:.0%})" for reason, one in row["dense"].items() if one["share"] >= 0.01]
-        absent = [check for check, result in both["checks"].items() if result.startswith("n/a")]
+        stays = [f"{short(reason)} {one['share']:.0%}" for reason, one in row["dense"].items() if one["share"] >= 0.01]
+        found = [line.partition(": ") for line in problems(both)]
+        exceptions += [(family, check, reason.removeprefix("exception: ")) for check, _, reason in found]
         text += (
             f"| {family} | {row['model']} | {row['params'] / 1e6:.1f} M | {row['eligible']:.0%} "
-            f"| {'; '.join(stays)} | {', '.join(absent) if both['checks'] else 'by shape'} | {cell(problems(both))} |\n"
+            f"| {', '.join(stays)} | {', '.join(check for check, _, _ in found)} |\n"
         )
-    DOCS.write_text(text, encoding="utf-8")
+    numbers = dict(
+        timm=results["versions"]["timm"],
+        torch=results["versions"]["torch"],
+        threads=results["hardware"]["threads"],
+        cpu=results["hardware"]["cpu"],
+        families=len(results["smallest"]),
+        checked=len(checked),
+        planned=large,
+        exported=sum("checks" in row and not failures(row) for row in exports.values()),
+        exports_excepted=sum(bool(problems(row)) and not failures(row) for row in exports.values()),
+        architectures=f"{sum('error' not in row for row in rows):,}",
+        slowest=f"{seconds:.1f} s ({slowest})",
+        entry_points="Entry points: " + ", ".join(f"`{check}`" for check in [*CHECKS, *EXPORTS]),
+        exceptions="".join(f"| {family} | `{check}` | {cell(reason)} |\n" for family, check, reason in exceptions),
+    )
+    if sum("error" not in row for row in rows) != sum(map(len, families_of_timm().values())):
+        raise SystemExit("some architectures have no plan: run them first, or mend them")
+    DOCS.write_text(INTRO.format(**numbers) + text + END.format(**numbers), encoding="utf-8")
+
+
+def short(reason: str) -> str:
+    """A plan's reason as a table cell says it."""
+    for pattern, form in SHORT:
+        reason = re.sub(pattern, form, reason)
+    return reason
 
 
 def problems(row: dict[str, Any]) -> list[str]:
@@ -344,9 +365,9 @@ def failures(row: dict[str, Any]) -> list[str]:
     return [line for line in problems(row) if ": exception: " not in line]
 
 
-def cell(lines: list[str]) -> str:
-    """Lines as a table cell: shortened, and without characters that end a cell."""
-    return "<br>".join(" ".join(line.replace("|", "/").split())[:400] for line in lines)
+def cell(line: str) -> str:
+    """A line as a table cell: shortened, and without characters that end a cell."""
+    return " ".join(line.replace("|", "/").split())[:400]
 
 
 if __name__ == "__main__":

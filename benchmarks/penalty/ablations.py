@@ -6,7 +6,7 @@
 
 All rows of a budget share data, batches, learning rate and plan. Unless their name says otherwise, they also share the
 start: the trained network, or its data-aware fit. `run` writes results/ablations.json, and skips rows with a result
-unless `--again` is given. `table` writes docs/ablations.md.
+unless `--again` is given. `table` writes docs/research/ablations.md.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ from benchmarks.penalty.rival_penalties import (
 )
 from benchmarks.rows import HERE, chosen, load_results, print_rows, results_file, row_parser, write_result
 
-RESULTS, PAGE, CACHE = results_file("ablations"), HERE.parent / "docs" / "ablations.md", Path("runs/ablations")
+RESULTS, CACHE = results_file("ablations"), Path("runs/ablations")
+PAGE = HERE.parent / "docs" / "research" / "ablations.md"
 BATCH, DISTILL, HEAT, CLIP = 128, 0.9, 4.0, 5.0
 
 
@@ -185,7 +186,7 @@ class Task:
 
 def main() -> None:
     """Parse the command line and do what it asks for."""
-    parser, runner = row_parser(__doc__, table="write docs/ablations.md")
+    parser, runner = row_parser(__doc__, table="write docs/research/ablations.md")
     runner.add_argument("--shared", type=Path, required=True, help="folder with weights/ and data/")
     runner.add_argument(
         "--max-steps", type=int, default=0, help="trial run: stop after this many steps and write no result"
@@ -319,7 +320,7 @@ RETIRED = ("dense-dual", "dense-output-metric")
 
 
 def page(results: dict[str, Any]) -> str:
-    """The text of docs/ablations.md."""
+    """The text of docs/research/ablations.md."""
     parts = [HEAD]
     for keep in (0.35, 0.2):
         names = (f"{keep}/{variant}" for variant in (*VARIANTS, *RETIRED))

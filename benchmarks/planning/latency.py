@@ -9,7 +9,7 @@
 Weights are random, except in `curve`: the trained tf_efficientnet_lite0 under latency budgets, planned and fitted on
 256 images of a sample of ImageNet, and tested on its other images. `gpu` rows are in bfloat16, channels last. On one
 thread, times are CPU seconds of the process. `run` writes results/latency.json, one entry a row; `table` prints the
-tables of docs/speed.md.
+tables of docs/research/speed.md.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ ROWS = _rows()
 
 def main() -> None:
     """Parse the command line and do what it asks for."""
-    parser, runner = row_parser(__doc__, table="print the tables of docs/speed.md")
+    parser, runner = row_parser(__doc__, table="print the tables of docs/research/speed.md")
     runner.add_argument("--shared", type=Path, help="folder with weights/ and data/, for `curve`")
     args = parser.parse_args()
     found = load_results(RESULTS)

@@ -14,7 +14,7 @@ from arp_hub._utils.environment import environment
 from arp_hub.hub.card import TEMPLATE
 from benchmarks import accuracy, accuracy_report
 from benchmarks.penalty import ablations
-from benchmarks.rows import load_results
+from benchmarks.rows import load_results, load_rows, results_file
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -79,7 +79,7 @@ def test_pages_are_what_the_benchmarks_write():
     results = load_results(accuracy.RESULTS)
     readme = accuracy_report.README.read_text(encoding="utf-8")
     assert accuracy_report.PAGE.read_text(encoding="utf-8") == accuracy_report.page(results)
-    assert readme == accuracy_report.with_table(readme, results)
+    assert readme == accuracy_report.with_tables(readme, results, load_rows(results_file("peers")))
     assert ablations.PAGE.read_text(encoding="utf-8") == ablations.page(load_results(ablations.RESULTS))
 
 

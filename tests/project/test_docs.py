@@ -23,7 +23,12 @@ PAGES = {
 }
 BLOCK = re.compile(r"^```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^```$", re.M | re.S)
 NAV = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-RUN = ["docs/index.md", "docs/tutorial.md", *(name for name in PAGES if name.startswith("docs/how-to/"))]
+RUN = [
+    "docs/index.md",
+    "docs/tutorial.md",
+    "docs/troubleshooting.md",
+    *(name for name in PAGES if name.startswith("docs/how-to/")),
+]
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -37,14 +42,17 @@ def commands() -> list[list[str]]:
 
 
 def test_every_page_is_in_the_navigation():
-    listed = set(re.findall(r": ([\w/-]+\.md)$", NAV, re.M))
+    listed = set(re.findall(r"[-:] ([\w/-]+\.md)$", NAV, re.M))
     assert listed == {name.removeprefix("docs/") for name in PAGES if not name.startswith("docs/examples/")}
 
 
 def test_python_of_all_pages_runs(client, tmp_path):
     """One process for all pages, each with names of its own, as a reader would type them in."""
     pages = {page: "\n".join(blocks(page, "python")) for page in RUN}
-    assert all(pages[page] for page in ("docs/index.md", "docs/tutorial.md", "docs/how-to/your-loop.md"))
+    assert all(
+        pages[page]
+        for page in ("docs/index.md", "docs/tutorial.md", "docs/troubleshooting.md", "docs/how-to/your-loop.md")
+    )
     parts = [f"exec({code!r}, {{'__name__': {page!r}}})" for page, code in pages.items()]
     done = client.run("\n".join(["import os", f"os.chdir({str(tmp_path)!r})", *parts]), token=None)
     assert done.code == 0, done.err
@@ -98,7 +106,7 @@ def test_tables_are_those_of_the_results(command, monkeypatch, capsys):
     printed = capsys.readouterr().out
     rows = [line for line in printed.partition("| row |")[0].splitlines() if line]  # the page regroups the rest
     assert len(rows) > 15
-    assert [row for row in rows if row not in PAGES["docs/speed.md"].splitlines()] == []
+    assert [row for row in rows if row not in PAGES["docs/research/speed.md"].splitlines()] == []
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -23,16 +23,15 @@ BANNED = (
     "the present version", "the present planning", "an earlier version", "of before", "no script was kept",
     "nobody waits", "as it is now", "no longer",
 )  # fmt: skip
-NOTEBOOK = {"docs/experiments.md", "docs/ablations.md"}
-"""Pages for the authors, which may tell history."""
+LISTS = {f"tests/project/{name}.py" for name in ("test_house_rules", "test_wording", "wording")}
+"""Files that list banned words."""
 TEXTS = ("arp_hub*/**/*.py", "arp_hub/**/*.md", "arp_hub/**/*.html", "recipes/*.py", "benchmarks/**/*.py",
          "tests/**/*.py", "*.md", "docs/**/*.md")  # fmt: skip
 PAGES = [
     name
     for pattern in TEXTS
     for name in sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
-    if name not in {"CHANGELOG.md", "tests/project/test_house_rules.py", *NOTEBOOK}
-    and not name.startswith("docs/research/")
+    if name not in {"CHANGELOG.md", *LISTS} and not name.startswith("docs/research/")
 ]
 
 

@@ -36,7 +36,7 @@ def test_python_runs(client, tmp_path):
 
 
 def test_commands_are_found():
-    assert [words[1] for words in commands() if words[0] == "arp-hub"].count("compress") >= 2
+    assert {"compress", "evaluate", "push"} <= {words[1] for words in commands() if words[0] == "arp-hub"}
 
 
 @pytest.mark.parametrize("words", [words for words in commands() if words[0] == "arp-hub"], ids=" ".join)
@@ -62,8 +62,8 @@ def test_recipes_and_their_options_exist(monkeypatch, capsys):
         assert sorted(option for option in options if option not in text) == []
 
 
-def test_named_modules_and_links_exist():
-    tree = README.partition("arp_hub/\n")[2].partition("\n```")[0]
+def test_named_modules_exist():
+    tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("arp_hub/\n")[2].partition("\n```")[0]
     shown = re.findall(r"^  ([a-z_]+/)|([a-z_]+\.py)", tree, re.M)
     names = {folder or file for folder, file in shown}
     package = ROOT / "arp_hub"
@@ -72,13 +72,40 @@ def test_named_modules_and_links_exist():
         p.name for p in package.glob("*.py") if p.name not in ("__init__.py", "__main__.py", "_version.py", "errors.py")
     }
     assert names == there
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
-def test_every_command_of_arp_hub_is_in_the_readme():
-    result = CliRunner().invoke(app, ["--help"])
-    names = re.findall(r"^[│ ]+(\w+)  ", result.output, re.M)
-    assert {"plan", "compress", "evaluate", "inspect"} <= set(names)
-    assert [name for name in names if f"`arp-hub {name}`" not in README] == []
+@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md"])
+def test_links_and_pictures_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    local = [link.partition("#") for link in links if not link.startswith("http")]
+    assert [path for path, _, _ in local if path and not (ROOT / path).exists()] == []
+    aimed = [(path, anchor) for path, _, anchor in local if anchor]
+    pages = {path: (ROOT / (path or page)).read_text(encoding="utf-8") for path, _ in aimed}
+    assert [(path, anchor) for path, anchor in aimed if anchor not in headings(pages[path])] == []
+
+
+def headings(page: str) -> set[str]:
+    """The anchors of a page."""
+    titles = re.findall(r"^#+ (.+)$", page, re.M)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+def test_it_is_short_and_needs_only_a_clone():
+    assert len(README.splitlines()) <= 180
+    assert "shared" not in README
+
+
+def test_set_up_is_two_commands():
+    assert "pip install -e . && accelerate launch recipes/quickstart.py" in README
+    assert 'pip install -e ".[test]" && pytest' in README
+
+
+def test_badges_tell_the_truth():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    licence, python = ((ROOT / f"docs/img/badge-{name}.svg").read_text() for name in ("licence", "python"))
+    (named,), (oldest,) = (
+        re.findall(rf'^{key} = "(?:>=)?(.+)"', project, re.M) for key in ("license", "requires-python")
+    )
+    assert f">{named}<" in licence
+    assert f">{oldest} +<" in python
