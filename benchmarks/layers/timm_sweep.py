@@ -257,7 +257,11 @@ def save(results: dict[str, Any]) -> None:
     temporary.replace(RESULTS)
 
 
-INTRO = """# Supported models
+INTRO = """---
+hide: [toc]
+---
+
+# Supported models
 
 All {architectures} architectures of timm {timm} can be planned, in {families} families. A family is one of timm's model
 files. The smallest architecture of {checked} families is tested in full. The {planned} families above 60 M parameters

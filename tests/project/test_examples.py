@@ -24,7 +24,9 @@ def program(name: str, folder: Path) -> str:
 
 def test_compress_and_inspect(client, tmp_path):
     code = program("compress_and_inspect", tmp_path)
-    for full, small in (("EPOCHS = 6", "EPOCHS = 1"), ("IMAGES = 256", "IMAGES = 32"), ("(0.7, 0.35)", "(0.7,)")):
+    sizes = {"EPOCHS = 6": "EPOCHS = 1", "IMAGES = 256": "IMAGES = 32", "(0.7, 0.35)": "(0.7,)"}
+    quick = {f"keep_params={share}": f"keep_params={share}, schemes=['channel']" for share in ("0.5", "share")}
+    for full, small in (sizes | quick).items():
         assert full in code
         code = code.replace(full, small)
     done = client.run(code, token=None)
