@@ -31,7 +31,18 @@ SURFACE = {
     "to_dense": "model",
 }
 """Every public name, and the arguments that users pass by name."""
-TRAINING = ["ImageData", "Scores", "Split", "TrainConfig", "calibration_images", "evaluate", "load_data", "main", "run"]
+TRAINING = [
+    "ImageData",
+    "Scores",
+    "Split",
+    "TrainConfig",
+    "calibration_images",
+    "evaluate",
+    "load_data",
+    "main",
+    "refinement_images",
+    "run",
+]
 
 
 def test_the_public_names_are_these():
