@@ -23,6 +23,7 @@ SUMMARY = (("resnet20", 0.5), ("resnet20", 0.35), ("resnet56", 0.35), ("lite0", 
 """Networks and budgets in the table of the README."""
 METHODS = {
     "fit": "data-aware fit, no training",
+    "refine": "the fit, refined for 15 minutes without labels",
     "uniform-cp": "CP at one share everywhere, data-aware, no training",
     "weights": "weights alone, no images",
     "svd": "plain SVD, weights alone",
