@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from .command import Command, Group
 from .commands.bench import bench
 from .commands.compress import compress
 from .commands.doctor import doctor
@@ -18,15 +19,17 @@ from .commands.inspect import inspect
 from .commands.plan import plan
 from .commands.push import push
 from .commands.report import report
-from .terminal import Group
 
 app = typer.Typer(
     cls=Group,
-    add_completion=False,
+    add_completion=True,
+    rich_markup_mode=None,  # rich cuts long names off at 80 columns
     pretty_exceptions_enable=False,
-    help="Shrink vision models by low-rank decomposition. "
-    "Exit codes: 0 success; 1 doctor found a problem; 2 bad input, with one line on stderr that says what to do; "
-    "130 interrupted.",
+    help="""Shrink vision models by low-rank decomposition.
+
+    Exit codes: 0 success; 1 doctor found a problem; 2 bad input, with one line on stderr that says what to do; 130
+    interrupted. `arp-hub COMMAND --help` shows the options of a command, with an example.
+    """,
 )
 
 
@@ -45,5 +48,14 @@ def _options(
     """Options of the command itself."""
 
 
-for command in (plan, compress, evaluate, bench, inspect, push, report, doctor):
-    app.command()(command)
+COMMANDS = {
+    "Compress": (plan, compress),
+    "Measure": (evaluate, bench, inspect),
+    "Publish and follow": (push, report),
+    "Installation": (doctor,),
+}
+"""The commands, by their heading in ``arp-hub --help``."""
+
+for heading, commands in COMMANDS.items():
+    for command in commands:
+        app.command(cls=Command, rich_help_panel=heading)(command)

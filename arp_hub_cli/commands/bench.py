@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from ..options import (
     AsJson,
     ChannelsLast,
@@ -17,6 +15,7 @@ from ..options import (
     ModelKwargs,
     NumClasses,
     Pretrained,
+    timing_option,
 )
 from ..terminal import print_json, print_tables
 
@@ -28,12 +27,12 @@ def bench(
     num_classes: NumClasses = None,
     model_kwargs: ModelKwargs = None,
     batch_size: Annotated[
-        str, typer.Option(help="Images per forward pass; several values separated by commas.")
+        str, timing_option(metavar="N,N", help="Images per forward pass; several values separated by commas.")
     ] = "1,32",
     dtype: Dtype = "float32",
     channels_last: ChannelsLast = False,
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile both models with torch.compile first.")] = False,
-    seconds: Annotated[float, typer.Option(help="Seconds to measure each batch size.")] = 10.0,
+    compiled: Annotated[bool, timing_option("--compile", help="Compile both models with torch.compile first.")] = False,
+    seconds: Annotated[float, timing_option(metavar="SECONDS", help="Seconds to measure each batch size.")] = 10.0,
     input_size: InputSize = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -43,7 +42,8 @@ def bench(
     A ratio below 1 is faster than dense. With OMP_NUM_THREADS=1, times are CPU seconds, which other processes hardly
     affect.
 
-    Example: arp-hub bench --model local-dir:out --batch-size 1,32 --json
+    Example:
+        arp-hub bench --model local-dir:out --batch-size 1,32 --json
     """
     from arp_hub._utils.environment import environment
     from arp_hub._utils.progress import counted

@@ -8,10 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from ..options import (
-    MAX_IMAGES_HELP,
     AsJson,
     BatchSize,
     Calibration,
@@ -29,10 +26,12 @@ from ..options import (
     KeepMacs,
     KeepParams,
     LabelKey,
+    MaxImages,
     Model,
     ModelKwargs,
     NumClasses,
     Overwrite,
+    PlanFile,
     Pretrained,
     RankMultiple,
     Refine,
@@ -42,6 +41,7 @@ from ..options import (
     Schemes,
     Seed,
     Workers,
+    output_option,
 )
 from ..terminal import note, print_json, print_tables
 
@@ -53,7 +53,9 @@ if TYPE_CHECKING:
 
 def compress(
     model: Model,
-    output: Annotated[Path, typer.Option(help="Folder to save the decomposed model in.")],
+    output: Annotated[
+        Path, output_option(metavar="FOLDER", help="Folder to save the compressed model in.", show_default=False)
+    ],
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = None,
     num_classes: NumClasses = None,
@@ -64,7 +66,7 @@ def compress(
     batch_size: BatchSize = 1,
     dtype: Dtype = "float32",
     channels_last: ChannelsLast = False,
-    plan: Annotated[Path | None, typer.Option(help="A plan file, instead of a budget.")] = None,
+    plan: PlanFile = None,
     data: Data = None,
     image_key: ImageKey = None,
     label_key: LabelKey = None,
@@ -79,7 +81,7 @@ def compress(
     refine_minutes: RefineMinutes = None,
     refine_steps: RefineSteps = None,
     refine_images: RefineImages = 1000,
-    max_images: Annotated[int | None, typer.Option(help=f"Measure accuracy on {MAX_IMAGES_HELP}", min=1)] = None,
+    max_images: MaxImages = None,
     workers: Workers = 0,
     device: Device = None,
     seed: Seed = 0,
@@ -94,7 +96,8 @@ def compress(
     --refine adds ten minutes of gradient steps on unlabelled images. If it is interrupted, the same command resumes it
     from a file beside --output.
 
-    Example: arp-hub compress --model resnet50 --data path/to/images --keep-params 0.5 --output out
+    Example:
+        arp-hub compress --model resnet50 --keep-params 0.5 --data dogs --output out
     """
     from arp_hub._utils.progress import stage
     from arp_hub.decomposition import decompose
@@ -103,7 +106,7 @@ def compress(
     from arp_hub.layers.apply_plan import check_plan
     from arp_hub.plan import RankPlan
     from arp_hub.planning.make_plan import make_plan
-    from arp_hub.reports import spectra, tables
+    from arp_hub.reports import spectra
     from arp_hub.training.data.dataset import calibration_counts
 
     from ..inputs import (
@@ -116,6 +119,7 @@ def compress(
         plan_options,
         timed_workload,
     )
+    from ..outcome import before_after, next_steps, weight_bytes
 
     workload = timed_workload(batch_size, dtype, channels_last)
     options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude, plan)
@@ -133,13 +137,14 @@ def compress(
     counts = calibration_counts(found, calibration, copies) if found else (0, 0)
     test = _test_split(network, found)
     before, falls = _figures(network, test, max_images, workers), spectra.decays(network)
+    before_bytes = weight_bytes(network)
     dense = copy.deepcopy(network) if refinement.wanted else network
     start = time.perf_counter()
     made = given or make_plan(network, **options, calibration=images, effort=effort, progress=True)
     decompose(network, made, images, effort=effort, progress=True)
     refined = refinement.run(network, dense, found, output, seed, workers)
     seconds = time.perf_counter() - start
-    after = _figures(network, test, max_images, workers)
+    after, after_bytes = _figures(network, test, max_images, workers), weight_bytes(network)
     result: dict[str, Any] = {
         "model": model,
         "data": data,
@@ -168,11 +173,13 @@ def compress(
     with stage("save"):
         save_pretrained(network, output, metrics=metrics, label_names=names or None, overwrite=overwrite)
     if as_json:
-        print_json({**result, "output": str(output)})
-    else:
-        title = f"{model}, {'refined without labels' if refined else 'no training'}, {seconds:.0f} s"
-        print_tables(tables.comparison_table({"dense": before, "decomposed": after}, title))
-        note(f'saved; load it with timm.create_model("local-dir:{output}", pretrained=True) after `import arp_hub`')
+        print_json({**result, "weights_bytes": after_bytes, "output": str(output)})
+        return
+    what = "refined without labels" if refined else "no training"
+    figures = ({**before, "bytes": before_bytes}, {**after, "bytes": after_bytes})
+    print_tables(before_after(f"{model}: {what}, {seconds:.0f} s", *figures, test.name if test else None))
+    used = {"--data": data, "--image-key": image_key, "--label-key": label_key}
+    print(next_steps(output, used, test is not None, workload if keep_latency is not None else None))
 
 
 def _figures(model: nn.Module, test: Split | None, max_images: int | None, workers: int) -> dict[str, Any]:

@@ -13,7 +13,8 @@ def doctor(as_json: AsJson = False) -> None:
 
     Every problem is printed with its solution. The exit code is 1 if there is one.
 
-    Example: arp-hub doctor
+    Example:
+        arp-hub doctor
     """
     from ..doctor import examine, table
 

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from ..options import (
     DATA_HELP,
-    MAX_IMAGES_HELP,
     AsJson,
     Checkpoint,
     Device,
     ImageKey,
     InputSize,
     LabelKey,
+    MaxImages,
     Model,
     ModelKwargs,
     NumClasses,
     Pretrained,
     Workers,
+    data_option,
+    machine_option,
 )
 from ..terminal import print_json, print_tables
 
 
 def evaluate(
     model: Model,
-    data: Annotated[str, typer.Option(help=DATA_HELP)],
-    split: Annotated[str, typer.Option(help="Split to measure on: test, train, or any other of the data.")] = "test",
+    data: Annotated[str, data_option(metavar="DATA", help=DATA_HELP)],
+    split: Annotated[
+        str, data_option(metavar="NAME", help="Split to measure on: test (the default), train, or any other.")
+    ] = "test",
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = None,
     num_classes: NumClasses = None,
@@ -35,15 +37,16 @@ def evaluate(
     image_key: ImageKey = None,
     label_key: LabelKey = None,
     input_size: InputSize = None,
-    batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 256,
-    max_images: Annotated[int | None, typer.Option(help=f"Measure on {MAX_IMAGES_HELP}", min=1)] = None,
+    batch_size: Annotated[int, machine_option(metavar="N", help="Images per forward pass.", min=1)] = 256,
+    max_images: MaxImages = None,
     workers: Workers = 0,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure top-1 and top-5 (per cent), loss (nats), parameters and multiply-accumulates.
 
-    Example: arp-hub evaluate --model local-dir:out --data uoft-cs/cifar10 --json
+    Example:
+        arp-hub evaluate --model local-dir:out --data uoft-cs/cifar10 --json
     """
     from arp_hub._utils.progress import stage
     from arp_hub.layers.model import count_params

@@ -5,11 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from ..options import (
     AsJson,
-    Calibration,
     Checkpoint,
     Data,
     Device,
@@ -21,6 +18,9 @@ from ..options import (
     Pretrained,
     Seed,
     Workers,
+    data_option,
+    fit_option,
+    output_option,
 )
 from ..terminal import print_json, print_tables
 
@@ -31,15 +31,28 @@ def inspect(
     pretrained: Pretrained = None,
     num_classes: NumClasses = None,
     model_kwargs: ModelKwargs = None,
-    plan: Annotated[Path | None, typer.Option(help="A plan, to show the violation of each layer.")] = None,
+    plan: Annotated[
+        Path | None, fit_option(metavar="FILE", help="A plan, to show the violation of each layer.", show_default=False)
+    ] = None,
     data: Data = None,
     image_key: ImageKey = None,
-    calibration: Calibration = 64,
+    calibration: Annotated[
+        int,
+        data_option(
+            "--calibration-images",
+            metavar="N",
+            help="Training images of --data for the spectra of outputs.",
+            min=1,
+            show_default=True,
+        ),
+    ] = 64,
     input_size: InputSize = None,
     workers: Workers = 0,
     device: Device = None,
     seed: Seed = 0,
-    plot: Annotated[Path | None, typer.Option(help="Picture to write: .png, .svg or .pdf.")] = None,
+    plot: Annotated[
+        Path | None, output_option(metavar="FILE", help="Picture to write: .png, .svg or .pdf.", show_default=False)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show singular-value spectra, ranks and violations, layer by layer.
@@ -48,7 +61,8 @@ def inspect(
     layer or of --plan; and the violation, the relative squared distance to that plan. Ranks are those of scheme
     'channel'. With --data, spectra are those of the layers' outputs on calibration images.
 
-    Example: arp-hub inspect --model resnet50 --plot spectra.png
+    Example:
+        arp-hub inspect --model resnet50 --plot spectra.png
     """
     from arp_hub._utils.progress import counted
     from arp_hub.layers.apply_plan import check_plan, plan_of

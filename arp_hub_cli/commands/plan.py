@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from ..options import (
     AsJson,
     BatchSize,
@@ -34,6 +32,7 @@ from ..options import (
     Schemes,
     Seed,
     Workers,
+    output_option,
 )
 from ..terminal import note, print_json, print_tables
 
@@ -63,13 +62,14 @@ def plan(
     workers: Workers = 0,
     device: Device = None,
     seed: Seed = 0,
-    output: Annotated[Path, typer.Option(help="Plan file to write.")] = Path("plan.json"),
+    output: Annotated[Path, output_option(metavar="FILE", help="Plan file to write.")] = Path("plan.json"),
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Choose scheme, groups and rank of every layer under one budget: print the table, write the plan.
 
-    Example: arp-hub plan --model resnet50 --keep-params 0.4 --output plan.json
+    Example:
+        arp-hub plan --model resnet50 --keep-params 0.4 --output plan.json
     """
     from arp_hub.planning.make_plan import make_plan
     from arp_hub.reports import summary, tables

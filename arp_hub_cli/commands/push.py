@@ -8,34 +8,42 @@ from typing import Annotated, Any
 
 import typer
 
-from ..options import AsJson
+from ..options import AsJson, card_option, hub_option
 from ..terminal import interactive, note, print_json
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="Folder with a saved model.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder with a saved model.", show_default=False)],
     repo_id: Annotated[
         str, typer.Argument(metavar="USER/NAME", help="Repository on the Hub; created if it does not exist.")
     ],
     token: Annotated[
-        str | None, typer.Option(help="Token for the Hub; by default HF_TOKEN, or that of `hf auth login`.")
+        str | None,
+        hub_option(metavar="TOKEN", help="Token for the Hub; by default HF_TOKEN, or that of `hf auth login`."),
     ] = None,
-    private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch to write to; by default main.")] = None,
-    tag: Annotated[str | None, typer.Option(help="Tag for this version, such as v1.")] = None,
+    private: Annotated[
+        bool | None, hub_option("--private/--no-private", help="Whether a new repository is private.")
+    ] = None,
+    revision: Annotated[str | None, hub_option(metavar="BRANCH", help="Branch to write to; by default main.")] = None,
+    tag: Annotated[str | None, hub_option(metavar="TAG", help="Tag for this version, such as v1.")] = None,
     create_pr: Annotated[
-        bool, typer.Option("--create-pr", help="Open a pull request instead of writing to the branch.")
+        bool, hub_option("--create-pr", help="Open a pull request instead of writing to the branch.")
     ] = False,
-    message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    message: Annotated[str | None, hub_option(metavar="TEXT", help="Title of the commit.")] = None,
     dense_revision: Annotated[
-        str, typer.Option(help="Branch for the dense model with merged weights, which plain timm loads.")
+        str,
+        hub_option(
+            metavar="BRANCH",
+            help="Branch for the dense model with merged weights, which plain timm loads.",
+            show_default=True,
+        ),
     ] = "dense",
-    no_dense: Annotated[bool, typer.Option("--no-dense", help="Do not push that branch.")] = False,
-    base_model: Annotated[str | None, typer.Option(help="For the card: the dense model on the Hub.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="For the card: the data set on the Hub.")] = None,
-    license: Annotated[str | None, typer.Option(help="For the card; by default the backbone's.")] = None,
+    no_dense: Annotated[bool, hub_option("--no-dense", help="Do not push that branch.")] = False,
+    base_model: Annotated[str | None, card_option(metavar="USER/NAME", help="The dense model on the Hub.")] = None,
+    dataset: Annotated[str | None, card_option(metavar="USER/NAME", help="The data set on the Hub.")] = None,
+    license: Annotated[str | None, card_option(metavar="NAME", help="The license; by default the backbone's.")] = None,
     with_latency: Annotated[
-        bool, typer.Option("--bench", help="For the card: measure the latency here, at batch sizes 1 and 32.")
+        bool, card_option("--bench", help="Measure the latency here, at batch sizes 1 and 32.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -43,7 +51,8 @@ def push(
 
     The next push keeps what you write between the owner's marks of the card.
 
-    Example: arp-hub push out me/resnet50-arp --tag v1
+    Example:
+        arp-hub push out me/resnet50-arp --tag v1
     """
     from huggingface_hub.utils import disable_progress_bars
 

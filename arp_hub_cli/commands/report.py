@@ -12,14 +12,20 @@ from ..terminal import note, print_json
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder of a finished or unfinished run: OUTPUT-run.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="Folder of a finished or unfinished run: OUTPUT-run.", show_default=False
+        ),
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Write report.html into a run's folder: curves, violations, ranks, spectra, accuracy and size.
 
     A finished run already has one. Use this command to follow an unfinished run.
 
-    Example: arp-hub report runs/quickstart-run
+    Example:
+        arp-hub report runs/quickstart-run
     """
     from arp_hub.reports.run_page import write_report
 
