@@ -17,6 +17,7 @@ from .commands.doctor import doctor
 from .commands.evaluate import evaluate
 from .commands.inspect import inspect
 from .commands.plan import plan
+from .commands.predict import predict
 from .commands.push import push
 from .commands.report import report
 
@@ -50,7 +51,7 @@ def _options(
 
 COMMANDS = {
     "Compress": (plan, compress),
-    "Measure": (evaluate, bench, inspect),
+    "Use and measure": (predict, evaluate, bench, inspect),
     "Publish and follow": (push, report),
     "Installation": (doctor,),
 }

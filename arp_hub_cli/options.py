@@ -96,7 +96,9 @@ PlanFile = Annotated[
 ]
 
 BatchSize = Annotated[int, timing_option(metavar="N", help="Images of the timed forward pass.")]
-Dtype = Annotated[str, timing_option(metavar="TYPE", help=f"Floating-point type: {', '.join(DTYPES)}.")]
+Dtype = Annotated[
+    str, timing_option(metavar="TYPE", help=f"Floating-point type: {', '.join(DTYPES)}.", autocompletion=lambda: DTYPES)
+]
 ChannelsLast = Annotated[bool, timing_option("--channels-last", help="Time in the channels-last memory format.")]
 
 Schemes = Annotated[
@@ -118,7 +120,11 @@ Exclude = Annotated[
 ]
 Effort = Annotated[
     str,
-    fit_option(metavar="PRESET", help=f"CPU time of plan and fit against accuracy: {', '.join(EFFORTS)}."),
+    fit_option(
+        metavar="PRESET",
+        help=f"CPU time of plan and fit against accuracy: {', '.join(EFFORTS)}.",
+        autocompletion=lambda: EFFORTS,
+    ),
 ]
 
 Refine = Annotated[
