@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .command import Command, Group
+from .command import SCRIPT_WORDS, Command, Group, ScriptCommand
 from .commands.bench import bench
 from .commands.compress import compress
 from .commands.doctor import doctor
@@ -20,6 +20,7 @@ from .commands.plan import plan
 from .commands.predict import predict
 from .commands.push import push
 from .commands.report import report
+from .commands.run import run
 
 app = typer.Typer(
     cls=Group,
@@ -60,3 +61,6 @@ COMMANDS = {
 for heading, commands in COMMANDS.items():
     for command in commands:
         app.command(cls=Command, rich_help_panel=heading)(command)
+app.command(cls=ScriptCommand, rich_help_panel="Use and measure", options_metavar="", context_settings=SCRIPT_WORDS)(
+    run
+)

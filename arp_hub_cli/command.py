@@ -13,12 +13,10 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .terminal import note
-from .wording import in_options
+from .wording import MANY_WORDS, in_options
 
 _UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
 """The exception that typer raises for a wrong option. It has no public name."""
-MANY_WORDS = "--model-kwargs"
-"""The option that takes all words ``NAME=VALUE`` after it."""
 
 
 class HelpfulCommand(TyperCommand):
@@ -66,6 +64,18 @@ class Command(HelpfulCommand):
             raise
         finally:
             warnings.formatwarning = plain
+
+
+class ScriptCommand(HelpfulCommand):
+    """A command whose first argument is a script. All words after it belong to the script, ``--help`` too."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Words of the usage line."""
+        return [*super().collect_usage_pieces(ctx), "[WORD...]"]
+
+
+SCRIPT_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+"""Settings of a `ScriptCommand`."""
 
 
 class Group(TyperGroup):

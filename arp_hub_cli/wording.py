@@ -6,9 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+MANY_WORDS = "--model-kwargs"
+"""The option that takes all words ``NAME=VALUE`` after it."""
 _VALUE = r"'[^']*'|\"[^\"]*\"|\([^()]*\)|\[[^\[\]]*\]|[^\s,;:()]*[^\s,;:().]"
 _OTHER_NAMES = {"calibration": "data"}
 """Arguments of Python whose option has another name."""
+_OF_MODELS = ("img_size", "in_chans")
+"""Arguments of models, which --model-kwargs takes as they are."""
 
 
 def in_options(message: str, params: Sequence[Any]) -> str:
@@ -28,6 +32,8 @@ def in_options(message: str, params: Sequence[Any]) -> str:
     names = "|".join(sorted(map(re.escape, options), key=len, reverse=True))
     # After --model-kwargs, NAME=VALUE is what the user types. A quoted or dotted name is the user's own.
     start = r"(?<!--model-kwargs )(?<![\w.'\"/=-])"
+    if "model_kwargs" in options:
+        message = re.sub(rf"{start}({'|'.join(_OF_MODELS)})=", rf"{MANY_WORDS} \1=", message)
     message = re.sub(rf"{start}`?({names})=({_VALUE})?`?", lambda found: _with_value(options, found), message)
     return re.sub(rf"{start}`?({names})`?(?![\w'\"/=(]|\.\w)", lambda found: _alone(options, found), message)
 

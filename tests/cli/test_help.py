@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,14 @@ def test_examples_in_help_run(call: Any, place: Path, monkeypatch: pytest.Monkey
     examples = {name: split_example(command.help)[1] for name, command in COMMANDS.items()}
     order = ["compress", *(name for name in examples if name != "compress")]  # `compress` makes the folder of others
     made = "--schemes channel --effort fast --calibration-copies 0 --model-kwargs num_classes=2".split()
+    (place / "validate.py").write_text("import sys, timm\ntimm.create_model(sys.argv[2], pretrained=True)\n")
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
     for name in order:
         words = words_of(examples[name]) + made * (name == "compress")
         if name == "push":  # in a process that knows the Hub of the tests alone
-            code, _, err = client.arp_hub(words[0], place / words[1], *words[2:], token=ME)
+            done = client.arp_hub(words[0], place / words[1], *words[2:], token=ME)
+            code, err = done.code, done.err
         else:
             code, _, err = call(*words)
         assert code == 0 or (name, code) == ("doctor", 1), (name, err)  # this machine may have problems
@@ -122,10 +127,15 @@ def test_shells_complete(call: Any, monkeypatch: pytest.MonkeyPatch, line: str, 
     assert code == 0 and set(out.split()) == expected
 
 
-def test_completion_installs_for_a_shell(call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_installs_for_a_shell(
+    call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shell: str
+) -> None:
+    monkeypatch.setattr("shellingham.detect_shell", lambda: (shell, f"/bin/{shell}"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    code, out, _ = call("--show-completion", "zsh")
-    assert code == 0 and "#compdef arp-hub" in out
-    code, out, _ = call("--install-completion", "bash")
-    assert code == 0 and "bash completion installed in" in out
-    assert "arp-hub" in (tmp_path / ".bashrc").read_text()
+    code, script, _ = call("--show-completion")
+    assert code == 0 and f"_ARP_HUB_COMPLETE=complete_{shell}" in script
+    code, out, _ = call("--install-completion")
+    assert code == 0 and f"{shell} completion installed in {tmp_path}" in out.replace("\n", "")
+    written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(script.strip() in text for text in written)

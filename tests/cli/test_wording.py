@@ -31,7 +31,7 @@ WORDS = {
         "--num-classes 7 and --model-kwargs num_classes=10 differ",
         "--num-classes 7 and --model-kwargs num_classes=10 differ",
     ),
-    "an argument of the model": ("build it with in_chans=3", "build it with in_chans=3"),
+    "an argument of the model": ("build it with in_chans=3", "build it with --model-kwargs in_chans=3"),
     "a quoted name": ("tensor 'batch_size' is missing", "tensor 'batch_size' is missing"),
     "a path": ("cannot read runs/keep_params/x", "cannot read runs/keep_params/x"),
     "an option already": ("--keep-params must lie", "--keep-params must lie"),
@@ -73,9 +73,9 @@ REACHED = {
     ),
     "a model of one channel": (
         "evaluate --model test_resnet --no-pretrained --model-kwargs in_chans=1 --data digits",
-        ["1 channels"],
+        ["images of 1 channels", "--model-kwargs in_chans=3"],
     ),
-    "a layer to exclude": (f"plan {SMALL} --keep-params 0.5 --exclude nosuch", ["--exclude", "nosuch"]),
+    "a layer to exclude": (f"plan {SMALL} --keep-params 0.5 --exclude nosuch", ["--exclude 'nosuch' matches no layer"]),
     "a batch size": ("bench --model test_resnet --no-pretrained --batch-size 0", ["--batch-size must be at least 1"]),
     "a token": ("push {tmp}/saved USER/NAME --no-dense", ["--token"]),
 }

@@ -62,7 +62,8 @@ def test_commands_and_their_options_exist():
             checked[words[1]] = CliRunner().invoke(app, [words[1], "--help"], terminal_width=200).output
         for option in (word for word in words if word.startswith("--")):
             assert re.search(rf"{option}\b", checked[words[1]]), f"{words[1]} has no {option}"
-    settings = {f"--{name.replace('_', '-')}" for name in TrainConfig.__dataclass_fields__} | {"--config"}
+    settings = {f"--{name.replace('_', '-')}" for name in TrainConfig.__dataclass_fields__}
+    settings |= {"--config", "--print-config"}
     for words in commands():
         for start, word in enumerate(words):
             if word.startswith("recipes/"):
