@@ -6,7 +6,7 @@ import inspect
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import typer
@@ -35,14 +35,7 @@ class HelpfulCommand(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and options in their groups, in the order in which the groups first appear."""
-        rows = []
-        for param in self.get_params(ctx):
-            if record := param.get_help_record(ctx):
-                group = getattr(param, "rich_help_panel", None)
-                if param.param_type_name == "argument":
-                    group, record = group or "Arguments", (record[0].split()[0], record[1])  # without its type
-                rows.append((group or "Other options", record))
-        _write_groups(formatter, sorted(rows, key=lambda row: row[0] == "Other options"))
+        _write_groups(formatter, option_groups(self, ctx))
 
 
 class Command(HelpfulCommand):
@@ -98,13 +91,13 @@ class Group(TyperGroup):
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the first sentence about each command, in groups."""
-        rows = []
+        groups: Groups = {}
         for name in self.list_commands(ctx):
             command = self.get_command(ctx, name)
             if command is not None and not command.hidden:
                 first = " ".join((command.help or "").split("\n\n")[0].split())
-                rows.append((getattr(command, "rich_help_panel", None) or "Commands", (name, first)))
-        _write_groups(formatter, rows)
+                groups.setdefault(getattr(command, "rich_help_panel", None) or "Commands", []).append((name, first))
+        _write_groups(formatter, groups)
 
 
 def split_example(help: str) -> tuple[str, str]:
@@ -113,10 +106,23 @@ def split_example(help: str) -> tuple[str, str]:
     return text.strip(), inspect.cleandoc(example)
 
 
-def _write_groups(formatter: Any, rows: Iterable[tuple[str, tuple[str, str]]]) -> None:
-    groups: dict[str, list[tuple[str, str]]] = {}
-    for group, row in rows:
-        groups.setdefault(group, []).append(row)
+Groups = dict[str, list[tuple[str, str]]]
+"""Lines of help, each a name and what it does, below their headings."""
+
+
+def option_groups(command: TyperCommand, ctx: Any) -> Groups:
+    """The arguments and options of a command in their groups, in the order in which the groups first appear."""
+    groups: Groups = {}
+    for param in command.get_params(ctx):
+        if record := param.get_help_record(ctx):
+            heading = getattr(param, "rich_help_panel", None)
+            if param.param_type_name == "argument":
+                heading, record = heading or "Arguments", (record[0].split()[0], record[1])  # without its type
+            groups.setdefault(heading or "Other options", []).append(record)
+    return groups
+
+
+def _write_groups(formatter: Any, groups: Groups) -> None:
     for group, listed in groups.items():
         with formatter.section(group):
             column = max(len(name) for name, _ in listed) + 2

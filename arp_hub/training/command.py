@@ -111,7 +111,9 @@ def _parser(description: str, defaults: dict[str, Any]) -> argparse.ArgumentPars
     for setting in dataclasses.fields(TrainConfig):
         default = defaults.get(setting.name, setting.default)
         groups[setting.metadata["group"]].add_argument(
-            f"--{setting.name.replace('_', '-')}", help=_help(setting, default), **_shape(setting)
+            f"--{setting.name.replace('_', '-')}",
+            help=setting_help(setting, default).replace("%", "%%"),
+            **_shape(setting),
         )
     return parser
 
@@ -129,14 +131,15 @@ def _shape(setting: dataclasses.Field[Any]) -> dict[str, Any]:
     return {"metavar": setting.name.upper().split("_")[-1]}
 
 
-def _help(setting: dataclasses.Field[Any], default: Any) -> str:
+def setting_help(setting: dataclasses.Field[Any], default: Any) -> str:
+    """What a setting does, its choices and its default."""
     text = setting.metadata["help"]
     choices = setting.metadata.get("choices")
     parts = [f"one of {', '.join(choices)}"] if choices else []
     if default not in (None, "", (), False):
         words = [f"{name}={value}" for name, value in default.items()] if isinstance(default, dict) else default
         parts.append(f"default: {' '.join(words) if isinstance(words, (list, tuple)) else words}")
-    return (f"{text} ({'; '.join(parts)})" if parts else text).replace("%", "%%")
+    return f"{text} ({'; '.join(parts)})" if parts else text
 
 
 def _is_main() -> bool:

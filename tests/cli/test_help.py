@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shlex
 import shutil
 import sys
@@ -17,6 +18,7 @@ import typer
 from hub_server import ME
 from PIL import Image
 
+from arp_hub.training import TrainConfig
 from arp_hub_cli.app import app
 from arp_hub_cli.command import split_example
 
@@ -80,7 +82,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
     shutil.copy(path, folder / "photo.jpg")
     (folder / "runs/quickstart-run").mkdir(parents=True)
-    entry = {"phase": "compress", "epoch": 1, "step": 1, "loss": 1.0, "top1": 50.0}
+    entry = {"phase": "dense", "epoch": 1, "epochs": 3, "step": 9, "loss": 1.0, "top1": 50.0, "lr": 0.1, "seconds": 1.0}
     (folder / "runs/quickstart-run/log.jsonl").write_text(json.dumps(entry) + "\n")
     return folder
 
@@ -139,3 +141,13 @@ def test_completion_installs_for_a_shell(
     assert code == 0 and f"{shell} completion installed in {tmp_path}" in out.replace("\n", "")
     written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
     assert any(script.strip() in text for text in written)
+
+
+def test_the_page_of_the_command_line_is_that_of_the_code() -> None:
+    made = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "_command_line.py"))
+    page = made["PAGE"].read_text(encoding="utf-8")
+    assert made["whole_page"](page) == page, "run: python docs/_command_line.py"
+    for name in COMMANDS:
+        assert f"### `arp-hub {name}`" in page
+    for setting in TrainConfig.__dataclass_fields__:
+        assert f"`--{setting.replace('_', '-')}`" in page
