@@ -65,7 +65,7 @@ def next_steps(folder: Path, data: Mapping[str, str | None], measured: bool, wor
     elif not measured:
         lines.append(_command("bench", *model))
     lines.append(_command("push", str(folder), "USER/NAME"))
-    load = f'import timm, arp_hub; model = timm.create_model("local-dir:{folder}", pretrained=True)'
+    load = f"import timm, arp_hub; model = timm.create_model({f'local-dir:{folder}'!r}, pretrained=True)"
     shell = "\n".join(f"  {line}" for line in lines)
     return f"saved to {folder}\n\nNext, in the shell:\n{shell}\nNext, in Python:\n  {load}"
 
