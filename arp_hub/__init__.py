@@ -6,6 +6,7 @@ from .decomposition import decompose, to_dense
 from .errors import ArpHubError
 from .hub.push import download, push_to_hub
 from .hub.save import save_pretrained
+from .layers.factor_names import factor_names
 from .penalty import AdaptiveRankPenalty
 from .plan import LayerPlan, RankPlan
 from .planning.make_plan import make_plan
@@ -23,6 +24,7 @@ __all__ = [
     "benchmark",
     "decompose",
     "download",
+    "factor_names",
     "make_plan",
     "models",
     "push_to_hub",

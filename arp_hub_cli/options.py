@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,95 +15,140 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 EFFORTS = ("fast", "balanced", "thorough")
 """Presets of effort; a test compares them with `arp_hub.effort.EFFORTS`."""
 
-Model = Annotated[str, typer.Option(help="A timm name such as resnet50, local-dir:FOLDER, or hf-hub:USER/NAME.")]
-Checkpoint = Annotated[Path | None, typer.Option(help="Weights: a .safetensors file, or a torch file of tensors.")]
+model_option = partial(typer.Option, rich_help_panel="Model", show_default=False)
+data_option = partial(typer.Option, rich_help_panel="Data", show_default=False)
+budget_option = partial(typer.Option, rich_help_panel="Budget (give one)", show_default=False, metavar="SHARE")
+timing_option = partial(typer.Option, rich_help_panel="Timed forward pass")
+fit_option = partial(typer.Option, rich_help_panel="Plan and fit")
+refine_option = partial(typer.Option, rich_help_panel="Refinement")
+machine_option = partial(typer.Option, rich_help_panel="Machine")
+hub_option = partial(typer.Option, rich_help_panel="Repository", show_default=False)
+card_option = partial(typer.Option, rich_help_panel="Model card", show_default=False)
+output_option = partial(typer.Option, rich_help_panel="Output")
+
+Model = Annotated[
+    str,
+    model_option(metavar="NAME", help="A timm name such as resnet50, local-dir:FOLDER, or hf-hub:USER/NAME."),
+]
+Checkpoint = Annotated[
+    Path | None, model_option(metavar="FILE", help="Weights: a .safetensors file, or a torch file of tensors.")
+]
 Pretrained = Annotated[
     bool | None,
-    typer.Option(
+    model_option(
         "--pretrained/--no-pretrained",
         help="Load pretrained weights, or start from random ones. By default, load them if the model has any.",
-        show_default=False,
     ),
 ]
 NumClasses = Annotated[
     int | None,
-    typer.Option(help="Number of classes of --checkpoint, if it differs from the model's.", min=0, max=2**20),
+    model_option(
+        metavar="N", help="Number of classes of --checkpoint, if it differs from the model's.", min=0, max=2**20
+    ),
 ]
 ModelKwargs = Annotated[
     list[str] | None,
-    typer.Option(
+    model_option(
         metavar="NAME=VALUE ...",
         help="Arguments of the model, such as img_size=112 pad_type=same. Saved with the model.",
-        show_default=False,
     ),
 ]
 InputSize = Annotated[
-    tuple[int, int, int] | None,
-    typer.Option(metavar="C H W", help="Input size; by default the model's own.", show_default=False),
+    tuple[int, int, int] | None, model_option(metavar="C H W", help="Input size; by default the model's own.")
 ]
+
 DATA_HELP = "digits, a folder of class folders or of parquet files, or a Hub dataset: USER/NAME or USER/NAME:CONFIG."
 MAX_IMAGES_HELP = "this many images of the split, chosen at random but equal at every call."
-Data = Annotated[str | None, typer.Option(help=DATA_HELP)]
-ImageKey = Annotated[str | None, typer.Option(help="Image column; by default the one of type Image.")]
+Data = Annotated[str | None, data_option(metavar="DATA", help=DATA_HELP)]
+ImageKey = Annotated[str | None, data_option(metavar="COLUMN", help="Image column; by default the one of type Image.")]
 LabelKey = Annotated[
     str | None,
-    typer.Option(help="Label column: numbers, bools or class names; by default the one of type ClassLabel."),
-]
-KeepParams = Annotated[float | None, typer.Option(help="Share of the parameters to keep, above 0 and below 1.")]
-KeepMacs = Annotated[float | None, typer.Option(help="Share of the multiply-accumulates to keep.")]
-KeepLatency = Annotated[float | None, typer.Option(help="Share of the measured latency on --device to keep.")]
-BatchSize = Annotated[int, typer.Option(help="Images of the timed forward pass.")]
-Dtype = Annotated[str, typer.Option(help=f"Floating-point type of the timed forward pass: {', '.join(DTYPES)}.")]
-ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="Time in the channels-last memory format.")]
-Schemes = Annotated[
-    str | None, typer.Option(help=f"Schemes to choose from, separated by commas: {','.join(SCHEMES)}. By default all.")
-]
-RankMultiple = Annotated[int, typer.Option(help="Ranks are multiples of this, to suit the hardware.")]
-Exclude = Annotated[
-    str | None,
-    typer.Option(
-        help="Layers that stay dense: names or patterns (layer1.*), with commas. By default the first convolution."
+    data_option(
+        metavar="COLUMN",
+        help="Label column: numbers, bools or class names; by default the one of type ClassLabel.",
     ),
 ]
+MaxImages = Annotated[int | None, data_option(metavar="N", help=f"Measure accuracy on {MAX_IMAGES_HELP}", min=1)]
 Calibration = Annotated[
     int | None,
-    typer.Option(
+    data_option(
         "--calibration-images",
+        metavar="N",
         help="Training images of --data to calibrate on, without labels; by default 1,024 small or 256 large ones.",
         min=1,
     ),
 ]
 Copies = Annotated[
     int | None,
-    typer.Option(
+    data_option(
         "--calibration-copies",
+        metavar="N",
         help="Augmented copies added for each calibration image; by default 1 for small images, 0 for large ones.",
         min=0,
     ),
 ]
+
+KeepParams = Annotated[float | None, budget_option(help="Share of the parameters to keep, above 0 and below 1.")]
+KeepMacs = Annotated[float | None, budget_option(help="Share of the multiply-accumulates to keep.")]
+KeepLatency = Annotated[float | None, budget_option(help="Share of the measured latency on --device to keep.")]
+PlanFile = Annotated[
+    Path | None, budget_option(metavar="FILE", help="A plan file that `arp-hub plan` wrote, instead of a share.")
+]
+
+BatchSize = Annotated[int, timing_option(metavar="N", help="Images of the timed forward pass.")]
+Dtype = Annotated[
+    str, timing_option(metavar="TYPE", help=f"Floating-point type: {', '.join(DTYPES)}.", autocompletion=lambda: DTYPES)
+]
+ChannelsLast = Annotated[bool, timing_option("--channels-last", help="Time in the channels-last memory format.")]
+
+Schemes = Annotated[
+    str | None,
+    fit_option(
+        metavar="NAMES",
+        help=f"Schemes to choose from, with commas: {', '.join(SCHEMES)}. By default all.",
+        show_default=False,
+    ),
+]
+RankMultiple = Annotated[int, fit_option(metavar="N", help="Ranks are multiples of this, to suit the hardware.")]
+Exclude = Annotated[
+    str | None,
+    fit_option(
+        metavar="NAMES",
+        help="Layers that stay dense: names or patterns (layer1.*), with commas. By default the first convolution.",
+        show_default=False,
+    ),
+]
 Effort = Annotated[
     str,
-    typer.Option(
-        help=f"Preset that trades CPU time of plan and fit for accuracy: {', '.join(EFFORTS)}.", metavar="PRESET"
+    fit_option(
+        metavar="PRESET",
+        help=f"CPU time of plan and fit against accuracy: {', '.join(EFFORTS)}.",
+        autocompletion=lambda: EFFORTS,
     ),
 ]
+
 Refine = Annotated[
-    bool, typer.Option("--refine", help="Refine the fit by gradient steps on unlabelled images; needs --data.")
+    bool, refine_option("--refine", help="Refine the fit by gradient steps on unlabelled images; needs --data.")
 ]
 RefineMinutes = Annotated[
-    float | None, typer.Option(help="Minutes of --refine; by default 10.", show_default=False, metavar="MINUTES")
+    float | None, refine_option(metavar="MINUTES", help="Minutes of --refine; by default 10.", show_default=False)
 ]
 RefineSteps = Annotated[
-    int | None, typer.Option(help="Optimiser steps of --refine, in place of minutes.", show_default=False)
+    int | None,
+    refine_option(metavar="N", help="Optimiser steps of --refine, in place of minutes.", show_default=False),
 ]
-RefineImages = Annotated[int, typer.Option(help="Training images to refine on, without labels.")]
-Workers = Annotated[int, typer.Option(help="Processes that decode large images.", min=0)]
+RefineImages = Annotated[int, refine_option(metavar="N", help="Training images to refine on, without labels.")]
+
+Workers = Annotated[int, machine_option(metavar="N", help="Processes that decode large images.", min=0)]
 Device = Annotated[
     str | None,
-    typer.Option(
-        help="cpu, cuda, ...; by default cuda if available. `plan` also takes meta, and then uses shapes only."
+    machine_option(
+        metavar="NAME",
+        help="cpu, cuda, ...; by default cuda if available. `plan` also takes meta, and then uses shapes only.",
+        show_default=False,
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of every random choice.", min=0, max=2**32 - 1)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace --output, even if it holds other files.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else.")]
+Seed = Annotated[int, machine_option(metavar="N", help="Seed of every random choice.", min=0, max=2**32 - 1)]
+
+Overwrite = Annotated[bool, output_option("--overwrite", help="Replace --output, even if it holds other files.")]
+AsJson = Annotated[bool, output_option("--json", help="Print one JSON object to stdout and nothing else.")]

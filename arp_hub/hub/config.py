@@ -53,8 +53,9 @@ def write_config(
     num_classes = getattr(model, "num_classes", None)
     if not isinstance(num_classes, int):
         raise ArpHubError(
-            f"{type(model).__name__} is not a timm classifier: pass the whole bare model, not a feature extractor, and "
-            "unwrapped (accelerator.unwrap_model(model))"
+            f"{type(model).__name__} is not a timm classifier, so timm could not build it again: pass the whole bare "
+            "model, not a feature extractor, and unwrapped (accelerator.unwrap_model(model)); of a model from another "
+            "library, keep the plan (plan.save) and the state_dict"
         )
     name = _backbone(model, backbone)
     base, plan = backbone_cfg(name), plan_of(model)

@@ -163,7 +163,7 @@ def _eligible(
     known = dict(model.named_modules(remove_duplicate=False))
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):
-            raise ArpHubError(f"exclude names {pattern!r}, which matches no layer of this {type(model).__name__}")
+            raise ArpHubError(f"exclude={pattern!r} matches no layer of this {type(model).__name__}")
     layers, dense, reasons = {}, {}, refusals(model)
     for name, module in weight_layers(model):
         if any(fnmatchcase(name, pattern) for pattern in patterns):

@@ -14,6 +14,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..errors import ArpHubError
 from .config import GROUPS, TrainConfig, nearest, read_config
+from .config_text import commented_yaml
 from .preemption import EXIT_CODE, Preempted
 from .trainer import run
 
@@ -27,6 +28,8 @@ examples:
       a trial run through every phase
   python {name} --config my.yaml --lr 0.02
       settings from a file, one of them overridden
+  python {name} --print-config > my.yaml
+      all settings with their help, as a file to edit
   python {name} --resume
       continue a stopped run with the same settings
 
@@ -68,6 +71,8 @@ def main(description: str, **defaults: Any) -> dict[str, Any]:
 def parse_command(description: str, defaults: dict[str, Any], arguments: Sequence[str]) -> TrainConfig:
     """Settings from a recipe's defaults, a ``--config`` file and command-line options. Later ones take precedence.
 
+    With ``--print-config``, the settings are printed and the process ends.
+
     Raises:
         ArpHubError: If an option is unknown or a value is invalid.
     """
@@ -77,8 +82,13 @@ def parse_command(description: str, defaults: dict[str, Any], arguments: Sequenc
         known = [f"--{setting.name.replace('_', '-')}" for setting in dataclasses.fields(TrainConfig)]
         raise ArpHubError(f"unknown option '{rest[0]}'{nearest(rest[0].split('=')[0], known)}")
     options = vars(given)
-    file = options.pop("config", None)
-    return TrainConfig.from_layers(defaults, read_config(file) if file else {}, options)
+    file, wanted = options.pop("config", None), options.pop("print_config", False)
+    config = TrainConfig.from_layers(defaults, read_config(file) if file else {}, options)
+    if wanted:
+        if _is_main():
+            print(commented_yaml(config), end="")
+        sys.exit()
+    return config
 
 
 class _Parser(argparse.ArgumentParser):
@@ -96,11 +106,14 @@ def _parser(description: str, defaults: dict[str, Any]) -> argparse.ArgumentPars
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="settings from a YAML file")
+    parser.add_argument("--print-config", action="store_true", help="print all settings as YAML to edit, and stop")
     groups = {group: parser.add_argument_group(group) for group in GROUPS}
     for setting in dataclasses.fields(TrainConfig):
         default = defaults.get(setting.name, setting.default)
         groups[setting.metadata["group"]].add_argument(
-            f"--{setting.name.replace('_', '-')}", help=_help(setting, default), **_shape(setting)
+            f"--{setting.name.replace('_', '-')}",
+            help=setting_help(setting, default).replace("%", "%%"),
+            **_shape(setting),
         )
     return parser
 
@@ -118,14 +131,15 @@ def _shape(setting: dataclasses.Field[Any]) -> dict[str, Any]:
     return {"metavar": setting.name.upper().split("_")[-1]}
 
 
-def _help(setting: dataclasses.Field[Any], default: Any) -> str:
+def setting_help(setting: dataclasses.Field[Any], default: Any) -> str:
+    """What a setting does, its choices and its default."""
     text = setting.metadata["help"]
     choices = setting.metadata.get("choices")
     parts = [f"one of {', '.join(choices)}"] if choices else []
     if default not in (None, "", (), False):
         words = [f"{name}={value}" for name, value in default.items()] if isinstance(default, dict) else default
         parts.append(f"default: {' '.join(words) if isinstance(words, (list, tuple)) else words}")
-    return (f"{text} ({'; '.join(parts)})" if parts else text).replace("%", "%%")
+    return f"{text} ({'; '.join(parts)})" if parts else text
 
 
 def _is_main() -> bool:

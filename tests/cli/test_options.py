@@ -18,7 +18,8 @@ from arp_hub.models.arguments import read_arguments
 from arp_hub.training import TrainConfig, run
 from arp_hub.training.command import parse_command
 from arp_hub_cli.app import app
-from arp_hub_cli.terminal import MANY_WORDS, repeated
+from arp_hub_cli.command import repeated
+from arp_hub_cli.wording import MANY_WORDS
 
 COMMANDS = {
     "plan": "plan --keep-params 0.9 --output {tmp}/plan.json",

@@ -23,6 +23,7 @@ SURFACE = {
     "benchmark": "model workload dense input_size compiled seconds",
     "decompose": "model plan calibration factors",
     "download": "repo_id revision",
+    "factor_names": "model pattern",
     "make_plan": "model keep_params keep_macs keep_latency workload schemes calibration",
     "models": "",
     "push_to_hub": "repo_id tag",

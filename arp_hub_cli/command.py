@@ -1,0 +1,165 @@
+"""How ``arp-hub`` reads a command line, prints help and reports errors."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import textwrap
+import warnings
+from collections.abc import Sequence
+from typing import Any, cast
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from .terminal import note
+from .wording import MANY_WORDS, in_options
+
+_UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
+"""The exception that typer raises for a wrong option. It has no public name."""
+
+
+class HelpfulCommand(TyperCommand):
+    """A command whose help fits any width: grouped options, no text cut off, an example on lines of its own."""
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        """Write what the command does, then its example."""
+        text, example = split_example(self.help or "")
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text(text)
+        if example:
+            with formatter.section("Example"):
+                for line in example.splitlines():
+                    formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments and options in their groups, in the order in which the groups first appear."""
+        _write_groups(formatter, option_groups(self, ctx))
+
+
+class Command(HelpfulCommand):
+    """A command of arp_hub. Warnings are one line; errors name options where Python names arguments."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the words after the command's name."""
+        return super().parse_args(ctx, repeated(MANY_WORDS, args))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        plain = warnings.formatwarning
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if _is_ours(error):
+                raise type(error)(in_options(str(error), self.get_params(ctx))) from error
+            raise
+        finally:
+            warnings.formatwarning = plain
+
+
+class ScriptCommand(HelpfulCommand):
+    """A command whose first argument is a script. All words after it belong to the script, ``--help`` too."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Words of the usage line."""
+        return [*super().collect_usage_pieces(ctx), "[WORD...]"]
+
+
+SCRIPT_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+"""Settings of a `ScriptCommand`."""
+
+
+class Group(TyperGroup):
+    """Commands whose user errors are one line on stderr and exit code 2."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command line, then exit."""
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except (typer.Abort, KeyboardInterrupt):
+            note("interrupted")
+            code = 130
+        except Exception as error:
+            message = _for_people(error)
+            if message is None:
+                raise
+            note(f"error: {message}")
+            code = 2
+        sys.exit(code)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the first sentence about each command, in groups."""
+        groups: Groups = {}
+        for name in self.list_commands(ctx):
+            command = self.get_command(ctx, name)
+            if command is not None and not command.hidden:
+                first = " ".join((command.help or "").split("\n\n")[0].split())
+                groups.setdefault(getattr(command, "rich_help_panel", None) or "Commands", []).append((name, first))
+        _write_groups(formatter, groups)
+
+
+def split_example(help: str) -> tuple[str, str]:
+    """The text of a docstring, and the lines below its heading ``Example:``."""
+    text, _, example = inspect.cleandoc(help).partition("\nExample:\n")
+    return text.strip(), inspect.cleandoc(example)
+
+
+Groups = dict[str, list[tuple[str, str]]]
+"""Lines of help, each a name and what it does, below their headings."""
+
+
+def option_groups(command: TyperCommand, ctx: Any) -> Groups:
+    """The arguments and options of a command in their groups, in the order in which the groups first appear."""
+    groups: Groups = {}
+    for param in command.get_params(ctx):
+        if record := param.get_help_record(ctx):
+            heading = getattr(param, "rich_help_panel", None)
+            if param.param_type_name == "argument":
+                heading, record = heading or "Arguments", (record[0].split()[0], record[1])  # without its type
+            groups.setdefault(heading or "Other options", []).append(record)
+    return groups
+
+
+def _write_groups(formatter: Any, groups: Groups) -> None:
+    for group, listed in groups.items():
+        with formatter.section(group):
+            column = max(len(name) for name, _ in listed) + 2
+            for name, help in listed:
+                room = formatter.width - formatter.current_indent - column
+                lines = textwrap.wrap(help, room, break_on_hyphens=False, break_long_words=False) or [""]
+                for first, line in zip([name, *[""] * len(lines)], lines, strict=False):
+                    formatter.write(f"{'':{formatter.current_indent}}{first:{column}}{line}".rstrip() + "\n")
+
+
+def repeated(option: str, words: Sequence[str]) -> list[str]:
+    """Repeat an option before each of its values, because typer takes one value at a time.
+
+    Example:
+        >>> repeated("--x", ["--x", "a=1", "b=2", "--y", "c=3"])
+        ['--x', 'a=1', '--x', 'b=2', '--y', 'c=3']
+    """
+    found: list[str] = []
+    more = False  # whether the next word can be one more value of the option
+    for place, word in enumerate(words):
+        is_value = place > 0 and words[place - 1] == option
+        if more and not is_value and "=" in word and not word.startswith("-"):
+            found.append(option)
+            is_value = True
+        more = is_value or word == option
+        found.append(word)
+    return found
+
+
+def _is_ours(error: Exception) -> bool:
+    from arp_hub.errors import ArpHubError  # here, because `arp_hub` imports torch, which help does not need
+
+    return isinstance(error, ArpHubError)
+
+
+def _for_people(error: Exception) -> str | None:
+    """One line for an error that the user can correct; None for any other error."""
+    if isinstance(error, _UsageError):
+        return " ".join(error.format_message().split())  # type: ignore[attr-defined] # typer's base class has it
+    return " ".join(str(error).split()) if _is_ours(error) else None

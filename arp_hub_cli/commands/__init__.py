@@ -1,0 +1,1 @@
+"""The commands of ``arp-hub``, one module each. A module imports heavy packages when its command runs."""

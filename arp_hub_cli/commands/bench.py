@@ -1,0 +1,66 @@
+"""``arp-hub bench``: latency of a compressed model against its dense form."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from ..options import (
+    AsJson,
+    ChannelsLast,
+    Checkpoint,
+    Device,
+    Dtype,
+    InputSize,
+    Model,
+    ModelKwargs,
+    NumClasses,
+    Pretrained,
+    timing_option,
+)
+from ..terminal import print_json, print_tables
+
+
+def bench(
+    model: Model,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
+    num_classes: NumClasses = None,
+    model_kwargs: ModelKwargs = None,
+    batch_size: Annotated[
+        str, timing_option(metavar="N,N", help="Images per forward pass; several values separated by commas.")
+    ] = "1,32",
+    dtype: Dtype = "float32",
+    channels_last: ChannelsLast = False,
+    compiled: Annotated[bool, timing_option("--compile", help="Compile both models with torch.compile first.")] = False,
+    seconds: Annotated[float, timing_option(metavar="SECONDS", help="Seconds to measure each batch size.")] = 10.0,
+    input_size: InputSize = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the latency of a compressed model and of its dense form, in turns: medians with quartiles.
+
+    A ratio below 1 is faster than dense. With OMP_NUM_THREADS=1, times are CPU seconds, which other processes hardly
+    affect.
+
+    Example:
+        arp-hub bench --model local-dir:out --batch-size 1,32 --json
+    """
+    from arp_hub._utils.environment import environment
+    from arp_hub._utils.progress import counted
+    from arp_hub.reports import tables
+    from arp_hub.reports.benchmark import benchmark
+
+    from ..inputs import ModelChoice, batch_sizes, open_model, timed_workload
+
+    workloads = [timed_workload(size, dtype, channels_last) for size in batch_sizes(batch_size)]
+    choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device)
+    network, random_weights = open_model(choice)
+    found = [
+        benchmark(network, workload, compiled=compiled, seconds=seconds)
+        for workload in counted(workloads, "time batch sizes")
+    ]
+    if as_json:
+        described = {"model": model, "random_weights": random_weights, **environment()}
+        print_json({**described, "latency": [one.to_dict() for one in found]})
+    else:
+        print_tables(tables.latency_table(found, model))

@@ -1,0 +1,207 @@
+"""``arp-hub compress``: plan, decompose and save a model, without training."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from ..options import (
+    AsJson,
+    BatchSize,
+    Calibration,
+    ChannelsLast,
+    Checkpoint,
+    Copies,
+    Data,
+    Device,
+    Dtype,
+    Effort,
+    Exclude,
+    ImageKey,
+    InputSize,
+    KeepLatency,
+    KeepMacs,
+    KeepParams,
+    LabelKey,
+    MaxImages,
+    Model,
+    ModelKwargs,
+    NumClasses,
+    Overwrite,
+    PlanFile,
+    Pretrained,
+    RankMultiple,
+    Refine,
+    RefineImages,
+    RefineMinutes,
+    RefineSteps,
+    Schemes,
+    Seed,
+    Workers,
+    output_option,
+)
+from ..terminal import note, print_json, print_tables
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from arp_hub.training import ImageData, Split
+
+
+def compress(
+    model: Model,
+    output: Annotated[
+        Path, output_option(metavar="FOLDER", help="Folder to save the compressed model in.", show_default=False)
+    ],
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
+    num_classes: NumClasses = None,
+    model_kwargs: ModelKwargs = None,
+    keep_params: KeepParams = None,
+    keep_macs: KeepMacs = None,
+    keep_latency: KeepLatency = None,
+    batch_size: BatchSize = 1,
+    dtype: Dtype = "float32",
+    channels_last: ChannelsLast = False,
+    plan: PlanFile = None,
+    data: Data = None,
+    image_key: ImageKey = None,
+    label_key: LabelKey = None,
+    schemes: Schemes = None,
+    rank_multiple: RankMultiple = 1,
+    exclude: Exclude = None,
+    calibration: Calibration = None,
+    copies: Copies = None,
+    effort: Effort = "balanced",
+    input_size: InputSize = None,
+    refine: Refine = False,
+    refine_minutes: RefineMinutes = None,
+    refine_steps: RefineSteps = None,
+    refine_images: RefineImages = 1000,
+    max_images: MaxImages = None,
+    workers: Workers = 0,
+    device: Device = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Plan and decompose a model without training, and save the result.
+
+    With --data, each layer is fitted to its output on calibration images; without it, only to its weights. If the data
+    has labels, top-1 and top-5 are measured on the test split before and after.
+
+    --refine adds ten minutes of gradient steps on unlabelled images. If it is interrupted, the same command resumes it
+    from a file beside --output.
+
+    Example:
+        arp-hub compress --model resnet50 --keep-params 0.5 --data dogs --output out
+    """
+    from arp_hub._utils.progress import stage
+    from arp_hub.decomposition import decompose
+    from arp_hub.hub.load import hub_dataset, published_name
+    from arp_hub.hub.save import check_folder, save_pretrained
+    from arp_hub.layers.apply_plan import check_plan
+    from arp_hub.plan import RankPlan
+    from arp_hub.planning.make_plan import make_plan
+    from arp_hub.reports import spectra
+    from arp_hub.training.data.dataset import calibration_counts
+
+    from ..inputs import (
+        ModelChoice,
+        RefineChoice,
+        check_effort,
+        open_data,
+        open_images,
+        open_model,
+        plan_options,
+        timed_workload,
+    )
+    from ..outcome import before_after, next_steps, weight_bytes
+
+    workload = timed_workload(batch_size, dtype, channels_last)
+    options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude, plan)
+    check_effort(effort)
+    refinement = RefineChoice(refine, refine_minutes, refine_steps, refine_images)
+    refinement.check(data)
+    check_folder(output, overwrite=overwrite)
+    given = None if plan is None else RankPlan.load(plan)
+    choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
+    network, random_weights = open_model(choice)
+    if given is not None:
+        check_plan(network, given)
+    found = open_data(data, network, image_key, label_key)
+    images = open_images(found, calibration, copies, seed, workers)
+    counts = calibration_counts(found, calibration, copies) if found else (0, 0)
+    test = _test_split(network, found)
+    before, before_bytes = _figures(network, test, max_images, workers), weight_bytes(network)
+    dense = copy.deepcopy(network) if refinement.wanted else network
+    start = time.perf_counter()
+    made = given or make_plan(network, **options, calibration=images, effort=effort, progress=True)
+    falls = spectra.decays(network, made)
+    decompose(network, made, images, effort=effort, progress=True)
+    refined = refinement.run(network, dense, found, output, seed, workers)
+    seconds = time.perf_counter() - start
+    after, after_bytes = _figures(network, test, max_images, workers), weight_bytes(network)
+    result: dict[str, Any] = {
+        "model": model,
+        "data": data,
+        **({"split": test.name} if test else {}),
+        "calibration_images": counts[0],
+        "calibration_copies": counts[1],
+        "effort": effort,
+        "trained": False,
+        **({"refinement": asdict(refined)} if refined else {}),
+        "random_weights": random_weights,
+        "seconds": round(seconds, 2),
+        "seed": seed,
+        "dense": before,
+        **after,
+    }
+    names = found.class_names if found and test else ()
+    metrics = {
+        **result,
+        "base_model": None if checkpoint or random_weights else published_name(model, network),
+        "dataset": hub_dataset(data),
+        "shared_images": bool(test and found and found.train.name == found.test.name),
+        "plan": made.to_dict(),
+        "spectra": falls,
+    }
+    with stage("save"):
+        save_pretrained(network, output, metrics=metrics, label_names=names or None, overwrite=overwrite)
+    if as_json:
+        print_json({**result, "weights_bytes": after_bytes, "output": str(output)})
+        return
+    what = "refined without labels" if refined else "no training"
+    figures = ({**before, "bytes": before_bytes}, {**after, "bytes": after_bytes})
+    print_tables(before_after(f"{model}: {what}, {seconds:.0f} s", *figures, test.name if test else None))
+    used = {"--data": data, "--image-key": image_key, "--label-key": label_key}
+    print(next_steps(output, used, test is not None, workload if keep_latency is not None else None))
+
+
+def _figures(model: nn.Module, test: Split | None, max_images: int | None, workers: int) -> dict[str, Any]:
+    """Size, and accuracy if there are test images."""
+    from arp_hub._utils.progress import stage
+    from arp_hub.layers.model import count_params
+    from arp_hub.layers.trace import count_macs
+    from arp_hub.training import evaluate
+
+    size = {"params": count_params(model), "macs": count_macs(model)}
+    if test is None:
+        return size
+    with stage("measure accuracy"):
+        return {**evaluate(model, test, workers=workers, max_images=max_images), **size}
+
+
+def _test_split(model: nn.Module, data: ImageData | None) -> Split | None:
+    """The test images, if they have labels that fit the classes of the model."""
+    from arp_hub.training.evaluate import why_not_measured
+
+    if data is None or data.test.labels is None:
+        return None
+    if reason := why_not_measured(model, data.test):
+        note(f"accuracy is not measured: {reason}")
+        return None
+    return data.test

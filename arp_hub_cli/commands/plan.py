@@ -1,0 +1,103 @@
+"""``arp-hub plan``: choose scheme, groups and rank of every layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from ..options import (
+    AsJson,
+    BatchSize,
+    Calibration,
+    ChannelsLast,
+    Checkpoint,
+    Copies,
+    Data,
+    Device,
+    Dtype,
+    Effort,
+    Exclude,
+    ImageKey,
+    InputSize,
+    KeepLatency,
+    KeepMacs,
+    KeepParams,
+    LabelKey,
+    Model,
+    ModelKwargs,
+    NumClasses,
+    Overwrite,
+    Pretrained,
+    RankMultiple,
+    Schemes,
+    Seed,
+    Workers,
+    output_option,
+)
+from ..terminal import note, print_json, print_tables
+
+
+def plan(
+    model: Model,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
+    num_classes: NumClasses = None,
+    model_kwargs: ModelKwargs = None,
+    keep_params: KeepParams = None,
+    keep_macs: KeepMacs = None,
+    keep_latency: KeepLatency = None,
+    batch_size: BatchSize = 1,
+    dtype: Dtype = "float32",
+    channels_last: ChannelsLast = False,
+    data: Data = None,
+    image_key: ImageKey = None,
+    label_key: LabelKey = None,
+    schemes: Schemes = None,
+    rank_multiple: RankMultiple = 1,
+    exclude: Exclude = None,
+    calibration: Calibration = None,
+    copies: Copies = None,
+    effort: Effort = "balanced",
+    input_size: InputSize = None,
+    workers: Workers = 0,
+    device: Device = None,
+    seed: Seed = 0,
+    output: Annotated[Path, output_option(metavar="FILE", help="Plan file to write.")] = Path("plan.json"),
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Choose scheme, groups and rank of every layer under one budget: print the table, write the plan.
+
+    Example:
+        arp-hub plan --model resnet50 --keep-params 0.4 --output plan.json
+    """
+    from arp_hub.planning.make_plan import make_plan
+    from arp_hub.reports import summary, tables
+
+    from ..inputs import (
+        ModelChoice,
+        check_effort,
+        check_plan_file,
+        open_data,
+        open_images,
+        open_model,
+        plan_options,
+        timed_workload,
+    )
+
+    workload = timed_workload(batch_size, dtype, channels_last)
+    options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude)
+    check_effort(effort)
+    check_plan_file(output, overwrite)
+    choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
+    network, random_weights = open_model(choice, meta=data is None)
+    images = open_images(open_data(data, network, image_key, label_key), calibration, copies, seed, workers)
+    made = make_plan(network, **options, calibration=images, effort=effort, progress=True)
+    counted = summary.plan_report(network, made)
+    made.save(output)
+    if as_json:
+        described = {"plan": made.to_dict(), "output": str(output), "random_weights": random_weights}
+        print_json({**described, **counted.to_dict()})
+    else:
+        print_tables(tables.plan_table(counted, f"Plan of {model}"), tables.dense_table(counted))
+        note(f"plan written to {output}")

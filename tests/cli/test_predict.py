@@ -1,0 +1,118 @@
+"""``arp-hub predict``: the classes of image files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+
+import arp_hub
+from arp_hub.training import load_data
+from arp_hub_cli.app import app
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            app([str(word) for word in words])
+        return (int(stop.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ARP_HUB_PICTURES", "0")
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    return arp_hub.save_pretrained(model, tmp_path / "out", label_names=["cat", "dog", "[owl]"])
+
+
+def images(folder: Path, count: int, side: int) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = torch.randint(0, 256, (count, side, side + 30, 3), dtype=torch.uint8, generator=torch.manual_seed(1))
+    paths = [folder / f"{number}.png" for number in range(count)]
+    for path, image in zip(paths, pixels.numpy(), strict=True):
+        Image.fromarray(image).save(path)
+    return paths
+
+
+def test_probabilities_are_those_of_the_model(call: Any, saved: Path, tmp_path: Path) -> None:
+    paths = images(tmp_path / "photos", 2, 150)
+    code, out, err = call("predict", f"local-dir:{saved}", *paths, "--top-k", 2, "--json")
+    assert code == 0, err
+    model = timm.create_model(f"local-dir:{saved}", pretrained=True).eval()
+    transform = create_transform(**resolve_data_config({}, model=model))
+    for path, found in zip(paths, json.loads(out)["predictions"], strict=True):
+        with torch.no_grad():
+            expected = model(transform(Image.open(path))[None])[0].softmax(0).topk(2)
+        assert found["image"] == str(path)
+        assert [one["index"] for one in found["classes"]] == expected.indices.tolist()
+        assert [one["name"] for one in found["classes"]] == [["cat", "dog", "[owl]"][k] for k in expected.indices]
+        assert [one["probability"] for one in found["classes"]] == pytest.approx(expected.values.tolist(), rel=1e-4)
+
+
+def test_small_images_are_not_cropped_as_in_training(call: Any, saved: Path, tmp_path: Path) -> None:
+    images(tmp_path / "small" / "a", 3, 40)
+    code, out, _ = call("predict", f"local-dir:{saved}", tmp_path / "small", "--json", "--top-k", 3)
+    model = timm.create_model(f"local-dir:{saved}", pretrained=True).eval()
+    split = load_data(str(tmp_path / "small"), model, require_labels=False).test
+    pixels = torch.cat(list(split.images.evaluation(split.indices, 8, torch.device("cpu"), 0)))
+    with torch.no_grad():
+        expected = model(pixels).softmax(1)
+    listed = json.loads(out)["predictions"]
+    assert code == 0 and len(listed) == 3
+    for row, found in zip(expected, listed, strict=True):
+        assert {one["index"]: pytest.approx(one["probability"], abs=2e-3) for one in found["classes"]} == dict(
+            enumerate(row.tolist())
+        )
+
+
+def test_a_broken_image_is_one_line_and_the_others_are_classified(call: Any, saved: Path, tmp_path: Path) -> None:
+    (good, broken, _) = images(tmp_path / "photos", 3, 150)
+    broken.write_bytes(broken.read_bytes()[:300])
+    code, out, err = call("predict", f"local-dir:{saved}", tmp_path / "photos")
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert code == 2 and len(errors) == 1 and str(broken) in errors[0] and "cannot be read as an image" in errors[0]
+    assert out.count(".png") == 2 and str(good) in out.replace("\n", "") and "[owl]" in out and "%" in out
+    code, out, err = call("predict", f"local-dir:{saved}", broken)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+
+
+def test_names_of_imagenet_are_used_for_its_classes(call: Any, tmp_path: Path) -> None:
+    (path,) = images(tmp_path / "photos", 1, 150)
+    code, out, _ = call("predict", "test_resnet", path, "--no-pretrained", "--top-k", 5000, "--json")
+    classes = json.loads(out)["predictions"][0]["classes"]
+    assert code == 0 and len(classes) == 1000
+    assert {one["index"]: one["name"] for one in classes}[207] == "golden retriever"
+    assert sum(one["probability"] for one in classes) == pytest.approx(1, rel=1e-4)
+    code, out, _ = call("predict", "test_resnet", path, "--no-pretrained", "--num-classes", 7, "--json")
+    assert {one["name"] for one in json.loads(out)["predictions"][0]["classes"]} == {""}
+
+
+REFUSED = {
+    "no image": ("{tmp}/nix.jpg", "no image at"),
+    "an empty folder": ("{tmp}/empty", "holds no images"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_image_is_refused_before_the_model_is_loaded(call: Any, tmp_path: Path, case: str) -> None:
+    words, message = REFUSED[case]
+    (tmp_path / "empty").mkdir()
+    code, out, err = call("predict", "nosuch", words.format(tmp=tmp_path))
+    assert (code, out, len(err.splitlines())) == (2, "", 1) and message in err
+
+
+def test_a_model_without_classes_is_refused(call: Any, tmp_path: Path) -> None:
+    (path,) = images(tmp_path / "photos", 1, 150)
+    code, out, err = call("predict", "test_resnet", path, "--no-pretrained", "--num-classes", 0)
+    assert (code, out) == (2, "") and "the model has no classifier" in err
