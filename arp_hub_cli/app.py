@@ -1,4 +1,4 @@
-"""The command ``arp-hub``: plan, compress, evaluate, bench, inspect, push, report, doctor.
+"""The command ``arp-hub``: plan, compress, evaluate, bench, inspect, export, push, report, doctor.
 
 Each command imports its modules when it runs, so that help is printed quickly.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .export import export_command
 from .options import (
     DATA_HELP,
     MAX_IMAGES_HELP,
@@ -421,6 +422,9 @@ def inspect(
         print_json({**described, "layers": listed, "plot": plot and str(plot)})
     else:
         print_tables(tables.spectrum_table(rows, f"{model}, {metric}"))
+
+
+app.command("export")(export_command)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from .._utils.torch_utils import ambient_modes_off
@@ -87,7 +87,7 @@ class Captured:
         shapes = ({0: Dim("batch")},) if self.dynamic_batch else None
         try:
             with quiet(), ambient_modes_off(), torch.no_grad():
-                return torch.export.export(self.model, (self.example(),), dynamic_shapes=shapes)
+                return without_paths(torch.export.export(self.model, (self.example(),), dynamic_shapes=shapes))
         except Exception as error:  # torch.export raises many kinds of errors
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             way = "leave out the dynamic batch" if self.dynamic_batch else "this architecture cannot be exported"
@@ -98,6 +98,14 @@ class Captured:
         """Whether the graph holds attention."""
         names = [str(node.target) for node in self.program.graph.nodes if node.op == "call_function"]
         return any(kind in name for name in names for kind in _ATTENTION)
+
+
+def without_paths(program: ExportedProgram) -> ExportedProgram:
+    """Remove the stack traces from a graph: they name folders of this machine, and files would hold them."""
+    for module in program.graph_module.modules():
+        for node in getattr(module, "graph", fx.Graph()).nodes:
+            node.meta.pop("stack_trace", None)
+    return program
 
 
 @contextmanager

@@ -44,6 +44,7 @@ class OnnxRuntime(Runtime):
                     input_names=[INPUT],
                     output_names=[OUTPUT],
                 )
+                _slim(path)
         except Exception as error:  # the exporter raises many kinds of errors
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ArpHubError(f"the model cannot be written as ONNX: {reason:.300}") from error
@@ -90,3 +91,13 @@ class OnnxRuntime(Runtime):
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
+
+
+def _slim(path: Path) -> None:
+    """Remove the exporter's notes on each node, which are larger than the weights of a small model."""
+    import onnx
+
+    model = onnx.load(path)
+    for part in (*model.graph.node, *model.graph.value_info, *model.graph.initializer, model.graph):
+        part.ClearField("metadata_props")
+    onnx.save(model, path)

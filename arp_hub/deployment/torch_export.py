@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
+from torch import Tensor, fx, nn
 from torch.export import Dim
 
 from ..errors import ArpHubError
-from .capture import Captured, quiet
+from .capture import Captured, quiet, without_paths
 from .runtime import Batches, Run, Runtime
+
+_QUANTISING = "quantized_decomposed"
+"""Namespace of the operators that quantise."""
 
 
 class TorchExport(Runtime):
@@ -38,11 +43,33 @@ class TorchExport(Runtime):
                         prepared(batch)
                 converted = convert_pt2e(prepared)
                 shapes = ({0: Dim("batch")},) if captured.dynamic_batch else None
-                torch.export.save(torch.export.export(converted, (captured.example(),), dynamic_shapes=shapes), path)
+                program = torch.export.export(converted, (captured.example(),), dynamic_shapes=shapes)
+                torch.export.save(without_paths(program), path)
             except Exception as error:  # torchao raises many kinds of errors
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise ArpHubError(f"torchao cannot quantise the model: {reason:.300}") from error
 
     def load(self, path: Path) -> Run:
-        """The graph, compiled with frozen weights."""
-        raise NotImplementedError
+        """The graph as a module; an int8 one compiled with constant weights, because only then its kernels are int8."""
+        with quiet():
+            graph: nn.Module = torch.export.load(path).module()
+            if any(_QUANTISING in str(node.target) for node in cast(fx.GraphModule, graph).graph.nodes):
+                return _guarded(torch.compile(graph, options={"freezing": True}))
+        return torch.no_grad()(graph.__call__)
+
+
+def _guarded(compiled: Run) -> Run:
+    """The call of a compiled graph, whose compilation may fail at the first one."""
+
+    def run(images: Tensor) -> Tensor:
+        try:
+            with quiet(), torch.no_grad():
+                return compiled(images)
+        except Exception as error:  # the compiler raises many kinds of errors
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ArpHubError(
+                f"torch.compile cannot build the int8 kernels: {reason:.300} (it needs a C++ compiler: install one, or "
+                "export to onnx or openvino)"
+            ) from error
+
+    return run
