@@ -7,7 +7,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import DATA_HELP, MAX_IMAGES_HELP, AsJson, ImageKey, InputSize, LabelKey, Overwrite, Seed, Workers
+from .options import (
+    DATA_HELP,
+    MAX_IMAGES_HELP,
+    AsJson,
+    Checkpoint,
+    ImageKey,
+    InputSize,
+    LabelKey,
+    ModelKwargs,
+    NumClasses,
+    Overwrite,
+    Pretrained,
+    Seed,
+    Workers,
+)
 from .terminal import note, print_json
 
 if TYPE_CHECKING:
@@ -26,6 +40,10 @@ def export_command(
     ],
     format: Annotated[str, typer.Option(help=f"Format of the file: {', '.join(FORMATS)}.")] = "onnx",
     int8: Annotated[bool, typer.Option("--int8", help="Quantise weights and activations; needs --data.")] = False,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
+    num_classes: NumClasses = None,
+    model_kwargs: ModelKwargs = None,
     data: Annotated[
         str | None, typer.Option(help=f"Images to calibrate int8 and to check the file on: {DATA_HELP}")
     ] = None,
@@ -75,7 +93,8 @@ def export_command(
     kind = f"{format}-int8" if int8 else format
     target = output or Path(f"{name.removeprefix('local-dir:').rpartition('hub:')[2].rstrip('/')}-{kind}")
     check_output(target, name, overwrite)
-    network, _ = open_model(ModelChoice(name, input_size=input_size, device="cpu", seed=seed))
+    choice = ModelChoice(name, checkpoint, pretrained, num_classes, model_kwargs, input_size, "cpu", seed)
+    network, random_weights = open_model(choice)
     found = open_data(data, network, image_key, label_key)
     images = calibration_images(found, calibration, copies=0, seed=seed, workers=workers) if found and int8 else None
     shown, labels = _test_images(network, found, max_images, workers) if found else (None, None)
@@ -96,7 +115,9 @@ def export_command(
         progress=True,
     )
     if as_json:
-        print_json({"model": model, "data": data, "output": str(target), **done.record})
+        print_json(
+            {"model": model, "random_weights": random_weights, "data": data, "output": str(target), **done.record}
+        )
         return
     parity = done.parity
     print(f"{target / done.file.name}: {done.record['size_bytes'] / 1e6:.2f} MB")
@@ -108,7 +129,7 @@ def export_command(
         print(f"top-1 {parity.top1:.1f} %, in PyTorch {parity.torch_top1:.1f} %")
     if "dense" in done.record and "top1" in done.record["dense"]["parity"]:
         print(f"top-1 of the dense form in the same format {done.record['dense']['parity']['top1']:.1f} %")
-    note(done.record.get("verdict") or f"export.json written to {target}")
+    note(done.record.get("verdict", f"export.json written to {target}"))
 
 
 def _test_images(model: nn.Module, data: ImageData, most: int, workers: int) -> tuple[Tensor, Tensor | None]:
