@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 from .._utils.torch_utils import ambient_modes_off
 from ..errors import ArpHubError
 from ..layers.trace import InputSize
+from .grouped import with_convolutions
 
 _ATTENTION = ("softmax", "scaled_dot_product_attention")
 _LOGGERS = (
@@ -87,7 +88,8 @@ class Captured:
         shapes = ({0: Dim("batch")},) if self.dynamic_batch else None
         try:
             with quiet(), ambient_modes_off(), torch.no_grad():
-                return without_paths(torch.export.export(self.model, (self.example(),), dynamic_shapes=shapes))
+                program = torch.export.export(with_convolutions(self.model), (self.example(),), dynamic_shapes=shapes)
+                return without_paths(program)
         except Exception as error:  # torch.export raises many kinds of errors
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             way = "leave out the dynamic batch" if self.dynamic_batch else "this architecture cannot be exported"

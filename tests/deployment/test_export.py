@@ -34,7 +34,7 @@ IMAGES = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 def vit() -> nn.Module:
     """A small ViT, one of whose layers has groups."""
     layers = {"blocks.0.attn.qkv": "group_in", "blocks.0.mlp.fc1": "channel"}
-    return low_rank_model("test_vit", layers, img_size=32, num_classes=5)
+    return low_rank_model("test_vit", layers, img_size=32, num_classes=5, dynamic_img_size=False)
 
 
 @torch.no_grad()
