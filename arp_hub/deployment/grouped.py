@@ -1,7 +1,7 @@
 """Grouped linear layers as convolutions, which every runtime quantises.
 
-`GroupedLinear` multiplies blocks by one batched product. ONNX Runtime leaves that in float32, and runs it more slowly
-than the same layer as a convolution with groups (docs/int8.md).
+`GroupedLinear` multiplies blocks by one batched product. The quantiser of ONNX Runtime leaves batched products in
+float32.
 """
 
 from __future__ import annotations

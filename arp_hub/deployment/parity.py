@@ -13,8 +13,8 @@ from .capture import Captured
 from .runtime import Run, run_all
 
 TOLERANCE = 1e-4
-"""Largest error of a float32 file, relative to the largest output: a hundred times what exports of 22 architectures
-show (benchmarks/results/exports.json)."""
+"""Largest error of a float32 file, relative to the largest output: more than ten times the rounding errors in
+benchmarks/results/exports.json."""
 
 
 @dataclass(frozen=True)

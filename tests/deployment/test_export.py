@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,14 +15,16 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers import low_rank_model
+from helpers import low_rank_model, search_path
 from torch import Tensor, nn
 
 import arp_hub
 from arp_hub import ArpHubError
 from arp_hub.deployment.balance import balance_factors
 from arp_hub.deployment.formats import RUNTIMES
+from arp_hub.deployment.grouped import with_convolutions
 from arp_hub.deployment.torch_export import TorchExport
+from arp_hub.layers.low_rank import GroupedLinear
 from arp_hub.layers.model import low_rank_layers
 from arp_hub_cli import export as command
 from arp_hub_cli.app import app
@@ -242,6 +245,31 @@ def test_balanced_factors_give_the_same_outputs_and_even_ranges(scheme: str) -> 
     assert spread_of_channels(model, layer) < uneven / 20
 
 
+@pytest.mark.parametrize("shape", [(2, 12), (2, 5, 12), (2, 3, 4, 12)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_grouped_linear_layers_as_convolutions_give_the_same(shape: tuple[int, ...], bias: bool) -> None:
+    model, x = nn.Sequential(GroupedLinear(12, 8, 4, bias=bias)), torch.randn(shape)
+    if bias:
+        nn.init.normal_(model[0].bias)
+    found = with_convolutions(model)
+    assert isinstance(model[0], GroupedLinear) and not isinstance(found[0], GroupedLinear)
+    torch.testing.assert_close(found(x), model(x))
+
+
+@pytest.mark.slow
+def test_every_layer_of_a_vit_with_groups_is_quantised(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    done = arp_hub.export(vit(), tmp_path / "out", int8=True, images=IMAGES, seconds=0)
+    graph = onnx.load(done.file).graph
+    makers = {name: node.op_type for node in graph.node for name in node.output}
+    weights = {tensor.name for tensor in graph.initializer}
+    layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    assert len(layers) > 25
+    assert [node.name for node in layers if weights.intersection(node.input[:2])] == []
+    assert {makers[name] for node in layers for name in node.input[:2]} == {"DequantizeLinear"}
+
+
 def spread_of_channels(model: nn.Module, layer: nn.Module) -> float:
     """The largest range of a channel after the first factor, over the median one."""
     seen: list[Tensor] = []
@@ -256,10 +284,16 @@ def test_the_command_knows_all_formats() -> None:
     assert tuple(RUNTIMES) == command.FORMATS
 
 
-def test_the_snippet_for_openvino_runs(tmp_path: Path) -> None:
-    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+@pytest.mark.slow
+def test_snippets_that_need_other_packages_run(tmp_path: Path) -> None:
+    for package in ("onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
     page = (ROOT / "docs/how-to/export.md").read_text(encoding="utf-8")
-    code = "\n".join(re.findall(r"^```py\n(.*?)^```$", page, re.M | re.S))
-    assert "openvino" in code
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    code = re.findall(r"^```py\n(.*?)^```$", page, re.M | re.S)
+    assert len(code) == 3
+    env = {**os.environ, "PYTHONPATH": search_path(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(code)], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
+    assert "dense one" in done.stdout or "equally fast" in done.stdout
