@@ -64,8 +64,8 @@ class Captured:
         try:
             with torch.no_grad():
                 output = plain(found.example())
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+        except (RuntimeError, ValueError, AssertionError) as error:  # models refuse sizes in many ways
+            reason = str(error).partition("\n")[0]
             raise ArpHubError(f"the model cannot run on an input of size {input_size}: {reason}") from error
         if not isinstance(output, Tensor) or output.dim() != 2:
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

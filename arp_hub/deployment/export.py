@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def export(
     int8: bool = False,
     images: Images | None = None,
     test_images: Images | None = None,
-    test_labels: Tensor | None = None,
+    test_labels: Tensor | Sequence[int] | None = None,
     opset: int | None = None,
     dynamic_batch: bool = False,
     batch_size: int = 1,
@@ -119,11 +119,12 @@ def export(
     if int8 and calibration is not None and len(calibration) < batch_size:
         raise ArpHubError(f"int8 is calibrated on batches of {batch_size} images: pass more than {len(calibration)}")
     test = calibration if test_images is None else _checked(test_images, "test_images", network, size)
-    if test_labels is not None and (test is None or test_labels.shape != test.shape[:1]):
-        raise ArpHubError(f"test_labels must hold one class an image, got the shape {tuple(test_labels.shape)}")
+    if test is not None and test_labels is not None and len(test_labels) != len(test):
+        raise ArpHubError(f"test_labels must hold one class an image, {len(test)} in all, got {len(test_labels)}")
     captured = Captured.of(network, size, batch_size, dynamic_batch)
     source = "test" if test_images is not None else "random" if test is None else "calibration"
-    check = Check.of(captured, source, captured.example() if test is None else test, test_labels)
+    classes = None if test_labels is None else torch.as_tensor(test_labels)
+    check = Check.of(captured, source, captured.example() if test is None else test, classes)
     split = (
         [batch for batch in calibration.split(batch_size) if len(batch) == batch_size]
         if int8 and calibration is not None

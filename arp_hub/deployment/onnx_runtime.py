@@ -44,10 +44,12 @@ class OnnxRuntime(Runtime):
                     input_names=[INPUT],
                     output_names=[OUTPUT],
                 )
-                _slim(path)
+                written = _slim(path)
         except Exception as error:  # the exporter raises many kinds of errors
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ArpHubError(f"the model cannot be written as ONNX: {reason:.300}") from error
+        if opset not in (None, written):  # the exporter writes its own version where it cannot convert
+            raise ArpHubError(f"the model cannot be written with opset {opset}, only with {written}: leave opset out")
 
     def write_int8(self, captured: Captured, path: Path, images: Batches, opset: int | None = None) -> None:
         """Write a model, fold its constants and BatchNorms, and quantise it."""
@@ -93,11 +95,12 @@ class OnnxRuntime(Runtime):
         return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
 
 
-def _slim(path: Path) -> None:
-    """Remove the exporter's notes on each node, which are larger than the weights of a small model."""
+def _slim(path: Path) -> int:
+    """Remove the exporter's notes on each node, which can be larger than the weights. Returns the file's opset."""
     import onnx
 
     model = onnx.load(path)
     for part in (*model.graph.node, *model.graph.value_info, *model.graph.initializer, model.graph):
         part.ClearField("metadata_props")
     onnx.save(model, path)
+    return next(one.version for one in model.opset_import if not one.domain)
