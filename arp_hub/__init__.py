@@ -3,6 +3,7 @@
 from . import models  # registers the architectures with timm
 from ._version import __version__  # noqa: F401 - a name of the package, which `import *` leaves out
 from .decomposition import decompose, to_dense
+from .deployment.export import export
 from .errors import ArpHubError
 from .hub.push import download, push_to_hub
 from .hub.save import save_pretrained
@@ -24,6 +25,7 @@ __all__ = [
     "benchmark",
     "decompose",
     "download",
+    "export",
     "factor_names",
     "make_plan",
     "models",

@@ -15,6 +15,7 @@ from .commands.bench import bench
 from .commands.compress import compress
 from .commands.doctor import doctor
 from .commands.evaluate import evaluate
+from .commands.export import export
 from .commands.inspect import inspect
 from .commands.plan import plan
 from .commands.predict import predict
@@ -53,7 +54,7 @@ def _options(
 COMMANDS = {
     "Compress": (plan, compress),
     "Use and measure": (predict, evaluate, bench, inspect),
-    "Publish and follow": (push, report),
+    "Publish and follow": (export, push, report),
     "Installation": (doctor,),
 }
 """The commands, by their heading in ``arp-hub --help``."""

@@ -57,10 +57,8 @@ def evaluate(
     if reason := why_not_measured(model, split):
         raise ArpHubError(f"accuracy is not measured: {reason}")
     assert split.labels is not None
-    labels, indices = split.labels, split.indices
-    if max_images is not None and max_images < len(split):
-        chosen = torch.randperm(len(split), generator=keyed_generator("evaluate"))[:max_images].sort().values
-        labels, indices = labels[chosen], indices[chosen]
+    chosen = sample(split, max_images)
+    labels, indices = split.labels[chosen], split.indices[chosen]
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     labels, indices = labels[rank::world], indices[rank::world]
     device = next(model.parameters()).device
@@ -78,6 +76,13 @@ def evaluate(
         totals = accelerator.reduce(totals, "sum")
     top1, top5, loss, count = totals.tolist()
     return Scores(top1=100 * top1 / count, top5=100 * top5 / count, loss=loss / count, images=int(count))
+
+
+def sample(split: Split, most: int | None) -> torch.Tensor:
+    """Positions in a split of at most this many images, chosen at random but equal at every call; None: of all."""
+    if most is None or most >= len(split):
+        return torch.arange(len(split))
+    return torch.randperm(len(split), generator=keyed_generator("evaluate"))[:most].sort().values
 
 
 def why_not_measured(model: nn.Module, split: Split) -> str | None:

@@ -23,6 +23,7 @@ SURFACE = {
     "benchmark": "model workload dense input_size compiled seconds",
     "decompose": "model plan calibration factors",
     "download": "repo_id revision",
+    "export": "model output format int8 images test_images test_labels opset dynamic_batch overwrite",
     "factor_names": "model pattern",
     "make_plan": "model keep_params keep_macs keep_latency workload schemes calibration",
     "models": "",

@@ -12,7 +12,7 @@ import pytest
 
 from arp_hub._utils.environment import environment
 from arp_hub.hub.card import TEMPLATE
-from benchmarks import accuracy, accuracy_report
+from benchmarks import accuracy, accuracy_report, deployment
 from benchmarks.penalty import ablations
 from benchmarks.rows import load_results, load_rows, results_file
 
@@ -80,6 +80,8 @@ def test_pages_are_what_the_benchmarks_write():
     readme = accuracy_report.README.read_text(encoding="utf-8")
     assert accuracy_report.PAGE.read_text(encoding="utf-8") == accuracy_report.page(results)
     assert readme == accuracy_report.with_tables(readme, results, load_rows(results_file("peers")))
+    int8 = deployment.PAGE.read_text(encoding="utf-8")
+    assert int8 == deployment.with_tables(int8, load_results(deployment.RESULTS))
     assert ablations.PAGE.read_text(encoding="utf-8") == ablations.page(load_results(ablations.RESULTS))
 
 

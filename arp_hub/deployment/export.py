@@ -1,0 +1,208 @@
+"""Export a model: a file for a runtime, checked against PyTorch and timed beside the dense model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+from torch import Tensor, nn
+
+from .._utils.environment import environment
+from .._utils.files import replacing
+from .._utils.progress import stage
+from .._utils.torch_utils import ambient_modes_off
+from ..calibration.images import Images, batches, check_normalised
+from ..errors import ArpHubError, checked_path
+from ..hub.load import is_saved_model, load_model
+from ..layers.model import check_model, check_weights, count_params
+from ..layers.trace import InputSize, input_size_of
+from .capture import Captured
+from .folder import RECORD, check_output
+from .formats import runtime_of
+from .job import Job
+from .latency import FileLatency
+from .parity import Check, Parity
+from .runtime import INPUT, OUTPUT
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `export` wrote and measured.
+
+    Attributes:
+        folder: Folder with the file and ``export.json``.
+        file: The file.
+        parity: Its outputs beside those of the model in PyTorch.
+        latency: Latency in the runtime; None if it was not measured.
+        record: The content of ``export.json``.
+    """
+
+    folder: Path
+    file: Path
+    parity: Parity
+    latency: FileLatency | None
+    record: Mapping[str, Any]
+
+
+@ambient_modes_off()
+def export(
+    model: nn.Module | str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    format: str = "onnx",
+    int8: bool = False,
+    images: Images | None = None,
+    test_images: Images | None = None,
+    test_labels: Tensor | Sequence[int] | None = None,
+    opset: int | None = None,
+    dynamic_batch: bool = False,
+    batch_size: int = 1,
+    input_size: InputSize | None = None,
+    seconds: float = 5.0,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Export:
+    """Write a model as a file for a runtime, check it against PyTorch, and time it beside the dense model.
+
+    The folder ``output`` gets the file and ``export.json``: names and shapes of input and output, classes,
+    preprocessing, parity, sizes, latency and versions. It is replaced in one step, so it never holds half an export.
+
+    Int8 uses the runtime's own quantiser: static quantisation of ONNX Runtime, NNCF for OpenVINO, PT2E of torchao for
+    ``torch-export``. Factors of low-rank layers are balanced before, on a copy.
+
+    Args:
+        model: A timm model, dense or compressed; or a saved folder; or a name such as ``hf-hub:user/name``.
+        output: Folder to write.
+        format: ``"onnx"``, ``"openvino"`` or ``"torch-export"``.
+        int8: Quantise weights and activations; needs ``images``.
+        images: Unlabelled images, normalised as for the model, on which int8 is calibrated. A tensor or batches.
+        test_images: Images to check the file on. By default ``images``, or else random ones.
+        test_labels: Their classes, to measure top-1.
+        opset: Version of the ONNX operators; by default that of the exporter.
+        dynamic_batch: Let the file take any number of images.
+        batch_size: Images of a timed forward pass; without ``dynamic_batch``, the file takes exactly so many.
+        input_size: ``(channels, height, width)``; by default the model's own.
+        seconds: How long to time the two models, together; 0 leaves the timing and the dense model out.
+        overwrite: Replace the folder even if it holds other files. They are deleted.
+        progress: Show progress.
+
+    Raises:
+        ArpHubError: If an argument is out of range, a package is missing, the model cannot be exported, or a float32
+            file differs from PyTorch by more than 1e-4 of the largest output. Nothing is written then.
+
+    Example:
+        >>> done = arp_hub.export("out", "out-onnx", format="onnx", int8=True, images=images)  # doctest: +SKIP
+        >>> done.parity.agreement  # doctest: +SKIP
+        98.4
+    """
+    runtime = runtime_of(format)
+    runtime.require(int8)
+    _check_arguments(format, opset, batch_size, seconds)
+    if int8 and images is None:
+        raise ArpHubError("int8 needs calibration images: pass images=, normalised as for the model")
+    if test_labels is not None and test_images is None:
+        raise ArpHubError("test_labels are the classes of test_images: pass both")
+    name = None if isinstance(model, nn.Module) else _name(model)
+    folder = check_output(output, name, overwrite)
+    network: Any = model if name is None else load_model(name)
+    check_model(network, mergeable=True)
+    check_weights(network, trainable=False)
+    size = input_size_of(network, input_size)
+    calibration = None if images is None else _checked(images, "images", network, size)
+    if int8 and calibration is not None and len(calibration) < batch_size:
+        raise ArpHubError(f"int8 is calibrated on batches of {batch_size} images: pass more than {len(calibration)}")
+    test = calibration if test_images is None else _checked(test_images, "test_images", network, size)
+    if test is not None and test_labels is not None and len(test_labels) != len(test):
+        raise ArpHubError(f"test_labels must hold one class an image, {len(test)} in all, got {len(test_labels)}")
+    captured = Captured.of(network, size, batch_size, dynamic_batch)
+    source = "test" if test_images is not None else "random" if test is None else "calibration"
+    classes = None if test_labels is None else torch.as_tensor(test_labels)
+    check = Check.of(captured, source, captured.example() if test is None else test, classes)
+    split = (
+        [batch for batch in calibration.split(batch_size) if len(batch) == batch_size]
+        if int8 and calibration is not None
+        else None
+    )
+    job = Job(runtime, split, opset)
+    try:
+        with replacing(folder) as new:
+            with stage(f"write {runtime.title}, {job.precision}", shown=progress):
+                exported = job.write(captured, new, check)
+            latency, dense = None, None
+            if seconds:
+                with stage("compare with the dense model", shown=progress):
+                    latency, dense = job.compare(exported, captured, check, seconds)
+            record = {
+                **_description(network, captured, job),
+                "file": exported.file.name,
+                **exported.to_dict(),
+                **({} if dense is None else {"dense": dense.to_dict()}),
+                **({} if latency is None else {"latency": latency.to_dict()}),
+            }
+            if latency is not None and latency.dense is not None:
+                record["verdict"] = latency.verdict(f"{runtime.title}, {job.precision}")
+            facts = environment()
+            facts["versions"] |= runtime.versions(int8)
+            text = json.dumps({**record, **facts}, indent=2) + "\n"
+            (new / RECORD).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ArpHubError(f"cannot write to '{output}': {error} (the earlier content is unchanged)") from error
+    return Export(folder, folder / exported.file.name, exported.parity, latency, {**record, **facts})
+
+
+def _check_arguments(format: str, opset: int | None, batch_size: int, seconds: float) -> None:
+    """Refuse numbers that are out of range."""
+    if opset is not None:
+        if format != "onnx":
+            raise ArpHubError(f"opset is a version of the ONNX operators, format '{format}' has none: leave it out")
+        if isinstance(opset, bool) or not isinstance(opset, int) or opset < 1:
+            raise ArpHubError(f"opset must be a whole number above 0, got {opset!r:.50}")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ArpHubError(f"batch_size must be a whole number of at least 1, got {batch_size!r:.50}")
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
+        raise ArpHubError(f"seconds must be a number of at least 0, got {seconds!r:.50}")
+
+
+def _name(model: object) -> str:
+    """The name that `load_model` takes for a folder or a name."""
+    if isinstance(model, str) and (is_saved_model(model) or not Path(model).is_dir()):
+        return model
+    return f"local-dir:{checked_path(model, 'model')}"
+
+
+def _checked(images: Images, what: str, model: nn.Module, size: InputSize) -> Tensor:
+    """Images as one tensor of the model's input size."""
+    check_normalised(images, model)
+    found = torch.cat([batch.cpu().float() for batch in batches(images)])
+    if tuple(found.shape[1:]) != tuple(size):
+        raise ArpHubError(f"{what} have the size {tuple(found.shape[1:])}, the model takes {tuple(size)}: resize them")
+    return found
+
+
+def _description(model: nn.Module, captured: Captured, job: Job) -> dict[str, Any]:
+    """What a program needs to know to run the file, and what the file is."""
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    batch = "batch" if captured.dynamic_batch else captured.batch_size
+    found = timm.data.resolve_data_config({}, model=model)
+    names = list(cfg.get("label_names") or ())
+    return {
+        "format": job.runtime.name,
+        "precision": job.precision,
+        "input": {"name": INPUT, "shape": [batch, *captured.input_size], "dtype": "float32"},
+        "output": {"name": OUTPUT, "shape": [batch, captured.classes], "dtype": "float32"},
+        "num_classes": captured.classes,
+        **({"label_names": names} if names else {}),
+        "preprocessing": {
+            "input_size": list(captured.input_size),
+            **{key: found[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
+        },
+        "params": count_params(model),
+        **({"calibration_images": sum(len(batch) for batch in job.calibration)} if job.calibration else {}),
+    }

@@ -1,0 +1,68 @@
+"""OpenVINO files and runtime."""
+
+from __future__ import annotations
+
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ArpHubError
+from .capture import Captured, quiet
+from .runtime import INPUT, OUTPUT, Batches, Run, Runtime
+
+
+class OpenVino(Runtime):
+    """OpenVINO. Int8 is the post-training quantisation of NNCF."""
+
+    name, title, file = "openvino", "OpenVINO", "model.xml"
+    packages, int8_packages, extra = ("openvino",), ("nncf",), "openvino"
+
+    def write(self, captured: Captured, path: Path, opset: int | None = None) -> None:
+        """Write a model in float32: the graph, with its weights in ``model.bin`` beside it."""
+        self._save(self._convert(captured), path)
+
+    def write_int8(self, captured: Captured, path: Path, images: Batches, opset: int | None = None) -> None:
+        """Write a model that NNCF quantises. A model with attention is treated as NNCF treats transformers."""
+        with quiet():
+            import nncf
+
+        converted = self._convert(captured)
+        kind = nncf.ModelType.TRANSFORMER if captured.has_attention else None
+        data = nncf.Dataset(images, lambda batch: {INPUT: batch.numpy()})
+        with quiet(), redirect_stdout(StringIO()):
+            quantised = nncf.quantize(converted, data, subset_size=len(images), model_type=kind)
+        self._save(quantised, path)
+
+    def _convert(self, captured: Captured) -> Any:
+        import openvino
+
+        try:
+            with quiet():
+                model = openvino.convert_model(captured.program)
+        except Exception as error:  # the converter raises many kinds of errors
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            raise ArpHubError(f"OpenVINO cannot convert the model: {reason:.300}") from error
+        model.input(0).tensor.set_names({INPUT})
+        model.output(0).tensor.set_names({OUTPUT})
+        return model
+
+    def _save(self, model: Any, path: Path) -> None:
+        import openvino
+
+        openvino.save_model(model, path, compress_to_fp16=False)
+
+    def load(self, path: Path) -> Run:
+        """The model compiled for the CPU, to compute in float32 where it is not quantised."""
+        import openvino
+
+        config = {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_PRECISION_HINT": "f32",
+            "NUM_STREAMS": 1,
+        }
+        compiled = openvino.Core().compile_model(path, "CPU", config)
+        request = compiled.create_infer_request()
+        return lambda images: torch.from_numpy(request.infer({0: images.numpy()})[0].copy())

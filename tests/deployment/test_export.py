@@ -1,0 +1,299 @@
+"""Exports: files that the runtimes load by themselves, checked against PyTorch; refusals; balanced factors."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from helpers import low_rank_model, search_path
+from torch import Tensor, nn
+
+import arp_hub
+from arp_hub import ArpHubError
+from arp_hub.deployment.balance import balance_factors
+from arp_hub.deployment.formats import RUNTIMES
+from arp_hub.deployment.grouped import with_convolutions
+from arp_hub.deployment.torch_export import TorchExport
+from arp_hub.layers.low_rank import GroupedLinear
+from arp_hub.layers.model import low_rank_layers
+from arp_hub_cli import export as command
+from arp_hub_cli.app import app
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "benchmarks" / "models" / "cifar_resnet20-keep50"
+IMAGES = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def vit() -> nn.Module:
+    """A small ViT, one of whose layers has groups."""
+    layers = {"blocks.0.attn.qkv": "group_in", "blocks.0.mlp.fc1": "channel"}
+    return low_rank_model("test_vit", layers, img_size=32, num_classes=5, dynamic_img_size=False)
+
+
+@torch.no_grad()
+def expected(model: nn.Module, images: Tensor) -> Tensor:
+    return model.eval()(images)
+
+
+def run_onnx(folder: Path, images: Tensor) -> Tensor:
+    """Run a file with what its export.json says, without arp_hub."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    record = json.loads((folder / "export.json").read_text())
+    session = onnxruntime.InferenceSession(folder / record["file"])
+    name, output = record["input"]["name"], record["output"]["name"]
+    return torch.cat([torch.from_numpy(session.run([output], {name: x.numpy()})[0]) for x in images.split(1)])
+
+
+def files_naming(folder: Path, word: str) -> list[str]:
+    return [file.name for file in folder.iterdir() if word.encode() in file.read_bytes()]
+
+
+def test_a_folder_in_int8_for_onnxruntime(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    labels = expected(timm.create_model(f"local-dir:{FOLDER}", pretrained=True), IMAGES).argmax(1)
+    done = arp_hub.export(
+        FOLDER, tmp_path / "out", int8=True, images=IMAGES, test_images=IMAGES, test_labels=labels, seconds=0.2
+    )
+    record = json.loads((tmp_path / "out/export.json").read_text())
+    assert record == json.loads(json.dumps(done.record))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["export.json", "model.onnx"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    found = run_onnx(tmp_path / "out", IMAGES)
+    agreement = 100 * (found.argmax(1) == labels).double().mean()
+    assert record["parity"]["top1"] == pytest.approx(float(agreement), abs=0.01) and agreement > 80
+    assert record["parity"]["torch_top1"] == 100
+    assert 0 < record["parity"]["divergence"] < 0.5
+    assert record["size_bytes"] == done.file.stat().st_size
+    assert record["dense"]["size_bytes"] > record["size_bytes"]
+    assert record["latency"]["ratio"]["median"] == pytest.approx(
+        record["latency"]["latency_ms"]["median"] / record["latency"]["dense_latency_ms"]["median"], rel=0.5
+    )
+    assert record["verdict"] == done.latency.verdict("ONNX Runtime, int8")
+    assert record["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
+    assert (record["num_classes"], len(record["label_names"])) == (10, 10)
+    assert {"onnxruntime", "torch", "timm"} <= record["versions"].keys()
+    assert files_naming(tmp_path / "out", str(ROOT)) == []
+
+
+def test_a_vit_in_float32_for_onnxruntime(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    model = vit()
+    done = arp_hub.export(model, tmp_path / "out", opset=20, seconds=0)
+    torch.testing.assert_close(
+        run_onnx(tmp_path / "out", IMAGES[:3]), expected(model, IMAGES[:3]), rtol=1e-3, atol=1e-4
+    )
+    assert done.parity.source == "random" and done.latency is None
+    import onnx
+
+    assert onnx.load(done.file).opset_import[0].version == 20
+
+
+def test_openvino(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    model = vit()
+    done = arp_hub.export(model, tmp_path / "out", format="openvino", batch_size=2, seconds=0)
+    compiled = openvino.Core().compile_model(done.file, "CPU")
+    found = torch.from_numpy(compiled({"images": IMAGES[:2].numpy()})["logits"])
+    torch.testing.assert_close(found, expected(model, IMAGES[:2]), rtol=1e-3, atol=1e-4)
+    assert done.record["size_bytes"] == sum(
+        (tmp_path / "out" / f"model.{end}").stat().st_size for end in ("xml", "bin")
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["openvino", "torch-export"])
+def test_int8(format: str, tmp_path: Path) -> None:
+    for package in RUNTIMES[format].packages + RUNTIMES[format].int8_packages:
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    done = arp_hub.export(FOLDER, tmp_path / "out", format=format, int8=True, images=IMAGES, seconds=0)
+    assert 80 < done.parity.agreement <= 100
+    assert 0 < done.parity.divergence < 0.5
+    assert files_naming(tmp_path / "out", str(ROOT)) == []
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        app([str(word) for word in words])
+    return (int(stop.value.code or 0), *capsys.readouterr())
+
+
+def test_the_command_writes_a_file_with_a_dynamic_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--format", "torch-export", "--dynamic-batch", "--data", "digits", "--max-images", 40, "--seconds", 0]
+    code, out, err = call(capsys, "export", FOLDER, *words, "--output", tmp_path / "out", "--json")
+    assert code == 0, err
+    printed = json.loads(out)
+    assert printed["input"]["shape"] == ["batch", 3, 32, 32]
+    assert (printed["parity"]["images"], printed["parity"]["source"]) == (40, "test")
+    assert printed["parity"]["top1"] == printed["parity"]["torch_top1"]
+    graph = torch.export.load(tmp_path / "out/model.pt2").module()
+    model = timm.create_model(f"local-dir:{FOLDER}", pretrained=True)
+    for count in (1, 3):
+        torch.testing.assert_close(graph(IMAGES[:count]), expected(model, IMAGES[:count]))
+    assert files_naming(tmp_path / "out", str(ROOT)) == []
+    code, out, err = call(capsys, "export", FOLDER, "--output", FOLDER, "--overwrite")
+    assert code == 2 and "contains the saved model" in err and (FOLDER / "config.json").is_file()
+
+
+def test_a_file_that_differs_from_pytorch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/export.json").write_text("{}")
+    load = TorchExport.load
+    monkeypatch.setattr(TorchExport, "load", lambda self, path: lambda x: load(self, path)(x) * 1.001)
+    with pytest.raises(ArpHubError, match="differ from PyTorch by 0.001 of the largest output, at most 0.0001"):
+        arp_hub.export(FOLDER, tmp_path / "out", format="torch-export", images=IMAGES[:4])
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["out", "out/export.json"]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "an unknown format": ({"format": "tflite"}, "unknown format 'tflite': choose one of onnx, openvino, torch-export"),
+    "int8 without images": ({"int8": True}, "int8 needs calibration images"),
+    "labels without images": ({"test_labels": torch.zeros(3)}, "test_labels are the classes of test_images"),
+    "labels of other images": (
+        {"test_images": IMAGES, "test_labels": torch.zeros(3)},
+        "one class an image, 24 in all, got 3",
+    ),
+    "images of another size": ({"images": torch.randn(4, 3, 48, 48)}, r"images have the size \(3, 48, 48\)"),
+    "bytes": ({"images": 255 * torch.rand(4, 3, 32, 32)}, "divide bytes by 255"),
+    "too few images": ({"int8": True, "images": IMAGES[:3], "batch_size": 4}, "calibrated on batches of 4 images"),
+    "an opset of another format": ({"format": "torch-export", "opset": 18}, "format 'torch-export' has none"),
+    "no opset": ({"opset": 0}, "opset must be a whole number above 0, got 0"),
+    "no batch": ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+    "endless timing": ({"seconds": float("inf")}, "seconds must be a number of at least 0, got inf"),
+    "a size that does not fit": ({"input_size": (1, 32, 32)}, "cannot run on an input of size"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_come_before_any_work(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # each format counts as installed
+    arguments, message = REFUSED[case]
+    with pytest.raises(ArpHubError, match=message):
+        arp_hub.export(FOLDER, tmp_path / "out", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", RUNTIMES)
+def test_missing_packages_are_named_with_the_command_that_installs_them(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
+    with pytest.raises(ArpHubError) as refused:
+        arp_hub.export(FOLDER, tmp_path / "out", format=format, int8=True, images=IMAGES)
+    runtime = RUNTIMES[format]
+    assert ", ".join(runtime.packages + runtime.int8_packages) in str(refused.value)
+    assert f'pip install "arp-hub[{runtime.extra}]"' in str(refused.value) and runtime.extra in extras
+
+
+@pytest.mark.parametrize("place", ["a file", "another folder", "the current folder"])
+def test_folders_that_are_not_written_to(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    output, reason = tmp_path / "out", "choose"
+    if place == "a file":
+        output.write_text("mine")
+    elif place == "another folder":
+        output.mkdir()
+        (output / "mine.txt").write_text("mine")
+        reason = "holds 'mine.txt', which export did not write"
+    else:
+        output.mkdir()
+        monkeypatch.chdir(output)
+        reason = "contains the current directory"
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ArpHubError, match=reason):
+        arp_hub.export(FOLDER, output)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["features", "two outputs"])
+def test_models_without_logits_are_refused(kind: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"num_classes": 0, "global_pool": ""} if kind == "features" else {"features_only": True}
+    model = timm.create_model("test_resnet", **options)
+    with pytest.raises(ArpHubError, match=r"one output \(N, classes\)"):
+        arp_hub.export(model, tmp_path / "out", format="torch-export", input_size=(3, 32, 32))
+
+
+def test_the_exported_model_stays_as_it_is(tmp_path: Path) -> None:
+    model = vit().half().train()
+    before = copy.deepcopy(model.state_dict())
+    arp_hub.export(model, tmp_path / "out", format="torch-export", seconds=0)
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "group_in", "group_out", "cp", "tucker2"])
+def test_balanced_factors_give_the_same_outputs_and_even_ranges(scheme: str) -> None:
+    model = low_rank_model("cifar_resnet20", {"layer2.1.conv1": scheme})
+    layer = low_rank_layers(model)["layer2.1.conv1"]
+    with torch.no_grad():
+        next(iter(layer.factors)).weight[0] *= 1e3  # one channel hides all others in one int8 scale
+        layer.factors[1].weight.view(layer.factors[1].groups, -1, *layer.factors[1].weight.shape[1:])[0, :, 0] /= 1e3
+    before, uneven = expected(model, IMAGES), spread_of_channels(model, layer)
+    assert balance_factors(model, [IMAGES[:8], IMAGES[8:]]) is model
+    torch.testing.assert_close(expected(model, IMAGES), before, rtol=1e-4, atol=1e-4)
+    assert spread_of_channels(model, layer) < uneven / 20
+
+
+@pytest.mark.parametrize("shape", [(2, 12), (2, 5, 12), (2, 3, 4, 12)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_grouped_linear_layers_as_convolutions_give_the_same(shape: tuple[int, ...], bias: bool) -> None:
+    model, x = nn.Sequential(GroupedLinear(12, 8, 4, bias=bias)), torch.randn(shape)
+    if bias:
+        nn.init.normal_(model[0].bias)
+    found = with_convolutions(model)
+    assert isinstance(model[0], GroupedLinear) and not isinstance(found[0], GroupedLinear)
+    torch.testing.assert_close(found(x), model(x))
+
+
+@pytest.mark.slow
+def test_every_layer_of_a_vit_with_groups_is_quantised(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    done = arp_hub.export(vit(), tmp_path / "out", int8=True, images=IMAGES, seconds=0)
+    graph = onnx.load(done.file).graph
+    makers = {name: node.op_type for node in graph.node for name in node.output}
+    weights = {tensor.name for tensor in graph.initializer}
+    layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    assert len(layers) > 25
+    assert [node.name for node in layers if weights.intersection(node.input[:2])] == []
+    assert {makers[name] for node in layers for name in node.input[:2]} == {"DequantizeLinear"}
+
+
+def spread_of_channels(model: nn.Module, layer: nn.Module) -> float:
+    """The largest range of a channel after the first factor, over the median one."""
+    seen: list[Tensor] = []
+    hook = layer.factors[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    expected(model, IMAGES)
+    hook.remove()
+    ranges = seen[0].abs().amax((0, 2, 3))
+    return float(ranges.max() / ranges.median())
+
+
+def test_the_command_knows_all_formats() -> None:
+    assert tuple(RUNTIMES) == command.FORMATS
+
+
+@pytest.mark.slow
+def test_snippets_that_need_other_packages_run(tmp_path: Path) -> None:
+    for package in ("onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    page = (ROOT / "docs/how-to/export.md").read_text(encoding="utf-8")
+    code = re.findall(r"^```py\n(.*?)^```$", page, re.M | re.S)
+    assert len(code) == 3
+    env = {**os.environ, "PYTHONPATH": search_path(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(code)], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "dense one" in done.stdout or "equally fast" in done.stdout
