@@ -14,7 +14,7 @@ from .runtime import Run, run_all
 
 TOLERANCE = 1e-4
 """Largest error of a float32 file, relative to the largest output: more than ten times the rounding errors in
-benchmarks/results/exports.json."""
+benchmarks/results/deployment.json."""
 
 
 @dataclass(frozen=True)

@@ -54,22 +54,30 @@ class TorchExport(Runtime):
         with quiet():
             graph: nn.Module = torch.export.load(path).module()
             if any(_QUANTISING in str(node.target) for node in cast(fx.GraphModule, graph).graph.nodes):
-                return _guarded(torch.compile(graph, options={"freezing": True}))
+                return _compiled(graph)
         return torch.no_grad()(graph.__call__)
 
 
-def _guarded(compiled: Run) -> Run:
-    """The call of a compiled graph, whose compilation may fail at the first one."""
+def _compiled(graph: nn.Module) -> Run:
+    """A quantised graph that is compiled with constant weights at its first call with a new shape."""
+    from torch._inductor import config
 
+    compiled, seen = torch.compile(graph), set[torch.Size]()
+
+    @torch.no_grad()
     def run(images: Tensor) -> Tensor:
+        if images.shape in seen:
+            return compiled(images)
         try:
-            with quiet(), torch.no_grad():
-                return compiled(images)
+            with quiet(), config.patch(freezing=True):
+                found = compiled(images)
         except Exception as error:  # the compiler raises many kinds of errors
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ArpHubError(
                 f"torch.compile cannot build the int8 kernels: {reason:.300} (it needs a C++ compiler: install one, or "
                 "export to onnx or openvino)"
             ) from error
+        seen.add(images.shape)
+        return found
 
     return run

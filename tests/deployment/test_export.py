@@ -26,8 +26,8 @@ from arp_hub.deployment.grouped import with_convolutions
 from arp_hub.deployment.torch_export import TorchExport
 from arp_hub.layers.low_rank import GroupedLinear
 from arp_hub.layers.model import low_rank_layers
-from arp_hub_cli.commands import export as command
 from arp_hub_cli.app import app
+from arp_hub_cli.commands import export as command
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "models" / "cifar_resnet20-keep50"
