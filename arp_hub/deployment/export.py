@@ -87,15 +87,15 @@ def export(
         test_labels: Their classes, to measure top-1.
         opset: Version of the ONNX operators; by default that of the exporter.
         dynamic_batch: Let the file take any number of images.
-        batch_size: Images of a timed forward pass; without ``dynamic_batch``, the file takes exactly so many.
+        batch_size: Images of a timed forward pass. Without ``dynamic_batch`` the file takes this number only.
         input_size: ``(channels, height, width)``; by default the model's own.
         seconds: How long to time the two models, together; 0 leaves the timing and the dense model out.
         overwrite: Replace the folder even if it holds other files. They are deleted.
         progress: Show progress.
 
     Raises:
-        ArpHubError: If an argument is out of range, a package is missing, the model cannot be exported, or a float32
-            file differs from PyTorch by more than 1e-4 of the largest output. Nothing is written then.
+        ArpHubError: If an argument is out of range, a package is missing, or the model cannot be exported. Also if a
+            float32 file differs from PyTorch by more than 1e-4 of the largest output. Nothing is written then.
 
     Example:
         >>> done = arp_hub.export("out", "out-onnx", format="onnx", int8=True, images=images)  # doctest: +SKIP

@@ -96,7 +96,7 @@ def export(
     given. A compressed model is timed in turns with its dense form, in the same runtime and precision.
 
     Example:
-        arp-hub export out --format onnx --int8 --data path/to/images
+        arp-hub export out --format onnx --int8 --data dogs
     """
     from arp_hub.deployment.export import export as write
     from arp_hub.deployment.folder import check_output

@@ -58,7 +58,7 @@ def inspect(
     """Show singular-value spectra, ranks and violations, layer by layer.
 
     Columns: full rank; the ranks that keep 90 and 99 % of the energy; the stable rank; scheme and rank of a decomposed
-    layer or of --plan; and the violation, the relative squared distance to that plan. Ranks are those of scheme
+    layer or of --plan. The violation is the relative squared distance to that plan. Ranks are those of scheme
     'channel'. With --data, spectra are those of the layers' outputs on calibration images.
 
     Example:

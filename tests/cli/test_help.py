@@ -66,6 +66,7 @@ TINY = {
     "--model resnet50": "--model test_resnet --no-pretrained --input-size 3 32 32",
     "uoft-cs/cifar10": "dogs",
     "--batch-size 1,32": "--batch-size 1,2 --seconds 0.1",
+    "--int8 --data dogs": "--int8 --data dogs --seconds 0 --calibration-images 4",
 }
 """What examples name, and a small thing in its place."""
 

@@ -71,7 +71,7 @@ REFUSED = {
     "two numbers of classes": ("--num-classes 7 --model-kwargs num_classes=10", "num_classes=10 differ"),
     "classes below zero": ("--num-classes -3", "Invalid value for '--num-classes'"),
     "classes beyond any model": ("--num-classes 5000000", "Invalid value for '--num-classes'"),
-    "classes below zero by argument": ("--model-kwargs num_classes=-3", "num_classes must be a whole number from 0"),
+    "classes below zero by argument": ("--model-kwargs num_classes=-3", "--num-classes must be a whole number from 0"),
     "an input of one channel": ("--input-size 1 32 32", "--input-size 1 32 32: 'test_resnet' takes images of 3"),
     "an input of no height": ("--input-size 3 0 32", "got 3 0 32"),
     "channels that contradict": ("--input-size 3 32 32 --model-kwargs in_chans=1", "takes images of 1 channels"),
