@@ -99,12 +99,13 @@ def test_examples_in_help_run(call: Any, place: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
     examples = {name: split_example(command.help)[1] for name, command in COMMANDS.items()}
     order = ["compress", *(name for name in examples if name != "compress")]  # `compress` makes the folder of others
-    made = "--schemes channel --effort fast --calibration-copies 0 --model-kwargs num_classes=2".split()
+    quick = ["--schemes", "channel", "--effort", "fast"]
+    more = {"plan": quick, "compress": [*quick, "--calibration-copies", "0", "--model-kwargs", "num_classes=2"]}
     (place / "validate.py").write_text("import sys, timm\ntimm.create_model(sys.argv[2], pretrained=True)\n")
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in order:
-        words = words_of(examples[name]) + made * (name == "compress")
+        words = words_of(examples[name]) + more.get(name, [])
         if name == "push":  # in a process that knows the Hub of the tests alone
             done = client.arp_hub(words[0], place / words[1], *words[2:], token=ME)
             code, err = done.code, done.err
