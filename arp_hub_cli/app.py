@@ -62,6 +62,4 @@ COMMANDS = {
 for heading, commands in COMMANDS.items():
     for command in commands:
         app.command(cls=Command, rich_help_panel=heading)(command)
-app.command(cls=ScriptCommand, rich_help_panel="Use and measure", options_metavar="", context_settings=SCRIPT_WORDS)(
-    run
-)
+app.command(cls=ScriptCommand, rich_help_panel="Use and measure", context_settings=SCRIPT_WORDS)(run)
