@@ -13,6 +13,8 @@ _OTHER_NAMES = {"calibration": "data"}
 """Arguments of Python whose option has another name."""
 _OF_MODELS = ("img_size", "in_chans")
 """Arguments of models, which --model-kwargs takes as they are."""
+_QUOTED = re.compile(r"\b[A-Z]\w*(?:Error|Exception): ")
+"""The name of an exception, before the words of another library or of the Hub."""
 
 
 def in_options(message: str, params: Sequence[Any]) -> str:
@@ -24,8 +26,10 @@ def in_options(message: str, params: Sequence[Any]) -> str:
 
     Returns:
         Such as ``--keep-params 0.2 cannot be met: ... a smaller --rank-multiple``. Names that are no options of the
-        command, and words without an underscore that have no value, stay.
+        command, and words without an underscore that have no value, stay. So does what another library says.
     """
+    if quoted := _QUOTED.search(message):
+        return in_options(message[: quoted.start()], params) + message[quoted.start() :]
     options = _options(params)
     if not options:
         return message

@@ -182,7 +182,7 @@ def test_weights_that_the_model_no_longer_uses_are_refused():
     name = next(iter(PLAN.layers))
     layer = model.get_submodule(name)
     layer.weight = nn.Parameter(layer.weight.detach().clone())
-    with pytest.raises(ArpHubError, match=f"layer '{name}': its weight was replaced or sharded"):
+    with pytest.raises(ArpHubError, match=f"layer '{name}': its weight was replaced after the penalty was built"):
         penalty.step()
 
 

@@ -34,6 +34,10 @@ WORDS = {
     "an argument of the model": ("build it with in_chans=3", "build it with --model-kwargs in_chans=3"),
     "a quoted name": ("tensor 'batch_size' is missing", "tensor 'batch_size' is missing"),
     "a path": ("cannot read runs/keep_params/x", "cannot read runs/keep_params/x"),
+    "another library": (
+        "keep_params=0.2: ValueError: rank_multiple is odd",
+        "--keep-params 0.2: ValueError: rank_multiple is odd",
+    ),
     "an option already": ("--keep-params must lie", "--keep-params must lie"),
 }
 

@@ -220,7 +220,8 @@ def test_a_token_given_outright_works_and_is_not_written_down(hub: HubServer, cl
     saved = client.run(f"token = {ALICE!r}\n{code}arp_hub.save_pretrained(timm.create_model('test_resnet'), out, "
                        "metrics={'note': token})", token=None, out=folder.parent / "other")  # fmt: skip
     assert saved.code == 0, saved.err
-    assert "--token *** --lr 1" in (folder.parent / "other" / "README.md").read_text()
+    assert "--token *** --lr 1" in (folder.parent / "other" / "metrics.json").read_text()
+    assert all(ALICE.encode() not in path.read_bytes() for path in (folder.parent / "other").iterdir())
     assert ALICE not in (folder.parent / "other" / "metrics.json").read_text()
 
 
