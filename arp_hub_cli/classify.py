@@ -119,8 +119,10 @@ def image_files(places: Sequence[Path]) -> list[Path]:
 def predictions_table(found: Mapping[str, Sequence[Prediction]]) -> Table:
     """One line a class; the name of an image stands in its first line."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, side in (("image", "left"), ("class", "left"), ("index", "right"), ("probability", "right")):
-        table.add_column(name, justify=side, overflow="fold")  # type: ignore[arg-type]  # a literal of rich
+    for name in ("image", "class"):
+        table.add_column(name, overflow="fold")
+    for name in ("index", "probability"):
+        table.add_column(name, justify="right", overflow="fold")
     for image, classes in found.items():
         for first, one in zip([image, *[""] * len(classes)], classes, strict=False):
             shown = Text(printable(first)), Text(printable(one.name))

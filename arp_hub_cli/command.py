@@ -161,5 +161,5 @@ def _is_ours(error: Exception) -> bool:
 def _for_people(error: Exception) -> str | None:
     """One line for an error that the user can correct; None for any other error."""
     if isinstance(error, _UsageError):
-        return " ".join(error.format_message().split())  # type: ignore[attr-defined] # typer's base class has it
+        return " ".join(error.format_message().split())  # type: ignore[attr-defined]  # UsageError, which the cast above calls an Exception
     return " ".join(str(error).split()) if _is_ours(error) else None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-import arp_hub  # noqa: F401  (registers the architectures with timm)
+import arp_hub  # noqa: F401  (its import registers the architectures with timm, which scripts then build)
 from arp_hub.errors import ArpHubError, checked_path
 
 

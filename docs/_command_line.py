@@ -26,7 +26,7 @@ def reference() -> str:
     """All commands and options, and all options of recipes."""
     group = typer.main.get_command(app)
     parts = ["## Commands"]
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
+    for name, command in group.commands.items():  # type: ignore[attr-defined]  # an app of several commands is a group
         parts += _command(name, command)
     parts += ["## Options of recipes", "Every recipe takes these options: `python recipes/any_backbone.py --help`."]
     for heading in GROUPS:

@@ -18,7 +18,7 @@ from timm.models import get_model_input_config
 from timm.models._hub import download_from_hf
 from torch import Tensor, nn
 
-from .. import models  # noqa: F401  (registers our models with timm)
+from .. import models  # noqa: F401  (its import registers our models with timm, which loading needs)
 from .._utils.parse import shown
 from ..errors import ArpHubError, checked_path
 from ..layers.trace import InputSize

@@ -53,6 +53,13 @@ def read_card(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.parent.name)
+def test_what_is_stored_beside_a_card_names_no_other_folder(path: Path) -> None:
+    for name in ("metrics.json", "config.json"):
+        text = (path.parent / name).read_text(encoding="utf-8")
+        assert not re.findall(r"\.\./[\w./-]*|\"/\w[\w./-]*", text), name
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.parent.name)
 def test_stored_cards_name_no_path_and_no_row(path: Path) -> None:
     card = path.read_text(encoding="utf-8")
     check(card)
