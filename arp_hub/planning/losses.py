@@ -27,6 +27,7 @@ from ..calibration.images import Images
 from ..effort import Effort
 from ..layers.low_rank import effective_weight
 from ..layers.model import layers_called
+from ..processes import Processes
 from ..schemes import Scheme
 from ..schemes.shapes import LayerShape
 from .allocation import Losses
@@ -60,6 +61,7 @@ def output_losses(
     images: Images,
     macs: float,
     effort: Effort,
+    processes: Processes,
     progress: bool,
 ) -> Losses:
     """Losses of layers by calibration images.
@@ -70,15 +72,17 @@ def output_losses(
         images: Calibration images.
         macs: Multiply-accumulates of one image through the model.
         effort: Bounds on the work.
+        processes: The processes that share the work.
         progress: Show progress bars.
     """
     modules = {name: model.get_submodule(name) for name in layers}
     with evaluating(model), layers_called(model):
-        errors = OutputErrors(model, modules, images, macs, effort)
-        curves = {
-            name: errors.candidates(name, schemes)
-            for name, schemes in counted(layers.items(), "measure layers", progress)
-        }
+        errors = OutputErrors(model, modules, images, macs, effort, processes)
+        with stage("measure layers", len(layers), progress) as advance:
+            curves = {}
+            for name, found in errors.candidates(layers):
+                curves[name] = found
+                advance()
         with stage("measure sensitivities", shown=progress):
             sensitivities = errors.sensitivities()
     return {

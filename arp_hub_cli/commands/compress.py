@@ -43,6 +43,7 @@ from ..options import (
     Workers,
     output_option,
 )
+from ..processes import is_first
 from ..terminal import note, print_json, print_tables
 
 if TYPE_CHECKING:
@@ -136,13 +137,17 @@ def compress(
     images = open_images(found, calibration, copies, seed, workers)
     counts = calibration_counts(found, calibration, copies) if found else (0, 0)
     test = _test_split(network, found)
-    before, before_bytes = _figures(network, test, max_images, workers), weight_bytes(network)
+    # of several processes the first one measures and saves
+    before = _figures(network, test, max_images, workers) if is_first() else {}
+    before_bytes = weight_bytes(network)
     dense = copy.deepcopy(network) if refinement.wanted else network
     start = time.perf_counter()
     made = given or make_plan(network, **options, calibration=images, effort=effort, progress=True)
-    falls = spectra.decays(network, made)
+    falls = spectra.decays(network, made) if is_first() else {}
     decompose(network, made, images, effort=effort, progress=True)
     refined = refinement.run(network, dense, found, output, seed, workers)
+    if not is_first():
+        return
     seconds = time.perf_counter() - start
     after, after_bytes = _figures(network, test, max_images, workers), weight_bytes(network)
     result: dict[str, Any] = {

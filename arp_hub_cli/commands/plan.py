@@ -34,6 +34,7 @@ from ..options import (
     Workers,
     output_option,
 )
+from ..processes import is_first
 from ..terminal import note, print_json, print_tables
 
 
@@ -93,6 +94,8 @@ def plan(
     network, random_weights = open_model(choice, meta=data is None)
     images = open_images(open_data(data, network, image_key, label_key), calibration, copies, seed, workers)
     made = make_plan(network, **options, calibration=images, effort=effort, progress=True)
+    if not is_first():
+        return
     counted = summary.plan_report(network, made)
     made.save(output)
     if as_json:

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[2] / "arp_hub"
 FLOORS = (
     {"_version", "_utils"},
     {"errors"},
-    {"schemes", "timing", "effort"},
+    {"schemes", "timing", "effort", "processes"},
     {"plan"},
     {"layers"},
     {"calibration"},
