@@ -60,6 +60,9 @@ def decompose(
     Hooks, attributes, mode, dtype, device and ``requires_grad`` of every layer are kept, and the factors of a frozen
     layer are frozen. Gradient hooks on weights are lost, with a warning.
 
+    Where ``torch.distributed`` is initialised, the processes share the work on calibration images. Every process then
+    calls this with the same arguments.
+
     Args:
         model: A model with dense layers, on the device to work on, neither compiled nor wrapped.
         plan: A plan made for this model.

@@ -105,7 +105,7 @@ Schemes = Annotated[
     str | None,
     fit_option(
         metavar="NAMES",
-        help=f"Schemes to choose from, with commas: {', '.join(SCHEMES)}. By default all.",
+        help=f"Schemes to choose from, with commas: {', '.join(SCHEMES)}. By default all; group_in and group_out for k x k layers only.",
         show_default=False,
     ),
 ]

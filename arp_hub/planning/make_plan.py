@@ -59,6 +59,9 @@ def make_plan(
     A latency is measured: single layers first, then whole networks, on the model's device. A plan exceeds the budget by
     at most 5 %, and a layer stays dense unless its factors are faster.
 
+    Where ``torch.distributed`` is initialised, the processes share the work on calibration images. Every process then
+    calls this with the same arguments, and gets the same plan.
+
     A model on the meta device is planned by the shapes of its layers alone, with a warning. That takes seconds and
     little memory, whatever its size.
 
