@@ -23,13 +23,13 @@ from ..errors import ArpHubError, checked_path
 from ..hub.load import is_saved_model, load_model
 from ..layers.model import check_model, check_weights, count_params
 from ..layers.trace import InputSize, input_size_of
-from .capture import Captured
+from ..runtimes.capture import Captured
+from ..runtimes.formats import runtime_of
+from ..runtimes.runtime import INPUT, OUTPUT
 from .folder import RECORD, check_output
-from .formats import runtime_of
 from .job import Job
 from .latency import FileLatency
 from .parity import Check, Parity
-from .runtime import INPUT, OUTPUT
 
 
 @dataclass(frozen=True)
