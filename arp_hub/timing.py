@@ -66,8 +66,8 @@ class Workload:
             raise ArpHubError(f"unknown precision {self.precision!r:.50}: choose one of {', '.join(PRECISIONS)}")
         if self.in_torch and self.precision == "int8":
             raise ArpHubError(
-                "precision='int8' is not timed in PyTorch, where int8 kernels need a compilation of minutes: choose "
-                "runtime='onnxruntime' or runtime='openvino'"
+                "precision='int8' is timed in other runtimes than PyTorch only: choose runtime='onnxruntime' or "
+                "runtime='openvino'"
             )
         if not self.in_torch and self.dtype != "float32":
             raise ArpHubError(

@@ -116,7 +116,7 @@ Precision = Annotated[
     str,
     timing_option(
         metavar="NAME",
-        help="float32, or int8 by the quantiser of the runtime, on random images.",
+        help="float32, or int8 by the quantiser of the runtime, calibrated on random images.",
         autocompletion=lambda: PRECISIONS,
     ),
 ]

@@ -47,7 +47,7 @@ def bench(
     affect. --runtime times both models as they are deployed: they are exported to temporary files first.
 
     Example:
-        arp-hub bench --model local-dir:out --runtime onnxruntime --precision int8
+        arp-hub bench --model local-dir:out --batch-size 1,32 --json
     """
     from arp_hub._utils.environment import environment
     from arp_hub._utils.progress import counted
