@@ -63,6 +63,11 @@ def model_name(name: str) -> str:
     return rest if colon and kind == "hf-hub" else _last_part(rest if colon else name)
 
 
+def inline(value: Any) -> str:
+    """A value inside one line of Markdown."""
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
 def command(metrics: Mapping[str, Any]) -> str:
     """The recorded command as a reader can run it; empty if it needs files or scripts that only its author has."""
     recorded = metrics.get("command")

@@ -24,6 +24,7 @@ from ..layers.model import check_model, check_weights, low_rank_layers, other_pa
 from ..layers.trace import InputSize, Trace, input_size_of, trace
 from ..plan import RankPlan
 from ..processes import ALONE, Processes
+from ..runtimes.timed import check_installed
 from ..schemes import SCHEMES, Scheme
 from ..timing import Workload
 from .allocation import Budget, CountedBudget
@@ -56,8 +57,8 @@ def make_plan(
     loss is the relative error of its weight or, with calibration images, of its output, weighted by the layer's
     sensitivity (see `arp_hub.planning.losses`).
 
-    A latency is measured: single layers first, then whole networks, on the model's device. A plan exceeds the budget by
-    at most 5 %, and a layer stays dense unless its factors are faster.
+    A latency is measured: single layers first, then whole networks, on the model's device or in another runtime. A plan
+    exceeds the budget by at most 5 %, and a layer stays dense unless its factors are faster.
 
     Where ``torch.distributed`` is initialised, the processes share the work on calibration images. Every process then
     calls this with the same arguments, and gets the same plan.
@@ -70,7 +71,8 @@ def make_plan(
         keep_params: Share of the model's parameters to keep, between 0 and 1.
         keep_macs: Share of its multiply-accumulates to keep.
         keep_latency: Share of the time of its forward pass to keep. Give exactly one of the three.
-        workload: Batch size, dtype and memory layout that ``keep_latency`` is for; by default one image in float32.
+        workload: Batch size, dtype, memory layout, runtime and precision that ``keep_latency`` is for; by default one
+            image in float32, in PyTorch.
         schemes: Names of the schemes to choose from. By default all, but no grouped ones for linear layers and 1x1
             convolutions.
         rank_multiple: Ranks are multiples of this, to suit the hardware; under ``keep_latency`` multiples of 8 by
@@ -86,7 +88,8 @@ def make_plan(
         The plan. Its ``dense`` gives the reason for every layer that stays dense.
 
     Raises:
-        ArpHubError: If an argument is out of range, or the budget cannot be met; the message says what can be met.
+        ArpHubError: If an argument is out of range, the packages of the workload's runtime are missing, or the budget
+            cannot be met; the message says what can be met.
 
     Example:
         >>> make_plan(timm.create_model("resnet18"), keep_params=0.5, schemes=["channel", "group_out"])
@@ -97,6 +100,8 @@ def make_plan(
     settings = Effort.of(effort)
     if workload is not None and cost != "latency":
         raise ArpHubError("a workload is for keep_latency alone: leave it out, or give keep_latency")
+    workload = workload or Workload()
+    check_installed(workload)
     names = _scheme_names(schemes)
     if isinstance(rank_multiple, bool) or not isinstance(rank_multiple, int) or rank_multiple < 1:
         raise ArpHubError(f"rank_multiple must be a whole number of at least 1, got {rank_multiple!r}")
@@ -129,7 +134,7 @@ def make_plan(
         progress = progress and processes.index == 0
     budget: Budget
     if cost == "latency":
-        watch = Stopwatch(model, workload or Workload(), input_size_of(model, input_size))
+        watch = Stopwatch(model, workload, input_size_of(model, input_size))
         table = LatencyTable(watch.workload, watch.device)
         # one process measures: timings of several would disturb each other, and differ
         faster = processes.of_first(lambda: faster_schemes(layers, traced.sizes, table, progress))
@@ -137,9 +142,10 @@ def make_plan(
         dense |= dict.fromkeys(slower, "no scheme is faster than the dense layer, as measured")
         layers = faster
         multiple = rank_multiple if rank_multiple > 1 else RANK_MULTIPLE
-        shares = processes.of_first(lambda: watch.shares(layers))
+        shares = processes.of_first(lambda: watch.shares(layers, traced.sizes, table))
         by_layers = LayerTimes(table, traced.sizes, layers, shares, multiple, dense)
-        budget = LatencyBudget(share, by_layers, watch)
+        where = "on this device" if workload.in_torch else f"in {workload.where}, on this device"
+        budget = LatencyBudget(share, by_layers, watch, where)
     else:
         total = float(traced.params if cost == "params" else traced.macs)
         budget = CountedBudget(cost, share, total, CountedCosts(cost, traced.sizes), rank_multiple, dense)

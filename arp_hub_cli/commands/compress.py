@@ -32,12 +32,14 @@ from ..options import (
     NumClasses,
     Overwrite,
     PlanFile,
+    Precision,
     Pretrained,
     RankMultiple,
     Refine,
     RefineImages,
     RefineMinutes,
     RefineSteps,
+    Runtime,
     Schemes,
     Seed,
     Workers,
@@ -67,6 +69,8 @@ def compress(
     batch_size: BatchSize = 1,
     dtype: Dtype = "float32",
     channels_last: ChannelsLast = False,
+    runtime: Runtime = "torch",
+    precision: Precision = "float32",
     plan: PlanFile = None,
     data: Data = None,
     image_key: ImageKey = None,
@@ -108,6 +112,7 @@ def compress(
     from arp_hub.plan import RankPlan
     from arp_hub.planning.make_plan import make_plan
     from arp_hub.reports import spectra
+    from arp_hub.runtimes.timed import check_installed
     from arp_hub.training.data.dataset import calibration_counts
 
     from ..inputs import (
@@ -122,8 +127,9 @@ def compress(
     )
     from ..outcome import before_after, next_steps, weight_bytes
 
-    workload = timed_workload(batch_size, dtype, channels_last)
+    workload = timed_workload(batch_size, dtype, channels_last, runtime, precision)
     options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude, plan)
+    check_installed(workload)
     check_effort(effort)
     refinement = RefineChoice(refine, refine_minutes, refine_steps, refine_images)
     refinement.check(data)

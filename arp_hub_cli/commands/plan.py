@@ -27,8 +27,10 @@ from ..options import (
     ModelKwargs,
     NumClasses,
     Overwrite,
+    Precision,
     Pretrained,
     RankMultiple,
+    Runtime,
     Schemes,
     Seed,
     Workers,
@@ -50,6 +52,8 @@ def plan(
     batch_size: BatchSize = 1,
     dtype: Dtype = "float32",
     channels_last: ChannelsLast = False,
+    runtime: Runtime = "torch",
+    precision: Precision = "float32",
     data: Data = None,
     image_key: ImageKey = None,
     label_key: LabelKey = None,
@@ -74,6 +78,7 @@ def plan(
     """
     from arp_hub.planning.make_plan import make_plan
     from arp_hub.reports import summary, tables
+    from arp_hub.runtimes.timed import check_installed
 
     from ..inputs import (
         ModelChoice,
@@ -86,8 +91,9 @@ def plan(
         timed_workload,
     )
 
-    workload = timed_workload(batch_size, dtype, channels_last)
+    workload = timed_workload(batch_size, dtype, channels_last, runtime, precision)
     options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude)
+    check_installed(workload)
     check_effort(effort)
     check_plan_file(output, overwrite)
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)

@@ -12,7 +12,7 @@ FLOORS = (
     {"schemes", "timing", "effort", "processes"},
     {"plan"},
     {"layers"},
-    {"calibration"},
+    {"calibration", "runtimes"},
     {"planning", "decomposition", "penalty", "refinement"},
     {"models"},
     {"reports"},
