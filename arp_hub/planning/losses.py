@@ -28,6 +28,7 @@ from ..effort import Effort
 from ..layers.low_rank import effective_weight
 from ..layers.model import layers_called
 from ..schemes import Scheme
+from ..schemes.linalg import factorising
 from ..schemes.shapes import LayerShape
 from .allocation import Losses
 from .costs import Floats
@@ -49,7 +50,8 @@ def weight_losses(model: nn.Module, layers: Mapping[str, Sequence[Scheme]], prog
     """Losses of layers by their weights."""
     losses = {}
     for name, schemes in counted(layers.items(), "measure layers", progress):
-        curves = weight_candidates(effective_weight(model.get_submodule(name)).float(), schemes)
+        with factorising(name):
+            curves = weight_candidates(effective_weight(model.get_submodule(name)).float(), schemes)
         losses[name] = [(one.scheme, one.errors**2) for one in curves]
     return losses
 
@@ -75,10 +77,10 @@ def output_losses(
     modules = {name: model.get_submodule(name) for name in layers}
     with evaluating(model), layers_called(model):
         errors = OutputErrors(model, modules, images, macs, effort)
-        curves = {
-            name: errors.candidates(name, schemes)
-            for name, schemes in counted(layers.items(), "measure layers", progress)
-        }
+        curves = {}
+        for name, schemes in counted(layers.items(), "measure layers", progress):
+            with factorising(name):
+                curves[name] = errors.candidates(name, schemes)
         with stage("measure sensitivities", shown=progress):
             sensitivities = errors.sensitivities()
     return {

@@ -42,7 +42,7 @@ class _RoughProblem:
     def curve(self, scheme: Scheme) -> tuple[Floats, Factors | None]:
         """The relative error at every rank, and the factors at the middle rank if they were fitted on the way."""
         problem, last = self.problem, useful_rank(scheme)
-        rows = problem.metric.in_blocks(scheme.blocks).apply(problem.weight)
+        rows = problem.metric.in_blocks(scheme.blocks).apply(problem.weight / problem.unit)
         spectrum = scheme.spectrum(rows, problem.regression.moment)
         if spectrum is not None:
             return truncation_errors(spectrum)[:last], None
