@@ -259,7 +259,8 @@ class AdaptiveRankPenalty:
         """Pull every planned layer. Call it after each step of the optimiser.
 
         Raises:
-            ArpHubError: If a weight is NaN or infinite, or if a layer was replaced or frozen after the penalty was built.
+            ArpHubError: If a weight is NaN or infinite, or if a layer was replaced or frozen since the penalty was
+                built.
         """
         holding = self.step_count >= self.ramp_steps
         due = self.step_count % self.every == 0 or self.step_count in (self.ramp_steps, self.total_steps - 1)
@@ -405,7 +406,7 @@ class AdaptiveRankPenalty:
         for layer in (layer for stack in self._stacks for layer in stack.layers):
             shapes = [conv.weight_shape for conv in layer.scheme.convs(layer.rank)]
             basis = layer.scheme.basis([torch.empty(shape, device="meta") for shape in shapes])
-            possible = {
+            possible: dict[str, dict[str, tuple[int, ...]]] = {
                 "start": {"start": ()},
                 "basis": {f"basis{k}": tuple(part.shape) for k, part in enumerate(basis)},
                 "factor": {f"factor{k}": shape for k, shape in enumerate(shapes)},

@@ -92,11 +92,8 @@ class ComputedWeight(Tensor):
         """Refuse in-place functions; call all others on plain tensors."""
         kwargs, name = kwargs or {}, func.__name__.partition(".")[0]  # without the overload, as in "mul_.Scalar"
         writes = name in _WRITES or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace")
-        # _foreach_mul_ and the like take a list of tensors
-        written = [
-            leaf for leaf in tree_leaves((args[:1] if writes else (), kwargs.get("out"))) if isinstance(leaf, cls)
-        ]
-        if written:
+        written = (args[:1] if writes else (), kwargs.get("out"))  # the first may be a list, as for _foreach_mul_
+        if any(isinstance(leaf, cls) for leaf in tree_leaves(written)):
             raise _read_only()
         weights = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)]
         with torch._C.DisableTorchFunctionSubclass():
@@ -307,7 +304,10 @@ class LowRankConv2d(LowRankLayer):
         return self.factors(x)
 
     def dense_layer(self) -> nn.Conv2d:
-        """The plain convolution with the merged weight: same outputs, dtype, device, mode, layout and ``requires_grad``."""
+        """The plain convolution with the merged weight.
+
+        Outputs, dtype, device, mode, memory layout and ``requires_grad`` are the same.
+        """
         merged, first = self._merged(), cast(nn.Conv2d, self.factors[0])
         dense = _dense_conv(self, first.weight, merged, self.bias)
         self._freeze(dense)
