@@ -32,6 +32,7 @@ from .layers.trace import InputSize, Trace, trace
 from .plan import LayerPlan, RankPlan
 from .processes import Processes
 from .schemes import Factors, Scheme, relative_error
+from .schemes.linalg import factorising
 from .schemes.shapes import LayerShape, Pair
 
 _EXACT = 1e-8
@@ -68,7 +69,7 @@ def decompose(
         plan: A plan made for this model.
         calibration: Unlabelled images, normalised as for the model: a tensor ``(N, C, H, W)`` or batches.
         factors: Factors by layer that are used unchanged, such as those of `AdaptiveRankPenalty.factors` after the
-            hold. They must reproduce the weights up to rounding.
+            hold. They must reproduce the weights up to rounding. Frozen layers without factors get their nearest ones.
         effort: ``"fast"``, ``"balanced"``, ``"thorough"``, or an `arp_hub.effort.Effort`: how much time the fit takes.
         progress: Show a progress bar.
 
@@ -108,8 +109,9 @@ def decompose(
     new = {}
     for name, layer_plan in counted(plan.layers.items(), "decompose", progress):
         weight = effective_weight(modules[name])
-        if factors is None:
-            found = schemes[name].nearest(weight.double(), layer_plan.rank)
+        if factors is None or (name not in factors and not modules[name].weight.requires_grad):
+            with factorising(name):
+                found = schemes[name].nearest(weight.double(), layer_plan.rank)
         else:
             found = _given_factors(name, schemes[name], layer_plan.rank, weight, factors)
         new[name] = low_rank_layer(modules[name], layer_plan)
@@ -204,8 +206,9 @@ def _decompose_by_data(
             def fit(found: dict[str, Moments], name: str) -> _Fit:
                 # popped, so that the memory of a layer's moments is free once it is fitted
                 teacher, moments, gradient = teachers[name], found.pop(name), gradients.pop(name, None)
-                problem = LayerProblem.of(teacher, moments, gradient, norms.get(name), _precision(teacher))
-                return _fitted(problem, schemes[name], plan.layers[name].rank, effort)
+                with factorising(name):
+                    problem = LayerProblem.of(teacher, moments, gradient, norms.get(name), _precision(teacher))
+                    return _fitted(problem, schemes[name], plan.layers[name].rank, effort)
 
             costs = {name: effective_weight(teachers[name]).numel() * plan.layers[name].rank for name in names}
             for name, fitted in processes.shared_out(costs, partial(fit, found)):

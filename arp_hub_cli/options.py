@@ -125,7 +125,8 @@ Schemes = Annotated[
     str | None,
     fit_option(
         metavar="NAMES",
-        help=f"Schemes to choose from, with commas: {', '.join(SCHEMES)}. By default all; group_in and group_out for k x k layers only.",
+        help=f"Schemes to choose from, with commas: {', '.join(SCHEMES)}. By default all, but group_in and group_out "
+        "for k x k layers only.",
         show_default=False,
     ),
 ]

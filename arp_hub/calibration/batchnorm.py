@@ -52,7 +52,8 @@ def following_norms(model: nn.Module, layers: Mapping[str, nn.Module], images: I
     """The BatchNorm that reads each layer's output, for the layers whose output nothing else reads.
 
     Its mean can take up a change of the layer's mean output. If the output had another reader, that one would get it
-    without the correction. A layer that is called several times has no such BatchNorm.
+    without the correction: another operation, or a user's hook, as in timm's models of feature maps. A layer that is
+    called several times has no such BatchNorm.
     """
     image = next(batches(images, Place.of(model, images)))[:1]
     candidates: dict[str, BatchNorm] = {}
@@ -68,10 +69,19 @@ def following_norms(model: nn.Module, layers: Mapping[str, nn.Module], images: I
             if found and args[0] is found[-1]:
                 candidates[name] = cast(BatchNorm, module)
 
+    def show(module: nn.Module, *seen: Any) -> None:
+        shown.extend(tree_leaves(seen))
+
+    shown: list[Any] = []  # what hooks of users see
+    modules = list(model.modules())
+    after = [module for module in modules if module._forward_hooks]
+    before = [module for module in modules if module._forward_pre_hooks]
     hooks = [layer.register_forward_hook(partial(remember, name)) for name, layer in layers.items()]
+    hooks += [module.register_forward_hook(show) for module in after]
+    hooks += [module.register_forward_pre_hook(show) for module in before]
     hooks += [
         module.register_forward_pre_hook(recognise)
-        for module in model.modules()
+        for module in modules
         if isinstance(module, BatchNorm) and module.running_mean is not None and module.affine
     ]
     try:
@@ -80,7 +90,7 @@ def following_norms(model: nn.Module, layers: Mapping[str, nn.Module], images: I
     finally:
         for hook in hooks:
             hook.remove()
-    readers.reads.update(id(leaf) for leaf in tree_leaves(returned) if id(leaf) in readers.watched)
+    readers.reads.update(id(leaf) for leaf in tree_leaves((returned, shown)) if id(leaf) in readers.watched)
     return {
         name: norm
         for name, norm in candidates.items()

@@ -230,7 +230,8 @@ class Moments:
         variance = self._variance(moment)
         if self.centred:
             moment = moment - x[:, :, None] * x[:, None, :]
-        tiny = torch.finfo(moment.dtype).tiny ** 0.5  # inputs that are all zero leave the weight to decide
+        # inputs that are all zero, or whose squares are in single precision, leave the weight to decide
+        tiny = max(torch.finfo(moment.dtype).tiny ** 0.5, torch.finfo(torch.float32).tiny)
         scale = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(tiny)[:, None, None]
         share = self._shrinkage(moment, scale, variance)
         moment.mul_(1 - share).diagonal(dim1=-2, dim2=-1).add_((share * scale)[..., 0])

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from ..schemes import Scheme, relative_error
-from ..schemes.linalg import tail_shares
+from ..schemes.linalg import tail_shares, unit
 from ..schemes.shapes import LayerShape, degrees_of_freedom
 from .costs import Floats, rank_at, useful_rank
 
@@ -105,6 +105,7 @@ def weight_candidates(weight: Tensor, schemes: Sequence[Scheme]) -> list[Candida
 
 def _weight_curve(scheme: Scheme, weight: Tensor) -> Floats:
     last = useful_rank(scheme)
+    weight = weight / unit(weight)
     spectrum = scheme.spectrum(weight)
     if spectrum is not None:
         return truncation_errors(spectrum)[:last]

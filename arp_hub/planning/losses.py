@@ -29,6 +29,7 @@ from ..layers.low_rank import effective_weight
 from ..layers.model import layers_called
 from ..processes import Processes
 from ..schemes import Scheme
+from ..schemes.linalg import factorising
 from ..schemes.shapes import LayerShape
 from .allocation import Losses
 from .costs import Floats
@@ -50,7 +51,8 @@ def weight_losses(model: nn.Module, layers: Mapping[str, Sequence[Scheme]], prog
     """Losses of layers by their weights."""
     losses = {}
     for name, schemes in counted(layers.items(), "measure layers", progress):
-        curves = weight_candidates(effective_weight(model.get_submodule(name)).float(), schemes)
+        with factorising(name):
+            curves = weight_candidates(effective_weight(model.get_submodule(name)).float(), schemes)
         losses[name] = [(one.scheme, one.errors**2) for one in curves]
     return losses
 

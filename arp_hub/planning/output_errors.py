@@ -26,6 +26,7 @@ from ..layers.low_rank import effective_weight, low_rank_layer
 from ..plan import LayerPlan
 from ..processes import ALONE, Processes
 from ..schemes import Factors, Scheme
+from ..schemes.linalg import factorising
 from .costs import Floats, rank_at, useful_rank
 from .error_curves import Candidate, interpolate, rough_sweeps, shortlist, truncation_errors
 
@@ -44,7 +45,7 @@ class _RoughProblem:
     def curve(self, scheme: Scheme) -> tuple[Floats, Factors | None]:
         """The relative error at every rank, and the factors at the middle rank if they were fitted on the way."""
         problem, last = self.problem, useful_rank(scheme)
-        rows = problem.metric.in_blocks(scheme.blocks).apply(problem.weight)
+        rows = problem.metric.in_blocks(scheme.blocks).apply(problem.weight / problem.unit)
         spectrum = scheme.spectrum(rows, problem.regression.moment)
         if spectrum is not None:
             return truncation_errors(spectrum)[:last], None
@@ -146,9 +147,16 @@ class OutputErrors:
         # moments of D columns are factorised in D^3 operations, and fits take as many for each row of the weight
         weights = {name: effective_weight(self._layers[name]) for name in schemes}
         costs = {name: weight.numel() / len(weight) * weight.numel() for name, weight in weights.items()}
-        for name, (curves, middle) in self._processes.shared_out(costs, lambda one: self._measured(one, schemes[one])):
+
+        def measured(name: str) -> tuple[list[tuple[int, Floats]], _Middle]:
+            with factorising(name):
+                return self._measured(name, schemes[name])
+
+        for name, (curves, middle) in self._processes.shared_out(costs, measured):
             self._middle[name] = middle
             yield name, [Candidate(schemes[name][place], errors) for place, errors in curves]
+        self._moments.clear()  # of layers that other processes have measured
+        self._gradients.clear()
 
     def _measured(self, name: str, schemes: Sequence[Scheme]) -> tuple[list[tuple[int, Floats]], _Middle]:
         """The curves of some of a layer's schemes, by their places among ``schemes``; and the layer decomposed."""

@@ -23,6 +23,7 @@ from .evaluate import evaluate
 from .finite import fetched, first_not_finite, weights_not_finite
 from .graphs import Forward, recorded_inference, recorded_training
 from .optimizer import group_values, make_optimizer, make_schedule, restore_optimizer
+from .optimizer_state import check_optimizer_state
 from .phases import Phase, Run
 from .preemption import Preempted
 from .seeds import seed_everything
@@ -81,6 +82,7 @@ class _Loop:
     def restore(self, start: Checkpoint) -> None:
         """Restore what `save` writes, except the model and the penalty."""
         state = start.state
+        check_optimizer_state(start, self.model, lambda model: make_optimizer(model, self.config, self.phase.lr))
         restore_optimizer(self.raw_optimizer, state["optimizer"], state.get("groups"))
         if self.ema:
             start.load_into(self.ema.module, "ema")

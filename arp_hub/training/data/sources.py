@@ -22,6 +22,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from ...errors import ArpHubError
+from ...hub.client import bounded_waits, cache_if_offline
 from .decoding import ImageColumn, ImageFiles, Rows, survey
 from .files import ClassFolders, choose_configuration, class_folders, parquet_splits
 from .images import BadImages, DecodedImages, Images, StreamedImages, decode_all
@@ -188,7 +189,8 @@ def _load_from_hub(source: str, config: str | None) -> Mapping[str, Any]:
     import datasets
 
     try:
-        return datasets.load_dataset(source, config)
+        with bounded_waits(), cache_if_offline():
+            return datasets.load_dataset(source, config)
     except ValueError as error:  # datasets raises it for a missing or unknown configuration
         if "config" not in str(error).lower():
             raise
