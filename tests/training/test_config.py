@@ -7,7 +7,8 @@ from torch.distributed.run import get_args_parser
 from arp_hub.errors import ArpHubError
 from arp_hub.training import TrainConfig
 from arp_hub.training.command import parse_command
-from arp_hub.training.config import GROUPS, read_config
+from arp_hub.training.config import read_config
+from arp_hub.training.config_fields import GROUPS
 
 BASE = {"model": "cifar_resnet20", "keep_params": 0.5}
 

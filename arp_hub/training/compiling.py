@@ -1,0 +1,45 @@
+"""``torch.compile`` in training steps: its backends, and its failures as one error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.utils import DynamoBackend
+
+from ..errors import ArpHubError
+
+
+def check_backend(name: str) -> None:
+    """Refuse a backend that torch does not have here, or that Accelerate does not know.
+
+    Raises:
+        ArpHubError: With the backends to choose from.
+    """
+    here = [known for known in torch.compiler.list_backends(exclude_tags=()) if known.upper() in DynamoBackend.list()]
+    if name not in here:
+        raise ArpHubError(f"torchcompile: torch has no backend '{name}' here: choose from {', '.join(here)}")
+
+
+@contextmanager
+def compiling(backend: str) -> Iterator[None]:
+    """Report a failed compilation inside the block as an error that names ``torchcompile``.
+
+    Args:
+        backend: The backend, or empty if nothing is compiled.
+
+    Raises:
+        ArpHubError: If the model cannot be compiled.
+    """
+    if not backend:
+        yield
+        return
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ArpHubError(
+            f"torchcompile={backend}: the model cannot be compiled ({type(error).__name__}: {reason:.200}): leave "
+            "torchcompile out, or choose another backend"
+        ) from error
