@@ -75,6 +75,8 @@ class _Loop:
             self.restore(start)
         self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
         self.forward: Forward = self.wrapped
+        if config.torchcompile:
+            self.forward = torch.compile(self.wrapped, backend=config.torchcompile)
         self.guide: Forward | None = self.teach if phase.teacher and config.distill else None
         self.recorded = not config.cuda_graphs
         self.criterion = Loss(config, run.data.num_classes)

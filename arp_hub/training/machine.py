@@ -32,7 +32,6 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     try:
         accelerator = Accelerator(
             cpu=config.cpu,
-            dynamo_backend=config.torchcompile.upper() or None,
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.accumulation,
             log_with=tracker_name(config),
@@ -50,6 +49,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"recipes train by data parallelism, not with {accelerator.distributed_type.value}: choose MULTI_GPU or "
             "MULTI_CPU in `accelerate config`; FSDP2 works in a training loop of your own"
         )
+    if config.sync_bn and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+        raise ArpHubError(
+            f"sync_bn needs GPUs, but this run has {accelerator.num_processes} processes on CPUs: leave sync_bn out"
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ArpHubError(
@@ -60,10 +63,6 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise ArpHubError(
             f"cuda_graphs needs one process on a CUDA GPU, but this run has {accelerator.num_processes} on "
             f"{accelerator.device.type}: leave cuda_graphs out"
-        )
-    if config.sync_bn and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
-        raise ArpHubError(
-            f"sync_bn needs GPUs, but this run has {accelerator.num_processes} processes on CPUs: leave sync_bn out"
         )
     parts = _parts(config, accelerator)
     if config.batch_size % parts:

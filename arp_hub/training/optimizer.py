@@ -33,11 +33,15 @@ def check_optimizer(config: TrainConfig) -> None:
         raise ArpHubError(f"optimizer '{name}' cannot be used here ({error}): choose another") from error
     if own := _OWN.intersection(config.opt_kwargs or ()):
         raise ArpHubError(f"opt_kwargs must not hold '{min(own)}', which is a setting of its own: set {min(own)}")
+    info = get_optimizer_info(name.lower())
+    for argument, taken in (("betas", info.has_betas), ("eps", info.has_eps)):
+        if argument in (config.opt_kwargs or ()) and not taken:  # timm would drop it without a word
+            raise ArpHubError(f"opt_kwargs={config.opt_kwargs}: optimizer '{name}' takes no '{argument}': leave it out")
     try:
         make_optimizer(nn.Linear(1, 1), config, config.lr)
     except bad as error:
         raise ArpHubError(f"opt_kwargs={config.opt_kwargs}: optimizer '{name}' refuses them ({error})") from error
-    if get_optimizer_info(name.lower()).second_order:
+    if info.second_order:
         raise ArpHubError(f"optimizer '{name}' needs second derivatives, which a run does not compute: choose another")
 
 
