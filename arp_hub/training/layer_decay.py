@@ -13,7 +13,7 @@ from ..layers.model import low_rank_layers
 
 
 def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Timm's parameter groups for layer decay. A factor is in the group of the dense weight that it replaces.
+    """The parameter groups of timm for layer decay. A factor is in the group of the dense weight that it replaces.
 
     Args:
         model: A dense or decomposed model.

@@ -86,7 +86,7 @@ class Augmentation:
         return cls(auto_augment=augmentation) if isinstance(augmentation, str) else augmentation
 
     def transform(self, form: InputFormat) -> Callable[[Image.Image], Tensor]:
-        """Timm's transform of one image for training: crop, flip, augment, normalise and erase.
+        """The transform of one image for training, by timm: crop, flip, augment and normalise.
 
         Raises:
             ArpHubError: If timm does not know ``auto_augment``.
@@ -95,7 +95,6 @@ class Augmentation:
         transform = create_transform(
             input_size=(3, *self.size(form)), is_training=True, color_jitter=self.color_jitter,
             auto_augment=self.auto_augment or None, train_crop_mode=self.train_crop_mode,
-            re_prob=self.reprob, re_mode=self.remode, re_count=self.recount,
             mean=form.mean, std=form.std, interpolation=form.interpolation,
         )  # fmt: skip
         keep_one_bit(transform)

@@ -198,7 +198,8 @@ class StreamedImages:
     ) -> None:
         self.rows, self.form = rows, form
         self.bad = BadImages(len(rows)) if bad is None else bad
-        self.train_transform = Augmentation.of(augmentation).transform(form)
+        self.augmentation = Augmentation.of(augmentation)
+        self.train_transform = self.augmentation.transform(form)
         sizes: dict[str, Any] = {"crop_pct": form.crop_pct} if crop else {"crop_pct": 1.0, "crop_mode": "squash"}
         self.eval_transform = create_transform(
             input_size=(3, *form.size), mean=form.mean, std=form.std, interpolation=form.interpolation, **sizes
@@ -209,11 +210,13 @@ class StreamedImages:
 
     def training(self, batches: Iterable[TrainBatch], device: torch.device, workers: int) -> Iterator[Tensor]:
         """Take random resized crops, mirror half of them and augment, with a seed for each image."""
+        batches = list(batches)
         jobs = (
             list(zip(batch.indices[batch.share].tolist(), batch.image_seeds().tolist(), strict=True))
             for batch in batches
         )
-        return self._load(self.train_transform, jobs, device, workers)
+        for batch, images in zip(batches, self._load(self.train_transform, jobs, device, workers), strict=True):
+            yield self.augmentation.of_batch(images, self.form, batch.image_seeds().tolist())
 
     def evaluation(self, indices: Tensor, batch_size: int, device: torch.device, workers: int) -> Iterator[Tensor]:
         """Images in the order of ``indices``, resized and cropped."""
