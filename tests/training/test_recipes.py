@@ -152,6 +152,7 @@ def test_configs_of_papers_are_read_and_overridden(recipe, capsys, name, file):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # ResNet-50 on one thread
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize(
     ("name", "file", "options"),
@@ -167,7 +168,7 @@ def test_configs_of_papers_run(tmp_path, shared, name, file, options, processes)
     command = [sys.executable, *start, RECIPES / name, "--config", CONFIGS / file, "--max-steps", "3", "--data", data]
     command += [*options, "--output", output, "--tracker", "none", *(["--cpu"] if processes == 2 else [])]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(RECIPES.parent)}
-    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["processes"] == processes
