@@ -22,7 +22,7 @@ _PROGRAMS = {"arp-hub": "arp-hub", "__main__.py": "python -m arp_hub"}
 """Programs of the package by their recorded name."""
 _RECIPES = (
     "any_backbone.py cifar_resnet110.py cifar_resnet20.py cifar_resnet56.py cifar_vgg16.py custom_loop.py "
-    "quickstart.py resnet50.py"
+    "quickstart.py resnet50.py vit.py"
 ).split()
 """Scripts under ``recipes/`` of the repository."""
 _OWN_OPTIONS = {

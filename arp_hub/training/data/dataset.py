@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import ArpHubError
 from ..seeds import keyed_generator, keyed_seed
+from .augment import Augmentation
 from .images import DecodedImages, Images
 from .input_format import input_format
 from .sources import Columns, Table, open_tables
@@ -109,7 +110,7 @@ def load_data(
     val_fraction: float = 0.0,
     seed: int = 0,
     require_labels: bool = True,
-    auto_augment: str = "",
+    augmentation: Augmentation | str = "",
     max_bad_images: int = 0,
 ) -> ImageData:
     """Open a data set for a model. Pixels are decoded when they are first used.
@@ -129,7 +130,7 @@ def load_data(
         val_fraction: Share of the training images that is held out, stratified by class.
         seed: Seed of the held-out split.
         require_labels: Whether data without labels is an error.
-        auto_augment: timm's augmentation string, such as ``rand-m9-mstd0.5``, for training.
+        augmentation: How training images are varied: timm's string, such as ``rand-m9-mstd0.5``, or an `Augmentation`.
         max_bad_images: Largest number of images of a split that may fail to decode. Each becomes the mean colour.
 
     Raises:
@@ -141,7 +142,7 @@ def load_data(
         raise ArpHubError(f"max_bad_images must be at least 0, got {max_bad_images}")
     form = input_format(model)
     columns = Columns(image_key, label_key, require_labels)
-    tables = open_tables(source, columns, form, auto_augment, max_bad_images)
+    tables = open_tables(source, columns, form, Augmentation.of(augmentation), max_bad_images)
     return _arrange(source, tables, val_fraction, seed, require_labels)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...errors import ArpHubError
 from ...hub.client import bounded_waits, cache_if_offline
+from .augment import Augmentation
 from .decoding import ImageColumn, ImageFiles, Rows, survey
 from .files import ClassFolders, choose_configuration, class_folders, parquet_splits
 from .images import BadImages, DecodedImages, Images, StreamedImages, decode_all
@@ -60,7 +61,7 @@ class Columns:
 
 
 def open_tables(
-    source: str, columns: Columns, form: InputFormat, auto_augment: str, max_bad_images: int
+    source: str, columns: Columns, form: InputFormat, augmentation: Augmentation, max_bad_images: int
 ) -> dict[str, Table]:
     """The splits of a data set, with labels read and images in the input format of a model.
 
@@ -72,17 +73,17 @@ def open_tables(
     if source == "digits":
         if columns.image or columns.label:
             raise ArpHubError("data 'digits' has no columns to choose from: leave out image_key and label_key")
-        return _digits(form, auto_augment)
+        return _digits(form, augmentation)
     splits, class_names = _open(source, columns)
     splits = {name: split for name, split in splits.items() if len(split[0])}
     if not splits:
         raise ArpHubError(f"data '{source}' has no images: every split is empty")
-    images = _bind(source, {name: rows for name, (rows, _) in splits.items()}, form, auto_augment, max_bad_images)
+    images = _bind(source, {name: rows for name, (rows, _) in splits.items()}, form, augmentation, max_bad_images)
     return {name: Table(images[name], labels, class_names) for name, (_, labels) in splits.items()}
 
 
 def _bind(
-    source: str, splits: Mapping[str, Rows], form: InputFormat, auto_augment: str, max_bad_images: int
+    source: str, splits: Mapping[str, Rows], form: InputFormat, augmentation: Augmentation, max_bad_images: int
 ) -> dict[str, Images]:
     """Decide for all splits together how images are resized and where they are held."""
     seen = survey(splits.values())
@@ -96,13 +97,13 @@ def _bind(
         bad = BadImages(len(rows), max_bad_images)
         if in_memory:
             decode = partial(decode_all, rows, form, bad)
-            images[name] = DecodedImages(len(rows), decode, form, auto_augment=auto_augment, bad=bad)
+            images[name] = DecodedImages(len(rows), decode, form, augmentation=augmentation, bad=bad)
         else:
-            images[name] = StreamedImages(rows, form, auto_augment, bad, crop=not seen.small)
+            images[name] = StreamedImages(rows, form, augmentation, bad, crop=not seen.small)
     return images
 
 
-def _digits(form: InputFormat, auto_augment: str) -> dict[str, Table]:
+def _digits(form: InputFormat, augmentation: Augmentation) -> dict[str, Table]:
     """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; one fixed, stratified fifth is for testing."""
     digits = load_digits()
     grey = torch.from_numpy(digits.images).float().mul_(255 / 16)[:, None]
@@ -116,7 +117,7 @@ def _digits(form: InputFormat, auto_augment: str) -> dict[str, Table]:
     tables = {}
     for name, part in zip(("train", "test"), parts, strict=True):
         chosen = torch.from_numpy(np.sort(part))
-        images = DecodedImages(len(chosen), partial(enlarge, chosen), form, flip=False, auto_augment=auto_augment)
+        images = DecodedImages(len(chosen), partial(enlarge, chosen), form, flip=False, augmentation=augmentation)
         tables[name] = Table(images, labels[chosen], tuple(str(digit) for digit in range(10)))
     return tables
 
