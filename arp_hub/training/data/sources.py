@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,10 @@ from torch import Tensor
 
 from ...errors import ArpHubError
 from .decoding import ImageColumn, ImageFiles, Rows, survey
-from .files import ClassFolders, choose_configuration, class_folders, parquet_splits
+from .files import ClassFolders, choose_configuration, class_folders, holds_tars, parquet_splits
 from .images import BadImages, DecodedImages, Images, StreamedImages, decode_all
 from .input_format import InputFormat
+from .tars import TarImages, is_tar_source, read_index, tar_splits
 
 _logger = logging.getLogger(__name__)
 
@@ -129,16 +130,21 @@ def _open(source: str, columns: Columns) -> tuple[Splits, tuple[str, ...]]:
     place, config = _place_and_config(source)
     folder = Path(place).expanduser()
     try:
+        if is_tar_source(source) and not Path(source).is_dir():
+            return _from_tars(source, columns)
         if folder.is_dir():
             if found := class_folders(place, folder):
                 return _from_folders(place, folder, found, config, columns)
+            if holds_tars(folder):
+                choose_configuration(source, config, (), None)
+                return _from_tars(place, columns)
             return _Labelled(source, _load_parquet(place, folder, config), columns).read()
         if folder.exists():
             raise ArpHubError(f"data '{source}' is a file: give the folder it is in")
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", place):
             raise ArpHubError(
-                f"unknown data '{source}': no such folder; give 'digits', a folder of parquet files or of class "
-                "folders, or a Hub dataset id such as uoft-cs/cifar10"
+                f"unknown data '{source}': no such folder; give 'digits', a folder of parquet files, tar shards or "
+                "class folders, or a Hub dataset id such as uoft-cs/cifar10"
             )
         return _Labelled(source, _load_from_hub(place, config), columns).read()
     except ArpHubError:
@@ -174,6 +180,26 @@ def _from_folders(
         labels = found.labels[name]
         splits[name] = ImageFiles(folder, paths), None if labels is None else torch.tensor(labels)
     return splits, found.classes
+
+
+def _from_tars(source: str, columns: Columns) -> tuple[Splits, tuple[str, ...]]:
+    found = {
+        split: TarImages(shards, read_index(source, shards, columns.image, columns.label))
+        for split, shards in tar_splits(source).items()
+    }
+    texts = {split: images.index.label.tolist() for split, images in found.items()}
+    if columns.labelled and not any(map(any, texts.values())):
+        raise ArpHubError(
+            f"data '{source}' has no labels: its samples have no cls member. Name the extension of the labels, or a "
+            "field of the json members, with label_key"
+        )
+    whole = all(re.fullmatch(r"-?\d+", text) for split in texts.values() for text in split if text)
+    names = {} if whole else _numbered({text for split in texts.values() for text in split if text})
+    splits: Splits = {}
+    for split, images in found.items():
+        values = [text and (names[text] if names else int(text)) for text in texts[split]]
+        splits[split] = images, class_numbers(source, split, values, {})
+    return splits, tuple(names)
 
 
 def _load_parquet(source: str, folder: Path, config: str | None) -> Mapping[str, Any]:
@@ -258,21 +284,25 @@ class _Labelled:
                 f"data '{self.source}': column '{self.label_key}' holds neither numbers nor names of classes; columns "
                 f"found: {self._columns()}"
             )
-        labels = {name: self._numbers(name, split, numbers) for name, split in values.items()}
+        labels = {name: class_numbers(self.source, name, split, numbers) for name, split in values.items()}
         return labels, tuple(names or map(str, numbers))
 
-    def _numbers(self, split: str, values: list[Any], numbers: Mapping[Any, int]) -> Tensor:
-        """Class numbers. If there are none, all are -1, by the Hub's convention."""
-        absent = sum(1 for value in values if value is None or value == "")
-        if absent == len(values):
-            return torch.full((len(values),), -1)
-        if absent:
-            raise ArpHubError(
-                f"data '{self.source}': {absent} of {len(values)} images of split '{split}' have no label: "
-                "label or remove them"
-            )
-        largest = torch.iinfo(torch.int64).max
-        return torch.tensor([numbers[value] if numbers else min(value, largest) for value in values])
+
+def class_numbers(source: str, split: str, values: Sequence[Any], numbers: Mapping[Any, int]) -> Tensor:
+    """Class numbers of labels, through ``numbers`` if there are any. Without any label, all are -1, as on the Hub.
+
+    Raises:
+        ArpHubError: If some images have no label.
+    """
+    absent = sum(1 for value in values if value is None or value == "")
+    if absent == len(values):
+        return torch.full((len(values),), -1)
+    if absent:
+        raise ArpHubError(
+            f"data '{source}': {absent} of {len(values)} images of split '{split}' have no label: label or remove them"
+        )
+    largest = torch.iinfo(torch.int64).max
+    return torch.tensor([numbers[value] if numbers else min(value, largest) for value in values])
 
 
 def _stores_images(kind: Any) -> bool:
