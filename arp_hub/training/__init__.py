@@ -2,7 +2,7 @@
 
 from .command import main
 from .config import TrainConfig
-from .data.dataset import ImageData, Split, calibration_images, load_data, refinement_images
+from .data.dataset import ImageData, Split, StreamedSplit, calibration_images, load_data, refinement_images
 from .evaluate import Scores, evaluate
 from .trainer import run
 
@@ -10,6 +10,7 @@ __all__ = [
     "ImageData",
     "Scores",
     "Split",
+    "StreamedSplit",
     "TrainConfig",
     "calibration_images",
     "evaluate",

@@ -50,7 +50,20 @@ class TrainConfig:
         "model and data", None, "arguments of the model, such as img_size=112 pad_type=same; kept with the saved model"
     )
     pretrained: bool = _setting("model and data", False, "start from the weights published under a timm name")
-    data: str = _setting("model and data", "digits", "'digits', a folder of parquet or class folders, or a Hub dataset")
+    data: str = _setting(
+        "model and data",
+        "digits",
+        "'digits', a folder of parquet files, tar shards or class folders, a pattern of shards, a Hub id, timm:NAME",
+    )
+    data_dir: str = _setting("model and data", "", "folder of a data set of timm")
+    train_split: str = _setting("model and data", "", "split to train on; by default train")
+    test_split: str = _setting("model and data", "", "split to test on; by default test, or else validation")
+    streaming: bool = _setting(
+        "model and data", False, "read tar shards, parquet files or a Hub dataset in order, without a download"
+    )
+    epoch_images: int = _setting(
+        "model and data", 0, "images of an epoch of a stream; 0: all training images, where the data tells them", low=0
+    )
     image_key: str = _setting("model and data", "", "image column; by default the one of type Image")
     label_key: str = _setting("model and data", "", "label column; by default the one of type ClassLabel")
     val_fraction: float = _setting(

@@ -36,6 +36,11 @@ def load_data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
         seed=config.seed,
         auto_augment=config.auto_augment,
         max_bad_images=config.max_bad_images,
+        streaming=config.streaming,
+        epoch_images=config.epoch_images,
+        data_dir=config.data_dir,
+        train_split=config.train_split,
+        test_split=config.test_split,
     )
     if data.num_classes != model.num_classes:
         if checkpoint or (pretrained and not config.dense_epochs):

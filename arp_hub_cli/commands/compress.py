@@ -48,7 +48,7 @@ from ..terminal import note, print_json, print_tables
 if TYPE_CHECKING:
     from torch import nn
 
-    from arp_hub.training import ImageData, Split
+    from arp_hub.training import ImageData, Split, StreamedSplit
 
 
 def compress(
@@ -181,7 +181,9 @@ def compress(
     print(next_steps(output, used, test is not None, workload if keep_latency is not None else None))
 
 
-def _figures(model: nn.Module, test: Split | None, max_images: int | None, workers: int) -> dict[str, Any]:
+def _figures(
+    model: nn.Module, test: Split | StreamedSplit | None, max_images: int | None, workers: int
+) -> dict[str, Any]:
     """Size, and accuracy if there are test images."""
     from arp_hub._utils.progress import stage
     from arp_hub.layers.model import count_params
@@ -195,11 +197,11 @@ def _figures(model: nn.Module, test: Split | None, max_images: int | None, worke
         return {**evaluate(model, test, workers=workers, max_images=max_images), **size}
 
 
-def _test_split(model: nn.Module, data: ImageData | None) -> Split | None:
+def _test_split(model: nn.Module, data: ImageData | None) -> Split | StreamedSplit | None:
     """The test images, if they have labels that fit the classes of the model."""
     from arp_hub.training.evaluate import why_not_measured
 
-    if data is None or data.test.labels is None:
+    if data is None or data.test.label_range is None:
         return None
     if reason := why_not_measured(model, data.test):
         note(f"accuracy is not measured: {reason}")

@@ -158,16 +158,15 @@ def _test_images(model: nn.Module, data: ImageData, most: int, workers: int) -> 
     import torch
 
     from arp_hub._utils.progress import stage
-    from arp_hub.training.evaluate import sample, why_not_measured
+    from arp_hub.training.evaluate import why_not_measured
 
-    split = data.test
-    chosen = sample(split, most)
+    split = data.test.measured(most)
     with stage("read test images"):
-        batches = split.images.evaluation(split.indices[chosen], 128, torch.device("cpu"), workers)
+        batches = split.images.evaluation(split.indices, 128, torch.device("cpu"), workers)
         images = torch.cat(list(batches))
     if split.labels is None:
         return images, None
     if reason := why_not_measured(model, split):
         note(f"accuracy is not measured: {reason}")
         return images, None
-    return images, split.labels[chosen]
+    return images, split.labels

@@ -1,4 +1,4 @@
-"""Find the splits and classes in a folder of images, parquet files or tar shards, and warn of files that belong to none.
+"""Find the splits and classes in a folder of images, parquet files or tar shards. Warnings name all other files.
 
 Class folders are read as torchvision's ``ImageFolder`` reads them. Only folders decide the split of an image, never the
 name of its file.

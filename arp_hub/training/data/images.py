@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
@@ -30,6 +31,8 @@ from .decoding import SMALL_SIDE, Rows, decoded
 from .input_format import InputFormat, sent
 
 _logger = logging.getLogger(__name__)
+_ADDRESS = re.compile(r"<_io\.\w+ object at \w+>")
+"""The file object that Pillow names in place of a file."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,7 @@ class StreamedImages:
             interpolation=form.interpolation,
             use_prefetcher=True,  # bytes, which workers pass on four times as fast as floats
         )
-        self.train_transform = common(is_training=True, color_jitter=None, auto_augment=auto_augment or None)
+        self.train_transform = common(is_training=True, color_jitter=0.0, auto_augment=auto_augment or None)
         keep_one_bit(self.train_transform)
         sizes = {"crop_pct": form.crop_pct} if crop else {"crop_pct": 1.0, "crop_mode": "squash"}
         self.eval_transform = common(is_training=False, **sizes)
@@ -247,12 +250,19 @@ class StreamedImages:
             pin_memory=device.type == "cuda",
             worker_init_fn=outlast_sigterm,
         )
-        try:
+        with worker_errors():
             for batch in loader:
                 yield self.form.normalise(batch.to(device, non_blocking=True))
-        except ArpHubError as error:  # a worker wraps its message in a traceback
-            message = str(error).strip().splitlines()[-1]
-            raise ArpHubError(message.removeprefix(f"{ArpHubError.__module__}.{ArpHubError.__name__}: ")) from error
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Restore the messages of errors that loader workers raise, which torch wraps in a traceback."""
+    try:
+        yield
+    except ArpHubError as error:
+        message = str(error).strip().splitlines()[-1]
+        raise ArpHubError(message.removeprefix(f"{ArpHubError.__module__}.{ArpHubError.__name__}: ")) from error
 
 
 class _Transformed(Dataset):
@@ -266,11 +276,11 @@ class _Transformed(Dataset):
 
     def __getitem__(self, index: tuple[int, int]) -> Tensor:
         row, seed = index
-        with _seeds_of_image(seed):
-            return self.transform(_rgb(self.images.rows, row, self.images.form, self.images.bad))
+        with seeds_of_image(seed):
+            return self.transform(rgb(self.images.rows, row, self.images.form, self.images.bad))
 
 
-def _seeds_of_image(seed: int) -> AbstractContextManager[None]:
+def seeds_of_image(seed: int) -> AbstractContextManager[None]:
     """Seed the global generators for one image. A loader worker, which nothing else draws from, keeps them so."""
     if get_worker_info() is None:
         return seeded(seed)
@@ -278,7 +288,7 @@ def _seeds_of_image(seed: int) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def _rgb(rows: Rows, row: int, form: InputFormat, bad: BadImages) -> Image.Image:
+def rgb(rows: Rows, row: int, form: InputFormat, bad: BadImages) -> Image.Image:
     """One image as RGB. If it cannot be decoded and ``bad`` allows that, an image of the mean colour.
 
     Raises:
@@ -289,7 +299,7 @@ def _rgb(rows: Rows, row: int, form: InputFormat, bad: BadImages) -> Image.Image
     except ArpHubError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(_ADDRESS.sub("", str(error)).split()) or type(error).__name__
         bad.add(row, f"{rows.name(row)} cannot be decoded: {reason}")
         height, width = form.size
         return Image.new("RGB", (width, height), tuple(round(255 * value) for value in form.mean))
@@ -302,7 +312,7 @@ def decode_all(rows: Rows, form: InputFormat, bad: BadImages) -> Tensor:
     resample = getattr(Image.Resampling, form.interpolation.upper(), Image.Resampling.BICUBIC)
     large = []
     for row in progress(range(len(rows)), "decoding images"):
-        image = _rgb(rows, row, form, bad)
+        image = rgb(rows, row, form, bad)
         if max(image.size) > SMALL_SIDE and image.size != (width, height):
             large.append(row)
         if image.size != (width, height):

@@ -57,7 +57,7 @@ def tar_splits(source: str, *, remote: bool = False) -> dict[str, list[str]]:
     shards = [path for pattern in place.split("::") for path in expanded(pattern)]
     urls = [shard for shard in shards if "://" in shard]
     if urls and not remote:
-        raise ArpHubError(f"data '{source}': '{urls[0]}' is not on this machine: add --streaming, or download the shards")
+        raise ArpHubError(f"data '{source}': '{urls[0]}' is not on this machine: set streaming, or download the shards")
     local = [str(Path(shard).expanduser()) for shard in shards if shard not in urls]
     if missing := [path for path in local if not Path(path).is_file()]:
         raise ArpHubError(
@@ -133,17 +133,20 @@ class TarImages:
             return file.read(size)
 
 
-def read_index(source: str, shards: Sequence[str], image_key: str | None, label_key: str | None) -> TarIndex:
+def read_index(
+    source: str, split: str, shards: Sequence[str], image_key: str | None, label_key: str | None
+) -> TarIndex:
     """Find the images and labels of shards. The index is kept in the cache folder until a shard changes.
 
     Args:
         source: The data as the user wrote it, for messages.
+        split: Name of the split, for messages.
         shards: The files.
         image_key: Extension of the images; by default the one that Pillow knows.
         label_key: Extension of the labels, or a field of the ``json`` members; by default ``cls``.
 
     Raises:
-        ArpHubError: If a shard cannot be read, or if a sample lacks its image.
+        ArpHubError: If a shard cannot be read, if a sample lacks its image, or if there is no sample.
     """
     marks = [(shard, (stat := Path(shard).stat()).st_size, stat.st_mtime_ns) for shard in shards]
     place = cache_folder() / f"shards-{zlib.crc32(json.dumps([marks, image_key, label_key]).encode()):08x}.npz"
@@ -154,7 +157,9 @@ def read_index(source: str, shards: Sequence[str], image_key: str | None, label_
         for sample in _samples(shard):
             image = _image(source, sample, image_key)
             rows.append((number, image.offset_data, image.size, _label(source, sample, label_key)))
-    columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
+    if not rows:
+        raise ArpHubError(f"data '{source}': the tar shards of split '{split}' hold no samples: remove or fill them")
+    columns = list(zip(*rows, strict=True))
     index = TarIndex(*(np.array(column, kind) for column, kind in zip(columns, ("i4", "i8", "i8", "U"), strict=True)))
     _keep(place, marks, index)
     return index
@@ -209,7 +214,8 @@ def _samples(shard: str) -> Iterator[_Sample]:
 
             sample = _Sample(shard, "", {}, read)
             for member in archive:
-                last, archive.members = member.name, []  # the archive would hold every header in memory
+                last = member.name
+                archive.members = []  # type: ignore[attr-defined]  # it would hold every header in memory
                 parts = _MEMBER.fullmatch(member.name) if member.isfile() else None
                 if not parts:
                     continue
