@@ -42,6 +42,11 @@ def load_data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
         train_split=config.train_split,
         test_split=config.test_split,
     )
+    if not len(data.train):
+        raise ArpHubError(
+            f"data '{config.data}' does not tell how many images split '{data.train.name}' has: set epoch_images, the "
+            "number of images of an epoch"
+        )
     if data.num_classes != model.num_classes:
         if checkpoint or (pretrained and not config.dense_epochs):
             raise ArpHubError(

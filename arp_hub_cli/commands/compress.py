@@ -40,6 +40,7 @@ from ..options import (
     RefineSteps,
     Schemes,
     Seed,
+    Streaming,
     Workers,
     output_option,
 )
@@ -70,6 +71,7 @@ def compress(
     data: Data = None,
     image_key: ImageKey = None,
     label_key: LabelKey = None,
+    streaming: Streaming = False,
     schemes: Schemes = None,
     rank_multiple: RankMultiple = 1,
     exclude: Exclude = None,
@@ -132,7 +134,7 @@ def compress(
     network, random_weights = open_model(choice)
     if given is not None:
         check_plan(network, given)
-    found = open_data(data, network, image_key, label_key)
+    found = open_data(data, network, image_key, label_key, streaming)
     images = open_images(found, calibration, copies, seed, workers)
     counts = calibration_counts(found, calibration, copies) if found else (0, 0)
     test = _test_split(network, found)
@@ -177,7 +179,12 @@ def compress(
     what = "refined without labels" if refined else "no training"
     figures = ({**before, "bytes": before_bytes}, {**after, "bytes": after_bytes})
     print_tables(before_after(f"{model}: {what}, {seconds:.0f} s", *figures, test.name if test else None))
-    used = {"--data": data, "--image-key": image_key, "--label-key": label_key}
+    used = {
+        "--data": data,
+        "--image-key": image_key,
+        "--label-key": label_key,
+        "--streaming": "" if streaming else None,
+    }
     print(next_steps(output, used, test is not None, workload if keep_latency is not None else None))
 
 

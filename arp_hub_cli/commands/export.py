@@ -20,6 +20,7 @@ from ..options import (
     Overwrite,
     Pretrained,
     Seed,
+    Streaming,
     Workers,
     data_option,
     output_option,
@@ -53,6 +54,7 @@ def export(
     ] = None,
     image_key: ImageKey = None,
     label_key: LabelKey = None,
+    streaming: Streaming = False,
     calibration: Annotated[
         int,
         data_option(
@@ -116,7 +118,7 @@ def export(
     check_output(target, name, overwrite)
     choice = ModelChoice(name, checkpoint, pretrained, num_classes, model_kwargs, input_size, "cpu", seed)
     network, random_weights = open_model(choice)
-    found = open_data(data, network, image_key, label_key)
+    found = open_data(data, network, image_key, label_key, streaming)
     images = calibration_images(found, calibration, copies=0, seed=seed, workers=workers) if found and int8 else None
     shown, labels = _test_images(network, found, max_images, workers) if found else (None, None)
     done = write(

@@ -106,7 +106,7 @@ class StreamedSplit:
     Attributes:
         name: Name in messages, such as ``train`` or ``test``.
         images: Where the pixels and labels come from.
-        count: Number of images, or of images in an epoch.
+        count: Number of images, or of images in an epoch; 0 if it is not known.
         class_names: Names of the classes, where the data has them.
     """
 
@@ -284,7 +284,7 @@ def calibration_counts(data: ImageData, count: int | None = None, copies: int | 
         raise ArpHubError(f"calibration needs at least one image, got {count}")
     if copies < 0:
         raise ArpHubError(f"calibration_copies must be 0 or more, got {copies}")
-    return min(count, len(data.train)), copies
+    return min(count, len(data.train) or count), copies
 
 
 def calibration_images(
@@ -402,12 +402,7 @@ def _arrange_streams(
     """Decide which stream is for training and which for testing."""
     usable = [name for name, table in tables.items() if not require_labels or table.images.labelled]
     train_name, test_name = _train_and_test(source, list(tables), usable)
-    count = epoch_images or tables[train_name].count
-    if not count:
-        raise ArpHubError(
-            f"data '{source}' does not tell how many images split '{train_name}' has: set epoch_images to the images "
-            "of an epoch"
-        )
+    count = epoch_images or tables[train_name].count or 0
     splits = {
         name: StreamedSplit(name, table.images, count if name == train_name else table.count or 0, table.class_names)
         for name, table in tables.items()

@@ -144,12 +144,8 @@ def _open(source: str, columns: Columns, counted: bool) -> tuple[Mapping[str, An
         shards = tar_splits(source if is_tar_source(source) else place, remote=True)
         local = {split: files for split, files in shards.items() if not any("://" in file for file in files)}
         counts = {}
-        for split, files in local.items() if counted else ():
-            counts[split] = len(read_index(source, files, columns.image, columns.label).offset)
-            if not counts[split]:
-                raise ArpHubError(
-                    f"data '{source}': the tar shards of split '{split}' hold no samples: remove or fill them"
-                )
+        for split, paths in local.items() if counted else ():
+            counts[split] = len(read_index(source, split, paths, columns.image, columns.label).offset)
         tables = datasets.load_dataset("webdataset", data_files=_escaped(shards), streaming=True)
         return tables, counts
     if folder.is_dir():

@@ -272,7 +272,7 @@ class _Loading(IterableDataset):
         return torch.stack(done)
 
 
-def readable(source: str, samples: Iterable[Sample]) -> Generator[Sample]:
+def readable(source: str, samples: Iterable[Sample]) -> Generator[Sample, None, None]:
     """The samples. An error of the library that reads them becomes one that names the last good sample."""
     name = ""
     try:
