@@ -14,7 +14,7 @@ from .files import class_folders, holds_tars, parquet_splits
 from .sources import Treatment, hub_tables, opening, place_and_config
 from .streams import ImageStream, Sample
 from .tables import Columns, LabelledTables
-from .tars import is_tar_source, read_index, tar_splits
+from .tars import check_ends, is_tar_source, read_index, tar_splits
 from .timm_sets import TimmName, TimmSamples, class_names
 
 
@@ -146,6 +146,8 @@ def _open(source: str, columns: Columns, counted: bool) -> tuple[Mapping[str, An
         counts = {}
         for split, paths in local.items() if counted else ():
             counts[split] = len(read_index(source, split, paths, columns.image, columns.label).offset)
+        if not counted:
+            check_ends([path for paths in local.values() for path in paths])
         tables = datasets.load_dataset("webdataset", data_files=_escaped(shards), streaming=True)
         return tables, counts
     if folder.is_dir():

@@ -72,6 +72,21 @@ def tar_splits(source: str, *, remote: bool = False) -> dict[str, list[str]]:
     return {**({"train": unnamed} if unnamed and "train" not in splits else {}), **splits}
 
 
+def check_ends(shards: Iterable[str]) -> None:
+    """Refuse shards that are cut off, by their last block, which is empty in every tar archive.
+
+    Raises:
+        ArpHubError: Naming the first one.
+    """
+    block = tarfile.BLOCKSIZE
+    for shard in shards:
+        size = Path(shard).stat().st_size
+        with Path(shard).open("rb") as file:
+            file.seek(max(0, size - block))
+            if size % block or size < block or file.read().strip(b"\0"):
+                raise ArpHubError(f"the tar shard '{shard}' is cut off at {size} bytes: download it again")
+
+
 def expanded(pattern: str) -> list[str]:
     """The paths of a brace pattern: ``{a,b}`` is a choice, ``{00..63}`` a range of numbers of two digits."""
     found = _CHOICE.search(pattern)
