@@ -7,7 +7,8 @@ from shards import CLASSES, png, seen, write_shards
 
 from arp_hub.errors import ArpHubError
 from arp_hub.hub.load import load_model
-from arp_hub.training import evaluate, load_data
+from arp_hub.training import TrainConfig, evaluate, load_data
+from arp_hub.training.inputs import load_data_and_model
 
 CPU = torch.device("cpu")
 
@@ -82,6 +83,13 @@ def test_a_stream_of_timm_goes_through_each_image(tables, model):
     assert rest == whole[4:]
     measured = [seen(form, data.test.labelled(4, CPU, 0, rank=rank, world=3)) for rank in range(3)]
     assert sorted(sum(measured, [])) == list(range(4))
+
+
+def test_a_stream_of_unknown_length_needs_epoch_images(tables):
+    config = TrainConfig(model="cifar_resnet20", keep_params=0.5, dense_epochs=1, data=f"timm:hfids/{tables}",
+                         image_key="img", label_key="kind")  # fmt: skip
+    with pytest.raises(ArpHubError, match="does not tell how many images split 'train' has: set epoch_images"):
+        load_data_and_model(config)
 
 
 def test_tar_shards_through_the_webdataset_package(tmp_path, model):
