@@ -11,8 +11,8 @@ from torch import nn
 
 from .._utils.torch_utils import evaluating
 from ..errors import ArpHubError
-from .data.dataset import Split, StreamedSplit
 from .data.images import progress
+from .data.splits import Split, StreamedSplit
 
 
 class Scores(TypedDict):

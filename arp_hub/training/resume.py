@@ -11,7 +11,8 @@ from accelerate import Accelerator
 
 from .checkpoint import Checkpoint, check_same
 from .config import TrainConfig, without_retired
-from .data.dataset import ImageData, StreamedSplit
+from .data.dataset import ImageData
+from .data.splits import StreamedSplit
 
 _FREE = {"workers", "resume", "overwrite", "log_every", "keep_checkpoints", "checkpoint_every", "tracker", "output"}
 _FREE |= {"max_bad_images", "push_to_hub", "hub_private", "cuda_graphs"}

@@ -109,7 +109,7 @@ def compress(
     from arp_hub.plan import RankPlan
     from arp_hub.planning.make_plan import make_plan
     from arp_hub.reports import spectra
-    from arp_hub.training.data.dataset import calibration_counts
+    from arp_hub.training.data.excerpts import calibration_counts
 
     from ..inputs import (
         ModelChoice,

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..seeds import keyed_generator, keyed_seed
-from .dataset import Split, StreamedSplit
 from .images import TrainBatch
 from .input_format import sent
+from .splits import Split, StreamedSplit
 
 
 def epoch_batches(images: int, batch_size: int, seed: int, epoch: int) -> Tensor:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import ArpHubError
-from ..seeds import keyed_generator, keyed_seed
-from .images import DecodedImages, Images
 from .input_format import input_format
 from .sources import Table, Treatment, bind, open_tables, renamed
+from .splits import Split, StreamedSplit
 from .stream_sources import StreamTable, open_streams, timm_streams
-from .streams import ImageStream, Sample
 from .tables import Columns
 from .timm_sets import TimmName, is_timm_source, open_timm
 
@@ -27,119 +24,6 @@ _logger = logging.getLogger(__name__)
 
 _TEST_NAMES = ("test", "validation", "valid", "val", "dev")
 """Names of the test split, in order of preference."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """Some labelled images.
-
-    Attributes:
-        name: Name in messages, such as ``train`` or ``test``.
-        images: Where the pixels come from.
-        labels: Class of each image, ``(N,)``; None where the data has no labels.
-        indices: Which of ``images`` belong to this split, ``(N,)``.
-        class_names: Names of the classes, where the data has them.
-    """
-
-    name: str
-    images: Images
-    labels: Tensor | None
-    indices: Tensor
-    class_names: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @property
-    def label_range(self) -> tuple[int, int] | None:
-        """Lowest and highest label; None without labels."""
-        return None if self.labels is None else (int(self.labels.min()), int(self.labels.max()))
-
-    def labelled(
-        self, size: int, device: torch.device, workers: int, *, rank: int = 0, world: int = 1, most: int | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One process's images in batches, not augmented, with their labels.
-
-        Args:
-            size: Images in a batch.
-            device: Where the images go; labels stay on the CPU.
-            workers: DataLoader workers, for large data.
-            rank: Number of this process.
-            world: Number of processes, which share the images.
-            most: Number of images, chosen by `sample`; None: all.
-        """
-        assert self.labels is not None
-        chosen = sample(self, most)[rank::world]
-        if not len(chosen):
-            return iter(())
-        images = self.images.evaluation(self.indices[chosen], size, device, workers)
-        return zip(images, self.labels[chosen].split(size), strict=False)
-
-    def measured(self, most: int) -> Split:
-        """The images that `labelled` gives."""
-        chosen = sample(self, most)
-        labels = None if self.labels is None else self.labels[chosen]
-        return dataclasses.replace(self, indices=self.indices[chosen], labels=labels)
-
-    def excerpt(self, count: int, seed: int, *, from_end: bool = False) -> Split:
-        """Some images in random order. With one seed, those from the end are others than those from the beginning."""
-        order = torch.randperm(len(self), generator=keyed_generator(seed, "calibration"))
-        chosen = order[-count:] if from_end else order[:count]
-        labels = None if self.labels is None else self.labels[chosen]
-        return dataclasses.replace(self, indices=self.indices[chosen], labels=labels)
-
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """All images, normalised and not augmented, ``(N, 3, H, W)``, and their labels ``(N,)``: for small data.
-
-        Raises:
-            ArpHubError: If there are no labels.
-        """
-        if self.labels is None:
-            raise ArpHubError(f"split '{self.name}' has no labels")
-        return torch.cat(list(self.images.evaluation(self.indices, 256, torch.device("cpu"), 0))), self.labels
-
-
-@dataclass(frozen=True)
-class StreamedSplit:
-    """Some images that are read in the order of their shards.
-
-    Attributes:
-        name: Name in messages, such as ``train`` or ``test``.
-        images: Where the pixels and labels come from.
-        count: Number of images, or of images in an epoch; 0 if it is not known.
-        class_names: Names of the classes, where the data has them.
-    """
-
-    name: str
-    images: ImageStream
-    count: int
-    class_names: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return self.count
-
-    @property
-    def label_range(self) -> tuple[int, int] | None:
-        """Lowest and highest label that is allowed, as each is checked when it is read; None without labels."""
-        return (0, self.images.classes - 1) if self.images.labelled else None
-
-    def labelled(
-        self, size: int, device: torch.device, workers: int, *, rank: int = 0, world: int = 1, most: int | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One process's images in batches, not augmented, with their labels, as `Split.labelled` gives them."""
-        return self.images.evaluation(size, device, workers, rank, world, most)
-
-    def measured(self, most: int) -> Split:
-        """The images that `labelled` gives, in memory."""
-        return self._held(self.images.first(most))
-
-    def excerpt(self, count: int, seed: int, *, from_end: bool = False) -> Split:
-        """Some images of a shuffled order, in memory. With one seed, those from the end are others."""
-        return self._held(self.images.excerpt(count, seed, odd=from_end))
-
-    def _held(self, samples: list[Sample]) -> Split:
-        labels = self.images.labels(samples) if self.images.labelled else None
-        return Split(self.name, self.images.held(samples), labels, torch.arange(len(samples)), self.class_names)
 
 
 @dataclass(frozen=True)
@@ -262,87 +146,6 @@ def load_data(
     else:
         streams = renamed(source, open_streams(source, columns, treatment, classes, counted=not epoch_images), chosen)
     return _arrange_streams(source, streams, epoch_images, require_labels)
-
-
-def calibration_counts(data: ImageData, count: int | None = None, copies: int | None = None) -> tuple[int, int]:
-    """Number of images that `calibration_images` takes, and of varied copies that it adds of each.
-
-    Args:
-        data: The data.
-        count: Number of images, at most all training images. By default 1,024 images held in memory, or 256 others.
-        copies: Copies of each image. By default one for images held in memory, or none.
-
-    Raises:
-        ArpHubError: If there would be no images, or copies are negative.
-    """
-    small = isinstance(data.train.images, DecodedImages)
-    if count is None:
-        count = 1024 if small else 256  # a large image has many more patches and takes proportionally longer
-    if copies is None:
-        copies = 1 if small else 0
-    if count < 1:
-        raise ArpHubError(f"calibration needs at least one image, got {count}")
-    if copies < 0:
-        raise ArpHubError(f"calibration_copies must be 0 or more, got {copies}")
-    return min(count, len(data.train) or count), copies
-
-
-def calibration_images(
-    data: ImageData, count: int | None = None, *, copies: int | None = None, seed: int = 0, workers: int = 0
-) -> Tensor:
-    """Normalised training images without labels, for the calibration of `make_plan` and `decompose`.
-
-    Copies of an image are rotated, shifted, scaled and recoloured, so that they differ from all training images.
-
-    Args:
-        data: The data.
-        count: Number of images, at most all training images. By default 1,024 images held in memory, or 256 others.
-        copies: Number of varied copies of each image. By default one for images held in memory, or none.
-        seed: Seed of the choice and of the copies.
-        workers: DataLoader workers, for large data.
-
-    Returns:
-        Images ``(count * (1 + copies), 3, H, W)`` on the CPU, each followed by its copies.
-
-    Raises:
-        ArpHubError: If there would be no images, or copies are negative.
-    """
-    device = torch.device("cpu")
-    count, copies = calibration_counts(data, count, copies)
-    part = data.train.excerpt(count, seed)
-    versions = [torch.cat(list(part.images.evaluation(part.indices, 128, device, workers)))]
-    for copy in range(copies):
-        key = keyed_seed(seed, "calibration", copy)
-        versions.append(torch.cat(list(part.images.varied(part.indices, 128, device, workers, key))))
-    return torch.stack(versions, dim=1).flatten(0, 1)
-
-
-def refinement_images(data: ImageData, count: int, *, seed: int = 0, workers: int = 0) -> tuple[Tensor, Tensor]:
-    """Normalised training images without labels, for `refine`: to learn from, and a tenth to hold out.
-
-    With the same seed, `calibration_images` takes its images from the other end of the same order. So the fit has not
-    seen the images held out, unless nearly all training images calibrate it.
-
-    Args:
-        data: The data.
-        count: Number of images, at most all training images.
-        seed: Seed of the choice.
-        workers: DataLoader workers, for large data.
-
-    Returns:
-        Images to learn from, and held-out images: ``(N, 3, H, W)`` on the CPU.
-    """
-    part = data.train.excerpt(count, seed, from_end=True)
-    images = torch.cat(list(part.images.evaluation(part.indices, 128, torch.device("cpu"), workers)))
-    held_out = min(len(images), max(2, len(images) // 10))
-    return images[:-held_out], images[-held_out:]
-
-
-def sample(split: Split, most: int | None) -> Tensor:
-    """Positions in a split of at most this many images, chosen at random but equal at every call; None: of all."""
-    if most is None or most >= len(split):
-        return torch.arange(len(split))
-    return torch.randperm(len(split), generator=keyed_generator("evaluate"))[:most].sort().values
 
 
 def _arrange(source: str, tables: dict[str, Table], val_fraction: float, seed: int, require_labels: bool) -> ImageData:

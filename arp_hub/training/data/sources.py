@@ -150,7 +150,7 @@ def _open(source: str, columns: Columns) -> tuple[Splits, tuple[str, ...]]:
     place, config = place_and_config(source)
     folder = Path(place).expanduser()
     with opening(source):
-        if is_tar_source(source) and not Path(source).is_dir():
+        if is_tar_source(source):
             return _from_tars(source, columns)
         if folder.is_dir():
             if found := class_folders(place, folder):

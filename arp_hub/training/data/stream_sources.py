@@ -140,8 +140,11 @@ def _open(source: str, columns: Columns, counted: bool) -> tuple[Mapping[str, An
         raise ArpHubError("data 'digits' is in memory: leave streaming out")
     place, config = place_and_config(source)
     folder = Path(place).expanduser()
-    if is_tar_source(source) or folder.is_dir() and class_folders(place, folder) is None and holds_tars(folder):
-        shards = tar_splits(source if is_tar_source(source) else place, remote=True)
+    patterns = is_tar_source(source)
+    if not patterns and folder.is_dir() and class_folders(place, folder):
+        raise ArpHubError(f"data '{source}': class folders are read at random: leave streaming out")
+    if patterns or folder.is_dir() and holds_tars(folder):
+        shards = tar_splits(source if patterns else place, remote=True)
         local = {split: files for split, files in shards.items() if not any("://" in file for file in files)}
         counts = {}
         for split, paths in local.items() if counted else ():
@@ -151,8 +154,6 @@ def _open(source: str, columns: Columns, counted: bool) -> tuple[Mapping[str, An
         tables = datasets.load_dataset("webdataset", data_files=_escaped(shards), streaming=True)
         return tables, counts
     if folder.is_dir():
-        if class_folders(place, folder):
-            raise ArpHubError(f"data '{source}': class folders are read at random: leave streaming out")
         import pyarrow.parquet as pq
 
         files, features = parquet_splits(place, folder, config)

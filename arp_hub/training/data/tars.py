@@ -33,7 +33,8 @@ _CHOICE = re.compile(r"\{([^{}]+)\}")
 
 def is_tar_source(source: str) -> bool:
     """Whether a source is a pattern of tar shards rather than a folder or a Hub id."""
-    return source.startswith(PREFIX) or "::" in source or "{" in source or source.endswith(".tar")
+    named = source.startswith(PREFIX) or "::" in source or "{" in source or source.endswith(".tar")
+    return named and not Path(source).expanduser().is_dir()
 
 
 def tar_splits(source: str, *, remote: bool = False) -> dict[str, list[str]]:
