@@ -94,9 +94,9 @@ def load_data(
     a folder that are not used.
 
     Args:
-        source: ``digits``; a folder of class folders (read as torchvision's ``ImageFolder`` does, under ``train/`` and
-            ``test/`` if it is split), of parquet files or of tar shards; a pattern of tar shards such as
-            ``train-{0000..0063}.tar``; the id of a Hub dataset; or ``timm:NAME`` for a name that timm's ``--dataset``
+        source: ``digits``, the id of a Hub dataset, or a folder of class folders, parquet files or tar shards. Class
+            folders are read as torchvision's ``ImageFolder`` does, under ``train/`` and ``test/`` if they are split. A
+            pattern such as ``train-{0000..0063}.tar`` names tar shards. ``timm:NAME`` opens what timm's ``--dataset``
             takes. ``SOURCE:CONFIG`` chooses a configuration of a Hub dataset or of a parquet folder with a README.
         model: The model whose pretrained_cfg gives input size, mean and std.
         image_key: Image column; by default the one of type Image.
