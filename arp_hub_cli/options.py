@@ -58,8 +58,8 @@ InputSize = Annotated[
 ]
 
 DATA_HELP = (
-    "digits, timm:NAME, a Hub dataset (USER/NAME or USER/NAME:CONFIG), or a folder of class folders, parquet files or "
-    "tar shards. A pattern such as train-{00..63}.tar names shards."
+    "digits, timm:NAME, USER/NAME[:CONFIG] on the Hub, a folder, or a pattern of tar shards. "
+    "Folders hold class folders, parquet files or tar shards."
 )
 MAX_IMAGES_HELP = "this many images of the split, chosen at random but equal at every call."
 Data = Annotated[str | None, data_option(metavar="DATA", help=DATA_HELP)]
