@@ -17,7 +17,7 @@ from ._utils.progress import counted, stage
 from ._utils.torch_utils import ambient_modes_off, evaluating
 from .calibration.batchnorm import following_norms, norms_with_statistics, renormalise
 from .calibration.gradients import gradient_moments
-from .calibration.images import LEAST_PIXELS, Images, batches, check_normalised, check_outputs, limited
+from .calibration.images import LEAST_PIXELS, Images, batches, check_normalised, check_outputs, image_count, limited
 from .calibration.layer_problem import LayerProblem, can_shift
 from .calibration.moments import LARGE, SAMPLES, Moments
 from .calibration.passes import paired_moments
@@ -30,7 +30,9 @@ from .layers.low_rank import LowRankLayer, effective_weight, layer_shape, low_ra
 from .layers.model import check_model, check_weights, layers_called, low_rank_layers, replace_layers
 from .layers.trace import InputSize, Trace, trace
 from .plan import LayerPlan, RankPlan
+from .processes import Processes
 from .schemes import Factors, Scheme, relative_error
+from .schemes.linalg import factorising
 from .schemes.shapes import LayerShape, Pair
 
 _EXACT = 1e-8
@@ -59,12 +61,15 @@ def decompose(
     Hooks, attributes, mode, dtype, device and ``requires_grad`` of every layer are kept, and the factors of a frozen
     layer are frozen. Gradient hooks on weights are lost, with a warning.
 
+    Where ``torch.distributed`` is initialised, the processes share the work on calibration images. Every process then
+    calls this with the same arguments.
+
     Args:
         model: A model with dense layers, on the device to work on, neither compiled nor wrapped.
         plan: A plan made for this model.
         calibration: Unlabelled images, normalised as for the model: a tensor ``(N, C, H, W)`` or batches.
         factors: Factors by layer that are used unchanged, such as those of `AdaptiveRankPenalty.factors` after the
-            hold. They must reproduce the weights up to rounding.
+            hold. They must reproduce the weights up to rounding. Frozen layers without factors get their nearest ones.
         effort: ``"fast"``, ``"balanced"``, ``"thorough"``, or an `arp_hub.effort.Effort`: how much time the fit takes.
         progress: Show a progress bar.
 
@@ -96,12 +101,17 @@ def decompose(
         with layers_called(model):
             check_normalised(calibration, model)
             images = limited(calibration, settings.images)
-            return _decompose_by_data(model, plan, schemes, images, settings, progress)
+            processes = Processes.meeting(
+                "decompose",
+                lambda: {"plan": plan.to_json(), "effort": settings, "calibration": image_count(images)},
+            )
+            return _decompose_by_data(model, plan, schemes, images, settings, processes, progress)
     new = {}
     for name, layer_plan in counted(plan.layers.items(), "decompose", progress):
         weight = effective_weight(modules[name])
-        if factors is None:
-            found = schemes[name].nearest(weight.double(), layer_plan.rank)
+        if factors is None or (name not in factors and not modules[name].weight.requires_grad):
+            with factorising(name):
+                found = schemes[name].nearest(weight.double(), layer_plan.rank)
         else:
             found = _given_factors(name, schemes[name], layer_plan.rank, weight, factors)
         new[name] = low_rank_layer(modules[name], layer_plan)
@@ -158,42 +168,55 @@ def _given_factors(name: str, scheme: Scheme, rank: int, weight: Tensor, factors
 
 
 def _decompose_by_data(
-    model: nn.Module, plan: RankPlan, schemes: Mapping[str, Scheme], images: Images, effort: Effort, progress: bool
+    model: nn.Module,
+    plan: RankPlan,
+    schemes: Mapping[str, Scheme],
+    images: Images,
+    effort: Effort,
+    processes: Processes,
+    progress: bool,
 ) -> nn.Module:
     """Fit layer after layer on a copy, then put all new layers into ``model`` at once."""
-    shapes = [cast(InputSize, tuple(batch.shape[1:])) for batch in batches(images) for _ in batch]
-    traced = trace(model, shapes[0])
-    check_outputs(model, images)
-    with evaluating(model), stage("decompose", len(plan.layers), progress) as advance:
+    with processes.agreed():
+        shapes = [cast(InputSize, tuple(batch.shape[1:])) for batch in batches(images) for _ in batch]
+        traced = trace(model, shapes[0])
+        check_outputs(model, images)
+    with evaluating(model), stage("decompose", len(plan.layers), progress and processes.index == 0) as advance:
         # with weights in common: only buffers are changed in place, and whole layers exchanged
         student = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
         teachers = {name: model.get_submodule(name) for name in plan.layers}
         norms = following_norms(student, {name: student.get_submodule(name) for name in plan.layers}, images)
         least = math.ceil(LEAST_PIXELS / math.prod(shapes[0][1:]))
         most = max(least, int(effort.gradient_macs / (3 * max(traced.macs, 1))))  # a backward pass costs two forward
-        gradients = gradient_moments(model, teachers, images, effort.positions_macs, most)
+        gradients = gradient_moments(model, teachers, images, effort.positions_macs, most, processes)
         device = next(model.parameters()).device
 
         def empty(name: str, layer: nn.Module, images: int) -> Moments:
             centred = can_shift(layer, norms.get(name))
             return Moments(layer_shape(layer), device, effort.positions_macs, centred, images=images)
 
-        passes = ResumedPasses([student, model], images, len(shapes))
+        passes = ResumedPasses([student, model], images, len(shapes), processes)
         for k, (names, most) in enumerate(_passes(model, plan, traced, shapes, effort, passes.blocks)):
             passes.advance(names[0])
             old = {name: student.get_submodule(name) for name in names}
             # before the first pass nothing is decomposed yet: one model is both
             pupils = (student, old) if k else (model, {name: teachers[name] for name in names})
             found = paired_moments(*pupils, model, passes, partial(empty, images=most), most)
-            for name in names:
+
+            def fit(found: dict[str, Moments], name: str) -> _Fit:
                 # popped, so that the memory of a layer's moments is free once it is fitted
                 teacher, moments, gradient = teachers[name], found.pop(name), gradients.pop(name, None)
-                problem = LayerProblem.of(teacher, moments, gradient, norms.get(name), _precision(teacher))
-                new = _fitted_layer(problem, schemes[name], plan.layers[name], norms.get(name), effort)
+                with factorising(name):
+                    problem = LayerProblem.of(teacher, moments, gradient, norms.get(name), _precision(teacher))
+                    return _fitted(problem, schemes[name], plan.layers[name].rank, effort)
+
+            costs = {name: effective_weight(teachers[name]).numel() * plan.layers[name].rank for name in names}
+            for name, fitted in processes.shared_out(costs, partial(fit, found)):
+                new = _new_layer(teachers[name], plan.layers[name], norms.get(name), fitted)
                 replace_layers(student, {old[name]: new})
                 advance()
         most = max(64, int(effort.norm_macs / (2 * max(traced.macs, 1))))  # 64: every position of an image counts
-        renormalise(student, model, images, set(norms.values()), most)
+        renormalise(student, model, images, set(norms.values()), most, processes)
     student_modules = dict(student.named_modules())
     replace_layers(model, {old: student_modules[name].train(old.training) for name, old in teachers.items()})
     for name, norm in norms_with_statistics(model).items():
@@ -208,15 +231,23 @@ def _precision(layer: nn.Module) -> torch.dtype:
     return torch.float64 if effective_weight(layer)[0].numel() <= LARGE else torch.float32
 
 
-def _fitted_layer(
-    problem: LayerProblem, scheme: Scheme, plan: LayerPlan, norm: BatchNorm | None, effort: Effort
-) -> LowRankLayer:
+_Fit = tuple[Factors, "Tensor | None"]
+"""The factors of a layer, and the change of its bias if one can follow. On the CPU, as processes exchange it."""
+
+
+def _fitted(problem: LayerProblem, scheme: Scheme, rank: int, effort: Effort) -> _Fit:
+    factors = problem.fit(scheme, rank, effort.fit_iterations, effort.fit_macs, 5, effort.start_sweeps)
+    bias = problem.bias(scheme.compose(factors)).cpu() if problem.can_shift else None
+    return tuple(factor.cpu() for factor in factors), bias
+
+
+def _new_layer(layer: nn.Module, plan: LayerPlan, norm: BatchNorm | None, fitted: _Fit) -> LowRankLayer:
     """The decomposed form of one layer; the mean of ``norm``, the BatchNorm behind it, takes up its change of mean."""
-    factors = problem.fit(scheme, plan.rank, effort.fit_iterations, effort.fit_macs, 5, effort.start_sweeps)
-    new = low_rank_layer(problem.layer, plan)
-    new.load_factors(factors, cast("Tensor | None", problem.layer.bias))
-    if problem.can_shift:
-        _shift_mean(new, norm, problem.bias(scheme.compose(factors)))
+    factors, bias = fitted
+    new = low_rank_layer(layer, plan)
+    new.load_factors(factors, cast("Tensor | None", layer.bias))
+    if bias is not None:
+        _shift_mean(new, norm, bias)
     return new
 
 

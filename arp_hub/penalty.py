@@ -28,12 +28,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from ._utils.torch_utils import ambient_modes_off
 from .errors import ArpHubError
 from .layers.apply_plan import check_plan
 from .layers.model import check_model
 from .layers.sharding import check_unsharded, gathered, is_sharded, write
 from .plan import RankPlan
 from .schemes import Factors, Scheme, make_scheme
+from .schemes.linalg import factorising
 
 Phase = Literal["ramp", "hold", "done"]
 
@@ -85,10 +87,14 @@ class _Stack:
 
     def nearest(self, weight: Tensor) -> Factors:
         """The factors of the nearest low-rank weights, starting from those of the last pull."""
+        with factorising(self.layers[0].name):
+            return self._nearest(weight)
+
+    def _nearest(self, weight: Tensor) -> Factors:
         if self.basis is None:  # layer by layer, because each search for a start has its own length
             parts = zip(self.layers, weight.chunk(len(self.layers)), strict=True)
             return _joined([layer.scheme.nearest(part, layer.rank) for layer, part in parts])
-        start = tuple(part.float() for part in self.basis)
+        start = tuple(part.to(weight) for part in self.basis)  # the model may have moved to another device
         return self.scheme.nearest(weight, self.layers[0].rank, start=start)
 
     def remember(self, factors: Factors, keep: bool) -> None:
@@ -169,7 +175,8 @@ class AdaptiveRankPenalty:
     is exactly low rank after each pull; between two pulls the optimiser moves it away by a few steps.
     `violations` measures how far it is at any time.
 
-    Layers whose weight does not require gradients are left out: nothing trains them, so nothing pulls them.
+    Layers whose weight does not require gradients are not pulled, because nothing trains them. `decompose` gives them
+    their nearest factors.
 
     Args:
         model: The dense model in training, without a wrapper: pass ``accelerator.unwrap_model(model)``. FSDP2 may
@@ -210,8 +217,8 @@ class AdaptiveRankPenalty:
             raise ArpHubError(f"every must be a whole number of at least 1, got {every!r}")
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ArpHubError(f"total_steps must be a whole number of at least 1, got {total_steps!r}")
-        if not 0 <= ramp < 1:
-            raise ArpHubError(f"ramp must be at least 0 and below 1, got {ramp}: the rest of the steps is the hold")
+        if isinstance(ramp, bool) or not isinstance(ramp, (int, float)) or not 0 <= ramp < 1:
+            raise ArpHubError(f"ramp must be at least 0 and below 1, got {ramp!r}: the rest of the steps is the hold")
         self.total_steps, self.ramp_steps = total_steps, math.ceil(ramp * total_steps)
         # 32: on ResNet-20 rarer pulls cost no accuracy (docs/research/ablations.md); a short training has ten pulls
         self.every = every or min(32, max(1, total_steps // 10))
@@ -224,7 +231,7 @@ class AdaptiveRankPenalty:
         self._drifted = False
         """Whether the optimiser has moved weights in the hold since the last pull."""
         schemes = check_plan(model, plan)
-        self._modules = {name: model.get_submodule(name) for name in schemes}
+        self._model, self._modules = model, {name: model.get_submodule(name) for name in schemes}
         layers = [
             _Layer(name, weight, scheme, plan.layers[name].rank, _start_factors(name, scheme, plan, factors, weight))
             for name, scheme in schemes.items()
@@ -246,24 +253,26 @@ class AdaptiveRankPenalty:
             return "done"
         return "ramp" if self.step_count < self.ramp_steps else "hold"
 
+    @ambient_modes_off()
     @torch.no_grad()
     def step(self) -> None:
         """Pull every planned layer. Call it after each step of the optimiser.
 
         Raises:
-            ArpHubError: If a weight is NaN or infinite, or the model has replaced a layer's parameter.
+            ArpHubError: If a weight is NaN or infinite, or if a layer was replaced or frozen since the penalty was
+                built.
         """
         holding = self.step_count >= self.ramp_steps
         due = self.step_count % self.every == 0 or self.step_count in (self.ramp_steps, self.total_steps - 1)
         self.step_count += 1
         self._drifted |= holding
         if due:
+            self._check_own(trained=True)
             self._pull(holding, keep=self.step_count == self.total_steps)
 
     def _pull(self, holding: bool, keep: bool = False) -> None:
         """Move every layer to its target: all of the way in the hold; keep all of its factors or only their basis."""
         self._pulls += 1
-        self._check_own()
         # on a GPU a look for NaN waits for all earlier work, so only every 20th pull has one
         if self._stacks[0].layers[0].weight.device.type == "cpu" or self._pulls % 20 == 1:
             self._check_finite()
@@ -278,6 +287,7 @@ class AdaptiveRankPenalty:
                     stack.remember(factors, keep)
         self._drifted = False
 
+    @ambient_modes_off()
     @torch.no_grad()
     def violations(self) -> dict[str, float]:
         """Relative violation of every pulled layer, between 0 and 1, measured on the weights at the time of the call.
@@ -297,6 +307,7 @@ class AdaptiveRankPenalty:
             found |= {layer.name: value for layer, value in zip(stack.layers, values, strict=True)}
         return {name: found[name] for name in self._names}
 
+    @ambient_modes_off()
     @torch.no_grad()
     def low_rank_copy(self, model: nn.Module) -> nn.Module:
         """A copy of a model of the same architecture, with its pulled layers at their nearest low-rank weights.
@@ -315,6 +326,7 @@ class AdaptiveRankPenalty:
                 weight.copy_(target.view(weight.shape))
         return twin
 
+    @ambient_modes_off()
     @torch.no_grad()
     def factors(self) -> dict[str, Factors]:
         """The factors of every pulled layer, which reproduce its weight exactly. For `decompose`.
@@ -363,13 +375,17 @@ class AdaptiveRankPenalty:
         """Continue from the `state_dict` of a penalty with the same plan and schedule.
 
         Raises:
-            ArpHubError: If plan or schedule differ.
+            ArpHubError: If plan or schedule differ, or an entry is missing or of another shape.
         """
+        for key in ("step_count", "total_steps", "ramp_steps", "layers"):
+            if not isinstance(state.get(key), dict if key == "layers" else int):
+                raise ArpHubError(f"the saved penalty has no {key}: pass the result of penalty.state_dict()")
         for key in ("total_steps", "ramp_steps"):
             if state[key] != getattr(self, key):
                 raise ArpHubError(f"the saved penalty has {key}={state[key]}, this one {getattr(self, key)}")
         if odd := set(state["layers"]) ^ set(self._names):
             raise ArpHubError(f"the saved penalty is of another plan: it differs in layer '{min(odd)}'")
+        self._check_shapes(state["layers"])
         self.step_count = state["step_count"]
         self._drifted = bool(state.get("drifted", self.step_count > self.ramp_steps))
         for stack in self._stacks:
@@ -384,6 +400,25 @@ class AdaptiveRankPenalty:
             )
             stack.basis, stack.factors = basis or None, factors or None
 
+    def _check_shapes(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Compare the tensors of a `state_dict` with those that this penalty would have."""
+        kinds = {key.rstrip("0123456789") for one in saved.values() for key in one}
+        for layer in (layer for stack in self._stacks for layer in stack.layers):
+            shapes = [conv.weight_shape for conv in layer.scheme.convs(layer.rank)]
+            basis = layer.scheme.basis([torch.empty(shape, device="meta") for shape in shapes])
+            possible: dict[str, dict[str, tuple[int, ...]]] = {
+                "start": {"start": ()},
+                "basis": {f"basis{k}": tuple(part.shape) for k, part in enumerate(basis)},
+                "factor": {f"factor{k}": shape for k, shape in enumerate(shapes)},
+            }
+            expected = {key: shape for kind in possible.keys() & kinds for key, shape in possible[kind].items()}
+            found = {key: tuple(getattr(value, "shape", (0,))) for key, value in saved[layer.name].items()}
+            if found != expected:
+                raise ArpHubError(
+                    f"the saved penalty does not fit layer '{layer.name}': it holds {found}, and the plan asks for "
+                    f"{expected}: pass the state_dict of a penalty with the same plan"
+                )
+
     def _shares(self, stack: _Stack, violation: Tensor) -> Tensor:
         """The share of the way to its nearest point that each layer moves, between 0 and 1, ``(layers,)``."""
         tiny = torch.finfo(violation.dtype).tiny
@@ -397,14 +432,28 @@ class AdaptiveRankPenalty:
         if self.step_count == 0:
             raise ArpHubError("penalty.step() was never called: call it after every optimizer.step()")
 
-    def _check_own(self) -> None:
+    def _check_own(self, trained: bool = False) -> None:
         """Refuse to pull parameters that the model has replaced: that would change nothing.
 
         FSDP2 replaces parameters when it shards a model. Those are pulled from then on.
+
+        Args:
+            trained: Refuse layers that were frozen after the penalty was built, too: a pull would move them.
         """
+        own = {id(parameter) for parameter in self._model.parameters()}
         for stack in self._stacks:
             for layer in stack.layers:
                 weight = self._modules[layer.name]._parameters.get("weight")
+                if weight is not None and id(weight) not in own:
+                    raise ArpHubError(
+                        f"layer '{layer.name}' was replaced after the penalty was built: build the penalty from the "
+                        "model as it is trained"
+                    )
+                if trained and weight is not None and not weight.requires_grad:
+                    raise ArpHubError(
+                        f"layer '{layer.name}' was frozen after the penalty was built: freeze it before, or take it "
+                        "out of the plan"
+                    )
                 if weight is layer.weight:
                     continue
                 if is_sharded(layer.weight):

@@ -21,6 +21,10 @@ from .errors import ArpHubError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 """Floating-point types of a workload."""
+RUNTIMES = ("torch", "onnxruntime", "openvino")
+"""Runtimes of a workload."""
+PRECISIONS = ("float32", "int8")
+"""Precisions of a workload in a runtime other than PyTorch."""
 LEAST_ROUNDS = 5
 """Rounds that are measured in any case: quartiles need about five samples."""
 
@@ -31,22 +35,61 @@ class Workload:
 
     Attributes:
         batch_size: Images of a forward pass.
-        dtype: Floating-point type of weights and images, one of `DTYPES`.
-        channels_last: Whether weights and images are in the channels-last memory format.
+        dtype: Floating-point type of weights and images in PyTorch, one of `DTYPES`.
+        channels_last: Whether weights and images are in the channels-last memory format of PyTorch.
+        runtime: Where the forward pass runs: ``"torch"``, or ``"onnxruntime"`` or ``"openvino"`` on the CPU.
+        precision: ``"float32"``, or ``"int8"`` by the quantiser of the runtime. Ranges come from random images: they
+            change the accuracy, which is not measured here, and hardly the latency.
 
     Raises:
-        ArpHubError: If a value is out of range.
+        ArpHubError: If a value is out of range, or values contradict each other.
+
+    Example:
+        >>> Workload(runtime="onnxruntime", precision="int8").where
+        'onnxruntime, int8'
     """
 
     batch_size: int = 1
     dtype: str = "float32"
     channels_last: bool = False
+    runtime: str = "torch"
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
             raise ArpHubError(f"batch_size must be a whole number of at least 1, got {self.batch_size!r}")
         if self.dtype not in DTYPES:
             raise ArpHubError(f"unknown dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
+        if self.runtime not in RUNTIMES:
+            raise ArpHubError(f"unknown runtime {self.runtime!r:.50}: choose one of {', '.join(RUNTIMES)}")
+        if self.precision not in PRECISIONS:
+            raise ArpHubError(f"unknown precision {self.precision!r:.50}: choose one of {', '.join(PRECISIONS)}")
+        if self.in_torch and self.precision == "int8":
+            raise ArpHubError(
+                "precision='int8' is timed in other runtimes than PyTorch only: choose runtime='onnxruntime' or "
+                "runtime='openvino'"
+            )
+        if not self.in_torch and self.dtype != "float32":
+            raise ArpHubError(
+                f"dtype={self.dtype} is a type of PyTorch, runtime={self.runtime} takes float32 images: leave it out, "
+                "or choose a precision"
+            )
+        if not self.in_torch and self.channels_last:
+            raise ArpHubError(f"runtime={self.runtime} chooses its own memory format: leave `channels_last` out")
+
+    @property
+    def in_torch(self) -> bool:
+        """Whether the forward pass runs in PyTorch."""
+        return self.runtime == "torch"
+
+    @property
+    def where(self) -> str:
+        """Type of the numbers, after the runtime if it is not PyTorch."""
+        return self.dtype if self.in_torch else f"{self.runtime}, {self.precision}"
+
+    def device(self, own: torch.device) -> torch.device:
+        """Where a model on the device ``own`` is timed: there in PyTorch, on the CPU in other runtimes."""
+        return own if self.in_torch else torch.device("cpu")
 
     @property
     def layout(self) -> torch.memory_format:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from .processes import joined
 from .terminal import note
 from .wording import MANY_WORDS, in_options
 
@@ -50,7 +51,8 @@ class Command(HelpfulCommand):
         plain = warnings.formatwarning
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
         try:
-            return super().invoke(ctx)
+            with joined(self.name or "", ctx.params.get("device")):
+                return super().invoke(ctx)
         except Exception as error:
             if _is_ours(error):
                 raise type(error)(in_options(str(error), self.get_params(ctx))) from error

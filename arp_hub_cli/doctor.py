@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +56,20 @@ def _requirements() -> tuple[list[str], dict[str, bool]]:
     problems: list[str] = []
     extras: dict[str, bool] = {}
     try:
-        lines = requires("arp-hub") or []
+        described = metadata("arp-hub")
     except PackageNotFoundError:
         return ["arp_hub is not installed, only imported: pip install arp-hub"], {}
-    for line in lines:
-        needed = Requirement(line)
-        extra = needed.marker and str(needed.marker).partition("extra == ")[2].strip("\"'")
+    names = described.get_all("Provides-Extra") or []
+    for needed in map(Requirement, described.get_all("Requires-Dist") or []):
+        wanted = needed.marker is None or needed.marker.evaluate({"extra": ""})
+        wanting = [name for name in names if needed.marker and needed.marker.evaluate({"extra": name})]
         try:
             found = version(needed.name)
         except PackageNotFoundError:
             found = ""
         met = bool(found) and needed.specifier.contains(found, prereleases=True)
-        if extra:
-            extras[extra] = extras.get(extra, True) and met
+        if not wanted:
+            extras |= {name: extras.get(name, True) and met for name in wanting}
         elif not met:
             problems.append(
                 f"{needed.name} is {found or 'missing'}, but {needed.name}{needed.specifier} is required: "

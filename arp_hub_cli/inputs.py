@@ -22,7 +22,7 @@ from arp_hub.models.arguments import read_arguments
 from arp_hub.plan import RankPlan
 from arp_hub.refinement import LEAST_IMAGES, Refinement, refine
 from arp_hub.schemes import SCHEMES
-from arp_hub.timing import DTYPES, Workload
+from arp_hub.timing import DTYPES, PRECISIONS, RUNTIMES, Workload
 from arp_hub.training import ImageData, calibration_images, load_data, refinement_images
 
 from .terminal import note
@@ -47,7 +47,8 @@ def plan_options(
         )
     if keep_latency is None and workload != Workload():
         raise ArpHubError(
-            "--batch-size, --dtype and --channels-last apply to --keep-latency only: give it too, or leave them out"
+            "--batch-size, --dtype, --channels-last, --runtime and --precision apply to --keep-latency only: give it "
+            "too, or leave them out"
         )
     if plan is not None and (schemes is not None or exclude is not None or rank_multiple != 1):
         raise ArpHubError("--schemes, --exclude and --rank-multiple cannot change a given --plan: leave them out")
@@ -84,13 +85,16 @@ def batch_sizes(text: str) -> list[int]:
         raise ArpHubError(f"--batch-size takes whole numbers separated by commas, such as 1,32, got '{text}'") from None
 
 
-def timed_workload(batch_size: int, dtype: str, channels_last: bool) -> Workload:
+def timed_workload(batch_size: int, dtype: str, channels_last: bool, runtime: str, precision: str) -> Workload:
     """The forward pass to time, checked with messages that name the options."""
     if batch_size < 1:
         raise ArpHubError(f"--batch-size must be at least 1, got {batch_size}")
     if dtype not in DTYPES:
         raise ArpHubError(f"unknown --dtype '{dtype}': choose one of {', '.join(DTYPES)}")
-    return Workload(batch_size, dtype, channels_last)
+    for option, given, names in (("--runtime", runtime, RUNTIMES), ("--precision", precision, PRECISIONS)):
+        if given not in names:
+            raise ArpHubError(f"unknown {option} '{given}': choose one of {', '.join(names)}")
+    return Workload(batch_size, dtype, channels_last, runtime, precision)
 
 
 def check_effort(name: str) -> None:

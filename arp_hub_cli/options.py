@@ -12,6 +12,10 @@ SCHEMES = ("channel", "spatial", "group_in", "group_out", "cp", "tucker2")
 """Names of all schemes; a test compares them with `arp_hub.schemes.SCHEMES`."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Floating-point types of a workload; a test compares them with `arp_hub.timing.DTYPES`."""
+RUNTIMES = ("torch", "onnxruntime", "openvino")
+"""Runtimes of a workload; a test compares them with `arp_hub.timing.RUNTIMES`."""
+PRECISIONS = ("float32", "int8")
+"""Precisions of a workload; a test compares them with `arp_hub.timing.PRECISIONS`."""
 EFFORTS = ("fast", "balanced", "thorough")
 """Presets of effort; a test compares them with `arp_hub.effort.EFFORTS`."""
 
@@ -107,12 +111,29 @@ Dtype = Annotated[
     str, timing_option(metavar="TYPE", help=f"Floating-point type: {', '.join(DTYPES)}.", autocompletion=lambda: DTYPES)
 ]
 ChannelsLast = Annotated[bool, timing_option("--channels-last", help="Time in the channels-last memory format.")]
+Runtime = Annotated[
+    str,
+    timing_option(
+        metavar="NAME",
+        help=f"Where to time: {', '.join(RUNTIMES)}. The last two run on the CPU.",
+        autocompletion=lambda: RUNTIMES,
+    ),
+]
+Precision = Annotated[
+    str,
+    timing_option(
+        metavar="NAME",
+        help="float32, or int8 by the quantiser of the runtime, calibrated on random images.",
+        autocompletion=lambda: PRECISIONS,
+    ),
+]
 
 Schemes = Annotated[
     str | None,
     fit_option(
         metavar="NAMES",
-        help=f"Schemes to choose from, with commas: {', '.join(SCHEMES)}. By default all.",
+        help=f"Schemes to choose from, with commas: {', '.join(SCHEMES)}. By default all, but group_in and group_out "
+        "for k x k layers only.",
         show_default=False,
     ),
 ]

@@ -60,7 +60,11 @@ def next_steps(folder: Path, data: Mapping[str, str | None], measured: bool, wor
     options = [word for name, value in data.items() if value is not None for word in (name, value) if word]
     lines = [_command("evaluate", *model, *options)] if measured else []
     if workload is not None:
-        timed = ("--batch-size", str(workload.batch_size), "--dtype", workload.dtype)
+        timed = ["--batch-size", str(workload.batch_size)]
+        if workload.in_torch:
+            timed += ["--dtype", workload.dtype]
+        else:
+            timed += ["--runtime", workload.runtime, "--precision", workload.precision]
         lines.append(_command("bench", *model, *timed, *["--channels-last"] * workload.channels_last))
     elif not measured:
         lines.append(_command("bench", *model))

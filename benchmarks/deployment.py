@@ -28,14 +28,14 @@ from torch import Tensor, nn
 
 import arp_hub
 from arp_hub._utils.environment import environment
-from arp_hub.deployment.capture import Captured
-from arp_hub.deployment.formats import RUNTIMES
 from arp_hub.deployment.job import Exported, Job
 from arp_hub.deployment.parity import Check
-from arp_hub.deployment.runtime import Run
 from arp_hub.layers.apply_plan import apply_plan
 from arp_hub.layers.model import count_params
 from arp_hub.layers.trace import input_size_of
+from arp_hub.runtimes.capture import Captured
+from arp_hub.runtimes.formats import RUNTIMES
+from arp_hub.runtimes.runtime import Run
 from arp_hub.timing import Spread, paired_ratio, take_turns
 from benchmarks.networks import calibration_of, load_network, test_images_of
 from benchmarks.rows import HERE, load_results, results_file, row_command, row_parser

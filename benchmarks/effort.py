@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import resource
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,20 +74,29 @@ def _cpu() -> tuple[float, float]:
     return usage.ru_utime, usage.ru_stime
 
 
-def _seconds(row: dict[str, Any]) -> float:
+def _seconds(row: Mapping[str, Any]) -> float:
     return sum(row["plan_seconds"].values()) + sum(row["decompose_seconds"].values())
 
 
 def print_table() -> None:
+    """Print the table."""
+    print(table(load_results(RESULTS)), end="")
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """One line a row: accuracy and CPU seconds."""
-    print("| network | kept | images | effort | top-1 (dense) | CPU seconds, plan and fit |\n|---|---|---|---|---|---|")
-    for name, row in sorted(load_results(RESULTS).items(), key=lambda item: ROWS.index(item[0])):
+    lines = [
+        "| network | kept | images | effort | top-1 (dense) | CPU seconds, plan and fit |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in sorted(results.items(), key=lambda item: ROWS.index(item[0])):
         network, effort = name.split("/")
         accuracy = f"{row['top1']:.2f} ({row['dense']['top1']:.2f})"
-        print(
+        lines.append(
             f"| {network} | {row['kept']:.0%} | {row['calibration_images']:,d} | `{effort}` | {accuracy} "
             f"| {_seconds(row):.0f} |"
         )
+    return "\n".join(lines) + "\n"
 
 
 def _short(row: dict[str, Any]) -> str:

@@ -21,8 +21,8 @@ import torch
 
 import arp_hub
 from arp_hub._utils.environment import environment
-from arp_hub.deployment.formats import RUNTIMES
 from arp_hub.layers.model import count_params
+from arp_hub.runtimes.formats import RUNTIMES
 from benchmarks.rows import load_results, results_file, row_command, row_parser
 
 RESULTS = results_file("exports")

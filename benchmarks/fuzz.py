@@ -125,6 +125,8 @@ def targets(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], None]
 
     run_folder, model_folder = place / "run", place / "model"
     run_folder.mkdir()
+    (run_folder / "metrics.json").write_text(json.dumps(METRICS))
+    (run_folder / "log.jsonl").write_text("\n".join(map(json.dumps, LOG)))
     save_pretrained(load_model("cifar_resnet20"), model_folder)
 
     def log(data: bytes) -> None:
@@ -161,7 +163,7 @@ def targets(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], None]
         "weights": ([tensors], guarded(header)),
         "settings": ([b"model: resnet50\nkeep_params: 0.5\nschemes: [cp]\nlr: 1e-3\n"], guarded(settings)),
         "checkpoint": ([good], guarded(checkpoint)),
-        "log": ([b"\n".join(json.dumps(entry).encode() for entry in LOG)], guarded(log)),
+        "log": ([(run_folder / "log.jsonl").read_bytes()], guarded(log)),
         "metrics": ([json.dumps(METRICS).encode()], guarded(metrics)),
         "dense": ([json.dumps(DENSE).encode()], guarded(dense)),
     }
@@ -216,6 +218,10 @@ def fuzz(name: str, runs: int, seed: int, place: Path) -> None:
         found = targets(place)
     warnings.simplefilter("ignore")
     inputs, read = found[name]
+    for data in inputs:
+        read(data)
+    if refused:
+        raise SystemExit(f"target '{name}' refuses its valid inputs, so that mutations of them try nothing")
     corpus = place / "corpus"
     corpus.mkdir()
     for number, data in enumerate(inputs):

@@ -14,7 +14,8 @@ from typing import Any
 import typer
 
 from arp_hub.training.command import setting_help
-from arp_hub.training.config import GROUPS, TrainConfig
+from arp_hub.training.config import TrainConfig
+from arp_hub.training.config_fields import GROUPS
 from arp_hub_cli.app import app
 from arp_hub_cli.command import option_groups, split_example
 

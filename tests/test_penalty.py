@@ -1,5 +1,6 @@
 """The adaptive penalty: exactly low-rank at the end of the ramp, in any training loop; and its errors."""
 
+import contextlib
 import copy
 import itertools
 
@@ -184,6 +185,62 @@ def test_weights_that_the_model_no_longer_uses_are_refused():
     layer.weight = nn.Parameter(layer.weight.detach().clone())
     with pytest.raises(ArpHubError, match=f"layer '{name}': its weight was replaced after the penalty was built"):
         penalty.step()
+
+
+CHANGES = {
+    "frozen": (lambda model: model[12].requires_grad_(False), "'12' was frozen after the penalty was built: freeze it"),
+    "frozen as a whole": (lambda model: model.requires_grad_(False), "'0' was frozen after the penalty was built"),
+    "another layer": (lambda model: model.__setitem__(12, nn.Linear(16, 5)), "'12' was replaced after the penalty was"),
+    "no layer": (lambda model: model.__delitem__(12), "'12' was replaced after the penalty was built"),
+    "decomposed": (lambda model: decompose(model, PLAN), "'0' was replaced after the penalty was built"),
+    "other weights": (
+        lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
+        "'0': its weight was replaced after the penalty was built",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_layers_that_change_after_the_penalty_is_built_are_refused_and_not_pulled(case):
+    change, message = CHANGES[case]
+    model = network()
+    penalty = AdaptiveRankPenalty(model, PLAN, total_steps=3, ramp=0)
+    change(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ArpHubError, match=f"layer {message}"):
+        penalty.step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_frozen_layer_is_decomposed_at_its_nearest_point():
+    model = network()
+    model[0].requires_grad_(False)
+    penalty = AdaptiveRankPenalty(model, PLAN, total_steps=2, ramp=0)
+    train(model, penalty, 2)
+    weight = model[0].weight.clone()
+    factors = penalty.factors()
+    assert "0" not in factors
+    decompose(model, PLAN, factors=factors)
+    nearest = decompose(nn.Sequential(copy.deepcopy(network()[0])), RankPlan({"0": PLAN.layers["0"]}))
+    torch.testing.assert_close(model[0].weight, nearest[0].weight)
+    assert not torch.equal(model[0].weight, weight)
+
+
+@pytest.mark.parametrize("mode", [lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode])
+def test_ambient_modes_change_no_pull(mode):
+    found = []
+    for within in (contextlib.nullcontext, mode):
+        model = network()
+        penalty = AdaptiveRankPenalty(model, PLAN, total_steps=4, ramp=0, every=1)
+        for _ in range(4):
+            with within():
+                penalty.step()
+        with within():
+            violations, factors = penalty.violations(), penalty.factors()
+        found.append((model.state_dict(), violations, factors))
+    assert all(torch.equal(tensor, found[1][0][name]) for name, tensor in found[0][0].items())
+    assert found[0][1] == found[1][1]
+    assert not any(part.is_inference() for parts in found[1][2].values() for part in parts)
 
 
 @pytest.mark.parametrize("cut", [5, 12, 18])
@@ -411,6 +468,46 @@ def test_state_of_another_schedule_or_plan_is_refused():
         AdaptiveRankPenalty(network(), PLAN, total_steps=11).load_state_dict(state)
     with pytest.raises(ArpHubError, match="another plan"):
         AdaptiveRankPenalty(network(), RankPlan({"12": LayerPlan("channel", 3)}), total_steps=10).load_state_dict(state)
+
+
+def without(key):
+    return lambda state: state.pop(key)
+
+
+STATES = {
+    "nothing": (dict.clear, "no step_count"),
+    "no step": (without("step_count"), "no step_count"),
+    "no schedule": (without("ramp_steps"), "no ramp_steps"),
+    "no layers": (without("layers"), "no layers"),
+    "layers are a list": (lambda state: state.update(layers=[]), "no layers"),
+    "a step of text": (lambda state: state.update(step_count="4"), "no step_count"),
+    "a layer without its start": (lambda state: state["layers"]["2"].pop("start"), "does not fit layer '2'"),
+    "a layer without its basis": (lambda state: state["layers"]["2"].pop("basis0"), "does not fit layer '2'"),
+    "a basis of another shape": (
+        lambda state: state["layers"]["2"].update(basis0=torch.zeros(3, 3)),
+        r"does not fit layer '2': it holds .*\(3, 3\)",
+    ),
+    "a number for a basis": (lambda state: state["layers"]["4"].update(basis0=1.0), "does not fit layer '4'"),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_a_state_that_lacks_something_is_refused_before_anything_changes(case):
+    change, message = STATES[case]
+    penalty = AdaptiveRankPenalty(network(), PLAN, total_steps=10)
+    penalty.step()
+    state = penalty.state_dict()
+    change(state)
+    fresh = AdaptiveRankPenalty(network(), PLAN, total_steps=10)
+    with pytest.raises(ArpHubError, match=f"the saved penalty .*{message}|the saved penalty {message}"):
+        fresh.load_state_dict(state)
+    assert fresh.phase == "ramp" and fresh.step_count == 0
+
+
+@pytest.mark.parametrize("ramp", ["half", None, float("nan"), True, -0.1, 1])
+def test_a_ramp_that_is_no_share_is_refused(ramp):
+    with pytest.raises(ArpHubError, match="ramp must be at least 0 and below 1, got"):
+        AdaptiveRankPenalty(network(), PLAN, total_steps=10, ramp=ramp)
 
 
 def test_standardised_weights_are_refused_by_name():

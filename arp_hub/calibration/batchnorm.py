@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..layers.model import low_rank_layers
+from ..processes import ALONE, Processes
 from .images import Images, Place, batches
 
 STATISTICS_PIXELS = 2**20
@@ -51,7 +52,8 @@ def following_norms(model: nn.Module, layers: Mapping[str, nn.Module], images: I
     """The BatchNorm that reads each layer's output, for the layers whose output nothing else reads.
 
     Its mean can take up a change of the layer's mean output. If the output had another reader, that one would get it
-    without the correction. A layer that is called several times has no such BatchNorm.
+    without the correction: another operation, or a user's hook, as in timm's models of feature maps. A layer that is
+    called several times has no such BatchNorm.
     """
     image = next(batches(images, Place.of(model, images)))[:1]
     candidates: dict[str, BatchNorm] = {}
@@ -67,10 +69,19 @@ def following_norms(model: nn.Module, layers: Mapping[str, nn.Module], images: I
             if found and args[0] is found[-1]:
                 candidates[name] = cast(BatchNorm, module)
 
+    def show(module: nn.Module, *seen: Any) -> None:
+        shown.extend(tree_leaves(seen))
+
+    shown: list[Any] = []  # what hooks of users see
+    modules = list(model.modules())
+    after = [module for module in modules if module._forward_hooks]
+    before = [module for module in modules if module._forward_pre_hooks]
     hooks = [layer.register_forward_hook(partial(remember, name)) for name, layer in layers.items()]
+    hooks += [module.register_forward_hook(show) for module in after]
+    hooks += [module.register_forward_pre_hook(show) for module in before]
     hooks += [
         module.register_forward_pre_hook(recognise)
-        for module in model.modules()
+        for module in modules
         if isinstance(module, BatchNorm) and module.running_mean is not None and module.affine
     ]
     try:
@@ -79,7 +90,7 @@ def following_norms(model: nn.Module, layers: Mapping[str, nn.Module], images: I
     finally:
         for hook in hooks:
             hook.remove()
-    readers.reads.update(id(leaf) for leaf in tree_leaves(returned) if id(leaf) in readers.watched)
+    readers.reads.update(id(leaf) for leaf in tree_leaves((returned, shown)) if id(leaf) in readers.watched)
     return {
         name: norm
         for name, norm in candidates.items()
@@ -92,10 +103,12 @@ class InputStatistics:
 
     Attributes:
         count: Values of each channel so far.
+        processes: The processes that each count a part of the next input; all get the statistics of the whole.
     """
 
     def __init__(self) -> None:
         self.count = 0
+        self.processes = ALONE
         self._sum = self._squares = torch.zeros(1, dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
@@ -106,10 +119,12 @@ class InputStatistics:
             F.batch_norm(x.float(), mean, variance, training=True, momentum=1.0)
         else:
             mean = x.flatten().float()
-        self.count += count
-        self._sum = self._sum.to(x.device) + count * mean.double()
         squares = (count - 1) * variance.double() + count * mean.double().square()
-        self._squares = self._squares.to(x.device) + squares
+        sums = torch.stack([count * mean.double(), squares, torch.full_like(squares, count)])
+        self.processes.add([sums])
+        self._sum = self._sum.to(x.device) + sums[0]
+        self._squares = self._squares.to(x.device) + sums[1]
+        self.count += int(sums[2, 0])
 
     @property
     def mean(self) -> Tensor:
@@ -133,7 +148,12 @@ def norms_with_statistics(model: nn.Module) -> dict[str, BatchNorm]:
 
 @torch.no_grad()
 def renormalise(
-    student: nn.Module, teacher: nn.Module, images: Images, fitted: Collection[nn.Module], most: int | None = None
+    student: nn.Module,
+    teacher: nn.Module,
+    images: Images,
+    fitted: Collection[nn.Module],
+    most: int | None = None,
+    processes: Processes = ALONE,
 ) -> None:
     """Correct the BatchNorms of a decomposed model; those before the first decomposed layer stay exactly the same.
 
@@ -143,6 +163,7 @@ def renormalise(
         images: Calibration images; one pass is made over them.
         fitted: BatchNorms of the student that fitted layers have corrected already.
         most: Images to use at most; by default all.
+        processes: The processes that share the pass.
     """
     originals = norms_with_statistics(teacher)
     norms = {name: norm for name, norm in norms_with_statistics(student).items() if norm not in fitted}
@@ -150,13 +171,18 @@ def renormalise(
         return
     exact = {name: InputStatistics() for name in norms}
     found = {name: InputStatistics() for name in norms}
-    # each batch passes BatchNorms that the batches before it have corrected
-    for batch in batches(images, Place.of(teacher, images), pixels=STATISTICS_PIXELS, most=most):
+    # each batch passes BatchNorms that the batches before it have corrected, so processes share each batch
+    place = Place.of(teacher, images)
+    for batch in processes.together(batches(images, place, pixels=STATISTICS_PIXELS, most=most)):
+        sharing = processes if len(batch) >= processes.count else ALONE
+        for statistics in (*exact.values(), *found.values()):
+            statistics.processes = sharing
+        part = batch.tensor_split(sharing.count)[sharing.index]
         with observed({originals[name]: statistics for name, statistics in exact.items()}):
-            teacher(batch)
+            teacher(part)
         followers = [(norms[name], originals[name], exact[name], found[name]) for name in norms]
         with following(followers, low_rank_layers(student).values()):
-            student(batch)
+            student(part)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..layers.low_rank import layer_shape
+from ..processes import ALONE, Processes
 from ..schemes.shapes import LayerShape
 from .images import Images, Place, batches
 from .moments import Moments
@@ -43,7 +44,12 @@ _PIXELS = 2**18
 
 
 def gradient_moments(
-    model: nn.Module, layers: Mapping[str, nn.Module], images: Images, positions_macs: float, most: int
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    images: Images,
+    positions_macs: float,
+    most: int,
+    processes: Processes = ALONE,
 ) -> dict[str, Moments]:
     """Second moments of the gradients at the outputs of layers. Layers that no gradient reaches are left out.
 
@@ -53,23 +59,38 @@ def gradient_moments(
         images: Calibration images.
         positions_macs: Multiply-accumulates that one image may add to a layer's moment.
         most: Images to use at most.
+        processes: The processes that share the pass; each gets the moments of all images.
     """
     device = Place.of(model, images).device
     found: dict[str, Moments] = {}
 
+    def moments(name: str) -> Moments:
+        if name not in found:
+            found[name] = Moments(_outputs(layer_shape(layers[name])), device, positions_macs, paired=False)
+        return found[name]
+
     def nothing(name: str, x: Tensor, output: Tensor) -> None:
         return None
 
-    def count(name: str, _: None, gradient: Tensor, size: int) -> None:
-        if name not in found:
-            found[name] = Moments(_outputs(layer_shape(layers[name])), device, positions_macs, paired=False)
-        found[name].update(gradient, gradient, images=size)
+    def count(name: str, _: None, gradient: Tensor, size: int, part: int) -> None:
+        moments(name).update(gradient, gradient, images=size, number=part)
 
-    return found if _visit_gradients(model, layers, images, most, nothing, count) else {}
+    if not _visit_gradients(model, layers, images, most, processes, nothing, count):
+        return {}
+    reached = set().union(*processes.gather(set(found)))
+    for name in layers:
+        if name in reached:
+            moments(name).add_up(processes)
+    return found
 
 
 def predicted_divergences(
-    model: nn.Module, layers: Mapping[str, nn.Module], substitutes: Mapping[str, Substitute], images: Images, most: int
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    substitutes: Mapping[str, Substitute],
+    images: Images,
+    most: int,
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
     """Divergence of the network's predictions with each layer alone replaced, ``1/2 mean (g . e)^2`` over the images.
 
@@ -81,6 +102,7 @@ def predicted_divergences(
         substitutes: What replaces them.
         images: Calibration images.
         most: Images to use at most.
+        processes: The processes that share the pass.
     """
     sums: dict[str, float] = {}
     seen: dict[str, int] = {}
@@ -88,15 +110,18 @@ def predicted_divergences(
     def error(name: str, x: Tensor, output: Tensor) -> Tensor:
         return substitutes[name](x) - output
 
-    def add(name: str, error: Tensor, gradient: Tensor, size: int) -> None:
+    def add(name: str, error: Tensor, gradient: Tensor, size: int, part: int) -> None:
         # attention in windows splits an image into several entries, which follow each other
         products = (gradient * error).reshape(size, -1).sum(1, dtype=torch.float64)
         sums[name] = sums.get(name, 0.0) + float(products.square().sum())
         seen[name] = seen.get(name, 0) + size
 
-    if not _visit_gradients(model, layers, images, most, error, add):
+    if not _visit_gradients(model, layers, images, most, processes, error, add):
         return {}
-    return {name: total / (2 * seen[name]) for name, total in sums.items()}
+    found = processes.gather((sums, seen))
+    total = {name: sum(one.get(name, 0.0) for one, _ in found) for name in layers}
+    count = {name: sum(one.get(name, 0) for _, one in found) for name in layers}
+    return {name: total[name] / (2 * count[name]) for name in layers if count[name]}
 
 
 def _visit_gradients(
@@ -104,8 +129,9 @@ def _visit_gradients(
     layers: Mapping[str, nn.Module],
     images: Images,
     most: int,
+    processes: Processes,
     forward: Callable[[str, Tensor, Tensor], _Kept],
-    backward: Callable[[str, _Kept, Tensor, int], None],
+    backward: Callable[[str, _Kept, Tensor, int, int], None],
 ) -> bool:
     """Visit every call of some layers twice: as it runs forward, and when the gradient at its output is known.
 
@@ -114,14 +140,15 @@ def _visit_gradients(
         layers: The layers by name.
         images: Calibration images.
         most: Images to use at most.
+        processes: The processes that share the images.
         forward: Gets the layer's name, input and output, and returns what is kept for ``backward``.
-        backward: Gets the layer's name, what was kept, the gradient and the number of images.
+        backward: Gets the layer's name, what was kept, the gradient, the number of images in this part of the images,
+            and the number of the part.
 
     Returns:
         Whether the model can be differentiated. If not, a warning has said so.
     """
-    generator = torch.Generator().manual_seed(0)
-    size = 0
+    size = part = 0
 
     def watch(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if output.requires_grad:
@@ -129,29 +156,39 @@ def _visit_gradients(
                 output.register_hook(partial(learn, name, forward(name, args[0], output)))
 
     def learn(name: str, kept: _Kept, gradient: Tensor) -> None:
-        backward(name, kept, gradient, size)
+        backward(name, kept, gradient, size, part)
 
     hooks = [layer.register_forward_hook(partial(watch, name)) for name, layer in layers.items()]
+    done = True
     try:
-        for batch in batches(images, Place.of(model, images), most=most):
-            for part in batch.split(max(1, _PIXELS // math.prod(batch.shape[2:]))):
-                size = len(part)
+        with processes.agreed():
+            for part, some in processes.share(_parts(batches(images, Place.of(model, images), most=most))):
+                size = len(some)
                 try:
-                    _back_propagate(model, part, generator)
+                    _back_propagate(model, some, part)
                 except RuntimeError as error:
                     warnings.warn(
                         f"the model cannot be differentiated, so errors of its layers' outputs are weighed without "
                         f"gradients: {error}",
                         stacklevel=2,
                     )
-                    return False
+                    done = False
+                    break
     finally:
         for hook in hooks:
             hook.remove()
-    return True
+    return all(processes.gather(done))
 
 
-def _back_propagate(model: nn.Module, images: Tensor, generator: torch.Generator) -> None:
+def _parts(found: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Batches in parts whose activations memory can keep."""
+    for batch in found:
+        yield from batch.split(max(1, _PIXELS // math.prod(batch.shape[2:])))
+
+
+def _back_propagate(model: nn.Module, images: Tensor, number: int) -> None:
+    """Visit some images; their ``number`` is the seed of the noise."""
+    generator = torch.Generator().manual_seed(number)
     with torch.enable_grad(), _constant_parameters(model):
         start = images.clone().requires_grad_()
         score = _score(model, model(start.clone()), len(images), generator)  # a copy: some models work in place

@@ -122,6 +122,11 @@ def limited(images: Images, most: int) -> Images:
     return list(batches(images, most=most))
 
 
+def image_count(images: Images) -> int:
+    """The number of calibration images."""
+    return len(images) if isinstance(images, Tensor) else sum(len(batch) for batch in batches(images))
+
+
 @torch.no_grad()
 def check_outputs(model: nn.Module, images: Images) -> None:
     """Check that the model's output on the first image is finite: nothing can be fitted to another one.

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from ..layers.low_rank import effective_weight
 from ..schemes import Factors, Scheme, energy
+from ..schemes.linalg import unit
 from .moments import Moments
 from .output_metric import OutputMetric
 from .regression import Regression
@@ -82,21 +83,23 @@ class LayerProblem:
                 metric is returned.
             sweeps: Sweeps of alternating least squares for the starting point; by default until they settle.
         """
-        weight, moment, metric = self.weight, self.regression.moment, self.metric.in_blocks(scheme.blocks)
+        weight, moment, metric = self.weight / self.unit, self.regression.moment, self.metric.in_blocks(scheme.blocks)
         features = scheme.convs(rank)[-1].weight_shape[1] * scheme.blocks
         affordable = int(min(iterations, max(least, macs / (features * moment.shape[-1] ** 2))))
         if affordable:
             dtype = torch.float32 if affordable < iterations else weight.dtype
             start = [factor.to(dtype) for factor in scheme.fit_start(metric.apply(weight), rank, sweeps)]
-            fitted = scheme.fit(metric.apply(self.regression.target).to(dtype), moment.to(dtype), start, affordable)
+            target = metric.apply(self.regression.target / self.unit)
+            fitted = scheme.fit(target.to(dtype), moment.to(dtype), start, affordable)
             factors = tuple(factor.to(weight.dtype) for factor in fitted)
         else:
             factors = scheme.nearest(metric.apply(weight), rank, sweeps=sweeps)
-        return scheme.balance((*factors[:-1], metric.undo(factors[-1])))
+        even = self.unit ** (1 / len(factors))
+        return scheme.balance(tuple(factor * even for factor in (*factors[:-1], metric.undo(factors[-1]))))
 
     def error(self, composed: Tensor) -> float:
         """Relative error of an approximation of the weight, ``(G * O, I, kh, kw)``."""
-        lost = energy(self.metric.apply(self.weight - composed), self.regression.moment)
+        lost = energy(self.metric.apply((self.weight - composed) / self.unit), self.regression.moment)
         return float(lost / self._energy)
 
     def bias(self, composed: Tensor) -> Tensor:
@@ -104,8 +107,13 @@ class LayerProblem:
         return self.regression.bias(composed)
 
     @cached_property
+    def unit(self) -> float:
+        """What weights are divided by, so that fits of very large and very small ones neither overflow nor vanish."""
+        return unit(self.weight)
+
+    @cached_property
     def _energy(self) -> Tensor:
-        scaled = self.metric.apply(self.weight)
+        scaled = self.metric.apply(self.weight / self.unit)
         return energy(scaled, self.regression.moment).clamp_min(torch.finfo(scaled.dtype).tiny)
 
 

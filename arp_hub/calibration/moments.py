@@ -18,13 +18,14 @@ The numerator is estimated from the scatter of parts, each of whole images: patc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..processes import Processes
 from ..schemes.shapes import LayerShape
 from .regression import Regression
 
@@ -32,6 +33,9 @@ LARGE = 1024
 """Columns from which on moments, and fits by them, are in single precision: twice as fast, with the same accuracy."""
 SAMPLES = 16
 """Patches for each column of a moment, over all images: more patches do not improve the fit."""
+LEAST_POSITIONS = 16
+"""Patches of each image at least. With 32 and more, planning and fitting ResNet-20 on 1,024 images takes half as long
+again for the same accuracy (docs/research/experiments.md)."""
 
 
 def patches(
@@ -71,6 +75,24 @@ def _some_patches(x: Tensor, shape: LayerShape, positions: Tensor) -> Tensor:
     return x.flatten(2).index_select(2, places).view(len(x), -1, len(positions))
 
 
+def images_of_a_part(images: int, number: int) -> int:
+    """Images of one part of a batch, which has about eight. Batch 0, which may be the only one, has two at least."""
+    return max(1, images // 8 if number else min(images // 2, max(1, images // 8)))
+
+
+def shared_batches(found: Iterable[Tensor], processes: Processes) -> Iterator[tuple[int, Tensor, bool]]:
+    """The batches that one process counts moments of, each with its number and whether it is counted.
+
+    A process that does not count batch 0 sees its first part before all others, because every process shifts its data
+    by the mean of that part.
+    """
+    for number, batch in enumerate(found):
+        if number % processes.count == processes.index:
+            yield number, batch, True
+        elif number == 0:
+            yield number, batch[: images_of_a_part(len(batch), number)], False
+
+
 class Moments:
     """Streamed second moments of one layer's patches ``x``, with the wished-for outputs ``y``.
 
@@ -82,7 +104,8 @@ class Moments:
         centred: Whether means are taken out, because the layer's bias can follow a change of mean. The data are then
             shifted by the mean of the first batch, so that the scatter of the parts is that of centred moments.
         paired: Whether outputs are counted too. Without them they are the outputs of the layer itself.
-        images: Number of images that will be counted, if it is known: of many images, fewer positions suffice.
+        images: Number of images that will be counted, over all processes, if it is known: of many images, fewer
+            positions suffice.
     """
 
     def __init__(
@@ -97,8 +120,8 @@ class Moments:
         self.shape, self.centred = shape, centred
         self.columns = shape.group_in * shape.taps
         square = shape.groups * self.columns**2
-        enough = math.inf if images is None else max(0.1 * positions_macs / square, SAMPLES * self.columns / images)
-        self._positions = max(32, int(min(positions_macs / square, enough)))
+        enough = math.inf if images is None else SAMPLES * self.columns / images
+        self._positions = max(LEAST_POSITIONS, int(min(positions_macs / square, enough)))
         double = partial(torch.zeros, dtype=torch.float64, device=device)
         zeros = partial(torch.zeros, dtype=torch.float32, device=device) if self.columns > LARGE else double
         self._xx = zeros(shape.groups, self.columns, self.columns)
@@ -107,10 +130,17 @@ class Moments:
         self._squares = double(shape.groups)
         self._count = self._count_squares = 0
         self._shift: Tensor | None = None
-        self._generator = torch.Generator().manual_seed(0)
 
     @torch.no_grad()
-    def update(self, x: Tensor, y: Tensor, pad: Callable[[Tensor], Tensor] | None = None, images: int = 0) -> None:
+    def update(
+        self,
+        x: Tensor,
+        y: Tensor,
+        pad: Callable[[Tensor], Tensor] | None = None,
+        images: int = 0,
+        number: int = 0,
+        counted: bool = True,
+    ) -> None:
         """Count one batch.
 
         Args:
@@ -119,6 +149,9 @@ class Moments:
             pad: How the layer pads its input.
             images: Images in the batch; by default the length of ``x``. Attention in windows splits each image into
                 several entries of ``x``, which follow each other.
+            number: Number of the batch, which decides the positions that are used.
+            counted: False for the first part of batch 0, by whose mean the data are shifted. A process that does not
+                count batch 0 takes the shift from it so.
         """
         shape = self.shape
         x, y = (part.float() if part.dtype in (torch.float16, torch.bfloat16) else part for part in (x, y))
@@ -126,25 +159,30 @@ class Moments:
         y = y.reshape(y.shape[0], shape.groups, shape.group_out, -1)
         length = y.shape[-1]
         entries = len(x) // images if images and len(x) % images == 0 else 1
-        step = entries * self._images_of_a_part(len(x) // entries)
+        step = entries * images_of_a_part(len(x) // entries, number) if counted else len(x)
+        generator = torch.Generator().manual_seed(number)
         for x_part, y_part in zip(x.split(step), y.split(step), strict=True):
             positions = None
             if length > self._positions:
-                positions = torch.randperm(length, generator=self._generator)[: self._positions].to(x.device)
+                positions = torch.randperm(length, generator=generator)[: self._positions].to(x.device)
                 y_part = y_part[..., positions]
-            self._add(patches(x_part, shape, pad, positions), y_part)
+            columns = patches(x_part, shape, pad, positions).permute(1, 2, 0, 3).flatten(2)
+            if self.centred and self._shift is None:
+                # rounded, so that it is the same in all processes although their forward passes differ by rounding
+                self._shift = columns.mean(-1, keepdim=True).bfloat16().to(columns)
+            if counted:
+                self._add(columns, y_part.permute(1, 2, 0, 3).flatten(2))
 
-    def _images_of_a_part(self, images: int) -> int:
-        """Images of one part: a batch has about eight parts. The first batch, which may be the only one, has two."""
-        return max(1, images // 8 if self._count else min(images // 2, max(1, images // 8)))
+    def add_up(self, processes: Processes) -> None:
+        """Sum over processes, each of which has counted its share of the batches."""
+        counts = torch.tensor([self._count, self._count_squares], dtype=torch.float64, device=self._x.device)
+        sums = (self._xx, self._x, self._y, self._squares, counts, *(() if self._yx is None else (self._yx,)))
+        processes.add(sums)
+        self._count, self._count_squares = (int(count) for count in counts)
 
     def _add(self, columns: Tensor, y: Tensor) -> None:
-        """Add patches ``(n, G, D, L)`` and outputs ``(n, G, O, L)`` of one part."""
-        columns = columns.permute(1, 2, 0, 3).flatten(2)
-        y = y.permute(1, 2, 0, 3).flatten(2)
-        if self.centred:
-            if self._shift is None:
-                self._shift = columns.mean(-1, keepdim=True)
+        """Add patches ``(G, D, n)`` and outputs ``(G, O, n)`` of one part."""
+        if self._shift is not None:
             columns = columns - self._shift
         part = columns @ columns.mT
         self._xx += part
@@ -192,7 +230,8 @@ class Moments:
         variance = self._variance(moment)
         if self.centred:
             moment = moment - x[:, :, None] * x[:, None, :]
-        tiny = torch.finfo(moment.dtype).tiny ** 0.5  # inputs that are all zero leave the weight to decide
+        # inputs that are all zero, or whose squares are in single precision, leave the weight to decide
+        tiny = max(torch.finfo(moment.dtype).tiny ** 0.5, torch.finfo(torch.float32).tiny)
         scale = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(tiny)[:, None, None]
         share = self._shrinkage(moment, scale, variance)
         moment.mul_(1 - share).diagonal(dim1=-2, dim2=-1).add_((share * scale)[..., 0])

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..errors import ArpHubError
 from ..layers.dense import padder
 from ..layers.low_rank import layer_shape
-from .images import Images, Place, batches
-from .moments import Moments
+from ..processes import ALONE, Processes
+from .images import Images, Place, batches, image_count
+from .moments import Moments, shared_batches
 from .resumption import Halt, ResumedPasses
 
 
@@ -59,6 +60,8 @@ def paired_moments(
 ) -> dict[str, Moments]:
     """Moments of the student's inputs to some layers against the teacher's outputs of them, in one pass.
 
+    The processes that share the passes get the moments of all their images.
+
     Args:
         student: The model that is being decomposed.
         student_layers: Some of its layers that are still dense, by name.
@@ -73,19 +76,24 @@ def paired_moments(
     teacher_layers = {name: teacher.get_submodule(name) for name in student_layers}
     found = {name: new(name, layer) for name, layer in teacher_layers.items()}
     inputs: dict[str, Tensor] = {}
-    for batch, number in passes.batches(most):
 
-        def keep(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
-            inputs[name] = x.clone()
+    def keep(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        inputs[name] = x.clone()
 
-        def count(name: str, layer: nn.Module, x: Tensor, y: Tensor, size: int = len(batch)) -> None:
-            found[name].update(inputs.pop(name, x), _without_bias(layer, y), padder(layer), size)
+    with passes.processes.agreed():
+        for number, batch, counted in passes.batches(most):
+            one = (len(batch), number, counted)
 
-        if student is not teacher:
-            with passes.resumed(student, number, len(batch)):
-                _visit(student, student_layers, batch, keep)
-        with passes.resumed(teacher, number, len(batch)):
-            _visit(teacher, teacher_layers, batch, count)
+            def count(name: str, layer: nn.Module, x: Tensor, y: Tensor, one: tuple[int, int, bool] = one) -> None:
+                found[name].update(inputs.pop(name, x), _without_bias(layer, y), padder(layer), *one)
+
+            if student is not teacher:
+                with passes.resumed(student, number, len(batch)):
+                    _visit(student, student_layers, batch, keep)
+            with passes.resumed(teacher, number, len(batch)):
+                _visit(teacher, teacher_layers, batch, count)
+    for moments in found.values():
+        moments.add_up(passes.processes)
     return found
 
 
@@ -97,6 +105,7 @@ def all_moments(
     positions_macs: float,
     centred: Collection[str] = (),
     most: int | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Moments]:
     """Moments of many layers of one model in a single pass over the images; layers never called are left out.
 
@@ -107,24 +116,32 @@ def all_moments(
         positions_macs: Multiply-accumulates that one image may add to a layer's moment.
         centred: Names of the layers whose means are taken out.
         most: Images to use at most; by default all.
+        processes: The processes that share the pass; each gets the moments of all images.
     """
-    place = Place.of(model, images)
+    with processes.agreed():
+        place, count = Place.of(model, images), image_count(images)
+    count = count if most is None else min(most, count)
     found: dict[str, Moments] = {}
-    size = 0
+    one = (0, 0, True)
 
     def catch(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if name not in found:
-            found[name] = Moments(layer_shape(module), place.device, positions_macs, name in centred, paired=False)
-        found[name].update(args[0], _without_bias(module, output), padder(module), size)
+            shape, centre = layer_shape(module), name in centred
+            found[name] = Moments(shape, place.device, positions_macs, centre, paired=False, images=count)
+        found[name].update(args[0], _without_bias(module, output), padder(module), *one)
 
     hooks = [layer.register_forward_hook(partial(catch, name)) for name, layer in layers.items()]
     try:
-        for batch in batches(images, place, most=most):
-            size = len(batch)
-            model(batch)
+        with processes.agreed():
+            for number, batch, counted in shared_batches(batches(images, place, most=most), processes):
+                one = (len(batch), number, counted)
+                model(batch)
     finally:
         for hook in hooks:
             hook.remove()
+    for name in layers:
+        if name in found:  # in one process or in all of them: each has seen a part of batch 0
+            found[name].add_up(processes)
     return found
 
 

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..processes import ALONE, Processes
 from .images import Images, Place, batches
+from .moments import shared_batches
 
 _STORED_BYTES = 2**30
 """Memory of stored activations, of both models. The larger maps of early blocks are computed in every pass."""
@@ -138,16 +140,18 @@ class ResumedPasses:
         models: The models, in evaluation mode.
         images: Calibration images.
         count: Number of images.
+        processes: The processes that share the passes.
     """
 
-    def __init__(self, models: Sequence[nn.Module], images: Images, count: int) -> None:
-        self.place = Place.of(models[0], images)
+    def __init__(self, models: Sequence[nn.Module], images: Images, count: int, processes: Processes = ALONE) -> None:
+        self.place, self.processes = Place.of(models[0], images), processes
         self._models, self._images = list(models), images
         first = next(batches(images, self.place))[:1]
-        self._sizes = {name: size * count * len(self._models) for name, size in block_chain(models[0], first).items()}
+        share = count * len(self._models) / processes.count
+        self._sizes = {name: size * share for name, size in block_chain(models[0], first).items()}
         self._chain = list(self._sizes)
         self._behind = 0
-        self._stored: list[list[Tensor]] = []
+        self._stored: dict[int, list[Tensor]] = {}
 
     @property
     def blocks(self) -> int:
@@ -160,15 +164,15 @@ class ResumedPasses:
         if not inside or inside[0] <= self._behind or self._sizes[self._chain[inside[0] - 1]] > _STORED_BYTES:
             return
         last = self._chain[inside[0] - 1]
-        stored: list[list[Tensor]] = []
-        for batch, number in self.batches(None):
-            stored.append([self._output(model, batch, number, last) for model in self._models])
+        stored: dict[int, list[Tensor]] = {}
+        with self.processes.agreed():
+            for number, batch, _ in self.batches(None):
+                stored[number] = [self._output(model, batch, number, last) for model in self._models]
         self._stored, self._behind = stored, inside[0]
 
-    def batches(self, most: int | None) -> Iterator[tuple[Tensor, int]]:
-        """The batches of at most ``most`` images, each with its number for `resumed`."""
-        for number, batch in enumerate(batches(self._images, self.place, most=most)):
-            yield batch, number
+    def batches(self, most: int | None) -> Iterator[tuple[int, Tensor, bool]]:
+        """This process's batches among those of at most ``most`` images, see `shared_batches`."""
+        return shared_batches(batches(self._images, self.place, most=most), self.processes)
 
     @contextmanager
     def resumed(self, model: nn.Module, number: int, images: int) -> Iterator[None]:

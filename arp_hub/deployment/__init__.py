@@ -1,1 +1,1 @@
-"""Files for the runtimes that models are deployed on: written, quantised, checked and timed."""
+"""Exports: files that are written, checked against PyTorch, and timed beside the dense model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -21,15 +22,19 @@ from .._utils.torch_utils import ambient_modes_off
 from ..calibration.images import Images, batches, check_normalised
 from ..errors import ArpHubError, checked_path
 from ..hub.load import is_saved_model, load_model
+from ..hub.save import is_saved_folder
+from ..hub.staging import refresh_card
 from ..layers.model import check_model, check_weights, count_params
 from ..layers.trace import InputSize, input_size_of
-from .capture import Captured
+from ..runtimes.capture import Captured
+from ..runtimes.formats import runtime_of
+from ..runtimes.runtime import INPUT, OUTPUT
 from .folder import RECORD, check_output
-from .formats import runtime_of
 from .job import Job
 from .latency import FileLatency
 from .parity import Check, Parity
-from .runtime import INPUT, OUTPUT
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ def export(
     """Write a model as a file for a runtime, check it against PyTorch, and time it beside the dense model.
 
     The folder ``output`` gets the file and ``export.json``: names and shapes of input and output, classes,
-    preprocessing, parity, sizes, latency and versions. It is replaced in one step, so it never holds half an export.
+    preprocessing, parity, sizes, latency and versions. It is replaced in one step, so it never holds half an export. If
+    it lies in a saved folder, the card there lists the export, and `push_to_hub` uploads it.
 
     Int8 uses the runtime's own quantiser: static quantisation of ONNX Runtime, NNCF for OpenVINO, PT2E of torchao for
     ``torch-export``. Factors of low-rank layers are balanced before, on a copy.
@@ -154,7 +160,17 @@ def export(
             (new / RECORD).write_text(text, encoding="utf-8")
     except OSError as error:
         raise ArpHubError(f"cannot write to '{output}': {error} (the earlier content is unchanged)") from error
+    if is_saved_folder(folder.parent):
+        _list_in_card(folder.parent)
     return Export(folder, folder / exported.file.name, exported.parity, latency, {**record, **facts})
+
+
+def _list_in_card(saved: Path) -> None:
+    """Add the export to the card of the saved folder that it lies in; a card that cannot be written stays."""
+    try:
+        refresh_card(saved)
+    except (ArpHubError, OSError, UnicodeDecodeError) as error:
+        _logger.warning("the card of '%s' does not list the export: %s", saved, error)
 
 
 def _check_arguments(format: str, opset: int | None, batch_size: int, seconds: float) -> None:

@@ -13,11 +13,11 @@ import torch
 from ..decomposition import to_dense
 from ..errors import ArpHubError
 from ..layers.model import low_rank_layers
+from ..runtimes.capture import Captured
+from ..runtimes.runtime import Batches, Run, Runtime
 from .balance import balance_factors
-from .capture import Captured
 from .latency import FileLatency, time_files
 from .parity import TOLERANCE, Check, Parity
-from .runtime import Batches, Run, Runtime
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtimes.runtime import Run
 from ..timing import Spread, clock, paired_ratio, take_turns
-from .runtime import Run
 
 _CPU = torch.device("cpu")
 

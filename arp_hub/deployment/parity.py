@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .capture import Captured
-from .runtime import Run, run_all
+from ..runtimes.capture import Captured
+from ..runtimes.runtime import Run, run_all
 
 TOLERANCE = 1e-4
 """Largest error of a float32 file, relative to the largest output: more than ten times the rounding errors in

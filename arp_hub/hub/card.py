@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .._utils.parse import parse_yaml, read_json
 from ..reports.model_figures import decays_figure, moved, ranks_figure, violation_figure
 from ..reports.plots import can_draw, save_figure
+from . import card_exports
 from . import card_text as text
 from .card_words import command, plain_data_name
 
@@ -66,7 +67,8 @@ def model_card(
         pictures: Pictures in the card's folder, named as in `PICTURES`.
         dense: Revision that holds the merged model, if any.
         tag: Tag of this version, if any.
-        export: The folder's ``export.json``, if any: the table then has a column for an int8 model.
+        export: The folder's exports, as `read_export` finds them, if any: the card lists them, and its table has a
+            column for an int8 model.
 
     Returns:
         Markdown with a YAML head, in the Hub's format.
@@ -89,8 +91,9 @@ def model_card(
         classes=config["num_classes"],
         dense=dense,
         tag=tag,
-        numbers=text.numbers(metrics, plan is not None, text.int8(export)),
+        numbers=text.numbers(metrics, plan is not None, card_exports.int8(export)),
         notes=text.notes(metrics),
+        exports=card_exports.exports(export),
         stages=text.stages(metrics),
         layers=len(plan["layers"]) if plan else 0,
         schemes=text.schemes(plan) if plan else "",
@@ -148,7 +151,21 @@ def draw_pictures(folder: Path, metrics: Mapping[str, Any]) -> list[str]:
 
 
 def read_export(folder: Path) -> Any:
-    """The content of a folder's ``export.json``, which ``arp-hub export`` writes; None without one that can be read."""
+    """The content of a folder's ``export.json``, which ``arp-hub export`` writes; None without one that can be read.
+
+    If the exports lie in folders of their own in this one, their contents by the names of these folders.
+    """
+    found = _read_export(folder)
+    return found or {place.name: read for place in export_folders(folder) if (read := _read_export(place))} or None
+
+
+def export_folders(folder: Path) -> list[Path]:
+    """The exports in a folder: the folders in it that hold an ``export.json``, without links."""
+    places = sorted(place for place in folder.iterdir() if place.is_dir() and not place.is_symlink())
+    return [place for place in places if (place / EXPORT).is_file()]
+
+
+def _read_export(folder: Path) -> Any:
     try:
         return read_json(folder / EXPORT)
     except (OSError, ValueError):

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .card_words import data_name, model_name
+from .card_words import data_name, inline, model_name
 
 _ROWS = {
     "params": ("parameters", lambda n: f"{n:,d}"),
@@ -63,7 +63,7 @@ def numbers(metrics: Mapping[str, Any], decomposed: bool, exported: Mapping[str,
     Args:
         metrics: ``metrics.json``.
         decomposed: Whether the model is decomposed.
-        exported: Size and accuracy of an exported int8 model, as `int8` finds them; may be empty.
+        exported: Size and accuracy of an exported int8 model, as `card_exports.int8` finds them; may be empty.
     """
     dense, rows = metrics.get("dense", {}), []
     for key, (label, form) in _ROWS.items():
@@ -80,29 +80,6 @@ def numbers(metrics: Mapping[str, Any], decomposed: bool, exported: Mapping[str,
     head = ("", "dense", "compressed", "of dense", "compressed, int8")
     columns = len(head) if exported else len(head) - 1
     return _table(head[:columns], [row[:columns] for row in rows])
-
-
-def int8(export: Any) -> dict[str, Any]:
-    """Size and accuracy of the int8 model that an ``export.json`` describes; empty without one.
-
-    Args:
-        export: Content of the file. Entries may lie at any depth, and need ``bytes`` or ``top1``.
-    """
-    if isinstance(export, Mapping):
-        for name, entry in export.items():
-            if "int8" in str(name) and isinstance(entry, Mapping) and (found := _figures(entry)):
-                return found
-        if export.get("int8") is True or export.get("precision") == "int8":
-            return _figures(export)
-        export = list(export.values())
-    entries = export if isinstance(export, list) else []
-    return next((found for entry in entries if (found := int8(entry))), {})
-
-
-def _figures(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of an entry that the table has rows for."""
-    keys = ("bytes", "top1", "top5", "loss")
-    return {key: entry[key] for key in keys if isinstance(entry.get(key), int | float)}
 
 
 def notes(metrics: Mapping[str, Any]) -> str:
@@ -162,7 +139,7 @@ def dense_layers(metrics: Mapping[str, Any]) -> str:
         if not layer["scheme"]:
             found[layer["reason"]].append(layer)
     rows = [
-        (_inline(reason), _some([f"`{layer['name']}`" for layer in layers]), str(len(layers)), f"{_sum(layers):,d}")
+        (inline(reason), _some([f"`{layer['name']}`" for layer in layers]), str(len(layers)), f"{_sum(layers):,d}")
         for reason, layers in found.items()
     ]
     return _table(("reason", "layers", "count", "parameters"), rows) if rows else ""
@@ -177,17 +154,17 @@ def facts(metrics: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         more = f", each with {copies} augmented cop{'y' if copies == 1 else 'ies'}" if copies else ""
         yield "calibration images", f"{count:,d} without labels{more}"
     if (runs := metrics.get("runs")) is not None:
-        yield "training runs", _inline(runs)
+        yield "training runs", inline(runs)
     if metrics.get("seed") is not None:
-        yield "seed", _inline(metrics["seed"])
+        yield "seed", inline(metrics["seed"])
     if metrics.get("seconds") is not None:
         yield "duration", _duration(metrics["seconds"])
     if (processes := metrics.get("processes")) and processes != 1:
-        yield "processes", _inline(processes)
+        yield "processes", inline(processes)
     for key in ("hardware", "versions"):
         if found := metrics.get(key):
             words = ", ".join(f"{k} {v}" for k, v in found.items()) if isinstance(found, Mapping) else found
-            yield key, _inline(words)
+            yield key, inline(words)
 
 
 def recipe(metrics: Mapping[str, Any]) -> str:
@@ -313,13 +290,15 @@ def _place(timing: Mapping[str, Any]) -> str:
     layout = "channels last" if timing.get("channels_last") else ""
     compiled = "compiled" if timing.get("compiled") else ""
     where = timing.get("hardware") or timing["device"]
-    return ", ".join(filter(None, (where, threads, timing["dtype"], layout, compiled)))
+    in_torch = timing.get("runtime", "torch") == "torch"
+    numbers = timing["dtype"] if in_torch else f"{timing['runtime']}, {timing['precision']}"
+    return ", ".join(filter(None, (where, threads, numbers, layout, compiled)))
 
 
 def _data(metrics: Mapping[str, Any]) -> str:
     """The data that accuracy was measured on: ``CIFAR-10, test split``."""
-    name, split = _inline(data_name(metrics)), metrics.get("split")
-    return f"{name}, {_inline(split)} split" if name and split else name
+    name, split = inline(data_name(metrics)), metrics.get("split")
+    return f"{name}, {inline(split)} split" if name and split else name
 
 
 def _percent(after: float, before: float) -> str:
@@ -336,11 +315,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _is_number(text: str) -> bool:
     return re.fullmatch(r"[\d.,]*( to \d+)?( %| MB)?", text) is not None
-
-
-def _inline(value: Any) -> str:
-    """A value inside one line of Markdown."""
-    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _some(names: list[str], limit: int = 4) -> str:

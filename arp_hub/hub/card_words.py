@@ -22,7 +22,7 @@ _PROGRAMS = {"arp-hub": "arp-hub", "__main__.py": "python -m arp_hub"}
 """Programs of the package by their recorded name."""
 _RECIPES = (
     "any_backbone.py cifar_resnet110.py cifar_resnet20.py cifar_resnet56.py cifar_vgg16.py custom_loop.py "
-    "quickstart.py resnet50.py"
+    "quickstart.py resnet50.py vit.py"
 ).split()
 """Scripts under ``recipes/`` of the repository."""
 _OWN_OPTIONS = {
@@ -61,6 +61,11 @@ def model_name(name: str) -> str:
     """A model by its name: of a folder, the last part."""
     kind, colon, rest = name.partition(":")
     return rest if colon and kind == "hf-hub" else _last_part(rest if colon else name)
+
+
+def inline(value: Any) -> str:
+    """A value inside one line of Markdown."""
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def command(metrics: Mapping[str, Any]) -> str:

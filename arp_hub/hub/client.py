@@ -141,10 +141,12 @@ def bounded_waits() -> Iterator[None]:
 def _cap_wait(response: Any) -> None:
     """Shorten the wait that an answer asks for: the client would obey even a ``Retry-After`` of days."""
     headers = response.headers
-    if (asked := headers.get("retry-after", "")).isdigit() and int(asked) > PATIENCE.longest_wait:
+    asked = headers.get("retry-after", "").strip()
+    if asked.isdecimal() and (len(asked) > 18 or int(asked) > PATIENCE.longest_wait):  # int() refuses endless numbers
         headers["retry-after"] = str(int(PATIENCE.longest_wait))
     if any(
-        int(seconds) > PATIENCE.longest_wait for seconds in re.findall(r"\bt=(\d{1,18})", headers.get("ratelimit", ""))
+        int(seconds) > PATIENCE.longest_wait
+        for seconds in re.findall(r"t\s*=\s*(\d{1,18})", headers.get("ratelimit", ""))
     ):
         del headers["ratelimit"]
 

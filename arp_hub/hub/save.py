@@ -147,6 +147,10 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     places: set[int] = set()
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor) or tensor.is_quantized:
+            raise ArpHubError(
+                f"'{name}' belongs to a quantised layer, which is not saved: save the model, then quantise"
+            )
         if tensor.is_meta:
             raise ArpHubError(f"the weight '{name}' is on the meta device: load the model's weights before saving it")
         tensor = tensor.detach().cpu().contiguous()

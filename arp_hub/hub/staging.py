@@ -11,13 +11,23 @@ from typing import Any
 
 from torch import nn
 
+from .._utils.files import write_atomically
 from .._utils.parse import read_json
 from .._utils.secrets import holds_secret
 from ..decomposition import to_dense
 from ..errors import ArpHubError
 from ..layers.model import low_rank_layers
 from ..models._untrusted import read_config
-from .card import PICTURES, UNFIT, by_hand, draw_pictures, keep_by_hand, model_card, read_export
+from .card import (
+    PICTURES,
+    UNFIT,
+    by_hand,
+    draw_pictures,
+    export_folders,
+    keep_by_hand,
+    model_card,
+    read_export,
+)
 from .load import load_model
 from .save import CARD, CONFIG, FAILED_WRITES, METRICS, WEIGHTS, plain_metrics, save_pretrained, write_card, write_json
 
@@ -102,9 +112,32 @@ def stage(
     here = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
     _write_card(made / CARD, card, here, earlier_card(branch))
     files = {path.name: path for path in (folder / CONFIG, folder / WEIGHTS, *own, *made.iterdir())}
+    for place in export_folders(folder):
+        files |= {f"{place.name}/{path.name}": path for path in place.iterdir() if _is_plain(path)}
     uploads = [Upload(branch, tag, files), *([merged] if merged else [])]
     _check_texts(uploads)
     return uploads
+
+
+def refresh_card(folder: Path) -> None:
+    """Write the card of a saved folder once more, with the exports in the folder. The owner's edits are kept.
+
+    Raises:
+        ArpHubError: If the folder's metrics cannot be read or shown.
+    """
+    path, pictures = folder / CARD, [path.name for path in _pictures(folder) if path.name in PICTURES]
+    numbers, name = _read_metrics(folder), f"local-dir:{folder.name}"
+    try:
+        card = model_card(read_config(folder / CONFIG), numbers, name, pictures=pictures, export=read_export(folder))
+    except UNFIT as error:
+        raise _unfit(folder / METRICS, error) from error
+    earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
+    write_atomically(path, keep_by_hand(card, earlier).encode("utf-8", "backslashreplace"))
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether a path is a file of this folder: a link could publish a file from another place."""
+    return path.is_file() and not path.is_symlink()
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -113,7 +146,7 @@ def _pictures(folder: Path) -> list[Path]:
     for path in found:
         if path.is_symlink():
             _logger.warning("'%s' is a link and is not published: copy the picture into the folder", path.name)
-    return [path for path in found if path.is_file() and not path.is_symlink()]
+    return [path for path in found if _is_plain(path)]
 
 
 def dense_name(name: str, dense: str) -> str:

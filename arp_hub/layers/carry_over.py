@@ -18,7 +18,7 @@ _BOUND_TO_THE_LAYER = frozenset({"_compiled_call_impl"})
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> None:
-    """Move the hooks of a layer, and the attributes that were set on it, to its replacement.
+    """Move the hooks of a layer, and the attributes that were set on it and its parameters, to its replacement.
 
     Both layers then share their hooks, so that the handles that users hold still remove them.
 
@@ -33,6 +33,16 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
             cast(Any, hook).module = weakref.ref(new)
     for key in vars(old).keys() - _constructed(old) - _constructed(new) - _BOUND_TO_THE_LAYER:
         vars(new)[key] = vars(old)[key]
+    for key in ("weight", "bias"):  # such as a mark that an optimiser is to leave out weight decay
+        marks = {name: value for parameter in _held(old, key) for name, value in vars(parameter).items()}
+        for parameter in _held(new, key):
+            vars(parameter).update(marks)
+
+
+def _held(layer: nn.Module, key: str) -> list[nn.Parameter]:
+    """The parameters that make up the weight, or the bias, of a dense or low-rank layer."""
+    parts = list(layer.factors) if isinstance(layer, LowRankLayer) else [layer]
+    return [found for part in parts if (found := part._parameters.get(key)) is not None]
 
 
 def loses_hooks(old: nn.Module) -> bool:

@@ -6,7 +6,7 @@ A low-rank layer sits at the dense layer's dotted name and has its attributes, b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import timm.layers
@@ -15,6 +15,7 @@ import torch.fx
 import torch.nn.functional as F
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import ArpHubError
 from ..plan import LayerPlan
@@ -89,23 +90,47 @@ class ComputedWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Refuse in-place functions; call all others on plain tensors."""
-        kwargs, name = kwargs or {}, func.__name__
-        writes = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
-        if (writes and args and isinstance(args[0], cls)) or isinstance(kwargs.get("out"), cls):
-            raise ArpHubError(
-                "the weight of a low-rank layer is computed from its factors, and writing to it changes nothing: "
-                "change layer.factors, or call to_dense(model) first"
-            )
+        kwargs, name = kwargs or {}, func.__name__.partition(".")[0]  # without the overload, as in "mul_.Scalar"
+        writes = name in _WRITES or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace")
+        written = (args[:1] if writes else (), kwargs.get("out"))  # the first may be a list, as for _foreach_mul_
+        if any(isinstance(leaf, cls) for leaf in tree_leaves(written)):
+            raise _read_only()
+        weights = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)]
         with torch._C.DisableTorchFunctionSubclass():
+            before = _versions(weights)
             found = func(*args, **kwargs)
-            source = next((arg for arg in args if isinstance(arg, cls)), None)
-            if type(found) is not Tensor or source is None or not _share_memory(found, source):
-                return found
-            return found.as_subclass(cls)
+            if _versions(weights) != before:  # a function that writes and whose name does not say so
+                raise _read_only()
+            if type(found) in (list, tuple):
+                return type(found)(_still_computed(one, weights, cls) for one in found)
+            return _still_computed(found, weights, cls)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The rows, which are views of the weight."""
+        return iter(self.unbind())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """A plain copy, which may be written to."""
         return self.detach().as_subclass(Tensor).clone()
+
+
+def _read_only() -> ArpHubError:
+    return ArpHubError(
+        "the weight of a low-rank layer is computed from its factors, and writing to it changes nothing: "
+        "change layer.factors, or call to_dense(model) first"
+    )
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each tensor was written to. Tensors of inference mode do not count it."""
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]
+
+
+def _still_computed(found: Any, weights: Sequence[Tensor], kind: type[ComputedWeight]) -> Any:
+    """A result of a function, which stays read-only if it is a view of a computed weight."""
+    if type(found) is Tensor and any(_share_memory(found, weight) for weight in weights):
+        return found.as_subclass(kind)
+    return found
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
@@ -141,6 +166,12 @@ class LowRankLayer(nn.Module):
 
     def refusal(self) -> str | None:
         """Why the factors cannot be merged, or None if they can."""
+        for added in (self._parameters, self._buffers, self._modules.keys() - {"factors"}):
+            if added:
+                return f"it holds '{min(added)}' besides its factors: merge that into the factors or remove it first"
+        for part in (self, self.factors):
+            if replaced := [name for name in vars(part) if callable(getattr(type(part), name, None))]:
+                return f"its method '{replaced[0]}' was replaced on this one layer: restore it first"
         for number, factor in enumerate(self.factors):
             kind = type(factor)
             if "parametrizations" in factor._modules:
@@ -152,6 +183,12 @@ class LowRankLayer(nn.Module):
                 )
             if reason := alteration(factor):
                 return f"factor {number}: {reason}"
+        expected = [conv.weight_shape for conv in self.scheme.convs(self.rank)]
+        found = [tuple(weight.shape) for weight in self._factor_weights()]
+        if found != expected:
+            return f"its factors have shapes {found}, and those of its plan are {expected}: restore them"
+        if biased := [number for number, factor in enumerate(self.factors[:-1]) if factor.bias is not None]:
+            return f"factor {biased[0]} has a bias, which only the last one may have: set it to None"
         return None
 
     def factor_weights(self) -> Factors:
@@ -176,6 +213,15 @@ class LowRankLayer(nn.Module):
                 "first"
             )
         super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse what `torch.nn.utils.prune` adds: the layer's own weight is computed from its factors."""
+        if name.startswith(("weight", "bias")):
+            raise ArpHubError(
+                f"'{name}' cannot be added to a low-rank layer, whose weight and bias come from its factors: prune or "
+                "reparametrize layer.factors, or call to_dense(model) first"
+            )
+        super().register_parameter(name, param)
 
     @torch.no_grad()
     def load_factors(self, factors: Sequence[Tensor], bias: Tensor | None) -> None:
@@ -258,10 +304,15 @@ class LowRankConv2d(LowRankLayer):
         return self.factors(x)
 
     def dense_layer(self) -> nn.Conv2d:
-        """The plain convolution with the merged weight: same outputs, dtype, device, mode and ``requires_grad``."""
+        """The plain convolution with the merged weight.
+
+        Outputs, dtype, device, mode, memory layout and ``requires_grad`` are the same.
+        """
         merged, first = self._merged(), cast(nn.Conv2d, self.factors[0])
         dense = _dense_conv(self, first.weight, merged, self.bias)
         self._freeze(dense)
+        if any(_is_channels_last(factor) for factor in self.factors):
+            dense.to(memory_format=torch.channels_last)
         return dense
 
 
@@ -299,7 +350,9 @@ class LowRankLinear(LowRankLayer):
 
 
 def low_rank_layer(dense: nn.Module, plan: LayerPlan) -> LowRankConv2d | LowRankLinear:
-    """The low-rank form of ``dense``, with its dtype, device, mode and ``requires_grad``. Load its factors afterwards.
+    """The low-rank form of ``dense``, with its dtype, device, mode, memory layout and ``requires_grad``.
+
+    Load its factors afterwards.
 
     Raises:
         ArpHubError: If the plan does not fit the layer.
@@ -307,7 +360,14 @@ def low_rank_layer(dense: nn.Module, plan: LayerPlan) -> LowRankConv2d | LowRank
     scheme = make_scheme(plan.scheme, layer_shape(dense), plan.groups)
     if isinstance(dense, nn.Linear):
         return LowRankLinear(dense, scheme, plan.rank)
-    return LowRankConv2d(cast(nn.Conv2d, dense), scheme, plan.rank)
+    layer = LowRankConv2d(cast(nn.Conv2d, dense), scheme, plan.rank)
+    return layer.to(memory_format=torch.channels_last) if _is_channels_last(dense) else layer
+
+
+def _is_channels_last(module: nn.Module) -> bool:
+    """Whether a weight lies in memory as channels last, and not in the default layout as well, as 1x1 kernels may."""
+    weight = cast(Tensor, module.weight)
+    return weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def _conv2d(spec: ConvSpec, **options: Any) -> nn.Conv2d:

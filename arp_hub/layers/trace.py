@@ -83,6 +83,8 @@ def trace(model: nn.Module, input_size: InputSize | None = None) -> Trace:
         with layers_called(twin):
             macs = _macs(twin, size)
     except Exception as error:
+        if found := [name for name, part in twin.named_modules() if ".quantized." in type(part).__module__]:
+            raise ArpHubError(f"layer '{found[0]}' is quantised: plan the model before you quantise it") from error
         raise ArpHubError(f"the model cannot run on an input of size {size}: {error}") from error
     return Trace({name: tuple(calls) for name, calls in sizes.items()}, macs, count_params(model))
 

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from ..schemes import Scheme, relative_error
-from ..schemes.linalg import tail_shares
+from ..schemes.linalg import tail_shares, unit
 from ..schemes.shapes import LayerShape, degrees_of_freedom
 from .costs import Floats, rank_at, useful_rank
 
@@ -35,8 +35,20 @@ class Candidate:
     errors: Floats
 
 
-def candidate_schemes(shape: LayerShape, names: Sequence[str], schemes: Mapping[str, type[Scheme]]) -> list[Scheme]:
-    """All schemes that apply to a layer and can make it smaller; the grouped ones with 2, 4 and 8 groups."""
+def candidate_schemes(
+    shape: LayerShape, names: Sequence[str] | None, schemes: Mapping[str, type[Scheme]]
+) -> list[Scheme]:
+    """All schemes that apply to a layer and can make it smaller; the grouped ones with 2, 4 and 8 groups.
+
+    Args:
+        shape: The layer.
+        names: Names of the schemes to choose from. By default all, but no grouped ones for linear layers and 1x1
+            convolutions: their errors look smaller there, and the network's predictions are worse
+            (docs/research/experiments.md).
+        schemes: All schemes by name.
+    """
+    if names is None:
+        names = [name for name, kind in schemes.items() if shape.taps > 1 or not kind.grouped]
     found = []
     for name in names:
         kind = schemes[name]
@@ -93,6 +105,7 @@ def weight_candidates(weight: Tensor, schemes: Sequence[Scheme]) -> list[Candida
 
 def _weight_curve(scheme: Scheme, weight: Tensor) -> Floats:
     last = useful_rank(scheme)
+    weight = weight / unit(weight)
     spectrum = scheme.spectrum(weight)
     if spectrum is not None:
         return truncation_errors(spectrum)[:last]

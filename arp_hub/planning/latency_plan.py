@@ -5,14 +5,15 @@ layers, timed alone, add up to. Its latency ``L``, measured end to end, corrects
 
     aim  <-  budget * (sum of the plan's layer times) / L
 
-until a plan takes between 97.5 and 100 % of the budget.
+until a plan takes between 97.5 and 100 % of the budget. Both are timed in the runtime of the workload.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -24,9 +25,10 @@ from ..layers.apply_plan import apply_plan
 from ..layers.model import low_rank_layers
 from ..layers.trace import InputSize
 from ..plan import RankPlan
+from ..runtimes.timed import Call, model_call
 from ..schemes import Scheme
 from ..schemes.shapes import Pair
-from ..timing import LEAST_ROUNDS, Workload, forward_call, layer_shares, paired_ratio, take_turns
+from ..timing import LEAST_ROUNDS, Workload, layer_shares, paired_ratio, take_turns
 from .allocation import Losses, allocate, chosen_plan, layer_options
 from .costs import Floats
 from .latency_table import LatencyTable, spread_out
@@ -36,20 +38,52 @@ class Stopwatch:
     """Times a model end to end against its own decomposed forms.
 
     Args:
-        model: The dense model, on the device to time it on.
+        model: The dense model, on the device to time it on; other runtimes than PyTorch run on the CPU.
         workload: What is timed.
         input_size: ``(channels, height, width)`` of an image.
         seconds: How long one comparison measures.
     """
 
     def __init__(self, model: nn.Module, workload: Workload, input_size: InputSize, seconds: float = 4.0) -> None:
-        self.workload, self.device = workload, next(model.parameters()).device
+        self.workload, self.device = workload, workload.device(next(model.parameters()).device)
         self._model, self._seconds = model, seconds
         self._images = torch.randn(workload.batch_size, *input_size, device=self.device)
+        self._last: tuple[RankPlan, Call] | None = None
 
-    def shares(self, names: Collection[str]) -> dict[str, float]:
-        """Shares of the dense model's latency that layers take."""
-        return layer_shares(self._model, names, self._images, self.workload, self._seconds)
+    def shares(
+        self, layers: Mapping[str, Sequence[Scheme]], sizes: Mapping[str, Sequence[Pair]], table: LatencyTable
+    ) -> dict[str, float]:
+        """Shares of the dense model's latency that layers take.
+
+        PyTorch times the layers inside of the model. Other runtimes fuse layers, so there they are timed alone.
+
+        Args:
+            layers: The schemes of every layer.
+            sizes: Input maps of every layer, one for each call.
+            table: Times of single layers.
+        """
+        if self.workload.in_torch:
+            return layer_shares(self._model, list(layers), self._images, self.workload, self._seconds)
+        seconds = {
+            name: sum(table.dense_seconds(schemes[0], size) for size in sizes[name]) for name, schemes in layers.items()
+        }
+        whole = min(take_turns({"dense": self._dense}, self.device, self._seconds)["dense"])
+        # alone, a layer also reads and writes its maps, so all together may take longer than the model
+        whole = max(whole, sum(seconds.values()))
+        return {name: taken / whole for name, taken in seconds.items()}
+
+    @cached_property
+    def _dense(self) -> Call:
+        return model_call(self._model, self._images, self.workload)
+
+    def _small(self, plan: RankPlan) -> Call:
+        """The model decomposed by a plan; the last one is kept, because it is often measured again."""
+        if self._last is None or self._last[0] != plan:
+            small = apply_plan(copy.deepcopy(self._model), plan)
+            for layer in low_rank_layers(small).values():
+                spread_out(layer)
+            self._last = plan, model_call(small, self._images, self.workload)
+        return self._last[1]
 
     def ratio(self, plan: RankPlan, closely: bool = False) -> float:
         """Latency of the model decomposed by ``plan`` over that of the dense model; weights do not matter.
@@ -58,11 +92,7 @@ class Stopwatch:
             plan: The plan.
             closely: Measure four times as long: among several plans, one may seem to meet a budget by luck.
         """
-        small = apply_plan(copy.deepcopy(self._model), plan)
-        for layer in low_rank_layers(small).values():
-            spread_out(layer)
-        models = {"dense": self._model, "small": small}
-        calls = {name: forward_call(model, self._images, self.workload) for name, model in models.items()}
+        calls = {"dense": self._dense, "small": self._small(plan)}
         with torch.inference_mode():
             if closely:
                 samples = take_turns(calls, self.device, 4 * self._seconds, 2 * LEAST_ROUNDS)
@@ -135,6 +165,7 @@ class LatencyBudget:
         share: Share of the dense model's latency to keep.
         layers: Plans by the times of single layers.
         watch: Times whole networks.
+        where: Where it is measured, for messages.
         aim: What the next plan's layers are to add up to; known once the first plan has been timed.
         tolerance: Share by which a plan may exceed the budget: measurements of one network differ by 1 to 3 %.
     """
@@ -142,6 +173,7 @@ class LatencyBudget:
     share: float
     layers: _LayerTimes
     watch: _Ratios
+    where: str = "on this device"
     aim: float | None = None
     tolerance: float = 0.05
     _ratios: dict[RankPlan, float] = field(default_factory=dict)
@@ -169,15 +201,18 @@ class LatencyBudget:
         return self._best_tried()
 
     def _best_tried(self) -> RankPlan:
-        """The slowest plan within the budget, or else the fastest one within its tolerance."""
-        for limit, slowest_first in ((self.share, True), (self.share * (1 + self.tolerance), False)):
+        """The slowest plan within the budget, or else the fastest one within its tolerance and faster than dense."""
+        for limit, slowest_first in ((self.share, True), (min(1.0, self.share * (1 + self.tolerance)), False)):
             for plan in sorted(self._ratios, key=self._ratios.__getitem__, reverse=slowest_first):
                 if self._ratios[plan] <= limit and self._confirm(plan) <= limit:
                     return plan
+        fastest = min(self._ratios.values())
+        way = "Ask for more, allow more schemes, or time a larger batch_size"
+        if fastest > 1 - self.tolerance:
+            way = "Keep the model dense here: low rank makes it no faster"
         raise ArpHubError(
             f"keep_latency={self.share:g} cannot be met: measured end to end, the fastest plan that was tried takes "
-            f"{min(self._ratios.values()):.3f} of the dense latency on this device. Ask for more, allow more schemes, "
-            "or time a larger batch_size"
+            f"{fastest:.3f} of the dense latency {self.where}. {way}"
         )
 
     def _confirm(self, plan: RankPlan) -> float:

@@ -1,14 +1,15 @@
 """Times of decomposed layers over those of dense layers, measured when first asked for and kept on disk.
 
-Every layer is timed at its true shape, on the device, in turns with its decomposed form. The file's keys name device,
-threads, version of torch, workload, shape, scheme and rank, so a second plan measures nothing.
+Every layer is timed at its true shape, in the runtime of the workload, in turns with its decomposed form. The file's
+keys name device, threads, versions, workload, shape, scheme and rank, so a second plan measures nothing.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,9 +23,10 @@ from .._utils.files import write_atomically
 from .._utils.parse import read_json
 from ..layers.low_rank import LowRankLayer, low_rank_layer
 from ..plan import LayerPlan
+from ..runtimes.timed import Call, layer_calls, runtime_versions
 from ..schemes import Scheme
 from ..schemes.shapes import LayerShape, Pair
-from ..timing import Workload, forward_call, take_turns
+from ..timing import Workload, take_turns
 from .costs import Floats, rank_at, useful_rank
 
 RANK_MULTIPLE = 8
@@ -47,8 +49,10 @@ class LatencyTable:
         self._file = file or cache_folder() / "latency.json"
         self._known = _read(self._file)
         self._new: dict[str, float] = {}
-        self._place = f"{_device_name(device)}|{torch.__version__}|{workload}"
+        versions = "".join(f" {name} {version}" for name, version in runtime_versions(workload).items())
+        self._place = f"{_device_name(device)}|{torch.__version__}{versions}|{workload}"
         self._curves: dict[tuple[Any, ...], dict[int, float]] = {}
+        self._open: tuple[tuple[LayerShape, Pair], Mapping[str, Call]] | None = None
 
     def costs(self, scheme: Scheme, sizes: Sequence[Pair], share: float) -> Floats:
         """What a layer costs dense, and at rank 1, 2, .. of a scheme; infinite at ranks that are not clearly faster.
@@ -66,10 +70,13 @@ class LatencyTable:
         """A layer's latency over that of the dense layer at exactly this rank, over all calls.
 
         Kernels change with the rank, so a measurement may lie far from the line through its neighbours. Later costs
-        include it.
+        include it. Other runtimes than PyTorch are interpolated, because each rank would be exported first.
         """
         ratios = []
         for size in sizes:
+            if not self.workload.in_torch:
+                ratios.append(float(self._ratios(scheme, np.array([rank]), size)[0]))
+                continue
             known = self._measured(scheme, size)
             if rank not in known:
                 known[rank] = self._timed_ratio(scheme, rank, size)
@@ -78,7 +85,18 @@ class LatencyTable:
 
     def faster(self, schemes: Sequence[Scheme], sizes: Sequence[Pair]) -> list[Scheme]:
         """The schemes that are clearly faster than the dense layer at some measured rank."""
+        if not self.workload.in_torch:
+            self._open_all(schemes, sizes[0])
         return [scheme for scheme in schemes if min(self._measured(scheme, sizes[0]).values()) <= _WORTH_IT]
+
+    def dense_seconds(self, scheme: Scheme, size: Pair) -> float:
+        """Seconds of one call of the dense layer alone, in another runtime than PyTorch."""
+        key = self._dense_key(scheme, size)
+        self._measured(scheme, size)
+        if key not in self._known:  # a file from which it was lost
+            calls = self._forms({"small": (scheme, _ranks(scheme)[0])}, size)
+            self._note_dense(scheme, size, take_turns(calls, self.device, seconds=0.1, least=2)["dense"])
+        return self._known[key]
 
     def save(self) -> None:
         """Add new measurements to the file, atomically. If it cannot be written, they are not kept."""
@@ -109,7 +127,7 @@ class LatencyTable:
         key = (scheme.shape, scheme.name, scheme.groups, size)
         if key not in self._curves:
             found: dict[int, float] = {}
-            for rank in sorted({_rank_at(scheme, share) for share in (0.15, 0.4, 0.75)}):
+            for rank in _ranks(scheme):
                 found[rank] = self._timed_ratio(scheme, rank, size)
                 if min(found.values()) > 1:  # slower than dense at its smallest rank: so are the others
                     break
@@ -118,17 +136,52 @@ class LatencyTable:
 
     def _timed_ratio(self, scheme: Scheme, rank: int, size: Pair) -> float:
         """The fastest time of a decomposed layer over that of the dense layer: other work only adds time."""
-        key = f"{self._place}|{scheme.shape}|{size}|{scheme.name}|{scheme.groups}|{rank}"
+        key = self._key(scheme, rank, size)
         if key not in self._known:
-            dense = _dense_layer(scheme.shape, self.device)
-            small = low_rank_layer(dense, LayerPlan(scheme.name, rank, scheme.groups))
-            spread_out(small)
-            x = _input(scheme.shape, size, self.workload.batch_size, self.device)
-            calls = {"dense": forward_call(dense, x, self.workload), "small": forward_call(small, x, self.workload)}
+            calls = self._calls(scheme, rank, size)
             with torch.inference_mode():
                 samples = take_turns(calls, self.device, seconds=0.1, least=2)
             self._known[key] = self._new[key] = min(samples["small"]) / min(samples["dense"])
+            if not self.workload.in_torch:
+                self._note_dense(scheme, size, samples["dense"])
         return self._known[key]
+
+    def _note_dense(self, scheme: Scheme, size: Pair, seconds: Sequence[float]) -> None:
+        key = self._dense_key(scheme, size)
+        self._known[key] = self._new[key] = min([*seconds, self._known.get(key, math.inf)])
+
+    def _key(self, scheme: Scheme, rank: int, size: Pair) -> str:
+        return f"{self._place}|{scheme.shape}|{size}|{scheme.name}|{scheme.groups}|{rank}"
+
+    def _dense_key(self, scheme: Scheme, size: Pair) -> str:
+        return f"{self._place}|{scheme.shape}|{size}|dense, seconds"
+
+    def _calls(self, scheme: Scheme, rank: int, size: Pair) -> dict[str, Call]:
+        """The dense layer and its form at a rank, ready to run."""
+        if self.workload.in_torch:
+            return self._forms({"small": (scheme, rank)}, size)
+        form = _form(scheme, rank)
+        if self._open is None or self._open[0] != (scheme.shape, size) or form not in self._open[1]:
+            self._open_all([scheme], size)
+        _, calls = cast(tuple[Any, Mapping[str, Call]], self._open)
+        return {"dense": calls["dense"], "small": calls[form]}
+
+    def _open_all(self, schemes: Sequence[Scheme], size: Pair) -> None:
+        """Export a layer in all forms that are not timed yet: together, because each export takes seconds."""
+        wanted = {_form(one, rank): (one, rank) for one in schemes for rank in _ranks(one)}
+        wanted = {name: form for name, form in wanted.items() if self._key(*form, size) not in self._known}
+        if wanted:
+            self._open = (schemes[0].shape, size), self._forms(wanted, size)
+
+    def _forms(self, wanted: Mapping[str, tuple[Scheme, int]], size: Pair) -> dict[str, Call]:
+        """A dense layer and its forms by scheme and rank, ready to run."""
+        shape = next(iter(wanted.values()))[0].shape
+        layers = {"dense": _dense_layer(shape, self.device)}
+        for name, (scheme, rank) in wanted.items():
+            small = low_rank_layer(layers["dense"], LayerPlan(scheme.name, rank, scheme.groups))
+            spread_out(small)
+            layers[name] = small
+        return layer_calls(layers, _input(shape, size, self.workload.batch_size, self.device), self.workload)
 
 
 @torch.no_grad()
@@ -162,6 +215,15 @@ def _device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     hardware = environment()["hardware"]
     return f"{device.type} {hardware['cpu']}, {hardware['threads']} threads"
+
+
+def _form(scheme: Scheme, rank: int) -> str:
+    return f"{scheme.name}, {scheme.groups} groups, rank {rank}"
+
+
+def _ranks(scheme: Scheme) -> list[int]:
+    """The ranks that are timed first."""
+    return sorted({_rank_at(scheme, share) for share in (0.15, 0.4, 0.75)})
 
 
 def _rank_at(scheme: Scheme, share: float) -> int:

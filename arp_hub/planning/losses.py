@@ -27,7 +27,9 @@ from ..calibration.images import Images
 from ..effort import Effort
 from ..layers.low_rank import effective_weight
 from ..layers.model import layers_called
+from ..processes import Processes
 from ..schemes import Scheme
+from ..schemes.linalg import factorising
 from ..schemes.shapes import LayerShape
 from .allocation import Losses
 from .costs import Floats
@@ -49,7 +51,8 @@ def weight_losses(model: nn.Module, layers: Mapping[str, Sequence[Scheme]], prog
     """Losses of layers by their weights."""
     losses = {}
     for name, schemes in counted(layers.items(), "measure layers", progress):
-        curves = weight_candidates(effective_weight(model.get_submodule(name)).float(), schemes)
+        with factorising(name):
+            curves = weight_candidates(effective_weight(model.get_submodule(name)).float(), schemes)
         losses[name] = [(one.scheme, one.errors**2) for one in curves]
     return losses
 
@@ -60,6 +63,7 @@ def output_losses(
     images: Images,
     macs: float,
     effort: Effort,
+    processes: Processes,
     progress: bool,
 ) -> Losses:
     """Losses of layers by calibration images.
@@ -70,15 +74,17 @@ def output_losses(
         images: Calibration images.
         macs: Multiply-accumulates of one image through the model.
         effort: Bounds on the work.
+        processes: The processes that share the work.
         progress: Show progress bars.
     """
     modules = {name: model.get_submodule(name) for name in layers}
     with evaluating(model), layers_called(model):
-        errors = OutputErrors(model, modules, images, macs, effort)
-        curves = {
-            name: errors.candidates(name, schemes)
-            for name, schemes in counted(layers.items(), "measure layers", progress)
-        }
+        errors = OutputErrors(model, modules, images, macs, effort, processes)
+        with stage("measure layers", len(layers), progress) as advance:
+            curves = {}
+            for name, found in errors.candidates(layers):
+                curves[name] = found
+                advance()
         with stage("measure sensitivities", shown=progress):
             sensitivities = errors.sensitivities()
     return {

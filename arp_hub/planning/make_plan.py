@@ -14,7 +14,7 @@ from typing import cast
 from torch import nn
 
 from .._utils.torch_utils import ambient_modes_off
-from ..calibration.images import Images, batches, check_normalised, check_outputs, limited
+from ..calibration.images import Images, batches, check_normalised, check_outputs, image_count, limited
 from ..effort import Effort
 from ..errors import ArpHubError
 from ..layers.apply_plan import made_for
@@ -23,6 +23,8 @@ from ..layers.low_rank import layer_shape
 from ..layers.model import check_model, check_weights, low_rank_layers, other_parameters, refusals, weight_layers
 from ..layers.trace import InputSize, Trace, input_size_of, trace
 from ..plan import RankPlan
+from ..processes import ALONE, Processes
+from ..runtimes.timed import check_installed
 from ..schemes import SCHEMES, Scheme
 from ..timing import Workload
 from .allocation import Budget, CountedBudget
@@ -55,8 +57,11 @@ def make_plan(
     loss is the relative error of its weight or, with calibration images, of its output, weighted by the layer's
     sensitivity (see `arp_hub.planning.losses`).
 
-    A latency is measured: single layers first, then whole networks, on the model's device. A plan exceeds the budget by
-    at most 5 %, and a layer stays dense unless its factors are faster.
+    A latency is measured: single layers first, then whole networks, on the model's device or in another runtime. A plan
+    exceeds the budget by at most 5 %, and a layer stays dense unless its factors are faster.
+
+    Where ``torch.distributed`` is initialised, the processes share the work on calibration images. Every process then
+    calls this with the same arguments, and gets the same plan.
 
     A model on the meta device is planned by the shapes of its layers alone, with a warning. That takes seconds and
     little memory, whatever its size.
@@ -66,8 +71,10 @@ def make_plan(
         keep_params: Share of the model's parameters to keep, between 0 and 1.
         keep_macs: Share of its multiply-accumulates to keep.
         keep_latency: Share of the time of its forward pass to keep. Give exactly one of the three.
-        workload: Batch size, dtype and memory layout that ``keep_latency`` is for; by default one image in float32.
-        schemes: Names of the schemes to choose from; by default all.
+        workload: Batch size, dtype, memory layout, runtime and precision that ``keep_latency`` is for; by default one
+            image in float32, in PyTorch.
+        schemes: Names of the schemes to choose from. By default all, but no grouped ones for linear layers and 1x1
+            convolutions.
         rank_multiple: Ranks are multiples of this, to suit the hardware; under ``keep_latency`` multiples of 8 by
             default.
         exclude: Names or glob patterns of layers that stay dense. The default is the first convolution, which is small,
@@ -81,7 +88,8 @@ def make_plan(
         The plan. Its ``dense`` gives the reason for every layer that stays dense.
 
     Raises:
-        ArpHubError: If an argument is out of range, or the budget cannot be met; the message says what can be met.
+        ArpHubError: If an argument is out of range, the packages of the workload's runtime are missing, or the budget
+            cannot be met; the message says what can be met.
 
     Example:
         >>> make_plan(timm.create_model("resnet18"), keep_params=0.5, schemes=["channel", "group_out"])
@@ -92,6 +100,8 @@ def make_plan(
     settings = Effort.of(effort)
     if workload is not None and cost != "latency":
         raise ArpHubError("a workload is for keep_latency alone: leave it out, or give keep_latency")
+    workload = workload or Workload()
+    check_installed(workload)
     names = _scheme_names(schemes)
     if isinstance(rank_multiple, bool) or not isinstance(rank_multiple, int) or rank_multiple < 1:
         raise ArpHubError(f"rank_multiple must be a whole number of at least 1, got {rank_multiple!r}")
@@ -110,17 +120,32 @@ def make_plan(
     if calibration is not None:
         check_outputs(model, calibration)
     layers, dense = _eligible(model, traced, names, exclude)
+    processes = ALONE
+    if calibration is not None:
+        processes = Processes.meeting(
+            "make_plan",
+            lambda: {
+                "budget": (cost, share, rank_multiple),
+                "layers": {name: [scheme.name for scheme in found] for name, found in layers.items()},
+                "effort": settings,
+                "calibration": image_count(calibration),
+            },
+        )
+        progress = progress and processes.index == 0
     budget: Budget
     if cost == "latency":
-        watch = Stopwatch(model, workload or Workload(), input_size_of(model, input_size))
+        watch = Stopwatch(model, workload, input_size_of(model, input_size))
         table = LatencyTable(watch.workload, watch.device)
-        faster = faster_schemes(layers, traced.sizes, table, progress)
+        # one process measures: timings of several would disturb each other, and differ
+        faster = processes.of_first(lambda: faster_schemes(layers, traced.sizes, table, progress))
         slower = [name for name in layers if name not in faster]
         dense |= dict.fromkeys(slower, "no scheme is faster than the dense layer, as measured")
         layers = faster
         multiple = rank_multiple if rank_multiple > 1 else RANK_MULTIPLE
-        by_layers = LayerTimes(table, traced.sizes, layers, watch.shares(layers), multiple, dense)
-        budget = LatencyBudget(share, by_layers, watch)
+        shares = processes.of_first(lambda: watch.shares(layers, traced.sizes, table))
+        by_layers = LayerTimes(table, traced.sizes, layers, shares, multiple, dense)
+        where = "on this device" if workload.in_torch else f"in {workload.where}, on this device"
+        budget = LatencyBudget(share, by_layers, watch, where)
     else:
         total = float(traced.params if cost == "params" else traced.macs)
         budget = CountedBudget(cost, share, total, CountedCosts(cost, traced.sizes), rank_multiple, dense)
@@ -129,8 +154,8 @@ def make_plan(
     elif calibration is None or not layers:
         losses = weight_losses(model, layers, progress)
     else:
-        losses = output_losses(model, layers, calibration, traced.macs, settings, progress)
-    return made_for(model, budget.plan(losses))
+        losses = output_losses(model, layers, calibration, traced.macs, settings, processes, progress)
+    return made_for(model, processes.of_first(lambda: budget.plan(losses)))
 
 
 def _budget(keep_params: float | None, keep_macs: float | None, keep_latency: float | None) -> tuple[str, float]:
@@ -144,9 +169,9 @@ def _budget(keep_params: float | None, keep_macs: float | None, keep_latency: fl
     return cost, float(share)
 
 
-def _scheme_names(schemes: Sequence[str] | None) -> Sequence[str]:
+def _scheme_names(schemes: Sequence[str] | None) -> Sequence[str] | None:
     if schemes is None:
-        return list(SCHEMES)
+        return None
     names = [schemes] if isinstance(schemes, str) else list(schemes)
     if unknown := [name for name in names if name not in SCHEMES]:
         raise ArpHubError(f"unknown scheme {unknown[0]!r}: choose from {', '.join(SCHEMES)}")
@@ -156,7 +181,7 @@ def _scheme_names(schemes: Sequence[str] | None) -> Sequence[str]:
 
 
 def _eligible(
-    model: nn.Module, traced: Trace, names: Sequence[str], exclude: Sequence[str] | None
+    model: nn.Module, traced: Trace, names: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> tuple[dict[str, list[Scheme]], dict[str, str]]:
     """The layers that can be decomposed with their schemes, and the others with their reasons."""
     patterns = _first_convs(model) if exclude is None else [exclude] if isinstance(exclude, str) else list(exclude)

@@ -9,7 +9,8 @@ alone decomposed, over ``e_l``. One pass of gradients predicts the divergences o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -21,9 +22,11 @@ from ..calibration.images import LEAST_PIXELS, Images, batches
 from ..calibration.layer_problem import LayerProblem, can_shift
 from ..calibration.passes import all_moments
 from ..effort import Effort
-from ..layers.low_rank import low_rank_layer
+from ..layers.low_rank import effective_weight, low_rank_layer
 from ..plan import LayerPlan
+from ..processes import ALONE, Processes
 from ..schemes import Factors, Scheme
+from ..schemes.linalg import factorising
 from .costs import Floats, rank_at, useful_rank
 from .error_curves import Candidate, interpolate, rough_sweeps, shortlist, truncation_errors
 
@@ -42,7 +45,7 @@ class _RoughProblem:
     def curve(self, scheme: Scheme) -> tuple[Floats, Factors | None]:
         """The relative error at every rank, and the factors at the middle rank if they were fitted on the way."""
         problem, last = self.problem, useful_rank(scheme)
-        rows = problem.metric.in_blocks(scheme.blocks).apply(problem.weight)
+        rows = problem.metric.in_blocks(scheme.blocks).apply(problem.weight / problem.unit)
         spectrum = scheme.spectrum(rows, problem.regression.moment)
         if spectrum is not None:
             return truncation_errors(spectrum)[:last], None
@@ -59,24 +62,46 @@ class _RoughProblem:
         shares = self.effort.curve_shares
         return rank_at(scheme, shares[len(shares) // 2])
 
-    def middle(self, scheme: Scheme, factors: Factors | None) -> tuple[float, Substitute]:
-        """Relative error and decomposed layer at the middle rank, its mean output corrected if it will be in the end.
+    def middle(self, scheme: Scheme, factors: Factors | None) -> _Middle:
+        """The layer decomposed at the middle rank.
 
         Args:
             scheme: The scheme.
             factors: The factors, if they are known already.
         """
-        rank, layer = self.middle_rank(scheme), self.problem.layer
+        rank = self.middle_rank(scheme)
         factors = factors or self.fit(scheme, rank)
         composed = scheme.compose(factors)
-        new = low_rank_layer(layer, LayerPlan(scheme.name, rank, scheme.groups))
-        new.load_factors(factors, cast("Tensor | None", layer.bias))
-        error = self.problem.error(composed)
-        if not self.problem.can_shift:
-            return error, new
-        shift = self.problem.bias(composed)
-        shift = shift if scheme.shape.kind == "linear" else shift[:, None, None]
-        return error, lambda x: new(x) + shift.to(x.dtype)
+        shift = self.problem.bias(composed).cpu() if self.problem.can_shift else None
+        plan = LayerPlan(scheme.name, rank, scheme.groups)
+        return _Middle(plan, tuple(factor.cpu() for factor in factors), shift, self.problem.error(composed))
+
+
+@dataclass(frozen=True)
+class _Middle:
+    """A layer decomposed at its middle rank, with tensors on the CPU, as processes exchange it.
+
+    Attributes:
+        plan: How the layer is decomposed.
+        factors: Its factors.
+        shift: The change of its mean output that its bias, or the BatchNorm behind it, will correct; None without one.
+        error: Its relative error.
+    """
+
+    plan: LayerPlan
+    factors: Factors
+    shift: Tensor | None
+    error: float
+
+    def substitute(self, layer: nn.Module) -> Substitute:
+        """What stands in for the dense layer."""
+        new = low_rank_layer(layer, self.plan)
+        new.load_factors(self.factors, cast("Tensor | None", layer.bias))
+        if self.shift is None:
+            return new
+        shift = self.shift.to(effective_weight(layer))
+        shift = shift if isinstance(layer, nn.Linear) else shift[:, None, None]
+        return lambda x: new(x) + shift.to(x.dtype)
 
 
 class OutputErrors:
@@ -88,30 +113,53 @@ class OutputErrors:
         images: Calibration images. One forward pass is made over them, and two with gradients.
         macs: Multiply-accumulates of one image through the model.
         effort: Bounds on the work.
+        processes: The processes that share the work.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], images: Images, macs: float, effort: Effort
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        images: Images,
+        macs: float,
+        effort: Effort,
+        processes: Processes = ALONE,
     ) -> None:
-        self._layers, self._effort = layers, effort
+        self._layers, self._effort, self._processes = layers, effort, processes
         pixels = math.prod(next(batches(images)).shape[2:])
         least = math.ceil(LEAST_PIXELS / pixels)
         most = max(least, int(effort.moment_macs / max(macs, 1.0)))
         self._norms = following_norms(model, layers, images)
         centred = {name for name, layer in layers.items() if can_shift(layer, self._norms.get(name))}
-        self._moments = all_moments(model, layers, images, effort.curve_positions_macs, centred, most)
+        self._moments = all_moments(model, layers, images, effort.curve_positions_macs, centred, most, processes)
         most = max(least, int(effort.gradient_macs / (3 * max(macs, 1.0))))  # a backward pass costs two forward passes
-        self._gradients = gradient_moments(model, layers, images, effort.curve_positions_macs, most)
+        self._gradients = gradient_moments(model, layers, images, effort.curve_positions_macs, most, processes)
         self._model, self._images, self._most = model, images, most
-        self._middle: dict[str, tuple[float, Substitute]] = {}
+        self._middle: dict[str, _Middle] = {}
 
-    def candidates(self, name: str, schemes: Sequence[Scheme]) -> list[Candidate]:
-        """Error curves of the most promising schemes of a layer, at the layer's own output.
+    def candidates(self, schemes: Mapping[str, Sequence[Scheme]]) -> Iterator[tuple[str, list[Candidate]]]:
+        """Error curves of the most promising schemes of every layer, at the layer's own output.
 
         Args:
-            name: The layer.
-            schemes: The schemes to choose from; they are shortlisted by the error of the weight at equal cost.
+            schemes: The schemes to choose from, by layer. They are shortlisted by the error of the weight at equal
+                cost.
         """
+        # moments of D columns are factorised in D^3 operations, and fits take as many for each row of the weight
+        weights = {name: effective_weight(self._layers[name]) for name in schemes}
+        costs = {name: weight.numel() / len(weight) * weight.numel() for name, weight in weights.items()}
+
+        def measured(name: str) -> tuple[list[tuple[int, Floats]], _Middle]:
+            with factorising(name):
+                return self._measured(name, schemes[name])
+
+        for name, (curves, middle) in self._processes.shared_out(costs, measured):
+            self._middle[name] = middle
+            yield name, [Candidate(schemes[name][place], errors) for place, errors in curves]
+        self._moments.clear()  # of layers that other processes have measured
+        self._gradients.clear()
+
+    def _measured(self, name: str, schemes: Sequence[Scheme]) -> tuple[list[tuple[int, Floats]], _Middle]:
+        """The curves of some of a layer's schemes, by their places among ``schemes``; and the layer decomposed."""
         # popped, because the moments of all layers together take much memory
         moments, gradients = self._moments.pop(name), self._gradients.pop(name, None)
         layer = LayerProblem.of(self._layers[name], moments, gradients, self._norms.get(name), torch.float32)
@@ -121,18 +169,17 @@ class OutputErrors:
             errors, fitted[scheme] = problem.curve(scheme)
             found.append(Candidate(scheme, errors))
         best = min(found, key=lambda one: one.errors[problem.middle_rank(one.scheme) - 1]).scheme
-        self._middle[name] = problem.middle(best, fitted[best])
-        return found
+        return [(schemes.index(one.scheme), one.errors) for one in found], problem.middle(best, fitted[best])
 
     def sensitivities(self) -> dict[str, float]:
         """The divergence of the network's predictions with one layer decomposed, over that layer's relative error.
 
         Layers that no gradient reaches are as sensitive as the others on average.
         """
-        substitutes = {name: substitute for name, (_, substitute) in self._middle.items()}
-        layers = {name: self._layers[name] for name in substitutes}
-        divergences = predicted_divergences(self._model, layers, substitutes, self._images, self._most)
+        layers = {name: self._layers[name] for name in self._middle}
+        substitutes = {name: middle.substitute(layers[name]) for name, middle in self._middle.items()}
+        divergences = predicted_divergences(self._model, layers, substitutes, self._images, self._most, self._processes)
         # rounding alone gives about 1e-12 and 1e-6; the ratio of smaller numbers says nothing
-        known = {name: max(value, 1e-12) / max(self._middle[name][0], 1e-6) for name, value in divergences.items()}
+        known = {name: max(value, 1e-12) / max(self._middle[name].error, 1e-6) for name, value in divergences.items()}
         mean = sum(known.values()) / len(known) if known else 1.0
         return {name: known.get(name, mean) for name in layers}

@@ -14,7 +14,8 @@ from ..decomposition import to_dense
 from ..errors import ArpHubError
 from ..layers.model import check_model, low_rank_layers
 from ..layers.trace import InputSize, input_size_of
-from ..timing import Spread, Workload, clock, forward_call, paired_ratio, take_turns
+from ..runtimes.timed import check_installed, model_call
+from ..timing import Spread, Workload, clock, paired_ratio, take_turns
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,16 @@ def benchmark(
 
     Args:
         model: Any timm model, on the device to time it on; it is copied, not changed.
-        workload: Batch size, numbers and memory layout; by default one image, float32.
+        workload: Batch size, numbers, memory layout and runtime; by default one image, in float32, in PyTorch. Other
+            runtimes run on the CPU: both models are exported to temporary files first.
         dense: What to compare with; by default the model with its factors merged.
         input_size: ``(channels, height, width)``; by default the model's own.
         compiled: Time both through ``torch.compile``; it compiles while warming up.
         seconds: How long to measure, after the warm-up; 5 rounds are made in any case.
 
     Raises:
-        ArpHubError: If an argument is out of range, or the model cannot run the workload on its device.
+        ArpHubError: If an argument is out of range, the packages of the runtime are missing, or the model cannot run
+            the workload on its device.
 
     Example:
         >>> benchmark(model, Workload(batch_size=32), seconds=20).ratio.median
@@ -100,16 +103,21 @@ def benchmark(
     workload = workload or Workload()
     if not (isinstance(seconds, (int, float)) and math.isfinite(seconds) and seconds > 0):
         raise ArpHubError(f"seconds must be a number above 0, got {seconds!r}")
+    if compiled and not workload.in_torch:
+        raise ArpHubError(f"torch.compile has no effect in runtime={workload.runtime}: leave `compiled` out")
+    check_installed(workload)
     size = input_size_of(model, input_size)
     if dense is None and low_rank_layers(model):
         dense = to_dense(copy.deepcopy(model))
     models = {"model": model} if dense is None else {"model": model, "dense": dense}
-    device = next(model.parameters()).device
+    device = workload.device(next(model.parameters()).device)
     images = torch.randn(workload.batch_size, *size, device=device)
     try:
-        calls = {name: forward_call(network, images, workload, compiled) for name, network in models.items()}
+        calls = {name: model_call(network, images, workload, compiled) for name, network in models.items()}
         with torch.inference_mode():
             samples = take_turns(calls, device, seconds)
+    except ArpHubError:
+        raise
     except (RuntimeError, ValueError, AssertionError) as error:  # models refuse sizes in many ways
         raise ArpHubError(f"the model cannot run {workload} on {device}: {str(error).splitlines()[0]}") from error
     return Benchmark(

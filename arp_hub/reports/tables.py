@@ -81,7 +81,7 @@ def latency_table(found: Iterable[Benchmark], title: str | None = None) -> Table
     columns = ("batch", "ms", "dense ms", "ratio", "images/s")
     table = _table(title, ("device", "numbers"), columns)
     for one in found:
-        kind = one.workload.dtype + (", channels last" if one.workload.channels_last else "")
+        kind = one.workload.where + (", channels last" if one.workload.channels_last else "")
         threads = f", {one.threads} threads" if one.device == "cpu" else ""
         _add(
             table,

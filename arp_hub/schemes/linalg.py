@@ -10,8 +10,42 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+
+from ..errors import ArpHubError
+
+
+@contextmanager
+def factorising(layer: str) -> Iterator[None]:
+    """Name the layer whose numbers cannot be factorised inside the block.
+
+    Raises:
+        ArpHubError: In place of torch's ``LinAlgError``.
+    """
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise ArpHubError(
+            f"layer '{layer}' cannot be factorised, because its weights or inputs are too large or too small: scale "
+            f"them, or leave the layer out of the plan with exclude (torch says: {error})"
+        ) from error
+
+
+def unit(weight: Tensor) -> float:
+    """A power of two to divide a weight by, so that its squares and their squares fit in single precision.
+
+    It is 1 for weights whose largest is between 2^-8 and 2^8, whose results therefore stay the same bit for bit.
+    """
+    largest = float(weight.abs().max())
+    if not 0 < largest < math.inf:
+        return 1.0
+    steps = round(math.log2(largest) / 16)
+    return 2.0 ** (16 * min(7, max(-7, steps)))  # 2^112, because 2^128 is no number of single precision
 
 
 def leading_vectors(matrix: Tensor, rank: int) -> Tensor:

@@ -74,7 +74,7 @@ class Checkpoint:
             raise
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise _damaged(
+            raise damaged(
                 self.path, f"'{part}' does not fit this run ({type(error).__name__}: {reason:.300})"
             ) from error
 
@@ -143,7 +143,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         RecursionError,
         SafetensorError,
     ) as error:
-        raise _damaged(path, f"it cannot be read ({error!r})") from error
+        raise damaged(path, f"it cannot be read ({error!r})") from error
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
@@ -224,7 +224,7 @@ class _Part(dict[Any, Any]):
         self.path = path
 
     def __missing__(self, key: Any) -> Any:
-        raise _damaged(self.path, f"its state lacks '{key}'")
+        raise damaged(self.path, f"its state lacks '{key}'")
 
 
 def verify_checksums(path: Path) -> None:
@@ -238,16 +238,16 @@ def verify_checksums(path: Path) -> None:
         return
     for name in (STATE, TENSORS):
         if not (path / name).is_file():
-            raise _damaged(path, f"{name} is missing")
+            raise damaged(path, f"{name} is missing")
     try:
         found, current = read_text(sums), _sums(path)
     except (OSError, ValueError) as error:
-        raise _damaged(path, f"its {SUMS} cannot be verified ({error})") from error
+        raise damaged(path, f"its {SUMS} cannot be verified ({error})") from error
     for name, line in current.items():
         if line not in found:
-            raise _damaged(path, f"{name} does not have the checksum in {SUMS}")
+            raise damaged(path, f"{name} does not have the checksum in {SUMS}")
     if found != "".join(current.values()):
-        raise _damaged(path, f"{SUMS} has more than the checksums of {STATE} and {TENSORS}")
+        raise damaged(path, f"{SUMS} has more than the checksums of {STATE} and {TENSORS}")
 
 
 def _sums(path: Path) -> dict[str, str]:
@@ -255,7 +255,13 @@ def _sums(path: Path) -> dict[str, str]:
     return {name: f"{_sha256(path / name)}  {name}\n" for name in (STATE, TENSORS)}
 
 
-def _damaged(path: Path | None, what: str) -> DamagedCheckpoint:
+def damaged(path: Path | None, what: str) -> DamagedCheckpoint:
+    """The error about a damaged checkpoint.
+
+    Args:
+        path: The folder of the checkpoint.
+        what: What is wrong with it.
+    """
     return DamagedCheckpoint(
         f"'{path}' is not a whole checkpoint: {what}. Give another with --resume, or start a new run with --overwrite"
     )

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..errors import ArpHubError
-from .config import GROUPS, TrainConfig, nearest, read_config
+from .config import TrainConfig, read_config
+from .config_fields import GROUPS, nearest
 from .config_text import commented_yaml
 from .preemption import EXIT_CODE, Preempted
 from .trainer import run
@@ -126,9 +127,10 @@ def _shape(setting: dataclasses.Field[Any]) -> dict[str, Any]:
         return {"nargs": "*", "metavar": "NAME"}
     if str(setting.type).startswith("dict"):
         return {"nargs": "*", "metavar": "NAME=VALUE"}
-    if setting.name == "resume":
-        return {"nargs": "?", "const": "auto", "metavar": "CHECKPOINT"}
-    return {"metavar": setting.name.upper().split("_")[-1]}
+    shape = {"metavar": "CHECKPOINT" if setting.name == "resume" else setting.name.upper().split("_")[-1]}
+    if bare := setting.metadata.get("bare"):
+        shape |= {"nargs": "?", "const": bare}
+    return shape
 
 
 def setting_help(setting: dataclasses.Field[Any], default: Any) -> str:

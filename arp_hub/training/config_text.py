@@ -7,7 +7,8 @@ import textwrap
 
 import yaml
 
-from .config import GROUPS, TrainConfig
+from .config import TrainConfig
+from .config_fields import GROUPS
 
 
 def commented_yaml(config: TrainConfig) -> str:

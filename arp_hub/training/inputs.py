@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from .._utils.torch_utils import evaluating
 from ..errors import ArpHubError
-from ..hub.load import is_saved_model, load_model
-from .config import TrainConfig
+from ..hub.load import is_saved_model, load_model, set_input_size
+from ..models.arguments import unknown_argument
+from .config import ARGUMENTS, TrainConfig
+from .data.augment import Augmentation
 from .data.dataset import ImageData, load_data
 from .data.input_format import input_format
+from .data.splits import StreamedSplit
 
 _logger = logging.getLogger(__name__)
 
@@ -22,11 +27,10 @@ def load_data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
     Raises:
         ArpHubError: If either cannot be loaded, or if trained weights have another number of classes than the data.
     """
-    checkpoint = config.checkpoint or None
+    checkpoint = config.checkpoint
     pretrained = config.pretrained or is_saved_model(config.model)
     torch.manual_seed(config.seed)
-    arguments = config.model_kwargs or {}
-    model = load_model(config.model, checkpoint, pretrained=pretrained, **arguments)
+    model = _dense_model(config, pretrained=pretrained)
     data = load_data(
         config.data,
         model,
@@ -34,7 +38,15 @@ def load_data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
         label_key=config.label_key or None,
         val_fraction=config.val_fraction,
         seed=config.seed,
-        auto_augment=config.auto_augment,
+        augmentation=Augmentation(
+            config.auto_augment,
+            config.color_jitter,
+            config.train_crop_mode,
+            config.reprob,
+            config.remode,
+            config.recount,
+            config.train_img_size,
+        ),
         max_bad_images=config.max_bad_images,
         streaming=config.streaming,
         epoch_images=config.epoch_images,
@@ -47,6 +59,11 @@ def load_data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
             f"data '{config.data}' does not tell how many images split '{data.train.name}' has: set epoch_images, the "
             "number of images of an epoch"
         )
+    if isinstance(data.train, StreamedSplit) and config.aug_repeats > 1:
+        raise ArpHubError(
+            f"aug_repeats={config.aug_repeats} needs images that are read at random, and data '{config.data}' is a "
+            "stream: set aug_repeats=0"
+        )
     if data.num_classes != model.num_classes:
         if checkpoint or (pretrained and not config.dense_epochs):
             raise ArpHubError(
@@ -54,10 +71,57 @@ def load_data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
                 f"{model.num_classes}: set dense_epochs to train a new classifier, or choose the right model"
             )
         torch.manual_seed(config.seed)
-        model = load_model(config.model, pretrained=pretrained, **{**arguments, "num_classes": data.num_classes})
+        model = _dense_model(config, pretrained=pretrained, num_classes=data.num_classes)
+    if config.train_img_size:
+        _check_size(model, config.train_img_size, f"model '{config.model}'")
     if not checkpoint and not pretrained and not config.dense_epochs:
         _logger.warning("no trained weights and dense_epochs=0: penalty training starts from random weights")
     return data, model
+
+
+def _dense_model(config: TrainConfig, **arguments: Any) -> nn.Module:
+    """The dense model with the arguments that the settings give it.
+
+    Raises:
+        ArpHubError: If it cannot be loaded, or does not take an argument; naming the setting.
+    """
+    named = {argument: setting for setting, argument in ARGUMENTS.items() if getattr(config, setting)}
+    given = {argument: getattr(config, setting) for argument, setting in named.items()}
+    given |= {**(config.model_kwargs or {}), **arguments}
+    try:
+        model = load_model(config.model, config.checkpoint or None, **given)
+    except ArpHubError as error:
+        unknown = unknown_argument(error.__cause__, given) if error.__cause__ else None
+        if unknown == "img_size" and unknown in named:  # the model takes images of any size
+            del given["img_size"]
+            model = load_model(config.model, config.checkpoint or None, **given)
+        elif unknown in named:
+            raise ArpHubError(
+                f"{named[unknown]}={given[unknown]}: the model '{config.model}' takes no argument '{unknown}': leave "
+                f"{named[unknown]} out"
+            ) from error
+        else:
+            raise
+    if config.img_size:
+        set_input_size(model, (3, config.img_size, config.img_size))
+    if config.crop_pct:
+        cfg: Any = {**cast("dict[str, Any]", model.pretrained_cfg), "crop_pct": config.crop_pct}
+        model.pretrained_cfg = model.default_cfg = cfg
+    return model
+
+
+@torch.no_grad()
+def _check_size(model: nn.Module, size: int, name: str) -> None:
+    """Refuse training images of a size that a model does not take."""
+    try:
+        with evaluating(model):
+            model(next(model.parameters()).new_zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ArpHubError(
+            f"train_img_size={size}: {name} does not take images of this size ({reason:.200}). Transformers of timm do "
+            "with the argument dynamic_img_size=True in model_kwargs"
+        ) from error
 
 
 def load_teacher(config: TrainConfig, data: ImageData, model: nn.Module) -> nn.Module | None:
@@ -86,4 +150,6 @@ def load_teacher(config: TrainConfig, data: ImageData, model: nn.Module) -> nn.M
             f"teacher '{config.teacher}' normalises images by mean {theirs.mean} and std {theirs.std}, model "
             f"'{config.model}' by {ours.mean} and {ours.std}, but both get the same images: choose another teacher"
         )
+    if config.train_img_size:
+        _check_size(teacher, config.train_img_size, f"teacher '{config.teacher}'")
     return teacher

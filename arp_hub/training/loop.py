@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
-from timm.data import Mixup
-from timm.utils import ModelEmaV3, distribute_bn
+from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from ..errors import ArpHubError
 from .checkpoint import Checkpoint, newest_whole, save_checkpoint
-from .config import TrainConfig
+from .compiling import compiling
 from .data.batches import training_batches
 from .evaluate import evaluate
 from .finite import fetched, first_not_finite, weights_not_finite
 from .graphs import Forward, recorded_inference, recorded_training
-from .optimizer import group_values, make_optimizer, make_schedule, restore_optimizer
+from .losses import Loss
+from .optimizer import clipped_parameters, group_values, highest_rate, make_optimizer, make_schedule, restore_optimizer
+from .optimizer_state import check_optimizer_state
 from .phases import Phase, Run
 from .preemption import Preempted
 from .seeds import seed_everything
+from .sync_norms import SynchronisedNorms
 
 
 def train(run: Run, phase: Phase, start: Checkpoint | None = None) -> nn.Module | None:
@@ -62,25 +64,31 @@ class _Loop:
         self.layout = layout
         if phase.frozen_norms:
             _freeze_statistics(self.model)
+        average = partial(ModelEmaV3, decay=config.ema_decay, use_warmup=config.model_ema_warmup)
+        self.ema = average(self.model) if config.ema_decay else None
+        self.norms = SynchronisedNorms(self.model) if config.sync_bn else None
         optimizer = make_optimizer(self.model, config, phase.lr)
         self.schedule = make_schedule(optimizer, config, self.total, run.steps_per_epoch)
         self.schedule.step_update(self.step)
-        self.ema = ModelEmaV3(self.model, decay=config.ema_decay) if config.ema_decay else None
         self.raw_optimizer = optimizer
         self.totals = torch.zeros(3, device=accelerator.device)  # of the epoch: summed loss, hits, images
         if start:
             self.restore(start)
         self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
         self.forward: Forward = self.wrapped
+        if config.torchcompile:
+            self.forward = torch.compile(self.wrapped, backend=config.torchcompile)
         self.guide: Forward | None = self.teach if phase.teacher and config.distill else None
         self.recorded = not config.cuda_graphs
-        self.mixup = _mixup(config, run.data.num_classes)
+        self.criterion = Loss(config, run.data.num_classes)
+        self.clipped = clipped_parameters(self.model, config)
         self.checkpoints = config.run_folder / "checkpoints"
         self.listen_every = 1 if accelerator.num_processes == 1 else 10  # steps between exchanges about SIGTERM
 
     def restore(self, start: Checkpoint) -> None:
         """Restore what `save` writes, except the model and the penalty."""
         state = start.state
+        check_optimizer_state(start, self.model, lambda model: make_optimizer(model, self.config, self.phase.lr))
         restore_optimizer(self.raw_optimizer, state["optimizer"], state.get("groups"))
         if self.ema:
             start.load_into(self.ema.module, "ema")
@@ -110,17 +118,20 @@ class _Loop:
     def release(self) -> None:
         """Free what Accelerate prepared, including gradients and process group, while this object still exists."""
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        if self.norms:
+            self.norms.put_back()
         del self.wrapped, self.forward, self.optimizer
         self.accelerator.free_memory()
 
     def epoch(self, epoch: int, end: int, bar: Any) -> None:
         """Train up to step ``end``, then log the epoch and save a checkpoint."""
         began = time.perf_counter()
+        self.criterion.begin_epoch(epoch)
         every = self.config.checkpoint_every
         steps = range(self.step, end)
         micro = training_batches(self.run.data.train, self.config, self.accelerator, self.phase.name, steps)
         while self.step < end:
-            lr = self.raw_optimizer.param_groups[0]["lr"]
+            lr = highest_rate(self.raw_optimizer)
             loss = self.one_step(micro)
             self.step += 1
             bar.update()
@@ -163,7 +174,7 @@ class _Loop:
             if not self.recorded:
                 self.record(images)
             seed_everything(config.seed, self.phase.name, self.step, part, accelerator.process_index)
-            with accelerator.accumulate(self.wrapped):
+            with accelerator.accumulate(self.wrapped), compiling(config.torchcompile):
                 loss = self.loss(images, labels)
                 number = fetched(loss)
                 accelerator.backward(loss)
@@ -172,7 +183,8 @@ class _Loop:
                         where = first_not_finite(self.model, images)
                     raise self.diverged(f"the loss is {loss.item()}", self.step + 1, where)
                 if accelerator.sync_gradients and config.clip_grad:
-                    accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+                    accelerator.unscale_gradients()
+                    dispatch_clip_grad(self.clipped, config.clip_grad, mode=config.clip_mode)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             losses.append(loss.detach())
@@ -184,22 +196,13 @@ class _Loop:
         return torch.stack(losses).mean()
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy, blended with distillation if there is a teacher."""
-        config, target = self.config, labels
-        if self.mixup:
-            images, target = self.mixup(images, labels)
+        """The loss of the labels, blended with distillation if there is a teacher."""
+        images, target = self.criterion.mixed(images, labels)
         logits = self.forward(images).float()
-        loss = F.cross_entropy(logits, target, label_smoothing=config.smoothing)
+        loss = self.criterion.of_targets(logits, target)
         hits = (logits.argmax(1) == labels).sum()
         self.totals += torch.stack([loss.detach() * len(labels), hits, hits.new_full((), len(labels))])
-        if self.guide is None:
-            return loss
-        guide = self.guide(images)
-        heat = config.temperature
-        divergence = F.kl_div(
-            F.log_softmax(logits / heat, 1), F.log_softmax(guide / heat, 1), reduction="batchmean", log_target=True
-        )
-        return (1 - config.distill) * loss + config.distill * heat**2 * divergence
+        return loss if self.guide is None else self.criterion.distilled(loss, logits, self.guide(images))
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> Tensor:
@@ -234,7 +237,7 @@ class _Loop:
         good = f"The last good checkpoint is '{last}'" if last else f"No checkpoint in '{self.checkpoints}' is whole"
         return ArpHubError(
             f"{what} at step {step} of phase '{self.phase.name}': {where}. {good}. Start a new run with a lower lr "
-            f"(now {self.raw_optimizer.param_groups[0]['lr']:.4g}), clip_grad=5 or mixed_precision=no"
+            f"(now {highest_rate(self.raw_optimizer):.4g}), clip_grad=5 or mixed_precision=no"
         )
 
     def close_epoch(self, epoch: int, lr: float, seconds: float) -> None:
@@ -301,9 +304,3 @@ def _freeze_statistics(model: nn.Module) -> None:
 
 def _mean(violations: Mapping[str, float]) -> float:
     return sum(violations.values()) / max(1, len(violations))
-
-
-def _mixup(config: TrainConfig, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    if not config.mixup and not config.cutmix:
-        return None
-    return Mixup(mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=0.0, num_classes=classes)

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
 
 from ..errors import ArpHubError
+from .compiling import check_backend
 from .config import TrainConfig
 from .data.dataset import ImageData
 from .runlog import tracker_name
@@ -26,6 +27,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         ArpHubError: If this machine lacks the precision, the processes or the GPU that the settings ask for, or if its
             processes cannot share a batch evenly.
     """
+    if config.torchcompile:
+        check_backend(config.torchcompile)
     try:
         accelerator = Accelerator(
             cpu=config.cpu,
@@ -45,6 +48,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise ArpHubError(
             f"recipes train by data parallelism, not with {accelerator.distributed_type.value}: choose MULTI_GPU or "
             "MULTI_CPU in `accelerate config`; FSDP2 works in a training loop of your own"
+        )
+    if config.sync_bn and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+        raise ArpHubError(
+            f"sync_bn needs GPUs, but this run has {accelerator.num_processes} processes on CPUs: leave sync_bn out"
         )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
@@ -75,7 +82,8 @@ def affordable(config: TrainConfig, accelerator: Accelerator, data: ImageData) -
     if not config.max_steps or accelerator.device.type != "cpu":
         return config
     parts, (height, width) = _parts(config, accelerator), data.train.images.form.size
-    most = max(parts, 2**20 // (height * width) // parts * parts)
+    pixels = config.train_img_size**2 if config.train_img_size else height * width
+    most = max(parts, 2**20 // pixels // parts * parts)
     if config.batch_size <= most:
         return config
     _logger.warning("trial run on a CPU: %d images a step instead of batch_size=%d", most, config.batch_size)

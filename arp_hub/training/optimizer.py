@@ -1,4 +1,4 @@
-"""The optimiser of a phase: whether it can be used, its schedule, and its state in checkpoints."""
+"""The optimiser of a phase: whether it can be used, its schedule, clipping, and its state in checkpoints."""
 
 from __future__ import annotations
 
@@ -13,28 +13,69 @@ from torch import Tensor, nn
 
 from ..errors import ArpHubError
 from .config import TrainConfig
+from .layer_decay import layer_groups
+
+_OWN = frozenset({"lr", "weight_decay", "momentum", "layer_decay", "opt"})
+"""Arguments of timm's optimisers that are settings of a run."""
 
 
 def check_optimizer(config: TrainConfig) -> None:
     """Refuse an optimiser that cannot train here.
 
     Raises:
-        ArpHubError: If it needs a package that is not installed, or second derivatives.
+        ArpHubError: If it needs a package that is not installed, or second derivatives, or refuses ``opt_kwargs``.
     """
     name = config.optimizer
+    bad = (ImportError, AssertionError, AttributeError, TypeError, RuntimeError, ValueError)
     try:
         create_optimizer_v2(nn.Linear(1, 1), opt=name, lr=config.lr)
-    except (ImportError, AssertionError, AttributeError, TypeError, RuntimeError, ValueError) as error:
+    except bad as error:
         raise ArpHubError(f"optimizer '{name}' cannot be used here ({error}): choose another") from error
-    if get_optimizer_info(name.lower()).second_order:
+    if own := _OWN.intersection(config.opt_kwargs or ()):
+        raise ArpHubError(f"opt_kwargs must not hold '{min(own)}', which is a setting of its own: set {min(own)}")
+    info = get_optimizer_info(name.lower())
+    for argument, taken in (("betas", info.has_betas), ("eps", info.has_eps)):
+        if argument in (config.opt_kwargs or ()) and not taken:  # timm would drop it without a word
+            raise ArpHubError(f"opt_kwargs={config.opt_kwargs}: optimizer '{name}' takes no '{argument}': leave it out")
+    try:
+        make_optimizer(nn.Linear(1, 1), config, config.lr)
+    except bad as error:
+        raise ArpHubError(f"opt_kwargs={config.opt_kwargs}: optimizer '{name}' refuses them ({error})") from error
+    if info.second_order:
         raise ArpHubError(f"optimizer '{name}' needs second derivatives, which a run does not compute: choose another")
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
     """The optimiser that the settings name, for all weights of a model."""
+    decay = config.layer_decay
     return create_optimizer_v2(
-        model, opt=config.optimizer, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum
+        model,
+        opt=config.optimizer,
+        lr=lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        param_group_fn=None if decay is None else lambda model: layer_groups(model, config.weight_decay, decay),
+        **_tuples(config.opt_kwargs or {}),
     )
+
+
+def _tuples(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with lists as tuples, as optimisers expect ``betas``."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+
+
+def highest_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The current learning rate; with ``layer_decay``, that of the last layers."""
+    return max(group["lr"] for group in optimizer.param_groups)
+
+
+def clipped_parameters(model: nn.Module, config: TrainConfig) -> list[nn.Parameter]:
+    """The parameters whose gradients ``clip_grad`` bounds: all, but for adaptive clipping those of the classifier."""
+    classifier: Any = getattr(model, "get_classifier", None)
+    head = classifier() if config.clip_mode == "agc" and classifier else None
+    heads = head if isinstance(head, tuple) else (head,)  # distilled transformers have two
+    left_out = {id(weight) for part in heads if isinstance(part, nn.Module) for weight in part.parameters()}
+    return [weight for weight in model.parameters() if id(weight) not in left_out]
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int, steps_per_epoch: int) -> Scheduler:
@@ -50,7 +91,8 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: 
         decay_epochs=max(1, steps // 3),
         decay_milestones=[steps // 2, steps * 3 // 4],
         warmup_epochs=min(round(config.warmup_epochs * steps_per_epoch), steps // 2),
-        warmup_lr=0.0,
+        warmup_lr=config.warmup_lr,
+        min_lr=config.min_lr,
         step_on_epochs=False,
         updates_per_epoch=1,
     )

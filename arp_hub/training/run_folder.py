@@ -20,6 +20,8 @@ LOCK = "run.lock"
 """Name of the file that the main process locks while the run lasts."""
 REFINEMENT = "refinement.safetensors"
 """Name of the file that holds the state of an unfinished refinement of the fit."""
+_WRITTEN = {"checkpoints", "config.yaml", "dense.safetensors", "log.jsonl", "metrics.json", "report.html", "tracker"}
+"""What else a run writes in its folder. A new run keeps all other files, unless it may overwrite the folder."""
 
 
 class RunFolder:
@@ -117,12 +119,17 @@ class RunFolder:
             )
 
     def _clear(self) -> None:
-        """Delete everything but the lock; where resuming is asked for, an unfinished refinement stays, too."""
+        """Delete what an earlier run wrote; with ``overwrite``, everything but the lock.
+
+        Where resuming is asked for, an unfinished refinement stays.
+        """
         kept = {LOCK, REFINEMENT} if self.config.resume else {LOCK}
         for path in self.path.iterdir():
+            if path.name in kept or not (self.config.overwrite or path.name in _WRITTEN | {REFINEMENT}):
+                continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name not in kept:
+            else:
                 path.unlink()
 
 

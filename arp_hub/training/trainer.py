@@ -104,7 +104,7 @@ def _dense_model(run: Run, model: nn.Module, start: Checkpoint | None) -> nn.Mod
         _check_budget(run, model)
         if start:
             start.load_into(model, "model")
-        phase = Phase("dense", model, config.dense_epochs, config.dense_lr or config.lr)
+        phase = Phase("dense", model, config.dense_epochs, config.rates()["dense_lr"])
         model = train(run, phase, start) or model
     model.eval()
     run.scores["dense"] = _score(run, model, "dense model")
@@ -128,7 +128,7 @@ def _compressed_model(
         model, plan = _penalised_model(run, dense, guide, start if start and start.phase == "compress" else None)
     if config.finetune_epochs:
         model.requires_grad_(True)
-        rate = config.finetune_lr or config.lr / 10
+        rate = config.rates()["finetune_lr"]
         phase = Phase("finetune", model, config.finetune_epochs, rate, guide, frozen_norms=config.freeze_norms)
         model = train(run, phase, start if start and start.phase == "finetune" else None) or model
         run.scores["finetuned"] = _score(run, model, "fine-tuned model")

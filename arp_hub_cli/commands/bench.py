@@ -14,7 +14,9 @@ from ..options import (
     Model,
     ModelKwargs,
     NumClasses,
+    Precision,
     Pretrained,
+    Runtime,
     timing_option,
 )
 from ..terminal import print_json, print_tables
@@ -31,6 +33,8 @@ def bench(
     ] = "1,32",
     dtype: Dtype = "float32",
     channels_last: ChannelsLast = False,
+    runtime: Runtime = "torch",
+    precision: Precision = "float32",
     compiled: Annotated[bool, timing_option("--compile", help="Compile both models with torch.compile first.")] = False,
     seconds: Annotated[float, timing_option(metavar="SECONDS", help="Seconds to measure each batch size.")] = 10.0,
     input_size: InputSize = None,
@@ -40,19 +44,24 @@ def bench(
     """Measure the latency of a compressed model and of its dense form, in turns: medians with quartiles.
 
     A ratio below 1 is faster than dense. With OMP_NUM_THREADS=1, times are CPU seconds, which other processes hardly
-    affect.
+    affect. --runtime times both models as they are deployed: they are exported to temporary files first.
 
     Example:
         arp-hub bench --model local-dir:out --batch-size 1,32 --json
     """
     from arp_hub._utils.environment import environment
     from arp_hub._utils.progress import counted
+    from arp_hub.errors import ArpHubError
     from arp_hub.reports import tables
     from arp_hub.reports.benchmark import benchmark
+    from arp_hub.runtimes.timed import check_installed, runtime_versions
 
     from ..inputs import ModelChoice, batch_sizes, open_model, timed_workload
 
-    workloads = [timed_workload(size, dtype, channels_last) for size in batch_sizes(batch_size)]
+    workloads = [timed_workload(size, dtype, channels_last, runtime, precision) for size in batch_sizes(batch_size)]
+    if compiled and not workloads[0].in_torch:
+        raise ArpHubError(f"--compile has no effect with --runtime {runtime}: leave it out")
+    check_installed(workloads[0])
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device)
     network, random_weights = open_model(choice)
     found = [
@@ -60,7 +69,9 @@ def bench(
         for workload in counted(workloads, "time batch sizes")
     ]
     if as_json:
-        described = {"model": model, "random_weights": random_weights, **environment()}
+        facts = environment()
+        facts["versions"] |= runtime_versions(workloads[0])
+        described = {"model": model, "random_weights": random_weights, **facts}
         print_json({**described, "latency": [one.to_dict() for one in found]})
     else:
         print_tables(tables.latency_table(found, model))

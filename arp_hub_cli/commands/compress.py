@@ -32,18 +32,21 @@ from ..options import (
     NumClasses,
     Overwrite,
     PlanFile,
+    Precision,
     Pretrained,
     RankMultiple,
     Refine,
     RefineImages,
     RefineMinutes,
     RefineSteps,
+    Runtime,
     Schemes,
     Seed,
     Streaming,
     Workers,
     output_option,
 )
+from ..processes import is_first
 from ..terminal import note, print_json, print_tables
 
 if TYPE_CHECKING:
@@ -67,6 +70,8 @@ def compress(
     batch_size: BatchSize = 1,
     dtype: Dtype = "float32",
     channels_last: ChannelsLast = False,
+    runtime: Runtime = "torch",
+    precision: Precision = "float32",
     plan: PlanFile = None,
     data: Data = None,
     image_key: ImageKey = None,
@@ -109,6 +114,7 @@ def compress(
     from arp_hub.plan import RankPlan
     from arp_hub.planning.make_plan import make_plan
     from arp_hub.reports import spectra
+    from arp_hub.runtimes.timed import check_installed
     from arp_hub.training.data.excerpts import calibration_counts
 
     from ..inputs import (
@@ -123,8 +129,9 @@ def compress(
     )
     from ..outcome import before_after, next_steps, weight_bytes
 
-    workload = timed_workload(batch_size, dtype, channels_last)
+    workload = timed_workload(batch_size, dtype, channels_last, runtime, precision)
     options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude, plan)
+    check_installed(workload)
     check_effort(effort)
     refinement = RefineChoice(refine, refine_minutes, refine_steps, refine_images)
     refinement.check(data)
@@ -138,13 +145,17 @@ def compress(
     images = open_images(found, calibration, copies, seed, workers)
     counts = calibration_counts(found, calibration, copies) if found else (0, 0)
     test = _test_split(network, found)
-    before, before_bytes = _figures(network, test, max_images, workers), weight_bytes(network)
+    # of several processes the first one measures and saves
+    before = _figures(network, test, max_images, workers) if is_first() else {}
+    before_bytes = weight_bytes(network)
     dense = copy.deepcopy(network) if refinement.wanted else network
     start = time.perf_counter()
     made = given or make_plan(network, **options, calibration=images, effort=effort, progress=True)
-    falls = spectra.decays(network, made)
+    falls = spectra.decays(network, made) if is_first() else {}
     decompose(network, made, images, effort=effort, progress=True)
     refined = refinement.run(network, dense, found, output, seed, workers)
+    if not is_first():
+        return
     seconds = time.perf_counter() - start
     after, after_bytes = _figures(network, test, max_images, workers), weight_bytes(network)
     result: dict[str, Any] = {

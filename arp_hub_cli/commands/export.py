@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from arp_hub.training import ImageData
 
 FORMATS = ("onnx", "openvino", "torch-export")
-"""Names of all formats; a test compares them with `arp_hub.deployment.formats.RUNTIMES`."""
+"""Names of all formats; a test compares them with `arp_hub.runtimes.formats.RUNTIMES`."""
 
 
 def export(
@@ -102,9 +102,9 @@ def export(
     """
     from arp_hub.deployment.export import export as write
     from arp_hub.deployment.folder import check_output
-    from arp_hub.deployment.formats import runtime_of
     from arp_hub.errors import ArpHubError
     from arp_hub.hub.load import is_saved_model
+    from arp_hub.runtimes.formats import runtime_of
     from arp_hub.training import calibration_images
 
     from ..inputs import ModelChoice, open_data, open_model

@@ -27,14 +27,17 @@ from ..options import (
     ModelKwargs,
     NumClasses,
     Overwrite,
+    Precision,
     Pretrained,
     RankMultiple,
+    Runtime,
     Schemes,
     Seed,
     Streaming,
     Workers,
     output_option,
 )
+from ..processes import is_first
 from ..terminal import note, print_json, print_tables
 
 
@@ -50,6 +53,8 @@ def plan(
     batch_size: BatchSize = 1,
     dtype: Dtype = "float32",
     channels_last: ChannelsLast = False,
+    runtime: Runtime = "torch",
+    precision: Precision = "float32",
     data: Data = None,
     image_key: ImageKey = None,
     label_key: LabelKey = None,
@@ -75,6 +80,7 @@ def plan(
     """
     from arp_hub.planning.make_plan import make_plan
     from arp_hub.reports import summary, tables
+    from arp_hub.runtimes.timed import check_installed
 
     from ..inputs import (
         ModelChoice,
@@ -87,14 +93,17 @@ def plan(
         timed_workload,
     )
 
-    workload = timed_workload(batch_size, dtype, channels_last)
+    workload = timed_workload(batch_size, dtype, channels_last, runtime, precision)
     options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude)
+    check_installed(workload)
     check_effort(effort)
     check_plan_file(output, overwrite)
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
     network, random_weights = open_model(choice, meta=data is None)
     images = open_images(open_data(data, network, image_key, label_key, streaming), calibration, copies, seed, workers)
     made = make_plan(network, **options, calibration=images, effort=effort, progress=True)
+    if not is_first():
+        return
     counted = summary.plan_report(network, made)
     made.save(output)
     if as_json:

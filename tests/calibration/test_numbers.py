@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from arp_hub import ArpHubError, decompose, make_plan, to_dense
+from arp_hub import AdaptiveRankPenalty, ArpHubError, LayerPlan, RankPlan, decompose, make_plan, to_dense
 from arp_hub.layers.model import low_rank_layers
 
 
@@ -205,6 +205,43 @@ def test_images_that_may_not_be_normalised_are_named():
         make_plan(model, keep_params=0.5, calibration=torch.rand(8, 3, 32, 32), schemes=["channel"], effort="fast")
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e15, 1e19, 1e25])
+def test_weights_of_any_size_are_planned_and_decomposed_alike(scale):
+    model = small_model()
+    plan = make_plan(model, **PLANNED)
+    small = decompose(copy.deepcopy(model), plan)
+    name = next(iter(plan.layers))
+    with torch.no_grad():
+        model.get_submodule(name).weight.mul_(scale)
+    assert make_plan(model, **PLANNED).layers == plan.layers
+    decompose(model, plan)
+    found, expected = (each.get_submodule(name).weight.double() for each in (model, small))
+    assert (found / scale - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e10, 1e19])
+@pytest.mark.parametrize("name", ["stem.0", "plain"])
+def test_weights_of_any_size_are_fitted_or_refused_by_name(scale, name):
+    model = small_model()
+    with torch.no_grad():
+        model.get_submodule(name).weight.mul_(scale)
+    try:
+        small = compressed(model, IMAGES)
+    except ArpHubError as error:
+        assert str(error).startswith("layer '") and "too large or too small" in str(error) and scale > 1
+    else:
+        assert all(bool(tensor.isfinite().all()) for tensor in small.state_dict().values())
+
+
+def test_a_pull_of_outsized_weights_names_the_layer():
+    model, plan = small_model(), RankPlan({"plain": LayerPlan("channel", 4)})
+    with torch.no_grad():
+        model.plain.weight.mul_(1e25)
+    penalty = AdaptiveRankPenalty(model, plan, total_steps=1, ramp=0)
+    with pytest.raises(ArpHubError, match="layer 'plain' cannot be factorised"):
+        penalty.step()
+
+
 class Shared(nn.Module):
     """A layer whose output goes to a BatchNorm, and to one more reader."""
 
@@ -228,9 +265,18 @@ class Shared(nn.Module):
         return self.norm(y)
 
 
-@pytest.mark.parametrize("reader", ["no other", "a sum", "a second BatchNorm", "the caller", "a second call"])
+HOOKED = {
+    "a hook": lambda model: model.conv.register_forward_hook(lambda *_: None),
+    "a hook of the whole": lambda model: model.register_forward_hook(lambda *_: None),
+    "a hook of the norm": lambda model: model.norm.register_forward_pre_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("reader", ["no other", "a sum", "a second BatchNorm", "the caller", "a second call", *HOOKED])
 def test_only_a_sole_reader_takes_up_a_change_of_mean(reader):
     model = Shared(reader).eval()
+    if reader in HOOKED:
+        HOOKED[reader](model)
     images = torch.randn(32, 8, 6, 6) + 2
     plan = make_plan(model, keep_params=0.5, schemes=["channel"], exclude=(), input_size=(8, 6, 6))
     small = decompose(copy.deepcopy(model), plan, images)
@@ -242,4 +288,4 @@ def test_only_a_sole_reader_takes_up_a_change_of_mean(reader):
     taken_up = torch.allclose(change, -shift, rtol=1e-3, atol=1e-4) and torch.equal(
         small.norm.running_var, model.norm.running_var
     )
-    assert taken_up == (reader == "no other")
+    assert taken_up == (reader in ("no other", "a hook of the whole"))

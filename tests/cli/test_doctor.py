@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from arp_hub_cli.app import app
-from arp_hub_cli.doctor import examine
+from arp_hub_cli.doctor import _requirements, examine
 
 TOKEN = "hf_aVerySecretToken"
 
@@ -60,11 +60,13 @@ def free_space(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
 
 
-def install(folder: Path, monkeypatch: pytest.MonkeyPatch, requirements: list[str]) -> None:
+def install(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, requirements: list[str], extras: Sequence[str] = ("toys",)
+) -> None:
     """Install metadata of arp-hub with these requirements, before the real ones."""
     metadata = folder / "arp_hub-0.1.0.dist-info" / "METADATA"
     metadata.parent.mkdir()
-    lines = ["Metadata-Version: 2.1", "Name: arp-hub", "Version: 0.1.0"]
+    lines = ["Metadata-Version: 2.1", "Name: arp-hub", "Version: 0.1.0", *(f"Provides-Extra: {n}" for n in extras)]
     metadata.write_text("\n".join([*lines, *(f"Requires-Dist: {line}" for line in requirements)]))
     monkeypatch.syspath_prepend(folder)
 
@@ -96,6 +98,28 @@ def test_a_healthy_machine(hub, run, monkeypatch):
     code, out, err = run("--json")
     assert code == 0
     assert json.loads(out)["problems"] == []
+
+
+MARKERS = {
+    "another Python": ('x; python_version < "3.1"', {"toys": True}, False),
+    "this Python": ('x; python_version >= "3.1"', {"toys": True}, True),
+    "another system": ('x; sys_platform == "amiga"', {"toys": True}, False),
+    "an extra": ('x; extra == "toys"', {"toys": False}, False),
+    "an extra, the other way round": ('x; "toys" == extra', {"toys": False}, False),
+    "an extra here": ('x; python_version >= "3.1" and extra == "toys"', {"toys": False}, False),
+    "an extra here, the other way round": ('x; extra == "toys" and python_version >= "3.1"', {"toys": False}, False),
+    "an extra elsewhere": ('x; extra == "toys" and sys_platform == "amiga"', {"toys": True}, False),
+    "either of two extras": ('x; extra == "toys" or extra == "games"', {"toys": False, "games": False}, False),
+}
+
+
+@pytest.mark.parametrize("case", MARKERS)
+def test_only_extras_are_listed_as_extras(monkeypatch, tmp_path, case):
+    line, extras, problem = MARKERS[case]
+    install(tmp_path, monkeypatch, ["torch", *(f'torch; extra == "{name}"' for name in extras), line], [*extras])
+    problems, found = _requirements()
+    assert found == extras
+    assert bool(problems) is problem
 
 
 def test_what_is_wrong_is_named_with_the_way_out(run, monkeypatch, tmp_path):

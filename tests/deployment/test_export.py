@@ -21,11 +21,11 @@ from torch import Tensor, nn
 import arp_hub
 from arp_hub import ArpHubError
 from arp_hub.deployment.balance import balance_factors
-from arp_hub.deployment.formats import RUNTIMES
-from arp_hub.deployment.grouped import with_convolutions
-from arp_hub.deployment.torch_export import TorchExport
 from arp_hub.layers.low_rank import GroupedLinear
 from arp_hub.layers.model import low_rank_layers
+from arp_hub.runtimes.formats import RUNTIMES
+from arp_hub.runtimes.grouped import with_convolutions
+from arp_hub.runtimes.torch_export import TorchExport
 from arp_hub_cli.app import app
 from arp_hub_cli.commands import export as command
 

@@ -116,6 +116,24 @@ def test_attributes_and_mode_are_kept_and_none_is_added(way):
         assert set(vars(model[0])) == dense
 
 
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_marks_of_parameters_are_kept(way):
+    model = network()
+    model[3].weight.no_decay, model[3].bias.rate = True, 0.1
+    way(model)
+    parameters = dict(model[3].named_parameters())
+    assert all(vars(p) == ({"rate": 0.1} if "bias" in name else {"no_decay": True}) for name, p in parameters.items())
+    assert not any(vars(parameter) for parameter in model[0].parameters())
+
+
+@pytest.mark.parametrize("back", ["by weights", "by images"])
+def test_the_memory_layout_is_kept(back):
+    model = network().to(memory_format=torch.channels_last)
+    decompose(model, RankPlan({"0": LayerPlan("channel", 5)}), images() if back == "by images" else None)
+    for weight in (model[0].factors[0].weight, to_dense(model)[0].weight):
+        assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("scheme", ["channel", "spatial", "group_in", "group_out", "cp", "tucker2"])
 def test_any_dtype_is_kept_there_and_back(scheme, dtype):

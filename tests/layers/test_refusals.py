@@ -115,6 +115,50 @@ FACTORS = {
 }
 
 
+def longer(layer):
+    layer.factors.append(nn.Linear(192, 192))
+
+
+def of_another_rank(layer):
+    layer.factors[0], layer.factors[1] = nn.Linear(64, 16, bias=False), nn.Linear(16, 192)
+
+
+def with_a_bias_within(layer):
+    layer.factors[0].bias = nn.Parameter(torch.ones(8))
+
+
+ADDED = {
+    "parameter": (lambda layer: layer.register_parameter("scale", nn.Parameter(torch.ones(1))), "holds 'scale'"),
+    "buffer": (lambda layer: layer.register_buffer("mask", torch.ones(1)), "holds 'mask'"),
+    "module": (lambda layer: layer.add_module("adapter", nn.Linear(2, 2)), "holds 'adapter'"),
+    "forward": (lambda layer: setattr(layer, "forward", lambda x: 2 * layer.factors(x)), "'forward' was replaced"),
+    "forward of factors": (lambda layer: setattr(layer.factors, "forward", lambda x: x), "'forward' was replaced"),
+    "a factor": (longer, "its factors have shapes"),
+    "another rank": (of_another_rank, "its factors have shapes"),
+    "a bias": (with_a_bias_within, "factor 0 has a bias"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), ADDED.values(), ids=ADDED)
+def test_what_was_added_to_a_low_rank_layer_is_not_lost(change, message, tmp_path):
+    model = low_rank_vit()
+    change(model.blocks[0].mlp.fc1)
+    for use in (to_dense, lambda model: save_pretrained(model, tmp_path / "out")):
+        with pytest.raises(ArpHubError, match=rf"layer 'blocks\.0\.mlp\.fc1' cannot be merged: .*{message}"):
+            use(model)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*will be removed:UserWarning")
+def test_a_quantised_model_is_refused_by_layer(tmp_path):
+    model = torch.ao.quantization.quantize_dynamic(timm.create_model("test_vit").eval(), {nn.Linear})
+    with pytest.raises(ArpHubError, match="layer '.*' is quantised: plan the model before"):
+        make_plan(model, keep_params=0.5)
+    with pytest.raises(ArpHubError, match="belongs to a quantised layer"):
+        save_pretrained(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("change", "message"), FACTORS.values(), ids=FACTORS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*will be removed:UserWarning")
 def test_altered_factors_are_neither_merged_nor_saved(change, message, tmp_path):
@@ -153,7 +197,18 @@ def double(weight):
     weight *= 2
 
 
+def rows(weight):
+    for row in weight:
+        row.zero_()
+
+
 WRITES = {
+    "several at once": lambda weight: torch._foreach_mul_([weight], 0),
+    "in place by name": lambda weight: nn.functional.relu(weight, inplace=True),
+    "an operator": lambda weight: torch.ops.aten.mul_.Scalar(weight, 0),
+    "views": lambda weight: weight.unbind()[0].zero_(),
+    "parts": lambda weight: weight.chunk(2)[0].zero_(),
+    "rows": rows,
     "in place": lambda weight: weight.mul_(0),
     "augmented": double,
     "through data": lambda weight: weight.data.zero_(),
@@ -174,6 +229,34 @@ def test_a_write_to_a_computed_weight_is_an_error(write, ambient):
     model = decompose(nn.Sequential(nn.Linear(8, 8)), RankPlan({"0": LayerPlan("channel", 2)}))
     with ambient(), pytest.raises(ArpHubError, match=r"change layer\.factors"):
         write(model[0].weight)
+
+
+COUNTED = {
+    "in place by place": lambda weight: nn.functional.relu(weight, True),
+    "one of two results": lambda weight: torch.max(torch.randn(8, 8), 0, out=(weight[0], torch.zeros(8).long())),
+}
+
+
+@pytest.mark.parametrize("write", COUNTED.values(), ids=COUNTED)
+def test_a_write_that_no_name_shows_is_an_error(write):
+    model = decompose(nn.Sequential(nn.Linear(8, 8)), RankPlan({"0": LayerPlan("channel", 2)}))
+    with torch.no_grad(), pytest.raises(ArpHubError, match=r"change layer\.factors"):
+        write(model[0].weight)
+
+
+PRUNINGS = {
+    "one layer": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "all layers": lambda layer: prune.global_unstructured([(layer, "weight")], prune.L1Unstructured, amount=0.5),
+    "whole rows": lambda layer: prune.random_structured(layer, "weight", 0.5, 0),
+}
+
+
+@pytest.mark.parametrize("change", PRUNINGS.values(), ids=PRUNINGS)
+def test_a_low_rank_layer_is_not_pruned_itself(change):
+    layer = low_rank_vit().blocks[0].mlp.fc1
+    with pytest.raises(ArpHubError, match=r"'weight_orig' cannot be added.*layer\.factors"):
+        change(layer)
+    prune.l1_unstructured(layer.factors[0], "weight", 0.5)
 
 
 def test_a_computed_weight_can_be_read_like_any_other():

@@ -128,7 +128,8 @@ def test_sensitivities_predict_what_a_layer_does_to_the_output(num_classes):
     model = TwoBranches(lambda y: 3 * y.mean((2, 3)), num_classes).eval()
     images, layers = torch.randn(2000, 32, 4, 4), {"loud": model.loud, "quiet": model.quiet}
     errors = OutputErrors(model, layers, images, macs=1.0, effort=Effort())
-    curves = {name: errors.candidates(name, [SCHEMES["channel"](layer_shape(layers[name]))])[0] for name in layers}
+    schemes = {name: [SCHEMES["channel"](layer_shape(layer))] for name, layer in layers.items()}
+    curves = {name: found[0] for name, found in errors.candidates(schemes)}
     for name, sensitivity in errors.sensitivities().items():
         plan = RankPlan({name: LayerPlan("channel", 12)}, {})
         with torch.no_grad():

@@ -9,10 +9,10 @@ PACKAGE = Path(__file__).parents[2] / "arp_hub"
 FLOORS = (
     {"_version", "_utils"},
     {"errors"},
-    {"schemes", "timing", "effort"},
+    {"schemes", "timing", "effort", "processes"},
     {"plan"},
     {"layers"},
-    {"calibration"},
+    {"calibration", "runtimes"},
     {"planning", "decomposition", "penalty", "refinement"},
     {"models"},
     {"reports"},

@@ -7,7 +7,8 @@ from torch.distributed.run import get_args_parser
 from arp_hub.errors import ArpHubError
 from arp_hub.training import TrainConfig
 from arp_hub.training.command import parse_command
-from arp_hub.training.config import GROUPS, read_config
+from arp_hub.training.config import read_config
+from arp_hub.training.config_fields import GROUPS
 
 BASE = {"model": "cifar_resnet20", "keep_params": 0.5}
 
@@ -47,6 +48,24 @@ def test_every_setting_is_documented_under_a_heading():
         ({"optimizer": "sgdd"}, ["optimizer", "'sgdd'", "'sgd'"]),
         ({"val_fraction": 1}, ["val_fraction", "below 1"]),
         ({"calibration_images": 0}, ["calibration_images", "start_from='dense'"]),
+        ({"bce_target_thresh": 0.2}, ["bce_target_thresh=0.2", "bce_loss=False", "set bce_loss"]),
+        ({"recount": 2}, ["recount=2", "reprob=0.0", "set reprob"]),
+        ({"remode": "noise"}, ["remode", "'noise'", "const, rand, pixel"]),
+        ({"reprob": 1.5}, ["reprob", "at most 1"]),
+        ({"mixup_off_epoch": 2}, ["mixup_off_epoch=2", "mixup=0.0 and cutmix=0.0", "set mixup or cutmix"]),
+        ({"mixup_prob": -1}, ["mixup_prob", "at least 0"]),
+        ({"clip_mode": "agc"}, ["clip_mode=agc", "clip_grad=0.0"]),
+        ({"model_ema_warmup": True}, ["model_ema_warmup=True", "ema_decay=0.0"]),
+        ({"warmup_lr": 1e-6}, ["warmup_lr=1e-06", "warmup_epochs=0.0"]),
+        ({"layer_decay": 0}, ["layer_decay", "above 0"]),
+        ({"min_lr": 1.0}, ["min_lr=1.0", "above lr=0.05"]),
+        ({"min_lr": 0.01, "finetune_epochs": 1}, ["min_lr=0.01", "above finetune_lr=0.005"]),
+        ({"min_lr": 1e-6, "schedule": "step"}, ["min_lr=1e-06", "schedule=step", "cosine"]),
+        ({"opt_kwargs": 3}, ["opt_kwargs", "NAME: VALUE"]),
+        ({"aug_repeats": 200}, ["aug_repeats=200", "batch_size=128"]),
+        ({"torchcompile": "inductor", "cuda_graphs": True}, ["cuda_graphs", "torchcompile=inductor"]),
+        ({"drop_path": 0.1, "model_kwargs": {"drop_path_rate": 0.2}}, ["drop_path=0.1", "drop_path_rate", "give one"]),
+        ({"train_img_size": 0}, ["train_img_size", "at least 1"]),
         ({"epochs": 0, "start_from": "dense"}, ["epochs=0", "start_from", "'fit'"]),
     ],
 )
@@ -123,6 +142,8 @@ def test_unknown_option_names_the_nearest():
 def test_resume_without_a_path_means_the_newest():
     assert parse_command("", BASE, ["--resume"]).resume == "auto"
     assert parse_command("", BASE, ["--resume", "runs/x"]).resume == "runs/x"
+    assert parse_command("", BASE, ["--torchcompile"]).torchcompile == "inductor"
+    assert parse_command("", BASE, ["--torchcompile", "eager"]).torchcompile == "eager"
 
 
 def test_help_shows_defaults_of_the_recipe(capsys, monkeypatch):

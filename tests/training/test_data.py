@@ -257,7 +257,7 @@ def test_batches_do_not_depend_on_how_they_are_shared_out(tmp_path, model, small
 
 
 def test_augmentation_leaves_the_global_generators_alone(model):
-    data = load_data("digits", model, auto_augment="rand-m9-mstd0.5")
+    data = load_data("digits", model, augmentation="rand-m9-mstd0.5")
     drawn = []
     for augmented in (False, True):
         random.seed(1), np.random.seed(1), torch.manual_seed(1)
@@ -369,7 +369,7 @@ def test_images_without_a_label_are_counted(tmp_path, model, labels, words):
 
 
 def test_auto_augment_changes_small_images_too_and_is_keyed(model):
-    plain, strong = load_data("digits", model), load_data("digits", model, auto_augment="rand-m9-mstd0.5")
+    plain, strong = load_data("digits", model), load_data("digits", model, augmentation="rand-m9-mstd0.5")
     batch = TrainBatch(torch.arange(8), seed=3, share=slice(0, 8))
     half = TrainBatch(torch.arange(8), seed=3, share=slice(4, 8))
 
@@ -382,8 +382,8 @@ def test_auto_augment_changes_small_images_too_and_is_keyed(model):
 
 
 def test_an_unknown_augmentation_is_refused(model):
-    data = load_data("digits", model, auto_augment="v0")  # which sometimes posterises to zero bits
+    data = load_data("digits", model, augmentation="v0")  # which sometimes posterises to zero bits
     for _ in data.train.images.training([TrainBatch(torch.arange(1000), 0, slice(0, 1000))], CPU, 0):
         pass
     with pytest.raises(ArpHubError, match="auto_augment: timm knows no augmentation 'sometimes'"):
-        load_data("digits", model, auto_augment="sometimes")
+        load_data("digits", model, augmentation="sometimes")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from helpers import ON_TWO, both_ended_clean, search_path
 
 import arp_hub
@@ -44,7 +45,7 @@ def launch(name, *options, processes=1, timeout=240):
 
 def test_all_recipes_of_the_readme_are_there():
     assert NAMES == ["any_backbone.py", "cifar_resnet110.py", "cifar_resnet20.py", "cifar_resnet56.py",
-                     "cifar_vgg16.py", "custom_loop.py", "quickstart.py", "resnet50.py"]  # fmt: skip
+                     "cifar_vgg16.py", "custom_loop.py", "quickstart.py", "resnet50.py", "vit.py"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -135,6 +136,45 @@ def test_a_saved_config_runs_again(recipe, tmp_path):
     recipe("any_backbone.py", "--config", tmp_path / "out-run" / "config.yaml", "--output", tmp_path / "again")
     first, again = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("out", "again"))
     assert first["scores"] == again["scores"]
+
+
+CONFIGS = RECIPES / "configs"
+
+
+@pytest.mark.parametrize(("name", "file"), [("resnet50.py", "rsb_a2.yaml"), ("vit.py", "deit3.yaml")])
+def test_configs_of_papers_are_read_and_overridden(recipe, capsys, name, file):
+    written = yaml.safe_load((CONFIGS / file).read_text())
+    with pytest.raises(SystemExit) as ended:
+        recipe(name, "--config", CONFIGS / file, "--weight-decay", "0.5", "--print-config")
+    assert ended.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert {key: printed[key] for key in written} == {**written, "weight_decay": 0.5}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # ResNet-50 on one thread
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "file", "options"),
+    [
+        ("resnet50.py", "rsb_a2.yaml", []),
+        ("vit.py", "deit3.yaml", ["--no-pretrained", "--model", "deit3_small_patch16_224", "--img-size", "64"]),
+    ],
+)
+def test_configs_of_papers_run(tmp_path, shared, name, file, options, processes):
+    output = tmp_path / "out"
+    data = shared / "data" / "imagenet-sample"
+    start = ON_TWO if processes == 2 else ["-m", "accelerate.commands.launch"]
+    command = [sys.executable, *start, RECIPES / name, "--config", CONFIGS / file, "--max-steps", "3", "--data", data]
+    command += [*options, "--output", output, "--tracker", "none", *(["--cpu"] if processes == 2 else [])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(RECIPES.parent)}
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=1700)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["processes"] == processes
+    assert metrics["params"] <= metrics["config"]["keep_params"] * metrics["dense"]["params"]
+    model = timm.create_model(f"local-dir:{output}", pretrained=True)
+    assert low_rank_layers(model).keys() == metrics["plan"]["layers"].keys()
 
 
 @pytest.mark.slow

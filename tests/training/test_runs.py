@@ -218,6 +218,30 @@ def test_a_checkpoint_that_lacks_an_entry_is_refused_before_training(stopped, tm
     assert "NaN" not in str(raised.value) and len(str(raised.value)) < 900
 
 
+MOMENTS = {
+    "a moment of another shape": edited(
+        "state", "optimizer", 0, "momentum_buffer", value={"__tensor__": "/model/head.weight"}
+    ),
+    "a number for a moment": edited("state", "optimizer", 0, "momentum_buffer", value=0.5),
+    "no moment": edited("state", "optimizer", 0, "momentum_buffer", drop=True),
+    "a state of too many parameters": edited("state", "optimizer", value={"__dict__": [[999, {"__dict__": []}]]}),
+    "no groups": edited("state", "groups", value=[]),
+    "a rate of text": edited("state", "groups", value=[{"__dict__": [["lr", "high"]]}] * 2),
+}
+
+
+@pytest.mark.parametrize("case", MOMENTS)
+def test_a_state_of_the_optimizer_that_does_not_fit_is_refused_before_training(stopped, tmp_path, case):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "out-run" / "checkpoints" / "dense-00000001"
+    (path / SUMS).unlink()
+    found = json.loads((path / STATE).read_text())
+    MOMENTS[case](found)
+    (path / STATE).write_text(json.dumps(found))
+    with pytest.raises(ArpHubError, match="dense-00000001' is not a whole checkpoint: .*--overwrite"):
+        run(config(tmp_path, dense_lr=1e-3, lr=3e38, resume=str(path)))
+
+
 def test_a_checkpoint_without_checksums_goes_on_where_it_is_whole(stopped, tmp_path):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "out-run" / "checkpoints" / "compress-00000000"
@@ -292,6 +316,18 @@ def test_files_of_others_in_the_run_folder_stay(tmp_path, case):
     assert place.read_text() == "mine"
     with pytest.raises(ArpHubError, match="unknown data"):
         run(config(tmp_path, data="nothing", overwrite=True))
+
+
+def test_files_of_others_beside_a_lock_stay_unless_the_folder_is_overwritten(tmp_path):
+    folder = tmp_path / "out-run"
+    for name in ("run.lock", "thesis.txt", "photos/1.jpg", "log.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    run(config(tmp_path, dense_epochs=0, max_steps=1, ramp=0))
+    assert (folder / "thesis.txt").exists() and (folder / "photos" / "1.jpg").exists()
+    assert all("phase" in entry for entry in read_log(folder / "log.jsonl"))
+    run(config(tmp_path, dense_epochs=0, max_steps=1, ramp=0, overwrite=True))
+    assert not (folder / "thesis.txt").exists() and not (folder / "photos").exists()
 
 
 def test_a_run_folder_that_is_a_file_is_refused(tmp_path):

@@ -20,17 +20,21 @@ from .input_format import sent
 from .splits import Split, StreamedSplit
 
 
-def epoch_batches(images: int, batch_size: int, seed: int, epoch: int) -> Tensor:
+def epoch_batches(images: int, batch_size: int, seed: int, epoch: int, repeats: int = 1) -> Tensor:
     """The global batches of one epoch, as indices ``(steps, batch_size)``.
 
     Images that do not fill a last batch are left out: other ones in each epoch. A data set smaller than one batch is
-    repeated until the batch is full.
+    repeated until the batch is full. With ``repeats``, a batch holds as many versions of each of its images, which is
+    repeated augmentation. An epoch keeps its number of steps, so that it shows a share ``1 / repeats`` of the images.
     """
     generator = keyed_generator(seed, "order", epoch)
     passes = max(1, -(-batch_size // images))
     order = torch.cat([torch.randperm(images, generator=generator) for _ in range(passes)])
     steps = max(1, images // batch_size)
-    return order[: steps * batch_size].view(steps, batch_size)
+    places = torch.arange(steps * batch_size).view(steps, batch_size)
+    # first versions first, so that the versions of an image spread over the processes
+    places = places.gather(1, (places % repeats).argsort(dim=1, stable=True))
+    return order[places // repeats]
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -66,7 +70,8 @@ def training_batches(
             rank=accelerator.process_index,
             world=accelerator.num_processes,
         )
-    batches = epoch_batches(len(split), config.batch_size, keyed_seed(config.seed, phase), epoch)
+    repeats = max(1, config.aug_repeats)
+    batches = epoch_batches(len(split), config.batch_size, keyed_seed(config.seed, phase), epoch, repeats)
     begin = accelerator.process_index * config.accumulation * size
     shares = [slice(begin + part * size, begin + (part + 1) * size) for part in range(config.accumulation)]
     places = [(step, batches[step - epoch * per_epoch], share) for step in steps for share in shares]

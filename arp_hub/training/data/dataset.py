@@ -13,6 +13,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 from ...errors import ArpHubError
+from .augment import Augmentation
 from .input_format import input_format
 from .sources import Table, Treatment, bind, open_tables, renamed
 from .splits import Split, StreamedSplit
@@ -79,7 +80,7 @@ def load_data(
     val_fraction: float = 0.0,
     seed: int = 0,
     require_labels: bool = True,
-    auto_augment: str = "",
+    augmentation: Augmentation | str = "",
     max_bad_images: int = 0,
     streaming: bool = False,
     epoch_images: int = 0,
@@ -105,7 +106,7 @@ def load_data(
         val_fraction: Share of the training images that is held out, stratified by class.
         seed: Seed of the held-out split.
         require_labels: Whether data without labels is an error.
-        auto_augment: timm's augmentation string, such as ``rand-m9-mstd0.5``, for training.
+        augmentation: How training images are varied: timm's string, such as ``rand-m9-mstd0.5``, or an `Augmentation`.
         max_bad_images: Largest number of images of a split that may fail to decode. Each becomes the mean colour.
         streaming: Read tar shards, parquet files or a Hub dataset in order, without a download or an index of images.
         epoch_images: Images of an epoch, for a stream; by default the number of training images, where it is known.
@@ -122,7 +123,7 @@ def load_data(
         raise ArpHubError(f"max_bad_images must be at least 0, got {max_bad_images}")
     form = input_format(model)
     columns = Columns(image_key, label_key, require_labels)
-    treatment = Treatment(form, auto_augment, max_bad_images)
+    treatment = Treatment(form, Augmentation.of(augmentation), max_bad_images)
     chosen = (train_split, test_split)
     timm_name = TimmName(source, data_dir, chosen, columns) if is_timm_source(source) else None
     if data_dir and not timm_name:

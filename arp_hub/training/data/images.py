@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from ...errors import ArpHubError
 from ..preemption import outlast_sigterm
 from ..seeds import keyed_seed, seed_cpu, seeded
-from .augment import VARIATION, auto_augmentation, crop_and_flip, keep_one_bit
+from .augment import VARIATION, Augmentation, crop_and_flip
 from .decoding import SMALL_SIDE, Rows, decoded
 from .input_format import InputFormat, sent
 
@@ -109,7 +108,7 @@ class DecodedImages:
         decode: Returns all pixels as bytes ``(count, 3, H, W)``; called when they are first used.
         form: Input format of the model.
         flip: Whether training images may be mirrored.
-        auto_augment: timm's augmentation string (``rand-m9-mstd0.5``), or empty for shifts and flips alone.
+        augmentation: How training images are varied, besides shifts and flips.
         bad: Where ``decode`` records images that it cannot decode.
     """
 
@@ -119,11 +118,12 @@ class DecodedImages:
         decode: Callable[[], Tensor],
         form: InputFormat,
         flip: bool = True,
-        auto_augment: str = "",
+        augmentation: Augmentation | str = "",
         bad: BadImages | None = None,
     ) -> None:
         self.count, self.form, self.flip = count, form, flip
-        self.auto_augment = auto_augmentation(auto_augment, form) if auto_augment else None
+        self.augmentation = Augmentation.of(augmentation)
+        self.auto_augment = self.augmentation.of_image(form)
         self.bad = BadImages(count) if bad is None else bad
         self._decode = decode
         self._pixels: Tensor | None = None
@@ -140,15 +140,16 @@ class DecodedImages:
         return self._pixels
 
     def training(self, batches: Iterable[TrainBatch], device: torch.device, workers: int) -> Iterator[Tensor]:
-        """Shift by up to an eighth of the size, mirror unless ``flip`` is off, and apply ``auto_augment``."""
+        """Shift by up to an eighth of the size, mirror unless ``flip`` is off, and augment."""
         pixels = self.pixels(device)
         for batch in batches:
             chosen = pixels[sent(batch.indices[batch.share], device)]
+            seeds = batch.image_seeds().tolist()
             if self.auto_augment:
-                chosen = self._auto_augmented(chosen, batch.image_seeds().tolist())
+                chosen = self._auto_augmented(chosen, seeds)
             padding = max(self.form.size) // 8
             moved = crop_and_flip(chosen, batch.share, len(batch.indices), batch.seed, padding=padding, flip=self.flip)
-            yield self.form.normalise(moved)
+            yield self.augmentation.of_batch(self.form.normalise(moved), self.form, seeds)
 
     def evaluation(self, indices: Tensor, batch_size: int, device: torch.device, workers: int) -> Iterator[Tensor]:
         """Images in the order of ``indices``. Pixels in memory need no ``workers``."""
@@ -185,40 +186,46 @@ class StreamedImages:
     Args:
         rows: The stored images.
         form: Input format of the model.
-        auto_augment: timm's augmentation string (``rand-m9-mstd0.5``), or empty for crops and flips alone.
+        augmentation: How training images are varied, besides crops and flips.
         bad: Where images that cannot be decoded are recorded; by default the first one is an error.
         crop: Whether evaluation resizes and crops as the model's config says. Otherwise the whole image is resized to
             the input size, as in `DecodedImages`.
     """
 
     def __init__(
-        self, rows: Rows, form: InputFormat, auto_augment: str = "", bad: BadImages | None = None, crop: bool = True
+        self,
+        rows: Rows,
+        form: InputFormat,
+        augmentation: Augmentation | str = "",
+        bad: BadImages | None = None,
+        crop: bool = True,
     ) -> None:
         self.rows, self.form = rows, form
         self.bad = BadImages(len(rows)) if bad is None else bad
-        common = partial(
-            create_transform,
+        self.augmentation = Augmentation.of(augmentation)
+        self.train_transform = self.augmentation.transform(form)
+        sizes: dict[str, Any] = {"crop_pct": form.crop_pct} if crop else {"crop_pct": 1.0, "crop_mode": "squash"}
+        self.eval_transform = create_transform(
             input_size=(3, *form.size),
             mean=form.mean,
             std=form.std,
             interpolation=form.interpolation,
-            use_prefetcher=True,  # bytes, which workers pass on four times as fast as floats
+            use_prefetcher=True,
+            **sizes,
         )
-        self.train_transform = common(is_training=True, color_jitter=0.0, auto_augment=auto_augment or None)
-        keep_one_bit(self.train_transform)
-        sizes = {"crop_pct": form.crop_pct} if crop else {"crop_pct": 1.0, "crop_mode": "squash"}
-        self.eval_transform = common(is_training=False, **sizes)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def training(self, batches: Iterable[TrainBatch], device: torch.device, workers: int) -> Iterator[Tensor]:
-        """Take random resized crops, mirror half of them and apply ``auto_augment``, with a seed for each image."""
+        """Take random resized crops, mirror half of them and augment, with a seed for each image."""
+        batches = list(batches)
         jobs = (
             list(zip(batch.indices[batch.share].tolist(), batch.image_seeds().tolist(), strict=True))
             for batch in batches
         )
-        return self._load(self.train_transform, jobs, device, workers)
+        for batch, images in zip(batches, self._load(self.train_transform, jobs, device, workers), strict=True):
+            yield self.augmentation.of_batch(images, self.form, batch.image_seeds().tolist())
 
     def evaluation(self, indices: Tensor, batch_size: int, device: torch.device, workers: int) -> Iterator[Tensor]:
         """Images in the order of ``indices``, resized and cropped."""

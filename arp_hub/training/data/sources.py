@@ -20,6 +20,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from ...errors import ArpHubError
+from ...hub.client import bounded_waits, cache_if_offline
+from .augment import Augmentation
 from .decoding import ImageFiles, Rows, survey
 from .files import ClassFolders, choose_configuration, class_folders, holds_tars, parquet_splits
 from .images import BadImages, DecodedImages, Images, StreamedImages, decode_all
@@ -52,12 +54,12 @@ class Treatment:
 
     Attributes:
         form: Input format of the model.
-        auto_augment: timm's augmentation string for training, or empty.
+        augmentation: How training images are varied.
         max_bad_images: Largest number of images of a split that may fail to decode.
     """
 
     form: InputFormat
-    auto_augment: str = ""
+    augmentation: Augmentation = Augmentation()
     max_bad_images: int = 0
 
 
@@ -72,7 +74,7 @@ def open_tables(source: str, columns: Columns, treatment: Treatment) -> dict[str
     if source == "digits":
         if columns.image or columns.label:
             raise ArpHubError("data 'digits' has no columns to choose from: leave out image_key and label_key")
-        return _digits(treatment.form, treatment.auto_augment)
+        return _digits(treatment.form, treatment.augmentation)
     return bind(source, *_open(source, columns), treatment)
 
 
@@ -111,7 +113,7 @@ def _resized(source: str, splits: Mapping[str, Rows], treatment: Treatment) -> d
     seen = survey(splits.values())
     for kind, white in seen.white.items():
         _logger.warning("data '%s': %d is white in its grey images of type %s", source, white, kind)
-    form, auto_augment = treatment.form, treatment.auto_augment
+    form, augmentation = treatment.form, treatment.augmentation
     height, width = form.size
     in_memory = seen.small and max(map(len, splits.values())) * 3 * height * width <= _MEMORY
     images: dict[str, Images] = {}
@@ -120,13 +122,13 @@ def _resized(source: str, splits: Mapping[str, Rows], treatment: Treatment) -> d
         bad = BadImages(len(rows), treatment.max_bad_images)
         if in_memory:
             decode = partial(decode_all, rows, form, bad)
-            images[name] = DecodedImages(len(rows), decode, form, auto_augment=auto_augment, bad=bad)
+            images[name] = DecodedImages(len(rows), decode, form, augmentation=augmentation, bad=bad)
         else:
-            images[name] = StreamedImages(rows, form, auto_augment, bad, crop=not seen.small)
+            images[name] = StreamedImages(rows, form, augmentation, bad, crop=not seen.small)
     return images
 
 
-def _digits(form: InputFormat, auto_augment: str) -> dict[str, Table]:
+def _digits(form: InputFormat, augmentation: Augmentation) -> dict[str, Table]:
     """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; one fixed, stratified fifth is for testing."""
     digits = load_digits()
     grey = torch.from_numpy(digits.images).float().mul_(255 / 16)[:, None]
@@ -140,7 +142,7 @@ def _digits(form: InputFormat, auto_augment: str) -> dict[str, Table]:
     tables = {}
     for name, part in zip(("train", "test"), parts, strict=True):
         chosen = torch.from_numpy(np.sort(part))
-        images = DecodedImages(len(chosen), partial(enlarge, chosen), form, flip=False, auto_augment=auto_augment)
+        images = DecodedImages(len(chosen), partial(enlarge, chosen), form, flip=False, augmentation=augmentation)
         tables[name] = Table(images, labels[chosen], tuple(str(digit) for digit in range(10)))
     return tables
 
@@ -246,7 +248,8 @@ def hub_tables(source: str, place: str, config: str | None, *, streaming: bool =
             "folders, or a Hub dataset id such as uoft-cs/cifar10"
         )
     try:
-        return datasets.load_dataset(place, config, streaming=streaming)
+        with bounded_waits(), cache_if_offline():
+            return datasets.load_dataset(place, config, streaming=streaming)
     except ValueError as error:  # datasets raises it for a missing or unknown configuration
         if "config" not in str(error).lower():
             raise

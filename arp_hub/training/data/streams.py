@@ -122,7 +122,7 @@ class ImageStream:
     def __init__(self, source: str, samples: Samples, treatment: Treatment, classes: int) -> None:
         self.source, self.samples, self.form, self.classes = source, samples, treatment.form, classes
         self.bad: BadImages = _NamedBad(treatment.max_bad_images)
-        self.auto_augment = treatment.auto_augment
+        self.augmentation = treatment.augmentation
         head = Records(self._read(None, _HEAD))
         if not len(head):
             raise ArpHubError(f"data '{source}' has no images in one of its splits: remove the split, or fill it")
@@ -134,7 +134,7 @@ class ImageStream:
     def held(self, samples: Sequence[Sample]) -> StreamedImages:
         """Some samples as images in memory, with the transforms of this stream."""
         rows = Records(samples, self.white)
-        return StreamedImages(rows, self.form, self.auto_augment, self.bad, crop=self.crop)
+        return StreamedImages(rows, self.form, self.augmentation, self.bad, crop=self.crop)
 
     def labels(self, samples: Sequence[Sample]) -> Tensor:
         """Class numbers of samples.
@@ -166,8 +166,13 @@ class ImageStream:
             world: Number of processes.
         """
         chunks = self._endless(size, parts.start * size, seed, workers, rank, world)
-        for pixels, labels in itertools.islice(_rebatched(chunks, size, parts.start * size), len(parts)):
-            yield self.form.normalise(sent(pixels, device)), sent(labels, device)
+        batches = _rebatched(chunks, size, parts.start * size)
+        for part, (pixels, labels) in zip(parts, batches, strict=False):
+            seeds = (
+                np.random.SeedSequence(keyed_seed(seed, "erase", rank, part)).generate_state(size, np.uint32).tolist()
+            )
+            images = self.form.normalise(sent(pixels, device))
+            yield self.augmentation.of_batch(images, self.form, seeds), sent(labels, device)
 
     def _endless(self, size: int, skip: int, seed: int, workers: int, rank: int, world: int) -> Iterator[Chunk]:
         """One pass over this process's images after the other; images to skip may come without pixels."""

@@ -54,7 +54,7 @@ class OpenVino(Runtime):
 
         openvino.save_model(model, path, compress_to_fp16=False)
 
-    def load(self, path: Path) -> Run:
+    def load(self, path: Path, output: int | None = None) -> Run:
         """The model compiled for the CPU, to compute in float32 where it is not quantised."""
         import openvino
 
@@ -63,6 +63,10 @@ class OpenVino(Runtime):
             "INFERENCE_PRECISION_HINT": "f32",
             "NUM_STREAMS": 1,
         }
-        compiled = openvino.Core().compile_model(path, "CPU", config)
+        core = openvino.Core()
+        model = core.read_model(path)
+        if output is not None:
+            model = openvino.Model([model.get_results()[output]], model.get_parameters())
+        compiled = core.compile_model(model, "CPU", config)
         request = compiled.create_infer_request()
         return lambda images: torch.from_numpy(request.infer({0: images.numpy()})[0].copy())

@@ -42,7 +42,7 @@ class OnnxRuntime(Runtime):
                     external_data=False,
                     opset_version=opset,
                     input_names=[INPUT],
-                    output_names=[OUTPUT],
+                    output_names=_outputs(captured.outputs),
                 )
                 written = _slim(path)
         except Exception as error:  # the exporter raises many kinds of errors
@@ -83,16 +83,27 @@ class OnnxRuntime(Runtime):
             plain.unlink(missing_ok=True)
             folded.unlink(missing_ok=True)
 
-    def load(self, path: Path) -> Run:
+    def load(self, path: Path, output: int | None = None) -> Run:
         """A session on the CPU."""
+        import onnx
         import onnxruntime
+        from onnx.utils import Extractor
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        source: Path | bytes = path
+        if output is not None:
+            graph = onnx.load(path)
+            source = Extractor(graph).extract_model([INPUT], [graph.graph.output[output].name]).SerializeToString()
+        session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
+
+
+def _outputs(count: int) -> list[str]:
+    """Names of the outputs of a graph."""
+    return [OUTPUT] if count == 1 else [f"{OUTPUT}.{index}" for index in range(count)]
 
 
 def _slim(path: Path) -> int:

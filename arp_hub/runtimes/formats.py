@@ -10,6 +10,8 @@ from .torch_export import TorchExport
 
 RUNTIMES: dict[str, Runtime] = {one.name: one for one in (OnnxRuntime(), OpenVino(), TorchExport())}
 """The runtimes by the names of their formats."""
+TIMED = {"onnxruntime": RUNTIMES["onnx"], "openvino": RUNTIMES["openvino"]}
+"""The runtimes of a `arp_hub.Workload` other than PyTorch, by the names that it takes."""
 
 
 def runtime_of(name: str) -> Runtime:

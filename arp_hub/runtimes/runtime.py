@@ -50,7 +50,7 @@ class Runtime(ABC):
         needed = self.packages + (self.int8_packages if int8 else ())
         if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
             raise ArpHubError(
-                f"format '{self.name}'{' in int8' if int8 else ''} needs {', '.join(missing)}: "
+                f"{self.title}{' in int8' if int8 else ''} needs {', '.join(missing)}: "
                 f'pip install "arp-hub[{self.extra}]"'
             )
 
@@ -86,8 +86,13 @@ class Runtime(ABC):
         """
 
     @abstractmethod
-    def load(self, path: Path) -> Run:
-        """Load a file on the CPU, with as many threads as torch uses."""
+    def load(self, path: Path, output: int | None = None) -> Run:
+        """Load a file on the CPU, with as many threads as torch uses.
+
+        Args:
+            path: The file.
+            output: Index of the output to compute alone, by the part of the graph that it needs; None for all of it.
+        """
 
 
 def run_all(run: Run, images: Tensor, batch_size: int) -> Tensor:

@@ -16,7 +16,6 @@ from torch.export import Dim, ExportedProgram
 
 from .._utils.torch_utils import ambient_modes_off
 from ..errors import ArpHubError
-from ..layers.trace import InputSize
 from .grouped import with_convolutions
 
 _ATTENTION = ("softmax", "scaled_dot_product_attention")
@@ -40,19 +39,23 @@ class Captured:
     Attributes:
         model: A copy in float32, on the CPU, in evaluation mode.
         batch_size: Images of a forward pass, where the batch is not dynamic.
-        input_size: ``(channels, height, width)``.
+        input_size: ``(channels, height, width)`` of an image, or the shape of a single layer's input without the batch.
         dynamic_batch: Whether the graph takes any number of images.
         classes: Number of outputs for an image.
+        outputs: Number of tensors that the graph returns.
     """
 
     model: nn.Module
     batch_size: int
-    input_size: InputSize
+    input_size: tuple[int, ...]
     dynamic_batch: bool = False
     classes: int = 0
+    outputs: int = 1
 
     @classmethod
-    def of(cls, model: nn.Module, input_size: InputSize, batch_size: int = 1, dynamic_batch: bool = False) -> Captured:
+    def of(
+        cls, model: nn.Module, input_size: tuple[int, ...], batch_size: int = 1, dynamic_batch: bool = False
+    ) -> Captured:
         """Copy a model for its export.
 
         Raises:

@@ -49,7 +49,7 @@ class TorchExport(Runtime):
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise ArpHubError(f"torchao cannot quantise the model: {reason:.300}") from error
 
-    def load(self, path: Path) -> Run:
+    def load(self, path: Path, output: int | None = None) -> Run:
         """The graph as a module; an int8 one compiled with constant weights, because only then its kernels are int8."""
         with quiet():
             graph: nn.Module = torch.export.load(path).module()

@@ -1,0 +1,109 @@
+"""Write the tables of docs/speed.md, and those that docs/research/speed.md shares with it, from the results.
+
+    python -m benchmarks.speed_page
+
+Each table stands between `<!-- table: NAME -->` and `<!-- end of table -->`. Rows come from results/latency.json,
+planning_time.json, effort.json and penalty_cost.json; the pages name the commands that measure them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks import effort
+from benchmarks.rows import HERE, load_results, load_rows, results_file
+
+PAGES = (HERE.parent / "docs" / "speed.md", HERE.parent / "docs" / "research" / "speed.md")
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n\n).*?(\n<!-- end of table -->)", re.S)
+NAMES = {"resnet50": "ResNet-50", "vit_base_patch16_224": "ViT-B/16", "cifar_resnet20": "ResNet-20"}
+
+
+def main() -> None:
+    """Write the tables of all pages."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def with_tables(page: str) -> str:
+    """The text of a page with its tables as the results have them."""
+    return MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}{found[3]}", page)
+
+
+def latency() -> str:
+    """Latency on one CPU thread over that of the dense model."""
+    found = load_results(results_file("latency"))
+    one, many = (f"{100 * found[f'half/resnet50/latency/{batch}']['asked']:.0f} %" for batch in (1, 32))
+    rows = {
+        "ResNet-50 | half of the parameters, all schemes": "half/resnet50/all",
+        f"ResNet-50 | {one} of the time for 1 image, {many} for 32": "half/resnet50/latency",
+        "VGG-16's convolutions | 33 % of the time": "quarter/vgg16/latency",
+    }
+    return _table(
+        ("model", "budget", "1 image", "32 images"),
+        ((name, *_ratios(found, row, (1, 32))) for name, row in rows.items()),
+    )
+
+
+def latency_on_a_gpu() -> str:
+    """Latency on a GPU over that of the dense model."""
+    found = load_results(results_file("latency"))
+    rows = [(NAMES[name], *_ratios(found, f"gpu/{name}/half", (1, 256), "/eager")) for name in list(NAMES)[:2]]
+    return _table(("model", "1 image", "256 images"), rows)
+
+
+def _ratios(found: Mapping[str, Any], row: str, batches: Sequence[int], end: str = "") -> list[str]:
+    return [f"{found[f'{row}/{batch}{end}']['ratio']['median']:.2f}" for batch in batches]
+
+
+def planning(all_models: bool) -> str:
+    """Time and memory of planning and decomposing on a CPU."""
+    rows = [row for row in load_rows(results_file("planning_time")) if row["device"] == "cpu"]
+    rows = [row for row in rows if all_models or row["model"] in NAMES]
+    rows.sort(key=lambda row: (row["images"], row["model"] not in NAMES, row["params"]))
+    return _table(("model", "images", "planning", "decomposing", "memory"), map(_planned, rows))
+
+
+def _planned(row: Mapping[str, Any]) -> list[str]:
+    threads = ", one thread" if row["hardware"]["threads"] == 1 else ""
+    times = [f"{row[key]['wall']:.1f} s{threads}" for key in ("plan_seconds", "decompose_seconds")]
+    name = NAMES.get(row["model"], f"{row['model']}, {row['params'] / 1e6:.0f} M parameters")
+    return [
+        name,
+        f"{row['images']} of 224 pixels" if row["images"] else "none",
+        *times,
+        f"{row['peak_over_weights']:.1f}",
+    ]
+
+
+def penalty() -> str:
+    """What the penalty adds to a training step."""
+    found = {(row["model"], row["device"], row["batch_size"]): row for row in load_rows(results_file("penalty_cost"))}
+    rows = []
+    for model, batch in (("cifar_resnet20", 128), ("resnet50", 8)):
+        share = 100 * found[model, "cpu", batch]["penalty_share_of_step"]
+        rows.append((f"{NAMES[model]}, batch {batch}", f"{share:.{1 if share > 1 else 2}f} %"))
+    return _table(("one thread of a CPU", "share of a training step"), rows)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(line)} |\n" for line in (head, *rows)]
+    return "".join([lines[0], f"|{'---|' * len(head)}\n", *lines[1:]])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "latency": latency,
+    "latency-gpu": latency_on_a_gpu,
+    "planning": lambda: planning(all_models=False),
+    "planning-all": lambda: planning(all_models=True),
+    "effort": lambda: effort.table(load_results(effort.RESULTS)),
+    "penalty": penalty,
+}
+"""The tables by the names in the marks."""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Planning, fitting and refining by several processes: the same model as by one, and no process left waiting."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image
+
+from arp_hub import ArpHubError, decompose, make_plan
+from arp_hub.effort import Effort
+from arp_hub_cli.app import app
+
+EFFORT = Effort(fit_iterations=8, curve_iterations=3, curve_shares=(0.2, 0.5), start_sweeps=5, schemes_measured=1)
+SWIN = {"num_classes": 10, "img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)}
+NETWORKS = {
+    "convolutions with BatchNorms": ("cifar_resnet20", {}, 32),
+    "attention": ("test_vit", {"num_classes": 10, "img_size": 32, "patch_size": 16}, 32),
+    "depthwise convolutions": ("test_efficientnet", {"num_classes": 10}, 48),
+    "attention in windows": ("swin_tiny_patch4_window7_224", SWIN, 64),
+}
+"""Name, arguments and image size by what is shared out differently."""
+BATCHES = (4, 4, 4, 2, 1)
+"""Images of each batch: more batches than processes, the last one of fewer images than processes."""
+
+
+def network(kind: str) -> nn.Module:
+    name, arguments, _ = NETWORKS[kind]
+    torch.manual_seed(0)
+    model = timm.create_model(name, **arguments)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # statistics of a network that has been trained
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    return model.eval()
+
+
+def images(kind: str) -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(count, 3, NETWORKS[kind][2], NETWORKS[kind][2]) for count in BATCHES]
+
+
+def compressed(kind: str) -> dict[str, Any]:
+    """Plan and weights of a network planned and fitted by the processes of the group."""
+    model = network(kind)
+    plan = make_plan(model, keep_params=0.5, calibration=images(kind), effort=EFFORT)
+    decompose(model, plan, images(kind), effort=EFFORT)
+    return {"plan": plan.to_json(), "state": model.state_dict()}
+
+
+class Failing:
+    """Batches that one process cannot read when they are read for the n-th time."""
+
+    def __init__(self, process: int, time: int) -> None:
+        self.process, self.time, self.times = process, time, 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.times += 1
+        for number, batch in enumerate(images("attention")):
+            if self.times == self.time and number == 1 and dist.get_rank() == self.process:
+                raise OSError("the disk is gone")
+            yield batch
+
+
+def reads(call: Callable[[Any], object]) -> int:
+    """How often a call reads its images."""
+    counting = Failing(-1, 0)
+    call(counting)
+    return counting.times
+
+
+def planned(batches: Any) -> object:
+    return make_plan(network("attention"), keep_params=0.5, calibration=batches, effort=EFFORT)
+
+
+def fitted(batches: Any) -> object:
+    model = network("attention")
+    return decompose(model, make_plan(model, keep_params=0.5), batches, effort=EFFORT)
+
+
+def message(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except (ArpHubError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def messages() -> dict[str, str]:
+    """What this process says when one of two fails, or has other arguments."""
+    rank, found = dist.get_rank(), {}
+    for name, call in {"planning": planned, "fitting": fitted}.items():
+        last = reads(call)
+        for time in range(last, 1, -max(1, last // 5)):
+            found[f"{name}, reading {time}"] = message(functools.partial(call, Failing(1, time)))
+    every = images("attention")
+    found["images"] = message(lambda: planned(every[: len(every) - rank]))
+    found["budget"] = message(lambda: make_plan(network("attention"), keep_params=0.5 - rank / 10, calibration=every))
+    plan = make_plan(network("attention"), keep_params=0.5 - rank / 10)
+    found["plan"] = message(lambda: decompose(network("attention"), plan, every))
+    if rank == 0:  # the other one does not come
+        found["alone"] = message(lambda: planned(every))
+    return found
+
+
+def work(job: Callable[[], Any], rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{folder / 'store'}")
+    try:
+        torch.save(job(), folder / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def by_processes(job: Callable[[], Any], world: int, folder: Path) -> list[Any]:
+    """What each of some processes returns."""
+    folder.mkdir()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["timm", "arp_hub", __name__])
+    every = [context.Process(target=work, args=(job, rank, world, folder)) for rank in range(world)]
+    for one in every:
+        one.start()
+    for one in every:
+        one.join(200)
+        assert one.exitcode == 0
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def several(kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
+    return {kind: compressed(kind) for kind in kinds}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_processes_end_where_one_does(world: int, tmp_path: Path) -> None:
+    kinds = list(NETWORKS)[world - 2 :: 2]  # each network by two processes or by three: one process takes 2 s for each
+    found = by_processes(functools.partial(several, kinds), world, tmp_path / "run")
+    for kind, alone in several(kinds).items():
+        for one in found:
+            assert one[kind]["plan"] == alone["plan"], kind
+            for name, value in alone["state"].items():
+                assert torch.equal(one[kind]["state"][name], found[0][kind]["state"][name]), (kind, name)
+                if value.is_floating_point():
+                    difference = (one[kind]["state"][name] - value).norm() / value.norm().clamp_min(1e-6)
+                    assert difference < 1e-4, (kind, name)
+
+
+def test_failure_of_one_process_ends_all_with_its_message(tmp_path: Path) -> None:
+    first, second = by_processes(messages, 2, tmp_path / "run")
+    failures = [name for name in first if "reading" in name]
+    assert sum(first[name] != "no error" for name in failures) >= 4  # in checks, passes, gradients and fits
+    for name in failures:
+        if second[name] != "no error":
+            assert "OSError: the disk is gone" in second[name]
+            assert first[name] == "ArpHubError: process 1 of 2 failed: OSError: the disk is gone", name
+    for name, word in {"images": "calibration", "budget": "budget", "plan": "plan"}.items():
+        assert f"process 1 has other values of {word} than process 0: pass the same" in first[name]
+        assert f"process 0 has other values of {word} than process 1: pass the same" in second[name]
+    assert "not all of them have called it" in first["alone"]
+
+
+@pytest.fixture(scope="module")
+def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of random pictures in two classes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "val"):
+        for number in range(24):
+            pixels = torch.randint(256, (3, 40, 40), dtype=torch.uint8, generator=generator)
+            place = folder / split / f"class{number % 2}" / f"{number}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            to_pil_image(pixels).save(place)
+    return folder
+
+
+def command(words: Sequence[str], folder: Path) -> dict[str, Any]:
+    """What ``arp-hub`` prints and returns in this process, as `torch.distributed.run` starts it."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": (folder / "port").read_text()}
+    said, noted = io.StringIO(), io.StringIO()
+    with redirect_stdout(said), redirect_stderr(noted), pytest.raises(SystemExit) as ended:
+        app(list(words), prog_name="arp-hub")
+    left = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{folder / f'end{rank}'}")
+    return {"code": ended.value.code, "stdout": said.getvalue(), "stderr": noted.getvalue(), "threads": left}
+
+
+def shared_command(folder: Path, *words: str) -> list[dict[str, Any]]:
+    """``arp-hub`` by two processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        (folder / "port").write_text(str(free.getsockname()[1]))
+    return by_processes(functools.partial(command, words, folder), 2, folder / "run")
+
+
+def test_command_shares_its_work_and_prints_once(picture_folder: Path, tmp_path: Path) -> None:
+    options = ["--model", "test_vit", "--num-classes", "2", "--model-kwargs", "img_size=32", "--keep-params", "0.5"]
+    options += ["--data", str(picture_folder), "--calibration-images", "16", "--effort", "fast", "--device", "cpu"]
+    options += ["--no-pretrained", "--refine-steps", "4", "--refine-images", "20"]
+    options += ["--output", str(tmp_path / "out"), "--json"]
+    first, second = shared_command(tmp_path, "compress", *options)
+    for one in (first, second):
+        assert not one["code"], one["stderr"]
+        assert not [thread for thread in one["threads"] if "gloo" in thread]  # they would abort Python at its end
+    assert second["stdout"] == second["stderr"] == ""
+    figures = json.loads(first["stdout"])
+    small = timm.create_model(f"local-dir:{tmp_path / 'out'}")
+    assert figures["params"] == sum(parameter.numel() for parameter in small.parameters())
+    assert figures["refinement"]["steps"] >= 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["doctor"], "'arp-hub doctor' runs in one process, and 2 were started"),
+        (["plan", "--model", "test_vit", "--keep-params", "0.5", "--device", "cuda:0"], "leave --device out"),
+    ],
+    ids=["one process", "one GPU"],
+)
+def test_command_refuses_processes_that_it_cannot_use(words: list[str], said: str, tmp_path: Path) -> None:
+    for one in shared_command(tmp_path, *words):
+        assert one["code"] == 2
+        assert said in one["stderr"]
