@@ -34,8 +34,6 @@ from .sources import Treatment
 Chunk = tuple[Tensor, Tensor]
 """Images as bytes ``(n, 3, H, W)`` and their labels ``(n,)``."""
 _logger = logging.getLogger(__name__)
-_HEAD = 16
-"""Images of a split that show whether it is small and which value is white: each is a download."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ class ImageStream:
         self.source, self.samples, self.form, self.classes = source, samples, treatment.form, classes
         self.bad: BadImages = _NamedBad(treatment.max_bad_images)
         self.augmentation = treatment.augmentation
-        head = Records(self._read(None, _HEAD))
+        head = Records(self._read(None, 16))  # enough to tell size and white: each may be a download
         if not len(head):
             raise ArpHubError(f"data '{source}' has no images in one of its splits: remove the split, or fill it")
         seen = survey([head])
