@@ -301,21 +301,29 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def open_data(source: str | None, model: nn.Module, image_key: str | None, label_key: str | None) -> ImageData | None:
+def open_data(
+    source: str | None, model: nn.Module, image_key: str | None, label_key: str | None, streaming: bool = False
+) -> ImageData | None:
     """The data, with or without labels; None without ``--data``."""
-    return None if source is None else _load(source, model, image_key, label_key, False)
+    return None if source is None else _load(source, model, image_key, label_key, False, streaming)
 
 
-def open_labelled(source: str, model: nn.Module, image_key: str | None, label_key: str | None) -> ImageData:
+def open_labelled(
+    source: str, model: nn.Module, image_key: str | None, label_key: str | None, streaming: bool = False
+) -> ImageData:
     """The data, which must have labels."""
-    return _load(source, model, image_key, label_key, True)
+    return _load(source, model, image_key, label_key, True, streaming)
 
 
-def _load(source: str, model: nn.Module, image_key: str | None, label_key: str | None, labelled: bool) -> ImageData:
+def _load(
+    source: str, model: nn.Module, image_key: str | None, label_key: str | None, labelled: bool, streaming: bool
+) -> ImageData:
     if not watched():
         datasets.disable_progress_bars()
     with stage("open the data"):
-        return load_data(source, model, image_key=image_key, label_key=label_key, require_labels=labelled)
+        return load_data(
+            source, model, image_key=image_key, label_key=label_key, require_labels=labelled, streaming=streaming
+        )
 
 
 def open_images(

@@ -61,7 +61,10 @@ InputSize = Annotated[
     tuple[int, int, int] | None, model_option(metavar="C H W", help="Input size; by default the model's own.")
 ]
 
-DATA_HELP = "digits, a folder of class folders or of parquet files, or a Hub dataset: USER/NAME or USER/NAME:CONFIG."
+DATA_HELP = (
+    "digits, timm:NAME, USER/NAME[:CONFIG] on the Hub, a folder, or a pattern of tar shards. "
+    "Folders hold class folders, parquet files or tar shards."
+)
 MAX_IMAGES_HELP = "this many images of the split, chosen at random but equal at every call."
 Data = Annotated[str | None, data_option(metavar="DATA", help=DATA_HELP)]
 ImageKey = Annotated[str | None, data_option(metavar="COLUMN", help="Image column; by default the one of type Image.")]
@@ -71,6 +74,10 @@ LabelKey = Annotated[
         metavar="COLUMN",
         help="Label column: numbers, bools or class names; by default the one of type ClassLabel.",
     ),
+]
+Streaming = Annotated[
+    bool,
+    data_option(help="Read tar shards, parquet files or a Hub dataset in order, without a download."),
 ]
 MaxImages = Annotated[int | None, data_option(metavar="N", help=f"Measure accuracy on {MAX_IMAGES_HELP}", min=1)]
 Calibration = Annotated[

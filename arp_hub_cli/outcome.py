@@ -52,12 +52,12 @@ def next_steps(folder: Path, data: Mapping[str, str | None], measured: bool, wor
 
     Args:
         folder: Where the model was saved.
-        data: The options ``--data``, ``--image-key`` and ``--label-key``, without those that were not given.
+        data: The options ``--data``, ``--image-key``, ``--label-key`` and ``--streaming``; None for those not given.
         measured: Whether the data has labels that the model was measured on.
         workload: The forward pass that was timed for a latency budget.
     """
     model = ("--model", f"local-dir:{folder}")
-    options = [word for name, value in data.items() if value is not None for word in (name, value)]
+    options = [word for name, value in data.items() if value is not None for word in (name, value) if word]
     lines = [_command("evaluate", *model, *options)] if measured else []
     if workload is not None:
         timed = ["--batch-size", str(workload.batch_size)]

@@ -2,7 +2,9 @@
 
 from .command import main
 from .config import TrainConfig
-from .data.dataset import ImageData, Split, calibration_images, load_data, refinement_images
+from .data.dataset import ImageData, load_data
+from .data.excerpts import calibration_images, refinement_images
+from .data.splits import Split, StreamedSplit
 from .evaluate import Scores, evaluate
 from .trainer import run
 
@@ -10,6 +12,7 @@ __all__ = [
     "ImageData",
     "Scores",
     "Split",
+    "StreamedSplit",
     "TrainConfig",
     "calibration_images",
     "evaluate",

@@ -24,7 +24,20 @@ class DataSettings:
         "model and data", 0.0, "rate of stochastic depth: the model skips residual branches at random", low=0, below=1
     )
     pretrained: bool = setting("model and data", False, "start from the weights published under a timm name")
-    data: str = setting("model and data", "digits", "'digits', a folder of parquet or class folders, or a Hub dataset")
+    data: str = setting(
+        "model and data",
+        "digits",
+        "'digits', a folder of parquet files, tar shards or class folders, a pattern of shards, a Hub id, timm:NAME",
+    )
+    data_dir: str = setting("model and data", "", "folder of a data set of timm")
+    train_split: str = setting("model and data", "", "split to train on; by default train")
+    test_split: str = setting("model and data", "", "split to test on; by default test, or else validation")
+    streaming: bool = setting(
+        "model and data", False, "read tar shards, parquet files or a Hub dataset in order, without a download"
+    )
+    epoch_images: int = setting(
+        "model and data", 0, "images of an epoch of a stream; 0: all training images, where the data tells them", low=0
+    )
     image_key: str = setting("model and data", "", "image column; by default the one of type Image")
     label_key: str = setting("model and data", "", "label column; by default the one of type ClassLabel")
     val_fraction: float = setting(

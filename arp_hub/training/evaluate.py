@@ -11,9 +11,8 @@ from torch import nn
 
 from .._utils.torch_utils import evaluating
 from ..errors import ArpHubError
-from .data.dataset import Split
 from .data.images import progress
-from .seeds import keyed_generator
+from .data.splits import Split, StreamedSplit
 
 
 class Scores(TypedDict):
@@ -28,7 +27,7 @@ class Scores(TypedDict):
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    split: Split,
+    split: Split | StreamedSplit,
     *,
     batch_size: int = 256,
     workers: int = 0,
@@ -56,18 +55,13 @@ def evaluate(
             raise ArpHubError(f"{name} must be at least 1, got {value}")
     if reason := why_not_measured(model, split):
         raise ArpHubError(f"accuracy is not measured: {reason}")
-    assert split.labels is not None
-    chosen = sample(split, max_images)
-    labels, indices = split.labels[chosen], split.indices[chosen]
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    labels, indices = labels[rank::world], indices[rank::world]
     device = next(model.parameters()).device
     totals = torch.zeros(4, dtype=torch.float64, device=device)
+    count = -(-min(len(split), max_images or len(split)) // (world * batch_size))
     with evaluating(model):
-        batches = split.images.evaluation(indices, batch_size, device, workers) if len(indices) else iter(())
-        targets = labels.split(batch_size)
-        pairs = zip(batches, targets, strict=False)
-        for images, target in progress(pairs, f"evaluating on {split.name}", len(targets)):
+        batches = split.labelled(batch_size, device, workers, rank=rank, world=world, most=max_images)
+        for images, target in progress(batches, f"evaluating on {split.name}", count):
             logits = model(images).float()
             if int(target.max()) >= logits.shape[1]:
                 raise ArpHubError(f"accuracy is not measured: {_other_classes(split, logits.shape[1])}")
@@ -78,25 +72,19 @@ def evaluate(
     return Scores(top1=100 * top1 / count, top5=100 * top5 / count, loss=loss / count, images=int(count))
 
 
-def sample(split: Split, most: int | None) -> torch.Tensor:
-    """Positions in a split of at most this many images, chosen at random but equal at every call; None: of all."""
-    if most is None or most >= len(split):
-        return torch.arange(len(split))
-    return torch.randperm(len(split), generator=keyed_generator("evaluate"))[:most].sort().values
-
-
-def why_not_measured(model: nn.Module, split: Split) -> str | None:
+def why_not_measured(model: nn.Module, split: Split | StreamedSplit) -> str | None:
     """Why the labels of a split do not fit the classes of a model; None if no mismatch is known."""
-    if split.labels is None:
+    if split.label_range is None:
         return f"split '{split.name}' has no labels"
     ours, theirs = split.class_names, (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
     classes = getattr(model, "num_classes", None)
     if not isinstance(classes, int):
         return None
-    if (ours and classes != len(ours)) or int(split.labels.max()) >= classes:
+    lowest, highest = split.label_range
+    if (ours and classes != len(ours)) or highest >= classes:
         return _other_classes(split, classes)
-    if int(split.labels.min()) < 0:
-        return f"split '{split.name}' has the label {int(split.labels.min())}: correct the labels"
+    if lowest < 0:
+        return f"split '{split.name}' has the label {lowest}: correct the labels"
     if ours and list(ours) != list(theirs) and sorted(ours) == sorted(theirs):
         return (
             f"the model has the classes of split '{split.name}' in another order ({', '.join(list(theirs)[:3])}, ...): "
@@ -105,9 +93,9 @@ def why_not_measured(model: nn.Module, split: Split) -> str | None:
     return None
 
 
-def _other_classes(split: Split, classes: int) -> str:
-    assert split.labels is not None
-    found = f"{len(split.class_names)} classes" if split.class_names else f"the label {int(split.labels.max())}"
+def _other_classes(split: Split | StreamedSplit, classes: int) -> str:
+    assert split.label_range is not None
+    found = f"{len(split.class_names)} classes" if split.class_names else f"the label {split.label_range[1]}"
     return (
         f"the model has {classes} classes, split '{split.name}' has {found}: choose the model that was trained on this "
         "data"

@@ -16,6 +16,7 @@ from .config import ARGUMENTS, TrainConfig
 from .data.augment import Augmentation
 from .data.dataset import ImageData, load_data
 from .data.input_format import input_format
+from .data.splits import StreamedSplit
 
 _logger = logging.getLogger(__name__)
 
@@ -47,7 +48,22 @@ def load_data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
             config.train_img_size,
         ),
         max_bad_images=config.max_bad_images,
+        streaming=config.streaming,
+        epoch_images=config.epoch_images,
+        data_dir=config.data_dir,
+        train_split=config.train_split,
+        test_split=config.test_split,
     )
+    if not len(data.train):
+        raise ArpHubError(
+            f"data '{config.data}' does not tell how many images split '{data.train.name}' has: set epoch_images, the "
+            "number of images of an epoch"
+        )
+    if isinstance(data.train, StreamedSplit) and config.aug_repeats > 1:
+        raise ArpHubError(
+            f"aug_repeats={config.aug_repeats} needs images that are read at random, and data '{config.data}' is a "
+            "stream: set aug_repeats=0"
+        )
     if data.num_classes != model.num_classes:
         if checkpoint or (pretrained and not config.dense_epochs):
             raise ArpHubError(

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from .checkpoint import Checkpoint, check_same
 from .config import TrainConfig, without_retired
 from .data.dataset import ImageData
+from .data.splits import StreamedSplit
 
 _FREE = {"workers", "resume", "overwrite", "log_every", "keep_checkpoints", "checkpoint_every", "tracker", "output"}
 _FREE |= {"max_bad_images", "push_to_hub", "hub_private", "cuda_graphs"}
@@ -21,6 +22,8 @@ _FREE |= {"max_bad_images", "push_to_hub", "hub_private", "cuda_graphs"}
 def fixed_settings(config: TrainConfig, accelerator: Accelerator, data: ImageData) -> dict[str, Any]:
     """The settings that decide the numbers of a run, as checkpoints hold them."""
     settings = {name: value for name, value in config.to_dict().items() if name not in _FREE}
+    if isinstance(data.train, StreamedSplit):
+        settings["workers of the stream"] = config.workers  # they decide its order
     return settings | {"processes": accelerator.num_processes, "training images": len(data.train)}
 
 

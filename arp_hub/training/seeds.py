@@ -30,13 +30,18 @@ def seed_everything(*key: int | str) -> None:
     torch.manual_seed(seed)
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the global CPU generators, which image transforms use, inside the block, then restore them."""
-    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+def seed_cpu(seed: int) -> None:
+    """Seed the global CPU generators, which image transforms use."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.random.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global CPU generators inside the block, then restore them."""
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    seed_cpu(seed)
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ from ..refinement import refine
 from ..schemes import Factors
 from .checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_tensors, writing
 from .config import TrainConfig
-from .data.dataset import calibration_images, refinement_images
+from .data.excerpts import calibration_images, refinement_images
 from .evaluate import Scores, evaluate
 from .inputs import load_data_and_model, load_teacher
 from .loop import train

@@ -42,6 +42,7 @@ from ..options import (
     Runtime,
     Schemes,
     Seed,
+    Streaming,
     Workers,
     output_option,
 )
@@ -51,7 +52,7 @@ from ..terminal import note, print_json, print_tables
 if TYPE_CHECKING:
     from torch import nn
 
-    from arp_hub.training import ImageData, Split
+    from arp_hub.training import ImageData, Split, StreamedSplit
 
 
 def compress(
@@ -75,6 +76,7 @@ def compress(
     data: Data = None,
     image_key: ImageKey = None,
     label_key: LabelKey = None,
+    streaming: Streaming = False,
     schemes: Schemes = None,
     rank_multiple: RankMultiple = 1,
     exclude: Exclude = None,
@@ -113,7 +115,7 @@ def compress(
     from arp_hub.planning.make_plan import make_plan
     from arp_hub.reports import spectra
     from arp_hub.runtimes.timed import check_installed
-    from arp_hub.training.data.dataset import calibration_counts
+    from arp_hub.training.data.excerpts import calibration_counts
 
     from ..inputs import (
         ModelChoice,
@@ -139,7 +141,7 @@ def compress(
     network, random_weights = open_model(choice)
     if given is not None:
         check_plan(network, given)
-    found = open_data(data, network, image_key, label_key)
+    found = open_data(data, network, image_key, label_key, streaming)
     images = open_images(found, calibration, copies, seed, workers)
     counts = calibration_counts(found, calibration, copies) if found else (0, 0)
     test = _test_split(network, found)
@@ -188,11 +190,18 @@ def compress(
     what = "refined without labels" if refined else "no training"
     figures = ({**before, "bytes": before_bytes}, {**after, "bytes": after_bytes})
     print_tables(before_after(f"{model}: {what}, {seconds:.0f} s", *figures, test.name if test else None))
-    used = {"--data": data, "--image-key": image_key, "--label-key": label_key}
+    used = {
+        "--data": data,
+        "--image-key": image_key,
+        "--label-key": label_key,
+        "--streaming": "" if streaming else None,
+    }
     print(next_steps(output, used, test is not None, workload if keep_latency is not None else None))
 
 
-def _figures(model: nn.Module, test: Split | None, max_images: int | None, workers: int) -> dict[str, Any]:
+def _figures(
+    model: nn.Module, test: Split | StreamedSplit | None, max_images: int | None, workers: int
+) -> dict[str, Any]:
     """Size, and accuracy if there are test images."""
     from arp_hub._utils.progress import stage
     from arp_hub.layers.model import count_params
@@ -206,11 +215,11 @@ def _figures(model: nn.Module, test: Split | None, max_images: int | None, worke
         return {**evaluate(model, test, workers=workers, max_images=max_images), **size}
 
 
-def _test_split(model: nn.Module, data: ImageData | None) -> Split | None:
+def _test_split(model: nn.Module, data: ImageData | None) -> Split | StreamedSplit | None:
     """The test images, if they have labels that fit the classes of the model."""
     from arp_hub.training.evaluate import why_not_measured
 
-    if data is None or data.test.labels is None:
+    if data is None or data.test.label_range is None:
         return None
     if reason := why_not_measured(model, data.test):
         note(f"accuracy is not measured: {reason}")

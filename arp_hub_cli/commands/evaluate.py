@@ -17,6 +17,7 @@ from ..options import (
     ModelKwargs,
     NumClasses,
     Pretrained,
+    Streaming,
     Workers,
     data_option,
     machine_option,
@@ -36,6 +37,7 @@ def evaluate(
     model_kwargs: ModelKwargs = None,
     image_key: ImageKey = None,
     label_key: LabelKey = None,
+    streaming: Streaming = False,
     input_size: InputSize = None,
     batch_size: Annotated[int, machine_option(metavar="N", help="Images per forward pass.", min=1)] = 256,
     max_images: MaxImages = None,
@@ -58,7 +60,7 @@ def evaluate(
 
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device)
     network, random_weights = open_model(choice)
-    part = open_labelled(data, network, image_key, label_key).split(split)
+    part = open_labelled(data, network, image_key, label_key, streaming).split(split)
     with stage("measure accuracy"):
         scores = evaluate(network, part, batch_size=batch_size, workers=workers, max_images=max_images)
     result = {**scores, "params": count_params(network), "macs": count_macs(network)}

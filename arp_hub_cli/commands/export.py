@@ -20,6 +20,7 @@ from ..options import (
     Overwrite,
     Pretrained,
     Seed,
+    Streaming,
     Workers,
     data_option,
     output_option,
@@ -53,6 +54,7 @@ def export(
     ] = None,
     image_key: ImageKey = None,
     label_key: LabelKey = None,
+    streaming: Streaming = False,
     calibration: Annotated[
         int,
         data_option(
@@ -116,7 +118,7 @@ def export(
     check_output(target, name, overwrite)
     choice = ModelChoice(name, checkpoint, pretrained, num_classes, model_kwargs, input_size, "cpu", seed)
     network, random_weights = open_model(choice)
-    found = open_data(data, network, image_key, label_key)
+    found = open_data(data, network, image_key, label_key, streaming)
     images = calibration_images(found, calibration, copies=0, seed=seed, workers=workers) if found and int8 else None
     shown, labels = _test_images(network, found, max_images, workers) if found else (None, None)
     done = write(
@@ -158,16 +160,15 @@ def _test_images(model: nn.Module, data: ImageData, most: int, workers: int) -> 
     import torch
 
     from arp_hub._utils.progress import stage
-    from arp_hub.training.evaluate import sample, why_not_measured
+    from arp_hub.training.evaluate import why_not_measured
 
-    split = data.test
-    chosen = sample(split, most)
+    split = data.test.measured(most)
     with stage("read test images"):
-        batches = split.images.evaluation(split.indices[chosen], 128, torch.device("cpu"), workers)
+        batches = split.images.evaluation(split.indices, 128, torch.device("cpu"), workers)
         images = torch.cat(list(batches))
     if split.labels is None:
         return images, None
     if reason := why_not_measured(model, split):
         note(f"accuracy is not measured: {reason}")
         return images, None
-    return images, split.labels[chosen]
+    return images, split.labels

@@ -17,6 +17,7 @@ from ..options import (
     NumClasses,
     Pretrained,
     Seed,
+    Streaming,
     Workers,
     data_option,
     fit_option,
@@ -36,6 +37,7 @@ def inspect(
     ] = None,
     data: Data = None,
     image_key: ImageKey = None,
+    streaming: Streaming = False,
     calibration: Annotated[
         int,
         data_option(
@@ -79,7 +81,7 @@ def inspect(
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
     network, random_weights = open_model(choice)
     schemes = {} if given is None else check_plan(network, given)
-    images = open_images(open_data(data, network, image_key, None), calibration, 0, seed, workers)
+    images = open_images(open_data(data, network, image_key, None, streaming), calibration, 0, seed, workers)
     layers = spectra.decomposable_layers(network)
     if images is None:
         found = {name: spectra.spectrum(layer) for name, layer in counted(layers.items(), "spectra")}

@@ -33,6 +33,7 @@ from ..options import (
     Runtime,
     Schemes,
     Seed,
+    Streaming,
     Workers,
     output_option,
 )
@@ -57,6 +58,7 @@ def plan(
     data: Data = None,
     image_key: ImageKey = None,
     label_key: LabelKey = None,
+    streaming: Streaming = False,
     schemes: Schemes = None,
     rank_multiple: RankMultiple = 1,
     exclude: Exclude = None,
@@ -98,7 +100,7 @@ def plan(
     check_plan_file(output, overwrite)
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
     network, random_weights = open_model(choice, meta=data is None)
-    images = open_images(open_data(data, network, image_key, label_key), calibration, copies, seed, workers)
+    images = open_images(open_data(data, network, image_key, label_key, streaming), calibration, copies, seed, workers)
     made = make_plan(network, **options, calibration=images, effort=effort, progress=True)
     if not is_first():
         return

@@ -151,7 +151,7 @@ def test_what_is_left_out_is_named(tmp_path, model, caplog, files, named):
         ([*under("train", TWO), "train/emu/a.txt"], ["no images (emu)"]),
         (under("cats/train", TWO) + under("cats/test", TWO), ["'cats' is no class, because it holds splits", "/cats'"]),
         ([f"{top}/{split}/1.png" for top in "ab" for split in ("train", "test")], ["'a' is no class"]),
-        (["a.txt", "b/c.gif"], ["no images and no parquet files", ".png"]),
+        (["a.txt", "b/c.gif"], ["no images, parquet files or tar shards", ".png"]),
         (["1.png", "2.png"], ["no split has labels"]),
         (["train/1.png", "test/2.png"], ["no split has labels"]),
     ],
@@ -317,8 +317,11 @@ def test_a_configuration_is_chosen_after_a_colon(configured, model):
 def test_a_configuration_of_a_hub_dataset_is_chosen_after_a_colon(tmp_path, configured, model, monkeypatch):
     local = str(configured.rename(tmp_path / "pets"))  # the folder that the Hub's name is mapped to
     load, names = datasets.load_dataset, datasets.get_dataset_config_names
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: load(local, config))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, **more: load(local, config, **more))
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: names(local))
+    stream = load_data("me/pets:coarse", model, label_key="label", streaming=True)
+    labels = [batch.tolist() for _, batch in stream.test.labelled(2, torch.device("cpu"), 0)]
+    assert (sum(labels, []), stream.num_classes) == ([0, 0, 1], model.num_classes)
     assert load_data("me/pets:coarse", model, label_key="label").num_classes == 2
     for source in ("me/pets", "me/pets:x"):
         with pytest.raises(ArpHubError, match=r"name one of fine, coarse after a colon, as in 'me/pets:coarse'"):

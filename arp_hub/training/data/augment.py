@@ -86,7 +86,7 @@ class Augmentation:
         return cls(auto_augment=augmentation) if isinstance(augmentation, str) else augmentation
 
     def transform(self, form: InputFormat) -> Callable[[Image.Image], Tensor]:
-        """The transform of one image for training, by timm: crop, flip, augment and normalise.
+        """The transform of one image for training, by timm: crop, flip and augment, to bytes ``(3, H, W)``.
 
         Raises:
             ArpHubError: If timm does not know ``auto_augment``.
@@ -96,6 +96,7 @@ class Augmentation:
             input_size=(3, *self.size(form)), is_training=True, color_jitter=self.color_jitter,
             auto_augment=self.auto_augment or None, train_crop_mode=self.train_crop_mode,
             mean=form.mean, std=form.std, interpolation=form.interpolation,
+            use_prefetcher=True,  # bytes, which workers pass on four times as fast as floats
         )  # fmt: skip
         keep_one_bit(transform)
         return cast("Callable[[Image.Image], Tensor]", transform)

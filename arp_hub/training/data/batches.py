@@ -1,7 +1,7 @@
 """Which training images each step sees, keyed by seed, epoch and step.
 
-Nothing here keeps state: a resumed run sees the same batches, and so does one with other numbers of processes or
-workers.
+Nothing here keeps state: a resumed run sees the same batches. Except for streams, so does a run with other numbers of
+processes or workers.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..seeds import keyed_generator, keyed_seed
-from .dataset import Split
 from .images import TrainBatch
 from .input_format import sent
+from .splits import Split, StreamedSplit
 
 
 def epoch_batches(images: int, batch_size: int, seed: int, epoch: int, repeats: int = 1) -> Tensor:
@@ -43,7 +43,7 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 
 def training_batches(
-    split: Split, config: TrainConfig, accelerator: Accelerator, phase: str, steps: range
+    split: Split | StreamedSplit, config: TrainConfig, accelerator: Accelerator, phase: str, steps: range
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's share of some batches, augmented, as images and labels.
 
@@ -58,9 +58,20 @@ def training_batches(
     """
     per_epoch = steps_per_epoch(len(split), config.batch_size)
     epoch = steps.start // per_epoch
+    size = config.batch_size // (accelerator.num_processes * config.accumulation)
+    if isinstance(split, StreamedSplit):
+        done = (steps.start - epoch * per_epoch) * config.accumulation
+        return split.images.training(
+            size,
+            range(done, done + len(steps) * config.accumulation),
+            keyed_seed(config.seed, phase, epoch),
+            accelerator.device,
+            workers=config.workers,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+        )
     repeats = max(1, config.aug_repeats)
     batches = epoch_batches(len(split), config.batch_size, keyed_seed(config.seed, phase), epoch, repeats)
-    size = config.batch_size // (accelerator.num_processes * config.accumulation)
     begin = accelerator.process_index * config.accumulation * size
     shares = [slice(begin + part * size, begin + (part + 1) * size) for part in range(config.accumulation)]
     places = [(step, batches[step - epoch * per_epoch], share) for step in steps for share in shares]

@@ -10,51 +10,21 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import ArpHubError
-from ..seeds import keyed_generator, keyed_seed
 from .augment import Augmentation
-from .images import DecodedImages, Images
 from .input_format import input_format
-from .sources import Columns, Table, open_tables
+from .sources import Table, Treatment, bind, open_tables, renamed
+from .splits import Split, StreamedSplit
+from .stream_sources import StreamTable, open_streams, timm_streams
+from .tables import Columns
+from .timm_sets import TimmName, is_timm_source, open_timm
 
 _logger = logging.getLogger(__name__)
 
 _TEST_NAMES = ("test", "validation", "valid", "val", "dev")
 """Names of the test split, in order of preference."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """Some labelled images.
-
-    Attributes:
-        name: Name in messages, such as ``train`` or ``test``.
-        images: Where the pixels come from.
-        labels: Class of each image, ``(N,)``; None where the data has no labels.
-        indices: Which of ``images`` belong to this split, ``(N,)``.
-        class_names: Names of the classes, where the data has them.
-    """
-
-    name: str
-    images: Images
-    labels: Tensor | None
-    indices: Tensor
-    class_names: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """All images, normalised and not augmented, ``(N, 3, H, W)``, and their labels ``(N,)``: for small data.
-
-        Raises:
-            ArpHubError: If there are no labels.
-        """
-        if self.labels is None:
-            raise ArpHubError(f"split '{self.name}' has no labels")
-        return torch.cat(list(self.images.evaluation(self.indices, 256, torch.device("cpu"), 0))), self.labels
 
 
 @dataclass(frozen=True)
@@ -74,10 +44,10 @@ class ImageData:
     name: str
     num_classes: int
     class_names: tuple[str, ...]
-    train: Split
+    train: Split | StreamedSplit
     val: Split | None
-    test: Split
-    others: Mapping[str, Split] = field(default_factory=dict)
+    test: Split | StreamedSplit
+    others: Mapping[str, Split | StreamedSplit] = field(default_factory=dict)
 
     def bad_images(self, accelerator: Accelerator | None = None) -> int:
         """Number of images that could not be decoded so far, on any process, each counted once."""
@@ -87,13 +57,13 @@ class ImageData:
             seen = accelerator.reduce(seen.to(accelerator.device, torch.float32), "sum")
         return int((seen > 0).sum())
 
-    def split(self, name: str) -> Split:
+    def split(self, name: str) -> Split | StreamedSplit:
         """One split by name: ``train``, ``val``, ``test`` or another split that the data has.
 
         Raises:
             ArpHubError: If there is no such split.
         """
-        splits = {**self.others, "train": self.train, "test": self.test}
+        splits: dict[str, Split | StreamedSplit] = {**self.others, "train": self.train, "test": self.test}
         if self.val is not None:
             splits["val"] = self.val
         if name not in splits:
@@ -112,6 +82,11 @@ def load_data(
     require_labels: bool = True,
     augmentation: Augmentation | str = "",
     max_bad_images: int = 0,
+    streaming: bool = False,
+    epoch_images: int = 0,
+    data_dir: str = "",
+    train_split: str = "",
+    test_split: str = "",
 ) -> ImageData:
     """Open a data set for a model. Pixels are decoded when they are first used.
 
@@ -120,9 +95,10 @@ def load_data(
     a folder that are not used.
 
     Args:
-        source: ``digits``; a folder of class folders (read as torchvision's ``ImageFolder`` does, under ``train/`` and
-            ``test/`` if it is split) or of parquet files; or the id of a Hub dataset. ``SOURCE:CONFIG`` chooses a
-            configuration of a Hub dataset or of a parquet folder with a README.
+        source: ``digits``, the id of a Hub dataset, or a folder of class folders, parquet files or tar shards. Class
+            folders are read as torchvision's ``ImageFolder`` does, under ``train/`` and ``test/`` if they are split. A
+            pattern such as ``train-{0000..0063}.tar`` names tar shards. ``timm:NAME`` opens what timm's ``--dataset``
+            takes. ``SOURCE:CONFIG`` chooses a configuration of a Hub dataset or of a parquet folder with a README.
         model: The model whose pretrained_cfg gives input size, mean and std.
         image_key: Image column; by default the one of type Image.
         label_key: Label column of whole numbers, bools or strings; by default the one of type ClassLabel. Strings are
@@ -132,6 +108,11 @@ def load_data(
         require_labels: Whether data without labels is an error.
         augmentation: How training images are varied: timm's string, such as ``rand-m9-mstd0.5``, or an `Augmentation`.
         max_bad_images: Largest number of images of a split that may fail to decode. Each becomes the mean colour.
+        streaming: Read tar shards, parquet files or a Hub dataset in order, without a download or an index of images.
+        epoch_images: Images of an epoch, for a stream; by default the number of training images, where it is known.
+        data_dir: Folder of a data set of timm.
+        train_split: Name of the split to train on; by default ``train``.
+        test_split: Name of the split to test on; by default ``test``, or else ``validation``.
 
     Raises:
         ArpHubError: If the data or one of its columns cannot be found, or if labels are missing or out of range.
@@ -142,108 +123,36 @@ def load_data(
         raise ArpHubError(f"max_bad_images must be at least 0, got {max_bad_images}")
     form = input_format(model)
     columns = Columns(image_key, label_key, require_labels)
-    tables = open_tables(source, columns, form, Augmentation.of(augmentation), max_bad_images)
-    return _arrange(source, tables, val_fraction, seed, require_labels)
-
-
-def calibration_counts(data: ImageData, count: int | None = None, copies: int | None = None) -> tuple[int, int]:
-    """Number of images that `calibration_images` takes, and of varied copies that it adds of each.
-
-    Args:
-        data: The data.
-        count: Number of images, at most all training images. By default 1,024 images held in memory, or 256 others.
-        copies: Copies of each image. By default one for images held in memory, or none.
-
-    Raises:
-        ArpHubError: If there would be no images, or copies are negative.
-    """
-    small = isinstance(data.train.images, DecodedImages)
-    if count is None:
-        count = 1024 if small else 256  # a large image has many more patches and takes proportionally longer
-    if copies is None:
-        copies = 1 if small else 0
-    if count < 1:
-        raise ArpHubError(f"calibration needs at least one image, got {count}")
-    if copies < 0:
-        raise ArpHubError(f"calibration_copies must be 0 or more, got {copies}")
-    return min(count, len(data.train)), copies
-
-
-def calibration_images(
-    data: ImageData, count: int | None = None, *, copies: int | None = None, seed: int = 0, workers: int = 0
-) -> Tensor:
-    """Normalised training images without labels, for the calibration of `make_plan` and `decompose`.
-
-    Copies of an image are rotated, shifted, scaled and recoloured, so that they differ from all training images.
-
-    Args:
-        data: The data.
-        count: Number of images, at most all training images. By default 1,024 images held in memory, or 256 others.
-        copies: Number of varied copies of each image. By default one for images held in memory, or none.
-        seed: Seed of the choice and of the copies.
-        workers: DataLoader workers, for large data.
-
-    Returns:
-        Images ``(count * (1 + copies), 3, H, W)`` on the CPU, each followed by its copies.
-
-    Raises:
-        ArpHubError: If there would be no images, or copies are negative.
-    """
-    split, device = data.train, torch.device("cpu")
-    count, copies = calibration_counts(data, count, copies)
-    chosen = split.indices[torch.randperm(len(split), generator=keyed_generator(seed, "calibration"))[:count]]
-    versions = [torch.cat(list(split.images.evaluation(chosen, 128, device, workers)))]
-    for copy in range(copies):
-        key = keyed_seed(seed, "calibration", copy)
-        versions.append(torch.cat(list(split.images.varied(chosen, 128, device, workers, key))))
-    return torch.stack(versions, dim=1).flatten(0, 1)
-
-
-def refinement_images(data: ImageData, count: int, *, seed: int = 0, workers: int = 0) -> tuple[Tensor, Tensor]:
-    """Normalised training images without labels, for `refine`: to learn from, and a tenth to hold out.
-
-    With the same seed, `calibration_images` takes its images from the other end of the same order. So the fit has not
-    seen the images held out, unless nearly all training images calibrate it.
-
-    Args:
-        data: The data.
-        count: Number of images, at most all training images.
-        seed: Seed of the choice.
-        workers: DataLoader workers, for large data.
-
-    Returns:
-        Images to learn from, and held-out images: ``(N, 3, H, W)`` on the CPU.
-    """
-    split, device = data.train, torch.device("cpu")
-    chosen = split.indices[torch.randperm(len(split), generator=keyed_generator(seed, "calibration"))[-count:]]
-    images = torch.cat(list(split.images.evaluation(chosen, 128, device, workers)))
-    held_out = min(len(images), max(2, len(images) // 10))
-    return images[:-held_out], images[-held_out:]
+    treatment = Treatment(form, Augmentation.of(augmentation), max_bad_images)
+    chosen = (train_split, test_split)
+    timm_name = TimmName(source, data_dir, chosen, columns) if is_timm_source(source) else None
+    if data_dir and not timm_name:
+        raise ArpHubError(f"data_dir='{data_dir}' is for data sets of timm, such as timm:torch/cifar10: leave it out")
+    if not streaming and not (timm_name and timm_name.streams):
+        if epoch_images:
+            raise ArpHubError(f"epoch_images={epoch_images} is for streams: set streaming, or leave it out")
+        if timm_name:
+            tables = bind(source, *open_timm(timm_name), treatment)
+        else:
+            tables = renamed(source, open_tables(source, columns, treatment), chosen)
+        return _arrange(source, tables, val_fraction, seed, require_labels)
+    if val_fraction:
+        raise ArpHubError(
+            f"val_fraction={val_fraction} cannot be held out of a stream: set it to 0, or choose a split for testing "
+            "with test_split"
+        )
+    classes = getattr(model, "num_classes", 0)
+    if timm_name:
+        streams = timm_streams(timm_name, treatment, epoch_images, classes)
+    else:
+        streams = renamed(source, open_streams(source, columns, treatment, classes, counted=not epoch_images), chosen)
+    return _arrange_streams(source, streams, epoch_images, require_labels)
 
 
 def _arrange(source: str, tables: dict[str, Table], val_fraction: float, seed: int, require_labels: bool) -> ImageData:
     """Decide which table is for training and which for testing."""
     usable = {name: table for name, table in tables.items() if not require_labels or _has_labels(table)}
-    if not usable:
-        raise ArpHubError(f"data '{source}': no split has labels (splits: {', '.join(tables) or 'none'})")
-    if "train" in tables and "train" not in usable:
-        raise ArpHubError(
-            f"data '{source}': the images of split 'train' have no labels; those of {', '.join(usable)} do"
-        )
-    test_name = next((name for name in _TEST_NAMES if name in usable), None)
-    if len(usable) == 1:
-        train_name = test_name = next(iter(usable))
-        _logger.warning(
-            "data '%s' has one usable split, '%s': training and testing share its images, so accuracy is too high",
-            source,
-            train_name,
-        )
-    elif "train" in usable and test_name:
-        train_name = "train"
-    else:
-        raise ArpHubError(
-            f"data '{source}' needs the splits 'train' and 'test' (or 'validation'), it has {', '.join(usable)}"
-        )
+    train_name, test_name = _train_and_test(source, list(tables), list(usable))
     splits = {
         name: Split(
             name,
@@ -259,6 +168,52 @@ def _arrange(source: str, tables: dict[str, Table], val_fraction: float, seed: i
     train, val = _hold_out(splits[train_name], val_fraction, seed)
     others = {name: split for name, split in splits.items() if name != "train"}
     return ImageData(source, num_classes, class_names, train, val, splits[test_name], others)
+
+
+def _train_and_test(source: str, names: list[str], usable: list[str]) -> tuple[str, str]:
+    """The names of the splits for training and testing.
+
+    Args:
+        source: The data, for messages.
+        names: All splits.
+        usable: Those with labels, or all where no labels are required.
+    """
+    if not usable:
+        raise ArpHubError(f"data '{source}': no split has labels (splits: {', '.join(names) or 'none'})")
+    if "train" in names and "train" not in usable:
+        raise ArpHubError(
+            f"data '{source}': the images of split 'train' have no labels; those of {', '.join(usable)} do"
+        )
+    if len(usable) == 1:
+        _logger.warning(
+            "data '%s' has one usable split, '%s': training and testing share its images, so accuracy is too high",
+            source,
+            usable[0],
+        )
+        return usable[0], usable[0]
+    test_name = next((name for name in _TEST_NAMES if name in usable), None)
+    if "train" in usable and test_name:
+        return "train", test_name
+    raise ArpHubError(
+        f"data '{source}' needs the splits 'train' and 'test' (or 'validation'), it has {', '.join(usable)}. Name "
+        "others with train_split and test_split"
+    )
+
+
+def _arrange_streams(
+    source: str, tables: Mapping[str, StreamTable], epoch_images: int, require_labels: bool
+) -> ImageData:
+    """Decide which stream is for training and which for testing."""
+    usable = [name for name, table in tables.items() if not require_labels or table.images.labelled]
+    train_name, test_name = _train_and_test(source, list(tables), usable)
+    count = epoch_images or tables[train_name].count or 0
+    splits = {
+        name: StreamedSplit(name, table.images, count if name == train_name else table.count or 0, table.class_names)
+        for name, table in tables.items()
+    }
+    train = splits[train_name]
+    others = {name: split for name, split in splits.items() if name != "train"}
+    return ImageData(source, train.images.classes, train.class_names, train, None, splits[test_name], others)
 
 
 def _has_labels(table: Table) -> bool:

@@ -1,4 +1,4 @@
-"""Find the splits and classes in a folder of images or of parquet files, and warn of files that belong to none.
+"""Find the splits and classes in a folder of images, parquet files or tar shards. Warnings name all other files.
 
 Class folders are read as torchvision's ``ImageFolder`` reads them. Only folders decide the split of an image, never the
 name of its file.
@@ -31,7 +31,7 @@ _SPLITS = {
 }
 """Names of splits, in lower case, with the split that each means: the keywords of the datasets library."""
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]+)?")
-"""One of the parquet files of a split, as the datasets library names them."""
+"""One of the files of a split, as the datasets library names them."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,21 @@ def class_folders(source: str, root: Path) -> ClassFolders | None:
         root: The folder.
 
     Returns:
-        The images, or None if the folder holds parquet files.
+        The images, or None if the folder holds parquet files, or tar shards and no images.
 
     Raises:
         ArpHubError: If there are no images, if a class has none, or if splits and classes cannot be told apart.
     """
     files, folders = _walk(root)
-    if _parquet_files(files):
+    if _with_suffix(files, ".parquet"):
         return None
     images = [file for file in files if is_image_file(file[-1]) and not _is_hidden(file)]
+    if not images and _with_suffix(files, ".tar"):
+        return None
     if not images:
         raise ArpHubError(
-            f"the folder '{source}' holds no images and no parquet files: give a folder of parquet files, or one with "
-            f"a folder of images for each class, in train/ and test/ if it is split ({', '.join(IMG_EXTENSIONS)})"
+            f"the folder '{source}' holds no images, parquet files or tar shards: give a folder of such files, or one "
+            f"with a folder of images for each class, in train/ and test/ if it is split ({', '.join(IMG_EXTENSIONS)})"
         )
     tops = _split_folders(source, images)
     if not tops:
@@ -196,7 +198,7 @@ def _warn_of_unused(source: str, files: Collection[Parts], used: Collection[str]
 
 def _looks_like_data(path: str) -> bool:
     suffix = Path(path).suffix.lower()
-    return suffix == ".parquet" or suffix in Image.registered_extensions()
+    return suffix in (".parquet", ".tar") or suffix in Image.registered_extensions()
 
 
 def _warn_of_missing(source: str, labels: Mapping[str, list[int] | None], classes: list[str]) -> None:
@@ -240,7 +242,7 @@ def parquet_splits(source: str, root: Path, config: str | None) -> tuple[dict[st
     chosen = configs[name] if name else {}
     if "data_files" not in chosen:
         place = root / chosen.get("data_dir", "")
-        by_name = _by_name(source, place)
+        by_name = files_by_split(source, place, ".parquet")
         return {split: [str(place / file) for file in files] for split, files in by_name.items()}, features
     found = {}
     for split, patterns in sanitize_patterns(chosen["data_files"]).items():
@@ -273,13 +275,23 @@ def choose_configuration(source: str, config: str | None, configs: Collection[st
     )
 
 
-def _by_name(source: str, root: Path) -> dict[str, list[str]]:
-    """The parquet files of each split, relative to the folder."""
+def holds_tars(root: Path) -> bool:
+    """Whether a folder holds tar shards and no parquet files."""
+    files = _walk(root)[0]
+    return bool(_with_suffix(files, ".tar")) and not _with_suffix(files, ".parquet")
+
+
+def files_by_split(source: str, root: Path, suffix: str) -> dict[str, list[str]]:
+    """The files with a suffix below a folder, by split and relative to it.
+
+    Raises:
+        ArpHubError: If several files are the same part of a split.
+    """
     everything = _walk(root)[0]
     found: dict[str, list[Parts]] = {}
     parts: dict[tuple[str, str, str], Parts] = {}
-    for file in _parquet_files(everything):
-        split = _split_of(file)
+    for file in _with_suffix(everything, suffix):
+        split = split_of(file)
         found.setdefault(split, []).append(file)
         if shard := _SHARD.fullmatch(_stem(file)):
             other = parts.setdefault((split, shard["number"], shard["count"]), file)
@@ -301,16 +313,16 @@ def _by_name(source: str, root: Path) -> dict[str, list[str]]:
     return splits
 
 
-def _parquet_files(files: Collection[Parts]) -> list[Parts]:
-    return sorted(file for file in files if file[-1].lower().endswith(".parquet") and not _is_hidden(file))
+def _with_suffix(files: Collection[Parts], suffix: str) -> list[Parts]:
+    return sorted(file for file in files if file[-1].lower().endswith(suffix) and not _is_hidden(file))
 
 
 def _stem(file: Parts) -> str:
-    return file[-1][: -len(".parquet")]
+    return file[-1].rpartition(".")[0]
 
 
-def _split_of(file: Parts) -> str:
-    """The split of a parquet file; empty if its path names none."""
+def split_of(file: Parts) -> str:
+    """The split of a parquet file or tar shard; empty if its path names none."""
     if shard := _SHARD.fullmatch(_stem(file)):
         words = [shard["split"].lower(), shard["split"].lower().rpartition("-")[2]]  # also 'cifar10-train'
         return next((_SPLITS[word] for word in words if word in _SPLITS), re.sub(r"\W", "_", shard["split"]))

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -16,18 +18,20 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from ...errors import ArpHubError
 from ..preemption import outlast_sigterm
-from ..seeds import keyed_seed, seeded
+from ..seeds import keyed_seed, seed_cpu, seeded
 from .augment import VARIATION, Augmentation, crop_and_flip
 from .decoding import SMALL_SIDE, Rows, decoded
 from .input_format import InputFormat, sent
 
 _logger = logging.getLogger(__name__)
+_ADDRESS = re.compile(r"<_io\.\w+ object at \w+>")
+"""The file object that Pillow names in place of a file."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,12 @@ class StreamedImages:
         self.train_transform = self.augmentation.transform(form)
         sizes: dict[str, Any] = {"crop_pct": form.crop_pct} if crop else {"crop_pct": 1.0, "crop_mode": "squash"}
         self.eval_transform = create_transform(
-            input_size=(3, *form.size), mean=form.mean, std=form.std, interpolation=form.interpolation, **sizes
+            input_size=(3, *form.size),
+            mean=form.mean,
+            std=form.std,
+            interpolation=form.interpolation,
+            use_prefetcher=True,
+            **sizes,
         )
 
     def __len__(self) -> int:
@@ -246,19 +255,25 @@ class StreamedImages:
             batch_sampler=jobs,
             num_workers=min(workers, os.cpu_count() or 1),
             pin_memory=device.type == "cuda",
-            collate_fn=torch.stack,
             worker_init_fn=outlast_sigterm,
         )
-        try:
+        with worker_errors():
             for batch in loader:
-                yield batch.to(device, non_blocking=True)
-        except ArpHubError as error:  # a worker wraps its message in a traceback
-            message = str(error).strip().splitlines()[-1]
-            raise ArpHubError(message.removeprefix(f"{ArpHubError.__module__}.{ArpHubError.__name__}: ")) from error
+                yield self.form.normalise(batch.to(device, non_blocking=True))
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Restore the messages of errors that loader workers raise, which torch wraps in a traceback."""
+    try:
+        yield
+    except ArpHubError as error:
+        message = str(error).strip().splitlines()[-1]
+        raise ArpHubError(message.removeprefix(f"{ArpHubError.__module__}.{ArpHubError.__name__}: ")) from error
 
 
 class _Transformed(Dataset):
-    """Rows as transformed tensors; an index is ``(row, seed)``."""
+    """Rows as transformed bytes ``(3, H, W)``; an index is ``(row, seed)``."""
 
     def __init__(self, images: StreamedImages, transform: Callable[[Image.Image], Tensor]) -> None:
         self.images, self.transform = images, transform
@@ -268,11 +283,19 @@ class _Transformed(Dataset):
 
     def __getitem__(self, index: tuple[int, int]) -> Tensor:
         row, seed = index
-        with seeded(seed):
-            return self.transform(_rgb(self.images.rows, row, self.images.form, self.images.bad))
+        with seeds_of_image(seed):
+            return self.transform(rgb(self.images.rows, row, self.images.form, self.images.bad))
 
 
-def _rgb(rows: Rows, row: int, form: InputFormat, bad: BadImages) -> Image.Image:
+def seeds_of_image(seed: int) -> AbstractContextManager[None]:
+    """Seed the global generators for one image. A loader worker, which nothing else draws from, keeps them so."""
+    if get_worker_info() is None:
+        return seeded(seed)
+    seed_cpu(seed)
+    return nullcontext()
+
+
+def rgb(rows: Rows, row: int, form: InputFormat, bad: BadImages) -> Image.Image:
     """One image as RGB. If it cannot be decoded and ``bad`` allows that, an image of the mean colour.
 
     Raises:
@@ -283,7 +306,7 @@ def _rgb(rows: Rows, row: int, form: InputFormat, bad: BadImages) -> Image.Image
     except ArpHubError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(_ADDRESS.sub("", str(error)).split()) or type(error).__name__
         bad.add(row, f"{rows.name(row)} cannot be decoded: {reason}")
         height, width = form.size
         return Image.new("RGB", (width, height), tuple(round(255 * value) for value in form.mean))
@@ -296,7 +319,7 @@ def decode_all(rows: Rows, form: InputFormat, bad: BadImages) -> Tensor:
     resample = getattr(Image.Resampling, form.interpolation.upper(), Image.Resampling.BICUBIC)
     large = []
     for row in progress(range(len(rows)), "decoding images"):
-        image = _rgb(rows, row, form, bad)
+        image = rgb(rows, row, form, bad)
         if max(image.size) > SMALL_SIDE and image.size != (width, height):
             large.append(row)
         if image.size != (width, height):

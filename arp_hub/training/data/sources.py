@@ -1,18 +1,16 @@
-"""Open labelled images by name: scikit-learn's digits, a folder, or a dataset of the Hub.
-
-Feature types decide which column holds the images and which the labels.
-"""
+"""Open labelled images by name: scikit-learn's digits, a folder, tar shards, or a dataset of the Hub."""
 
 from __future__ import annotations
 
 import glob
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,10 +22,12 @@ from torch import Tensor
 from ...errors import ArpHubError
 from ...hub.client import bounded_waits, cache_if_offline
 from .augment import Augmentation
-from .decoding import ImageColumn, ImageFiles, Rows, survey
-from .files import ClassFolders, choose_configuration, class_folders, parquet_splits
+from .decoding import ImageFiles, Rows, survey
+from .files import ClassFolders, choose_configuration, class_folders, holds_tars, parquet_splits
 from .images import BadImages, DecodedImages, Images, StreamedImages, decode_all
 from .input_format import InputFormat
+from .tables import Columns, LabelledTables, Splits, class_numbers, numbered
+from .tars import TarImages, is_tar_source, read_index, tar_splits
 
 _logger = logging.getLogger(__name__)
 
@@ -45,24 +45,25 @@ class Table:
     class_names: tuple[str, ...] = ()
 
 
+AnyTable = TypeVar("AnyTable")
+
+
 @dataclass(frozen=True)
-class Columns:
-    """Which columns of a data set to read.
+class Treatment:
+    """What happens to each image.
 
     Attributes:
-        image: Name of the image column; None for the one of type Image.
-        label: Name of the label column; None for the one of type ClassLabel.
-        labelled: Whether labels are required.
+        form: Input format of the model.
+        augmentation: How training images are varied.
+        max_bad_images: Largest number of images of a split that may fail to decode.
     """
 
-    image: str | None = None
-    label: str | None = None
-    labelled: bool = True
+    form: InputFormat
+    augmentation: Augmentation = Augmentation()
+    max_bad_images: int = 0
 
 
-def open_tables(
-    source: str, columns: Columns, form: InputFormat, augmentation: Augmentation, max_bad_images: int
-) -> dict[str, Table]:
+def open_tables(source: str, columns: Columns, treatment: Treatment) -> dict[str, Table]:
     """The splits of a data set, with labels read and images in the input format of a model.
 
     Raises:
@@ -73,28 +74,52 @@ def open_tables(
     if source == "digits":
         if columns.image or columns.label:
             raise ArpHubError("data 'digits' has no columns to choose from: leave out image_key and label_key")
-        return _digits(form, augmentation)
-    splits, class_names = _open(source, columns)
+        return _digits(treatment.form, treatment.augmentation)
+    return bind(source, *_open(source, columns), treatment)
+
+
+def bind(source: str, splits: Splits, class_names: tuple[str, ...], treatment: Treatment) -> dict[str, Table]:
+    """Stored images in the input format of a model. Empty splits are left out.
+
+    Raises:
+        ArpHubError: If all are empty.
+    """
     splits = {name: split for name, split in splits.items() if len(split[0])}
     if not splits:
         raise ArpHubError(f"data '{source}' has no images: every split is empty")
-    images = _bind(source, {name: rows for name, (rows, _) in splits.items()}, form, augmentation, max_bad_images)
+    images = _resized(source, {name: rows for name, (rows, _) in splits.items()}, treatment)
     return {name: Table(images[name], labels, class_names) for name, (_, labels) in splits.items()}
 
 
-def _bind(
-    source: str, splits: Mapping[str, Rows], form: InputFormat, augmentation: Augmentation, max_bad_images: int
-) -> dict[str, Images]:
+def renamed(source: str, tables: Mapping[str, AnyTable], chosen: tuple[str, str]) -> dict[str, AnyTable]:
+    """The splits, with those that are chosen for training and testing under the names ``train`` and ``test``.
+
+    Raises:
+        ArpHubError: If there is no such split.
+    """
+    result = dict(tables)
+    for role, name in zip(("train", "test"), chosen, strict=True):
+        if name and name not in tables:
+            raise ArpHubError(
+                f"data '{source}' has no split {role}_split='{name}': choose one of {', '.join(sorted(tables))}"
+            )
+        if name:
+            result[role] = tables[name]
+    return result
+
+
+def _resized(source: str, splits: Mapping[str, Rows], treatment: Treatment) -> dict[str, Images]:
     """Decide for all splits together how images are resized and where they are held."""
     seen = survey(splits.values())
     for kind, white in seen.white.items():
         _logger.warning("data '%s': %d is white in its grey images of type %s", source, white, kind)
+    form, augmentation = treatment.form, treatment.augmentation
     height, width = form.size
     in_memory = seen.small and max(map(len, splits.values())) * 3 * height * width <= _MEMORY
     images: dict[str, Images] = {}
     for name, rows in splits.items():
         rows.white = seen.white
-        bad = BadImages(len(rows), max_bad_images)
+        bad = BadImages(len(rows), treatment.max_bad_images)
         if in_memory:
             decode = partial(decode_all, rows, form, bad)
             images[name] = DecodedImages(len(rows), decode, form, augmentation=augmentation, bad=bad)
@@ -122,27 +147,28 @@ def _digits(form: InputFormat, augmentation: Augmentation) -> dict[str, Table]:
     return tables
 
 
-Splits = dict[str, tuple[Rows, Tensor | None]]
-"""Stored images and labels of each split."""
-
-
 def _open(source: str, columns: Columns) -> tuple[Splits, tuple[str, ...]]:
     """The splits of a folder or Hub dataset, with the names of its classes."""
-    place, config = _place_and_config(source)
+    place, config = place_and_config(source)
     folder = Path(place).expanduser()
-    try:
+    with opening(source):
+        if is_tar_source(source):
+            return _from_tars(source, columns)
         if folder.is_dir():
             if found := class_folders(place, folder):
                 return _from_folders(place, folder, found, config, columns)
-            return _Labelled(source, _load_parquet(place, folder, config), columns).read()
-        if folder.exists():
-            raise ArpHubError(f"data '{source}' is a file: give the folder it is in")
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", place):
-            raise ArpHubError(
-                f"unknown data '{source}': no such folder; give 'digits', a folder of parquet files or of class "
-                "folders, or a Hub dataset id such as uoft-cs/cifar10"
-            )
-        return _Labelled(source, _load_from_hub(place, config), columns).read()
+            if holds_tars(folder):
+                choose_configuration(source, config, (), None)
+                return _from_tars(place, columns)
+            return LabelledTables(source, _load_parquet(place, folder, config), columns).read()
+        return LabelledTables(source, hub_tables(source, place, config), columns).read()
+
+
+@contextmanager
+def opening(source: str) -> Iterator[None]:
+    """Turn the errors of the datasets library and its parsers into one that names the data."""
+    try:
+        yield
     except ArpHubError:
         raise
     except Exception as error:  # the library, its parsers and its HTTP client raise dozens of kinds
@@ -150,11 +176,11 @@ def _open(source: str, columns: Columns) -> tuple[Splits, tuple[str, ...]]:
         reason = str(cause).strip().splitlines()
         raise ArpHubError(
             f"cannot load the data '{source}': {type(cause).__name__}: {reason[0] if reason else 'no message'}. Give "
-            "'digits', a folder of parquet files or of class folders, or the id of a Hub dataset that you can reach"
+            "'digits', a folder of parquet files, tar shards or class folders, or a Hub dataset that you can reach"
         ) from error
 
 
-def _place_and_config(source: str) -> tuple[str, str | None]:
+def place_and_config(source: str) -> tuple[str, str | None]:
     """A folder or Hub id, and the configuration after the colon, if any."""
     place, colon, config = source.rpartition(":")
     if not colon or Path(source).expanduser().exists():
@@ -178,6 +204,26 @@ def _from_folders(
     return splits, found.classes
 
 
+def _from_tars(source: str, columns: Columns) -> tuple[Splits, tuple[str, ...]]:
+    found = {
+        split: TarImages(shards, read_index(source, split, shards, columns.image, columns.label))
+        for split, shards in tar_splits(source).items()
+    }
+    texts = {split: images.index.label.tolist() for split, images in found.items()}
+    if columns.labelled and not any(map(any, texts.values())):
+        raise ArpHubError(
+            f"data '{source}' has no labels: its samples have no cls member. Name the extension of the labels, or a "
+            "field of the json members, with label_key"
+        )
+    whole = all(re.fullmatch(r"-?\d+", text) for split in texts.values() for text in split if text)
+    names = {} if whole else numbered({text for split in texts.values() for text in split if text})
+    splits: Splits = {}
+    for split, images in found.items():
+        values = [text and (names[text] if names else int(text)) for text in texts[split]]
+        splits[split] = images, class_numbers(source, split, values, {})
+    return splits, tuple(names)
+
+
 def _load_parquet(source: str, folder: Path, config: str | None) -> Mapping[str, Any]:
     import datasets  # here, because its import takes a second that digits and class folders do not need
 
@@ -186,104 +232,27 @@ def _load_parquet(source: str, folder: Path, config: str | None) -> Mapping[str,
     return datasets.load_dataset("parquet", data_files=escaped, features=features)
 
 
-def _load_from_hub(source: str, config: str | None) -> Mapping[str, Any]:
+def hub_tables(source: str, place: str, config: str | None, *, streaming: bool = False) -> Mapping[str, Any]:
+    """The splits of a Hub dataset.
+
+    Raises:
+        ArpHubError: If this cannot be the name of one, or if its configuration must be chosen.
+    """
     import datasets
 
+    if Path(place).expanduser().exists():
+        raise ArpHubError(f"data '{source}' is a file: give the folder it is in")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", place):
+        raise ArpHubError(
+            f"unknown data '{source}': no such folder; give 'digits', a folder of parquet files, tar shards or class "
+            "folders, or a Hub dataset id such as uoft-cs/cifar10"
+        )
     try:
         with bounded_waits(), cache_if_offline():
-            return datasets.load_dataset(source, config)
+            return datasets.load_dataset(place, config, streaming=streaming)
     except ValueError as error:  # datasets raises it for a missing or unknown configuration
         if "config" not in str(error).lower():
             raise
-        configs = datasets.get_dataset_config_names(source)
+        configs = datasets.get_dataset_config_names(place)
         choose_configuration(source, config, configs, None)
         raise
-
-
-class _Labelled:
-    """Tables of the datasets library, one for each split, and their columns of images and labels."""
-
-    def __init__(self, source: str, tables: Mapping[str, Any], columns: Columns) -> None:
-        import datasets
-
-        self.source, self.tables = source, dict(tables)
-        self.features = next(iter(tables.values())).features
-        images = [name for name, kind in self.features.items() if isinstance(kind, datasets.Image)]
-        images = images or [name for name, kind in self.features.items() if _stores_images(kind)]
-        classes = [name for name, kind in self.features.items() if isinstance(kind, datasets.ClassLabel)]
-        self.image_key = self._choose("image", columns.image, images, required=True)
-        self.label_key = self._choose("label", columns.label, classes, required=columns.labelled)
-        if self.image_key not in images:
-            raise ArpHubError(
-                f"data '{source}': column '{self.image_key}' holds no images; columns found: {self._columns()}"
-            )
-
-    def _choose(self, what: str, named: str | None, found: list[str], required: bool) -> str:
-        if named:
-            if named not in self.features:
-                raise ArpHubError(
-                    f"data '{self.source}' has no column {what}_key='{named}'; columns found: {self._columns()}"
-                )
-            return named
-        if len(found) == 1:
-            return found[0]
-        if not found and not required:
-            return ""
-        number = "no" if not found else "more than one"
-        raise ArpHubError(
-            f"data '{self.source}' has {number} {what} column; columns found: {self._columns()}. "
-            f"Name the right one with {what}_key"
-        )
-
-    def _columns(self) -> str:
-        return ", ".join(f"{name} ({type(kind).__name__})" for name, kind in self.features.items())
-
-    def read(self) -> tuple[Splits, tuple[str, ...]]:
-        """Stored images and labels of each split, and the names of the classes."""
-        columns = {str(name): ImageColumn(table, self.image_key) for name, table in self.tables.items()}
-        if not self.label_key:
-            return {name: (rows, None) for name, rows in columns.items()}, ()
-        values = {str(name): table[self.label_key][:] for name, table in self.tables.items()}
-        labels, class_names = self._labels(values)
-        return {name: (rows, labels[name]) for name, rows in columns.items()}, class_names
-
-    def _labels(self, values: Mapping[str, list[Any]]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """Class numbers of each split, and the names of the classes if the data has them."""
-        kind = self.features[self.label_key]
-        names, dtype = getattr(kind, "names", None), str(getattr(kind, "dtype", ""))
-        numbers: Mapping[Any, int] = {}
-        if dtype == "bool":
-            numbers = {False: 0, True: 1}
-        elif dtype in ("string", "large_string"):
-            numbers = _numbered({label for split in values.values() for label in split if label})
-        elif not names and not re.fullmatch(r"u?int\d+", dtype):
-            raise ArpHubError(
-                f"data '{self.source}': column '{self.label_key}' holds neither numbers nor names of classes; columns "
-                f"found: {self._columns()}"
-            )
-        labels = {name: self._numbers(name, split, numbers) for name, split in values.items()}
-        return labels, tuple(names or map(str, numbers))
-
-    def _numbers(self, split: str, values: list[Any], numbers: Mapping[Any, int]) -> Tensor:
-        """Class numbers. If there are none, all are -1, by the Hub's convention."""
-        absent = sum(1 for value in values if value is None or value == "")
-        if absent == len(values):
-            return torch.full((len(values),), -1)
-        if absent:
-            raise ArpHubError(
-                f"data '{self.source}': {absent} of {len(values)} images of split '{split}' have no label: "
-                "label or remove them"
-            )
-        largest = torch.iinfo(torch.int64).max
-        return torch.tensor([numbers[value] if numbers else min(value, largest) for value in values])
-
-
-def _stores_images(kind: Any) -> bool:
-    """Whether a column may hold encoded images although it is not of type Image, as in parquet files of pandas."""
-    return isinstance(kind, dict) and {"bytes", "path"} == set(kind) or getattr(kind, "dtype", "") == "binary"
-
-
-def _numbered(names: Collection[str]) -> dict[str, int]:
-    """Classes in order of their names; names that are whole numbers in order of the numbers."""
-    order = sorted(names, key=int if all(name.isdecimal() for name in names) else str)
-    return {name: number for number, name in enumerate(order)}
