@@ -58,7 +58,7 @@ def trained(config: TrainConfig, data: Any, start: Checkpoint | None = None) -> 
     if start:
         model.load_state_dict(start.state["model"])
         penalty.load_state_dict(start.state["penalty"])
-    run = Run(config, Accelerator(cpu=True), data, log, {})
+    run = Run(config, Accelerator(cpu=True), data, log, {}, scores={"dense": {}})  # checkpoints have its scores
     average = train(run, Phase("compress", model, 1, config.lr, penalty=penalty), start)
     assert average is not None
     return {**model.state_dict(), **{f"average.{name}": value for name, value in average.state_dict().items()}}
