@@ -77,7 +77,7 @@ class Stopwatch:
         return model_call(self._model, self._images, self.workload)
 
     def _small(self, plan: RankPlan) -> Call:
-        """The model decomposed by a plan; the last one is kept, because it is often measured again."""
+        """The model decomposed by a plan; the last one is kept, because it is often measured twice."""
         if self._last is None or self._last[0] != plan:
             small = apply_plan(copy.deepcopy(self._model), plan)
             for layer in low_rank_layers(small).values():

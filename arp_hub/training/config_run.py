@@ -71,7 +71,12 @@ class BudgetSettings:
 
     keep_params: float | None = setting("budget", None, "share of the parameters to keep", above=0, below=1)
     keep_macs: float | None = setting("budget", None, "share of the multiply-accumulates to keep", above=0, below=1)
-    schemes: tuple[str, ...] = setting("budget", (), "schemes to choose from; by default all", choices=tuple(SCHEMES))
+    schemes: tuple[str, ...] = setting(
+        "budget",
+        (),
+        "schemes to choose from; by default all, but group_in and group_out for k x k layers only",
+        choices=tuple(SCHEMES),
+    )
     rank_multiple: int = setting("budget", 1, "ranks are multiples of this", low=1)
     exclude: tuple[str, ...] | None = setting(
         "budget", None, "layers that stay dense, by name or pattern; by default the first convolution"
