@@ -40,7 +40,6 @@ METRICS = {"top1": 70.5, "top5": 90.0, "loss": 1.5, "images": 100, "params": 100
            "data": "digits", "split": "test", "dense": {"top1": 71.0, "params": 2000, "macs": 9000},
            "kept": {"params": 0.5, "macs": 0.55}, "plan": PLAN, "config": {"keep_params": 0.5, "epochs": 3},
            "scores": {"dense": {"top1": 71.0, "top5": 91.0, "loss": 1.4, "images": 100}}, "license": "mit",
-           "layers": [{"name": "fc", "scheme": "cp", "rank": 3, "groups": 1, "params": 10, "kept": 0.5}],
            "history": [{"phase": "compress", "step": 3, "stage": "ramp", "violation": 0.1, "violations": {"fc": 0.1}}],
            "versions": {"torch": "2.9"}, "hardware": {"cpu": "x"}, "command": "run.py", "seconds": 3.5}  # fmt: skip
 LOG = [{"phase": phase, "epoch": 1, "epochs": 2, "step": 4, "loss": 1.5, "top1": 30.5, "lr": 0.1, "seconds": 2.0,
@@ -79,7 +78,7 @@ def targets(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], None]
     import safetensors.torch
     import torch
 
-    from arp_hub import RankPlan, save_pretrained
+    from arp_hub import LayerPlan, RankPlan, decompose, save_pretrained
     from arp_hub.errors import ArpHubError
     from arp_hub.hub.card import model_card
     from arp_hub.hub.load import load_model
@@ -125,9 +124,12 @@ def targets(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], None]
 
     run_folder, model_folder = place / "run", place / "model"
     run_folder.mkdir()
-    (run_folder / "metrics.json").write_text(json.dumps(METRICS))
     (run_folder / "log.jsonl").write_text("\n".join(map(json.dumps, LOG)))
     save_pretrained(load_model("cifar_resnet20"), model_folder)
+    small = decompose(load_model("cifar_resnet20"), RankPlan({"layer1.0.conv1": LayerPlan("cp", 4)}))
+    save_pretrained(small, place / "small")
+    numbers = METRICS | json.loads((place / "small" / "metrics.json").read_text())
+    (run_folder / "metrics.json").write_text(json.dumps(numbers))
 
     def log(data: bytes) -> None:
         (run_folder / "log.jsonl").write_bytes(data)
@@ -164,7 +166,7 @@ def targets(place: Path) -> dict[str, tuple[list[bytes], Callable[[bytes], None]
         "settings": ([b"model: resnet50\nkeep_params: 0.5\nschemes: [cp]\nlr: 1e-3\n"], guarded(settings)),
         "checkpoint": ([good], guarded(checkpoint)),
         "log": ([(run_folder / "log.jsonl").read_bytes()], guarded(log)),
-        "metrics": ([json.dumps(METRICS).encode()], guarded(metrics)),
+        "metrics": ([json.dumps(numbers).encode()], guarded(metrics)),
         "dense": ([json.dumps(DENSE).encode()], guarded(dense)),
     }
 
@@ -245,7 +247,9 @@ def fuzz(name: str, runs: int, seed: int, place: Path) -> None:
             }
             print("RESULT " + json.dumps(result), flush=True)
 
-    limits = [f"-runs={runs}", f"-seed={seed}", "-max_len=4096", "-rss_limit_mb=4096", "-timeout=60", f"-dict={words}"]
+    longest = max(4096, *(2 * len(data) for data in inputs))
+    limits = [f"-runs={runs}", f"-seed={seed}", f"-max_len={longest}", "-rss_limit_mb=4096", "-timeout=60"]
+    limits.append(f"-dict={words}")
     atheris.Setup([sys.argv[0], *limits, "-verbosity=0", str(corpus)], one, custom_mutator=mutated)
     atheris.Fuzz()
 
