@@ -17,12 +17,8 @@ a time, and each process writes its own part.
 from __future__ import annotations
 
 import copy
-import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -32,140 +28,15 @@ from ._utils.torch_utils import ambient_modes_off
 from .errors import ArpHubError
 from .layers.apply_plan import check_plan
 from .layers.model import check_model
-from .layers.sharding import check_unsharded, gathered, is_sharded, write
+from .layers.sharding import check_unsharded, gathered, is_sharded
+from .layers.stack import LayerStack, PlannedLayer, joined, side_by_side, stacked
 from .plan import RankPlan
-from .schemes import Factors, Scheme, make_scheme
-from .schemes.linalg import factorising
+from .schemes import Factors, Scheme
 
 Phase = Literal["ramp", "hold", "done"]
 
 _END_OF_RAMP = 1e-4
 """Target violation at the end of the ramp over that at its start; the first pull of the hold removes the rest."""
-
-
-@dataclass
-class _Layer:
-    """One planned layer."""
-
-    name: str
-    weight: nn.Parameter
-    scheme: Scheme
-    rank: int
-    factors: Factors | None
-
-
-class _Stack:
-    """Layers of one shape, scheme and rank as the groups of one layer, with what the penalty remembers of them.
-
-    A scheme treats groups alike and apart, so one call serves the whole stack. On a GPU a pull of small layers costs as
-    much as its kernel launches.
-
-    Args:
-        layers: The layers.
-    """
-
-    def __init__(self, layers: Sequence[_Layer]) -> None:
-        self.layers, first = list(layers), layers[0]
-        shape, count = first.scheme.shape, len(layers)
-        stacked = dataclasses.replace(
-            shape,
-            out_channels=count * shape.out_channels,
-            in_channels=count * shape.in_channels,
-            groups=count * shape.groups,
-        )
-        self.scheme = make_scheme(first.scheme.name, stacked, first.scheme.groups)
-        given = [layer.factors for layer in layers if layer.factors is not None]
-        self.basis: Factors | None = self._kept_of(_joined(given)) if given else None
-        self.factors: Factors | None = None
-        self.start: Tensor | None = None
-
-    def dense_weights(self, weights: Sequence[Tensor] | None = None) -> Tensor:
-        """Weights one below the other, ``(layers * O, I, kh, kw)``, in single precision; by default the model's own."""
-        weights = weights or [layer.weight for layer in self.layers]
-        weight = torch.cat([gathered(one.detach()) for one in weights]).float().contiguous()
-        return weight if weight.dim() == 4 else weight[..., None, None]
-
-    def nearest(self, weight: Tensor) -> Factors:
-        """The factors of the nearest low-rank weights, starting from those of the last pull."""
-        with factorising(self.layers[0].name):
-            return self._nearest(weight)
-
-    def _nearest(self, weight: Tensor) -> Factors:
-        if self.basis is None:  # layer by layer, because each search for a start has its own length
-            parts = zip(self.layers, weight.chunk(len(self.layers)), strict=True)
-            return _joined([layer.scheme.nearest(part, layer.rank) for layer, part in parts])
-        start = tuple(part.to(weight) for part in self.basis)  # the model may have moved to another device
-        return self.scheme.nearest(weight, self.layers[0].rank, start=start)
-
-    def remember(self, factors: Factors, keep: bool) -> None:
-        """Keep what the next pull starts from, and all of the factors if ``keep``."""
-        self.basis = self._kept_of(factors)
-        # contiguous, as they come back from a checkpoint: sums of other strides round differently
-        self.factors = tuple(part.contiguous() for part in factors) if keep else None
-
-    def _kept_of(self, factors: Factors) -> Factors:
-        """The part of the factors that a pull starts from, scaled to 1 and in half precision.
-
-        A start needs no more precision than the weights' way between two pulls. For ResNet-50 at 45 % it takes 17 % of
-        the weights' memory (results/penalty_cost.json).
-        """
-        basis = self.scheme.basis(factors)
-        largest = [part.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(part.dtype).tiny) for part in basis]
-        return tuple((part / most).half().contiguous() for part, most in zip(basis, largest, strict=True))
-
-    def violations_of(self, weight: Tensor, nearest: Tensor) -> Tensor:
-        """Relative violation of every layer, ``(layers,)``."""
-        apart, whole = (part.view(len(self.layers), -1).square().sum(1) for part in (weight - nearest, weight))
-        return apart / whole.clamp_min(torch.finfo(whole.dtype).tiny)
-
-    def move(self, weight: Tensor, nearest: Tensor, shares: Tensor | None) -> None:
-        """Move each layer by its share of the way to its nearest point, or all the way without shares."""
-        if shares is not None:
-            rows = len(weight) // len(shares)
-            nearest = torch.lerp(weight, nearest, shares.repeat_interleave(rows).view(-1, 1, 1, 1))
-        for layer, target in zip(self.layers, nearest.chunk(len(self.layers)), strict=True):
-            write(layer.weight, target.view(layer.weight.shape))
-
-    def apart(self, joined: Factors | None) -> list[Factors]:
-        """The factors, or bases, of each layer; an empty list if there are none yet."""
-        parts = [part.chunk(len(self.layers)) for part in joined or ()]
-        return list(zip(*parts, strict=True))
-
-
-@contextmanager
-def _side_by_side(streams: Sequence[torch.cuda.Stream]) -> Iterator[Callable[[], AbstractContextManager[object]]]:
-    """Contexts whose work a GPU may overlap, after all earlier work and before all later work.
-
-    Factorisations of small matrices leave most of a GPU idle. Without streams, the contexts do nothing.
-    """
-    if not streams:
-        yield nullcontext
-        return
-    current, turns = torch.cuda.current_stream(streams[0].device), itertools.cycle(streams)
-    for stream in streams:
-        stream.wait_stream(current)
-    yield lambda: torch.cuda.stream(next(turns))
-    for stream in streams:
-        current.wait_stream(stream)
-
-
-def _joined(factors: Sequence[Factors]) -> Factors:
-    """The factors, or the basis, of a stack, from those of its layers."""
-    return tuple(torch.cat(parts) for parts in zip(*factors, strict=True))
-
-
-def _stacked(layers: Sequence[_Layer]) -> list[_Stack]:
-    """Like layers in stacks whose copies stay small beside the model."""
-    alike: dict[Any, list[_Layer]] = {}
-    for layer in layers:
-        scheme, shape = layer.scheme, layer.scheme.shape
-        kind = scheme.name, scheme.groups, layer.rank, layer.weight.shape, shape.groups, layer.weight.device
-        alike.setdefault(kind, []).append(layer)
-    stacks = []
-    for group in alike.values():
-        most = max(1, 2**22 // group[0].weight.numel())  # 16 MB of weights: small beside most models
-        stacks += [_Stack(group[start : start + most]) for start in range(0, len(group), most)]
-    return stacks
 
 
 class AdaptiveRankPenalty:
@@ -233,14 +104,16 @@ class AdaptiveRankPenalty:
         schemes = check_plan(model, plan)
         self._model, self._modules = model, {name: model.get_submodule(name) for name in schemes}
         layers = [
-            _Layer(name, weight, scheme, plan.layers[name].rank, _start_factors(name, scheme, plan, factors, weight))
+            PlannedLayer(
+                name, weight, scheme, plan.layers[name].rank, _start_factors(name, scheme, plan, factors, weight)
+            )
             for name, scheme in schemes.items()
             if (weight := _trained_weight(name, self._modules[name])).requires_grad
         ]
         if not layers:
             raise ArpHubError("the plan decomposes no layer that can be trained: there is nothing to pull")
         self._names = [layer.name for layer in layers]
-        self._stacks = _stacked(layers)
+        self._stacks = stacked(layers)
         devices = {layer.weight.device for layer in layers}
         device = devices.pop() if len(devices) == 1 else torch.device("cpu")
         # eight streams keep a GPU busy with small factorisations; more gain nothing (results/penalty_cost.json)
@@ -276,7 +149,7 @@ class AdaptiveRankPenalty:
         # on a GPU a look for NaN waits for all earlier work, so only every 20th pull has one
         if self._stacks[0].layers[0].weight.device.type == "cpu" or self._pulls % 20 == 1:
             self._check_finite()
-        with _side_by_side(self._streams) as turn:
+        with side_by_side(self._streams) as turn:
             for stack in self._stacks:
                 with turn():
                     weight = stack.dense_weights()
@@ -360,8 +233,8 @@ class AdaptiveRankPenalty:
             for number, layer in enumerate(stack.layers):
                 if stack.start is not None:
                     layers[layer.name]["start"] = stack.start[number].clone()
-            for kind, joined in (("basis", stack.basis), ("factor", stack.factors)):
-                for layer, parts in zip(stack.layers, stack.apart(joined), strict=False):
+            for kind, whole in (("basis", stack.basis), ("factor", stack.factors)):
+                for layer, parts in zip(stack.layers, stack.apart(whole), strict=False):
                     layers[layer.name] |= {f"{kind}{k}": part.clone() for k, part in enumerate(parts)}
         return {
             "step_count": self.step_count,
@@ -395,7 +268,7 @@ class AdaptiveRankPenalty:
             ]
             stack.start = torch.stack([one["start"] for one in saved]) if "start" in saved[0] else None
             basis, factors = (
-                _joined([tuple(one[key] for key in sorted(one) if key.startswith(kind)) for one in saved])
+                joined([tuple(one[key] for key in sorted(one) if key.startswith(kind)) for one in saved])
                 for kind in ("basis", "factor")
             )
             stack.basis, stack.factors = basis or None, factors or None
@@ -419,7 +292,7 @@ class AdaptiveRankPenalty:
                     f"{expected}: pass the state_dict of a penalty with the same plan"
                 )
 
-    def _shares(self, stack: _Stack, violation: Tensor) -> Tensor:
+    def _shares(self, stack: LayerStack, violation: Tensor) -> Tensor:
         """The share of the way to its nearest point that each layer moves, between 0 and 1, ``(layers,)``."""
         tiny = torch.finfo(violation.dtype).tiny
         if stack.start is None:
