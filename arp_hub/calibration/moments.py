@@ -218,9 +218,14 @@ class Moments:
         yx = self._yx.to(weight) / count
         if self.centred:
             yx = yx - y[:, :, None] * x[:, None, :]
+        factor, info = torch.linalg.cholesky_ex(moment)
+        if info.any():  # inputs that hardly vary: the rounding errors of single precision exceed their variance
+            more = 2 * torch.linalg.eigvalsh(moment)[:, :1].abs().clamp_min(torch.finfo(torch.float32).tiny)
+            moment.diagonal(dim1=-2, dim2=-1).add_(more)
+            factor, ridge = torch.linalg.cholesky(moment), ridge + more[..., None]
         rows = weight.reshape(self.shape.groups, self.shape.group_out, -1)
         cross = (1 - share) * yx + ridge * rows
-        target = torch.cholesky_solve(cross.mT, torch.linalg.cholesky(moment)).mT
+        target = torch.cholesky_solve(cross.mT, factor).mT
         return Regression((target.reshape(weight.shape) + weight) / 2, moment, x_mean, y)
 
     def _shrunk(self, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
