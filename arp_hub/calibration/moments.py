@@ -83,14 +83,14 @@ def images_of_a_part(images: int, number: int) -> int:
 def shared_batches(found: Iterable[Tensor], processes: Processes) -> Iterator[tuple[int, Tensor, bool]]:
     """The batches that one process counts moments of, each with its number and whether it is counted.
 
-    A process that does not count batch 0 sees its first part before all others, because every process shifts its data
-    by the mean of that part.
+    Every process sees the first part of batch 0 before all others, alone and not counted. Its mean is the shift of the
+    data, so the shift is the same in all processes to the last digit.
     """
     for number, batch in enumerate(found):
+        if number == 0:
+            yield number, batch[: images_of_a_part(len(batch), number)], False
         if number % processes.count == processes.index:
             yield number, batch, True
-        elif number == 0:
-            yield number, batch[: images_of_a_part(len(batch), number)], False
 
 
 class Moments:
@@ -120,7 +120,8 @@ class Moments:
         self.shape, self.centred = shape, centred
         self.columns = shape.group_in * shape.taps
         square = shape.groups * self.columns**2
-        enough = math.inf if images is None else SAMPLES * self.columns / images
+        # of many images fewer positions suffice, but a fiftieth of the work is cheap in any case
+        enough = math.inf if images is None else max(SAMPLES * self.columns / images, positions_macs / square / 50)
         self._positions = max(LEAST_POSITIONS, int(min(positions_macs / square, enough)))
         double = partial(torch.zeros, dtype=torch.float64, device=device)
         zeros = partial(torch.zeros, dtype=torch.float32, device=device) if self.columns > LARGE else double
@@ -150,8 +151,7 @@ class Moments:
             images: Images in the batch; by default the length of ``x``. Attention in windows splits each image into
                 several entries of ``x``, which follow each other.
             number: Number of the batch, which decides the positions that are used.
-            counted: False for the first part of batch 0, by whose mean the data are shifted. A process that does not
-                count batch 0 takes the shift from it so.
+            counted: False for images by whose mean the data are shifted, and which are not counted.
         """
         shape = self.shape
         x, y = (part.float() if part.dtype in (torch.float16, torch.bfloat16) else part for part in (x, y))
@@ -168,8 +168,7 @@ class Moments:
                 y_part = y_part[..., positions]
             columns = patches(x_part, shape, pad, positions).permute(1, 2, 0, 3).flatten(2)
             if self.centred and self._shift is None:
-                # rounded, so that it is the same in all processes although their forward passes differ by rounding
-                self._shift = columns.mean(-1, keepdim=True).bfloat16().to(columns)
+                self._shift = columns.mean(-1, keepdim=True)
             if counted:
                 self._add(columns, y_part.permute(1, 2, 0, 3).flatten(2))
 

@@ -127,7 +127,7 @@ def empty(path):
         (lambda path: write_tar(path, [{"png": png(1)}]), {}, ["1 of 3 images of split 'train' have no label"]),
         (lambda path: None, {"label_key": "kind"}, ["'000000'", "train-0000.tar", "label_key='kind'", "png, cls"]),
         (lambda path: None, {"image_key": "jpg"}, ["'000000'", "train-0000.tar", "image_key='jpg'", "png, cls"]),
-        (lambda path: None, {"train_split": "trian"}, ["train_split='trian'", "choose one of train"]),
+        (lambda path: None, {"train_split": "practice"}, ["train_split='practice'", "choose one of train"]),
         (lambda path: None, {"epoch_images": 3}, ["epoch_images=3", "set streaming"]),
         (lambda path: None, {"data_dir": "x"}, ["data_dir='x'", "leave it out"]),
     ],
