@@ -232,11 +232,15 @@ class Moments:
         count = max(self._count, 1)
         moment, x = total / count, (self._x / count).to(total)
         variance = self._variance(moment)
+        level = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
+        if self._shift is not None:
+            level = level + self._shift.square().mean((1, 2)).to(level)
         if self.centred:
             moment = moment - x[:, :, None] * x[:, None, :]
-        # inputs that are all zero, or whose squares are in single precision, leave the weight to decide
-        tiny = max(torch.finfo(moment.dtype).tiny ** 0.5, torch.finfo(torch.float32).tiny)
-        scale = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(tiny)[:, None, None]
+        # inputs that are zero, or vary by no more than the rounding of single precision, leave the weight to decide
+        single = torch.finfo(torch.float32)
+        tiny = (single.eps * level).clamp_min(max(torch.finfo(moment.dtype).tiny ** 0.5, single.tiny))
+        scale = torch.maximum(moment.diagonal(dim1=-2, dim2=-1).mean(-1), tiny)[:, None, None]
         share = self._shrinkage(moment, scale, variance)
         moment.mul_(1 - share).diagonal(dim1=-2, dim2=-1).add_((share * scale)[..., 0])
         return moment, share * scale, share
