@@ -288,6 +288,7 @@ def test_without_a_network_a_load_gives_up_at_once(client: Client, case: str) ->
     code = f"""
 import time, datasets, huggingface_hub.constants as c
 c.ENDPOINT = datasets.config.HF_ENDPOINT = 'http://127.0.0.1:9'
+c.HUGGINGFACE_CO_URL_TEMPLATE = c.ENDPOINT + '/{{repo_id}}/resolve/{{revision}}/{{filename}}'
 from arp_hub.hub.load import load_model
 from arp_hub.training import load_data
 waits = []
