@@ -120,8 +120,7 @@ class Moments:
         self.shape, self.centred = shape, centred
         self.columns = shape.group_in * shape.taps
         square = shape.groups * self.columns**2
-        # of many images fewer positions suffice, but a fiftieth of the work is cheap in any case
-        enough = math.inf if images is None else max(SAMPLES * self.columns / images, positions_macs / square / 50)
+        enough = math.inf if images is None else SAMPLES * self.columns / images
         self._positions = max(LEAST_POSITIONS, int(min(positions_macs / square, enough)))
         double = partial(torch.zeros, dtype=torch.float64, device=device)
         zeros = partial(torch.zeros, dtype=torch.float32, device=device) if self.columns > LARGE else double
