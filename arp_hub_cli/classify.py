@@ -70,7 +70,7 @@ class Classifier:
         with rows.open(0) as image:
             small = max(image.size) <= SMALL_SIDE
         transform = StreamedImages(rows, self.form, crop=not small).eval_transform
-        return transform(decoded(rows, 0))[None].to(self.device)
+        return self.form.normalise(transform(decoded(rows, 0))[None].to(self.device))
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> list[Prediction]:

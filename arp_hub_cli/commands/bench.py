@@ -44,7 +44,7 @@ def bench(
     """Measure the latency of a compressed model and of its dense form, in turns: medians with quartiles.
 
     A ratio below 1 is faster than dense. With OMP_NUM_THREADS=1, times are CPU seconds, which other processes hardly
-    affect. --runtime times both models as they are deployed: they are exported to temporary files first.
+    affect. --runtime exports both models to temporary files and times these.
 
     Example:
         arp-hub bench --model local-dir:out --batch-size 1,32 --json

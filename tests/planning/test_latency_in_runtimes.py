@@ -85,7 +85,7 @@ def test_a_layer_is_exported_in_all_its_forms_at_once_and_remembered(
     faster = table.faster(schemes, [(16, 16)])
     assert schemes[0] in faster
     costs = table.costs(schemes[0], [(16, 16)], 1.0)
-    assert costs[8] < costs[24] and costs[8] < 0.9
+    assert costs[8] <= costs[24] and costs[8] < 0.9  # equal where both timings are alike
     assert 1e-6 < table.dense_seconds(schemes[0], (16, 16)) < 1
     assert len(exports) == 1
     table.save()

@@ -37,6 +37,7 @@ TRAINING = [
     "ImageData",
     "Scores",
     "Split",
+    "StreamedSplit",
     "TrainConfig",
     "calibration_images",
     "evaluate",

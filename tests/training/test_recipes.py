@@ -146,7 +146,7 @@ def test_configs_of_papers_are_read_and_overridden(recipe, capsys, name, file):
     written = yaml.safe_load((CONFIGS / file).read_text())
     with pytest.raises(SystemExit) as ended:
         recipe(name, "--config", CONFIGS / file, "--weight-decay", "0.5", "--print-config")
-    assert ended.value.code == 0
+    assert not ended.value.code
     printed = yaml.safe_load(capsys.readouterr().out)
     assert {key: printed[key] for key in written} == {**written, "weight_decay": 0.5}
 

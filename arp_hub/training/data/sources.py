@@ -254,5 +254,5 @@ def hub_tables(source: str, place: str, config: str | None, *, streaming: bool =
         if "config" not in str(error).lower():
             raise
         configs = datasets.get_dataset_config_names(place)
-        choose_configuration(source, config, configs, None)
+        choose_configuration(place, config, configs, None)
         raise
