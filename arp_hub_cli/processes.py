@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
@@ -55,7 +54,6 @@ def joined(command: str, device: str | None) -> Iterator[None]:
                 yield
     finally:
         state.destroy_process_group()  # its threads must end before Python does
-        sys.stderr.flush()
 
 
 def _count() -> int:

@@ -180,3 +180,10 @@ def _exchange(a: Path, b: Path) -> bool:
         return False
     here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
     return renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
+
+
+def cache_folder() -> Path:
+    """Where measurements and indexes are kept: ``ARP_HUB_CACHE``, or ``arp_hub`` in the user's cache folder."""
+    if own := os.environ.get("ARP_HUB_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "arp_hub"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .._utils.environment import environment
-from .._utils.files import write_atomically
+from .._utils.files import cache_folder, write_atomically
 from .._utils.parse import read_json
 from ..layers.low_rank import LowRankLayer, low_rank_layer
 from ..plan import LayerPlan
@@ -190,13 +189,6 @@ def spread_out(layer: LowRankLayer) -> None:
     for factor in layer.factors:
         weight = cast(Tensor, factor.weight)
         weight.normal_(0, weight[0].numel() ** -0.5)
-
-
-def cache_folder() -> Path:
-    """Where measurements are kept: ``ARP_HUB_CACHE``, or ``arp_hub`` in the user's cache folder."""
-    if own := os.environ.get("ARP_HUB_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "arp_hub"
 
 
 def _read(file: Path) -> dict[str, float]:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from .._utils.progress import stage
 from .._utils.torch_utils import ambient_modes_off, evaluating
 from ..calibration.images import Images, batches, check_normalised
-from ..calibration.resumption import block_chain
 from ..errors import ArpHubError
 from ..layers.low_rank import layer_shape
 from ..layers.model import check_model, low_rank_layers, weight_layers
+from ..processes import Processes
 from .clock import Clock
 from .state import Progress, StateFile, moments_of, restore_moments
 from .steps import Steps, learning
@@ -89,7 +89,7 @@ def refine(
         batch_size: Images of a step, over all processes.
         seed: Seed of the split, the order and the augmentation.
         state: A file that keeps the state once a minute. If it exists, the refinement goes on from there; it is deleted
-            at the end.
+            at the end. Of several processes the first one reads and writes it.
         progress: Show a progress bar.
 
     Returns:
@@ -109,15 +109,24 @@ def refine(
         if given is not None:
             check_normalised(given, dense)
     learnt, measured = _split(images, held_out, seed)
+    processes = Processes.meeting(
+        "refine",
+        lambda: {
+            "images": (len(learnt), len(measured)),
+            "minutes": minutes,
+            "steps": steps,
+            "batch_size": batch_size,
+            "seed": seed,
+        },
+    )
     with evaluating(model), evaluating(dense), learning(model, dense) as parameters:
-        device = next(dense.parameters()).device
-        blocks = list(block_chain(dense, learnt[:1].to(device)))
-        work = Steps(model, dense, parameters, learnt, measured, blocks, batch_size, seed)
+        work = Steps(model, dense, parameters, learnt, measured, batch_size, seed, processes)
         minutes = 10.0 if minutes is None and steps is None else minutes
         made = {"minutes": minutes, "steps": steps, "batch_size": batch_size, "seed": seed, "images": len(learnt)}
         made["parameters"] = sum(parameter.numel() for parameter in parameters)
-        file = StateFile(None if state is None else Path(state), made)
-        with stage("refine", 100, progress) as advance:
+        first = processes.index == 0
+        file = StateFile(Path(state) if state is not None and first else None, made)
+        with stage("refine", 100, progress and first) as advance:
             shown = 0
 
             def show(share: float) -> None:
@@ -125,7 +134,7 @@ def refine(
                 advance(int(100 * share) - shown)
                 shown = int(100 * share)
 
-            result = _run(work, file, minutes, steps, show)
+            result = _run(work, processes.of_first(file.load), file, minutes, steps, show)
     return Refinement(len(learnt), len(measured), *result)
 
 
@@ -176,10 +185,15 @@ def _tensor(images: Images) -> Tensor:
 
 
 def _run(
-    work: Steps, file: StateFile, minutes: float | None, steps: int | None, advance: Callable[..., object]
+    work: Steps,
+    start: tuple[Progress, dict[str, Tensor]] | None,
+    file: StateFile,
+    minutes: float | None,
+    steps: int | None,
+    advance: Callable[..., object],
 ) -> tuple[int, float, float, float]:
-    """All phases. Returns steps, seconds, and the divergence before and after."""
-    progress, tensors = file.load() or (Progress(), {})
+    """All phases, from a stored state if there is one. Returns steps, seconds, and the divergence before and after."""
+    progress, tensors = start or (Progress(), {})
     clock = Clock(minutes, steps, progress.seconds, progress.steps)
     if tensors:
         work.load(tensors["parameters"])

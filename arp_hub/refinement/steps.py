@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torchvision.transforms import v2
 
 from ..calibration.images import Place
+from ..calibration.resumption import block_chain
 from ..layers.model import low_rank_layers
+from ..processes import Processes
 from .losses import BlockTargets, divergence
 
 _SMALL = 64
@@ -50,9 +51,13 @@ class Steps:
         parameters: What is learnt.
         images: Images to learn from, ``(N, C, H, W)``.
         held_out: Images that only measure.
-        blocks: Consecutive blocks of both models; empty if there are none.
         batch_size: Images of a step, over all processes.
         seed: Seed of order and augmentation.
+        processes: The processes that share each batch; they start from the parameters of the first one.
+
+    Attributes:
+        parameters: What is learnt.
+        blocks: Names of consecutive blocks of both models; empty if there are none.
     """
 
     def __init__(
@@ -62,23 +67,21 @@ class Steps:
         parameters: Sequence[nn.Parameter],
         images: Tensor,
         held_out: Tensor,
-        blocks: Sequence[str],
         batch_size: int,
         seed: int,
+        processes: Processes,
     ) -> None:
-        self.parameters, self.blocks = list(parameters), blocks
+        self.parameters = list(parameters)
         self._student, self._dense = student, dense
         self._images, self._held_out, self._seed = images, held_out, seed
-        self._targets = BlockTargets(dense, student, blocks)
         self._place = Place.of(dense, images)
-        distributed = dist.is_available() and dist.is_initialized()
-        self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-        self._batch_size = -(-min(batch_size, len(images)) // self._world) * self._world
+        self.blocks = list(block_chain(dense, images[:1].to(self._place.device)))
+        self._targets = BlockTargets(dense, student, self.blocks)
+        self._processes = processes
+        self._batch_size = -(-min(batch_size, len(images)) // processes.count) * processes.count
         self._augment = _augmentation((images.shape[-2], images.shape[-1]))
-        if self._world > 1:
-            vector = self.vector()
-            dist.broadcast(vector, 0)
-            self.load(vector)
+        if processes.count > 1:
+            self.load(processes.of_first(lambda: self.vector().cpu()).to(self._place.device))
 
     def vector(self) -> Tensor:
         """A copy of all parameters as one vector."""
@@ -122,13 +125,11 @@ class Steps:
     @torch.no_grad()
     def _measure(self, by_blocks: bool) -> float:
         total = torch.zeros(2, dtype=torch.float64)
-        for part in self._held_out[self._rank :: self._world].split(self._batch_size):
+        for part in self._held_out[self._processes.index :: self._processes.count].split(self._batch_size):
             images = part.to(self._place.device, self._place.dtype, memory_format=self._place.layout)
             loss = self._losses(images, by_blocks, learn=False)
             total += torch.tensor([float(loss) * len(part), len(part)], dtype=torch.float64)
-        if self._world > 1:
-            total = total.to(self._place.device)
-            dist.all_reduce(total)
+        self._processes.add([total])
         return float(total[0] / total[1])
 
     def _losses(self, images: Tensor, by_blocks: bool, learn: bool) -> Tensor:
@@ -163,7 +164,7 @@ class Steps:
         chosen = order[first % count :][: self._batch_size].tolist()
         images = []
         with torch.random.fork_rng(devices=[]):
-            for place in range(self._rank, self._batch_size, self._world):
+            for place in range(self._processes.index, self._batch_size, self._processes.count):
                 torch.manual_seed((self._seed * 2**32 + first + place) % 2**63)  # for any number of processes
                 images.append(self._augment(self._images[chosen[place]]))
         batch = torch.stack(images)
@@ -174,12 +175,12 @@ class Steps:
         return torch.randperm(len(self._images), generator=generator)
 
     def _average_gradients(self) -> None:
-        if self._world == 1:
+        if self._processes.count == 1:
             return
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
         vector = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(vector)
-        vector /= self._world
+        self._processes.add([vector])
+        vector /= self._processes.count
         for parameter, part in zip(self.parameters, vector.split([p.numel() for p in self.parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
 

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..._utils.files import atomic_path
+from ..._utils.files import atomic_path, cache_folder
 from ...errors import ArpHubError
-from ...planning.latency_table import cache_folder
 from .files import files_by_split, split_of
 from .images import progress
 
@@ -164,8 +163,9 @@ def read_index(
     Raises:
         ArpHubError: If a shard cannot be read, if a sample lacks its image, or if there is no sample.
     """
-    marks = [(shard, (stat := Path(shard).stat()).st_size, stat.st_mtime_ns) for shard in shards]
-    place = cache_folder() / f"shards-{zlib.crc32(json.dumps([marks, image_key, label_key]).encode()):08x}.npz"
+    files = [(str(Path(shard).resolve()), (stat := Path(shard).stat()).st_size, stat.st_mtime_ns) for shard in shards]
+    marks = json.dumps([files, image_key, label_key])
+    place = cache_folder() / f"shards-{zlib.crc32(marks.encode()):08x}.npz"
     if kept := _kept(place, marks):
         return kept
     rows: list[tuple[int, int, int, str]] = []
@@ -181,22 +181,23 @@ def read_index(
     return index
 
 
-def _kept(place: Path, marks: list[tuple[str, int, int]]) -> TarIndex | None:
+def _kept(place: Path, marks: str) -> TarIndex | None:
+    """The index in a cache file, if it was made of the same files in the same way, as ``marks`` says."""
     try:
         with np.load(place, allow_pickle=False) as stored:
-            if json.loads(str(stored["marks"])) == [list(mark) for mark in marks]:
+            if str(stored["marks"]) == marks:
                 return TarIndex(*(stored[name] for name in ("shard", "offset", "size", "label")))
     except (OSError, ValueError, KeyError, zlib.error):
         pass
     return None
 
 
-def _keep(place: Path, marks: list[tuple[str, int, int]], index: TarIndex) -> None:
+def _keep(place: Path, marks: str, index: TarIndex) -> None:
     """Write the cache file. If it cannot be written, the shards are indexed at each start."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(place) as path, path.open("wb") as file:
-            np.savez(file, marks=np.array(json.dumps(marks)), **vars(index))
+            np.savez(file, marks=np.array(marks), **vars(index))
     except OSError:
         pass
 
