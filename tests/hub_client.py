@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,12 +104,14 @@ class Client:
         (done,) = self._recipe(name, *words, token=token, befores=[before], **options)
         return done
 
-    def recipe_on_two(self, name: str, *words: object, token: str | None = None) -> list[Done]:
-        """Run a recipe on two processes, with the environment that ``torchrun`` gives them."""
+    def recipe_on_two(
+        self, name: str, *words: object, token: str | None = None, environment: Mapping[str, str] | None = None
+    ) -> list[Done]:
+        """Run a recipe on two processes, with the environment that ``torchrun`` gives them, and more of it."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        place |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        place |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} | dict(environment or {})
         ranks = [place | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
         befores = [f"import os\nos.environ.update({rank})" for rank in ranks]
         return self._recipe(name, *words, token=token, befores=befores)

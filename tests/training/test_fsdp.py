@@ -1,0 +1,145 @@
+"""Recipes with Accelerate's FSDP2 plugin: two processes with shards end where two with DDP end."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import yaml
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+from hub_client import Client
+from safetensors.torch import load_file
+
+from arp_hub import to_dense
+from arp_hub.errors import ArpHubError
+from arp_hub.training import TrainConfig, run
+from arp_hub.training.checkpoint import load_checkpoint
+
+CONFIG = Path(__file__).parents[2] / "recipes" / "accelerate" / "fsdp2.yaml"
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP",
+    "FSDP_MIN_NUM_PARAMS": "10000",
+}
+WORDS = ("--no-pretrained", "--tracker", "none", "--schemes", "channel", "--cpu", "--data", "digits")
+VIT = (
+    *("--model", "test_vit", "--max-steps", "4", "--batch-size", "16", "--calibration-images", "8"),
+    *("--dense-epochs", "1", "--epochs", "1", "--finetune-epochs", "1", "--val-fraction", "0.1"),
+    *("--ema-decay", "0.9", "--distill", "0.5", "--accumulation", "2", "--clip-grad", "1"),
+    *("--checkpoint-every", "1", "--keep-checkpoints", "99"),
+)
+RESNET = (
+    *("--model", "cifar_resnet20", "--max-steps", "3", "--batch-size", "16", "--calibration-images", "0"),
+    *("--dense-epochs", "1", "--epochs", "1", "--start-from", "dense", "--lr", "1e-3"),
+)
+
+
+def train(client: Client, output: Path, *words: str, environment: dict[str, str] | None = None) -> list[str]:
+    """Run a recipe on two processes, and return what they say."""
+    ended = client.recipe_on_two("any_backbone.py", "--output", output, *WORDS, *words, environment=environment)
+    assert [done.code for done in ended] == [0, 0], [done.err for done in ended]
+    return [done.err for done in ended]
+
+
+def apart(a: Path, b: Path) -> float:
+    """The largest difference of two runs in the weights of their dense and compressed models."""
+    dense = [load_file(path.with_name(f"{path.name}-run") / "dense.safetensors") for path in (a, b)]
+    small = [to_dense(timm.create_model(f"local-dir:{path}", pretrained=True)).state_dict() for path in (a, b)]
+    return max((x[name].double() - y[name].double()).abs().max().item() for x, y in (dense, small) for name in x)
+
+
+@pytest.fixture(scope="module")
+def sharded(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with FSDP2 that keeps all checkpoints."""
+    output = tmp_path_factory.mktemp("sharded") / "out"
+    said = train(client, output, *VIT, environment=FSDP2)
+    assert "Warning" not in "".join(said)
+    return output
+
+
+@pytest.mark.slow
+def test_shards_end_where_whole_weights_end(client, sharded, tmp_path):
+    train(client, tmp_path / "ddp", *VIT)
+    assert apart(tmp_path / "ddp", sharded) < 1e-5
+    scores = [json.loads((path / "metrics.json").read_text())["scores"] for path in (tmp_path / "ddp", sharded)]
+    for name, found in scores[0].items():
+        assert scores[1][name]["loss"] == pytest.approx(found["loss"], rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_statistics_of_batchnorm_end_where_ddp_ends(client, tmp_path):
+    train(client, tmp_path / "ddp", *RESNET)
+    train(client, tmp_path / "fsdp", *RESNET, environment=FSDP2 | {"FSDP_MIN_NUM_PARAMS": "50000"})
+    assert apart(tmp_path / "ddp", tmp_path / "fsdp") < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["shards", "whole weights"])
+@pytest.mark.parametrize("name", ["compress-00000002", "finetune-00000003"])
+def test_a_checkpoint_continues_with_shards_and_with_whole_weights(client, sharded, tmp_path, way, name):
+    checkpoint = sharded.with_name("out-run") / "checkpoints" / name
+    (tmp_path / "out-run").mkdir()
+    dense = sharded.with_name("out-run") / "dense.safetensors"
+    (tmp_path / "out-run" / dense.name).write_bytes(dense.read_bytes())
+    words = (*VIT, "--resume", str(checkpoint))
+    train(client, tmp_path / "out", *words, environment=FSDP2 if way == "shards" else None)
+    assert apart(sharded, tmp_path / "out") < 1e-5
+
+
+@pytest.mark.slow
+def test_checkpoints_hold_whole_weights_and_states_and_name_another_number_of_processes(client, sharded, tmp_path):
+    path = sharded.with_name("out-run") / "checkpoints" / "dense-00000002"
+    state = load_checkpoint(path).state
+    shapes = [parameter.shape for parameter in timm.create_model("test_vit", num_classes=10, img_size=32).parameters()]
+    assert sorted(moments["momentum_buffer"].shape for moments in state["optimizer"].values()) == sorted(shapes)
+    done = client.recipe(
+        "any_backbone.py", "--output", tmp_path / "out", *WORDS, *VIT, "--resume", path, token=None, before=""
+    )
+    assert done.code == 2
+    assert "processes: 2 in the checkpoint, 1 now" in done.err
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_both_processes(client, tmp_path):
+    words = (*WORDS, *RESNET, "--lr", "1e30")
+    for done in client.recipe_on_two("any_backbone.py", "--output", tmp_path / "out", *words, environment=FSDP2):
+        assert done.code == 2
+        assert re.search(r"error: (the loss is|weights are).*phase 'dense'.*layer '", done.err), done.err
+
+
+@pytest.mark.parametrize(
+    ("setting", "environment", "message"),
+    [
+        ({"torchcompile": "eager"}, {}, "torchcompile=eager"),
+        ({"cuda_graphs": True}, {}, "cuda_graphs=true"),
+        ({"sync_bn": True}, {}, "sync_bn=true"),
+        ({"clip_grad": 0.1, "clip_mode": "agc"}, {}, "clip_mode=agc"),
+        ({"optimizer": "cadamw"}, {}, "optimizer=cadamw"),
+        ({}, {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params=true"),
+        ({}, {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing=true"),
+    ],
+)
+def test_what_shards_cannot_do_is_refused_before_any_work(tmp_path, monkeypatch, setting, environment, message):
+    """Two processes are stood in for."""
+    for name, value in (FSDP2 | environment).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.MULTI_CPU))
+    config = TrainConfig(
+        model="cifar_resnet20", data="digits", keep_params=0.5, cpu=True, output=str(tmp_path / "out"), **setting
+    )
+    with pytest.raises(ArpHubError, match=f"{message} and fsdp_version=2 cannot be combined: .*or train with DDP"):
+        run(config)
+    assert not (tmp_path / "out-run").exists()
+
+
+def test_accelerate_reads_the_file(tmp_path):
+    config = load_config_from_file(str(CONFIG))
+    assert (config.distributed_type, config.fsdp_config["fsdp_version"]) == (DistributedType.FSDP, 2)
+    known = yaml.safe_load(CONFIG.read_text())
+    assert set(known) <= set(vars(config)), "an entry that Accelerate does not know"
