@@ -20,7 +20,7 @@ from arp_hub.errors import ArpHubError
 from arp_hub.training import TrainConfig, run
 from arp_hub.training.checkpoint import load_checkpoint
 
-CONFIG = Path(__file__).parents[2] / "recipes" / "accelerate" / "fsdp2.yaml"
+CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -138,8 +138,10 @@ def test_what_shards_cannot_do_is_refused_before_any_work(tmp_path, monkeypatch,
     assert not (tmp_path / "out-run").exists()
 
 
-def test_accelerate_reads_the_file(tmp_path):
-    config = load_config_from_file(str(CONFIG))
-    assert (config.distributed_type, config.fsdp_config["fsdp_version"]) == (DistributedType.FSDP, 2)
-    known = yaml.safe_load(CONFIG.read_text())
-    assert set(known) <= set(vars(config)), "an entry that Accelerate does not know"
+@pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("multi_node", "MULTI_GPU"), ("fsdp2", "FSDP")])
+def test_accelerate_reads_the_files(name, kind):
+    path = CONFIGS / f"{name}.yaml"
+    config = load_config_from_file(str(path))
+    assert config.distributed_type == DistributedType(kind)
+    assert config.fsdp_config.get("fsdp_version") == (2 if kind == "FSDP" else None)
+    assert set(yaml.safe_load(path.read_text())) <= set(vars(config)), "an entry that Accelerate does not know"
