@@ -36,6 +36,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             log_with=tracker_name(config),
             project_config=ProjectConfiguration(project_dir=str(config.run_folder)),
         )
+    except ImportError as error:  # of DeepSpeed, or of FSDP2 with an old torch
+        raise ArpHubError(f"Accelerate cannot train here as `accelerate config` says: {error}") from error
     except ValueError as error:
         if isinstance(error, ArpHubError):
             raise
@@ -79,7 +81,11 @@ def _unsupported(accelerator: Accelerator) -> str | None:
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         return str(accelerator.distributed_type.value)
     plugin = fsdp_plugin(accelerator)
-    old = accelerator.distributed_type == DistributedType.FSDP if plugin is None else plugin.fsdp_version != 2
+    old = (
+        accelerator.distributed_type == DistributedType.FSDP
+        if plugin is None
+        else getattr(plugin, "fsdp_version", 1) != 2
+    )
     return "FSDP1" if old else None
 
 
