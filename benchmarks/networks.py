@@ -86,12 +86,12 @@ def load_network(name: str, shared: Path) -> nn.Module:
 
 
 def calibration_of(
-    name: str, model: nn.Module, shared: Path, count: int | None = None, copies: int | None = None
+    name: str, model: nn.Module, shared: Path, count: int | None = None, copies: int | None = None, seed: int = SEED
 ) -> Tensor:
     """Unlabelled training images, the network's own number of them by default, with copies as recipes make them."""
     network = NETWORKS[name]
-    data = load_data(str(shared / "data" / network.data), model, seed=SEED)
-    return calibration_images(data, count or network.images, copies=copies, seed=SEED)
+    data = load_data(str(shared / "data" / network.data), model, seed=seed)
+    return calibration_images(data, count or network.images, copies=copies, seed=seed)
 
 
 def test_images_of(name: str, model: nn.Module, shared: Path, count: int | None = None) -> Split:
