@@ -20,7 +20,7 @@ from benchmarks.rows import HERE, load_results, load_rows, results_file
 
 DOCS = HERE.parent / "docs"
 PAGES = (DOCS / "speed.md", DOCS / "research" / "speed.md", DOCS / "research" / "experiments.md")
-MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n\n).*?(\n<!-- end of table -->)", re.S)
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.S)
 NAMES = {"resnet50": "ResNet-50", "vit_base_patch16_224": "ViT-B/16", "cifar_resnet20": "ResNet-20"}
 
 
@@ -33,7 +33,7 @@ def main() -> None:
 
 def with_tables(page: str) -> str:
     """The text of a page with its tables as the results have them."""
-    return MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}{found[3]}", page)
+    return MARKED.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n{found[3]}", page)
 
 
 def latency() -> str:
