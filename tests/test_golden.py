@@ -87,14 +87,25 @@ def calibration(shared: Path) -> Tensor:
 
 def by_images(shared: Path) -> tuple[arp_hub.RankPlan, Tensor]:
     """ResNet-20 planned and fitted on images: the plan, and the outputs."""
-    model, images = trained("cifar_resnet20", shared), calibration(shared)
-    plan = arp_hub.make_plan(model, keep_params=0.35, calibration=images, effort="fast")
-    return plan, outputs(arp_hub.decompose(model, plan, images, effort="fast"))
+    model = trained("cifar_resnet20", shared)
+    plan = arp_hub.make_plan(model, keep_params=0.35, calibration=calibration(shared), effort="fast")
+    return plan, fitted_by_images(shared, plan)
+
+
+def fitted_by_images(shared: Path, plan: arp_hub.RankPlan) -> Tensor:
+    """The outputs of ResNet-20 fitted on images by a plan."""
+    model = trained("cifar_resnet20", shared)
+    return outputs(arp_hub.decompose(model, plan, calibration(shared), effort="fast"))
+
+
+def recorded_here() -> bool:
+    """Whether the golden outputs are of a machine like this one, so that every bit must be the same."""
+    return bool(json.loads((GOLDEN / "machine.json").read_text()) == machine())
 
 
 def same(found: Tensor, key: str) -> bool:
     expected = load_file(GOLDEN / "outputs.safetensors")[key]
-    if json.loads((GOLDEN / "machine.json").read_text()) == machine():
+    if recorded_here():
         return torch.equal(found, expected)
     return torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -135,9 +146,19 @@ def test_plans_by_weights(name: str, shared: Path) -> None:
 
 
 def test_plan_and_fit_by_images(shared: Path) -> None:
+    stored = arp_hub.RankPlan.load(GOLDEN / "cifar_resnet20-images.json")
     plan, found = by_images(shared)
-    assert plan == arp_hub.RankPlan.load(GOLDEN / "cifar_resnet20-images.json")
-    assert same(found, "cifar_resnet20-images")
+    if recorded_here():
+        assert plan == stored
+        assert same(found, "cifar_resnet20-images")
+    else:  # fits are iterative: on another processor, ranks differ by one or two and factors in the second digit
+        assert {name: layer.scheme for name, layer in plan.layers.items()} == {
+            name: layer.scheme for name, layer in stored.layers.items()
+        }
+        for name, layer in plan.layers.items():
+            assert layer.rank == pytest.approx(stored.layers[name].rank, rel=0.03, abs=1), name
+        expected = load_file(GOLDEN / "outputs.safetensors")["cifar_resnet20-images"]
+        assert (fitted_by_images(shared, stored) - expected).norm() < 0.03 * expected.norm()
 
 
 def write(shared: Path) -> None:

@@ -88,7 +88,7 @@ class Clock:
         return run
 
     def read(self) -> dict[str, float]:
-        """The seconds so far, which are then counted anew."""
+        """The seconds since the last reading."""
         self._switch()
         found, self.seconds = {term: round(seconds, 2) for term, seconds in self.seconds.items()}, {}
         return found
