@@ -11,7 +11,7 @@ Nothing is fitted to the inputs that the compressed network has, no bias follows
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -22,8 +22,9 @@ from torch.nn import functional
 
 from arp_hub.layers.model import count_params
 
-RANK_RULES = ("share", "energy")
-"""Each layer keeps the same share of its parameters; or ranks go where the energy per parameter is highest."""
+RANK_RULES = ("share", "energy", "threshold")
+"""How ranks are chosen: each layer keeps the same share of its parameters; ranks go where the energy per parameter is
+highest; or each layer keeps the same share of its energy, and stays dense where that saves no parameters."""
 BATCH = 32
 """Images in a forward pass."""
 RIDGE = 1e-6
@@ -69,7 +70,7 @@ def activation_svd(model: nn.Module, keep: float, images: Tensor, rule: str) -> 
     """
     layers = _layers(model, images)
     budget = keep * count_params(model) - (count_params(model) - sum(a.weight.numel() for a in layers.values()))
-    ranks = (_share_ranks if rule == "share" else _energy_ranks)(layers, budget)
+    ranks = {"share": _share_ranks, "energy": _energy_ranks, "threshold": _threshold_ranks}[rule](layers, budget)
     small = copy.deepcopy(model)
     for name, layer in layers.items():
         if layer.params(ranks[name]) < layer.weight.numel():
@@ -82,13 +83,21 @@ def activation_svd(model: nn.Module, keep: float, images: Tensor, rule: str) -> 
 
 
 def _share_ranks(layers: Mapping[str, _Layer], budget: float) -> dict[str, int]:
+    return _largest(lambda share, layer: max(1, int(share * layer.weight.numel() / layer.cost)), layers, budget)
+
+
+def _threshold_ranks(layers: Mapping[str, _Layer], budget: float) -> dict[str, int]:
+    return _largest(lambda share, layer: 1 + int((layer.energies.cumsum(0) < share).sum()), layers, budget)
+
+
+def _largest(rank: Callable[[float, _Layer], int], layers: Mapping[str, _Layer], budget: float) -> dict[str, int]:
+    """The ranks of the largest share that fits the budget, by bisection."""
     low, high = 0.0, 1.0
-    for _ in range(40):  # bisection of the share
+    for _ in range(40):
         share = (low + high) / 2
-        ranks = {name: max(1, int(share * a.weight.numel() / a.cost)) for name, a in layers.items()}
-        fits = sum(layer.params(ranks[name]) for name, layer in layers.items()) <= budget
+        fits = sum(layer.params(rank(share, layer)) for layer in layers.values()) <= budget
         low, high = (share, high) if fits else (low, share)
-    return {name: max(1, int(low * a.weight.numel() / a.cost)) for name, a in layers.items()}
+    return {name: rank(low, layer) for name, layer in layers.items()}
 
 
 def _energy_ranks(layers: Mapping[str, _Layer], budget: float) -> dict[str, int]:

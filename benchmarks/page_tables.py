@@ -98,11 +98,10 @@ def images() -> str:
     rows = []
     for name, keep, others in accuracy.IMAGE_COUNTS:
         own = f"fit/{name}/{keep}"
-        measured = {NETWORKS[name].images: found.get(own)} | {n: found.get(f"images/{name}/{n}") for n in others}
-        cells = [f"{n:,d}: {row['top1']:.2f}" for n, row in sorted(measured.items()) if row]
-        dense = f"{found[own]['dense']['top1']:.2f}"
-        rows.append((NETWORKS[name].title, f"{100 * keep:.0f} %", dense, *cells, *[""] * (3 - len(cells))))
-    return _table(("network", "kept", "dense", "few images", "more", "most"), rows)
+        measured = {count: f"images/{name}/{count}" for count in others} | {NETWORKS[name].images: own}
+        cells = [f"{found[row]['top1']:.2f} ({count:,d})" for count, row in sorted(measured.items())]
+        rows.append((NETWORKS[name].title, f"{100 * keep:.0f} %", f"{found[own]['dense']['top1']:.2f}", *cells))
+    return _table(("network", "kept", "dense", "fewest images", "more", "most"), rows)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -31,7 +31,7 @@ from arp_hub.calibration.moments import Moments
 from arp_hub.calibration.regression import Regression
 from arp_hub.schemes import SCHEMES
 from benchmarks.networks import SEED, calibration_of, load_network, test_images_of
-from benchmarks.rows import load_results, results_file, row_command, row_parser
+from benchmarks.rows import one_thread_command, results_file
 
 RESULTS = results_file("heuristics")
 SETTINGS = {"resnet20": (0.35, 1024), "resnet56": (0.35, 512), "lite0": (0.7, 128), "vit": (0.5, 128)}
@@ -83,19 +83,18 @@ OFF: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "norms-behind": _set(lambda *args, **kwargs: None, "decomposition.renormalise"),
     "fewer-patches": _set(10**9, "calibration.moments.SAMPLES", "decomposition.SAMPLES"),
     "single-precision": _set(10**9, "calibration.moments.LARGE", "decomposition.LARGE"),
-    "no-groups-in-1x1": contextlib.nullcontext,
+    "groups-for-kxk-only": contextlib.nullcontext,
     "copies": contextlib.nullcontext,
 }
-"""What is off in a row, and how; the last two are arguments of public functions, see `measure`."""
+"""What is off in a row, and how. The last two are arguments of public functions, which `measure` passes: with
+``groups-for-kxk-only`` off, 1x1 and linear layers may have grouped schemes too; with ``copies`` off, the calibration
+images of CIFAR-10 have no augmented copies."""
 ROWS = [f"{network}/{off}" for network in SETTINGS for off in OFF if off != "copies" or network in SMALL_IMAGES]
 
 
 def main() -> None:
     """Parse the command line and do what it asks for."""
-    parser, runner = row_parser(__doc__, table="print the results as a table")
-    runner.add_argument("--shared", type=Path, required=True, help="folder with weights/ and data/")
-    torch.set_num_threads(1)
-    row_command(parser, ROWS, RESULTS, lambda row, args: measure(row, args.shared), _short, print_table)
+    one_thread_command(__doc__, ROWS, RESULTS, measure, _short, table)
 
 
 def measure(row: str, shared: Path) -> dict[str, Any]:
@@ -104,7 +103,7 @@ def measure(row: str, shared: Path) -> dict[str, Any]:
     keep, count = SETTINGS[name]
     model, images, labels, expected = _dense(name, shared)
     calibration = calibration_of(name, model, shared, count, copies=0 if off == "copies" else None)
-    schemes = tuple(SCHEMES) if off == "no-groups-in-1x1" else None
+    schemes = tuple(SCHEMES) if off == "groups-for-kxk-only" else None
     torch.manual_seed(SEED)
     began = time.process_time()
     with OFF[off]():
@@ -143,11 +142,6 @@ def _predictions(model: nn.Module, images: list[Tensor]) -> Tensor:
 
 def _top1(found: Tensor, labels: Tensor) -> float:
     return 100 * float((found.argmax(1) == labels).float().mean())
-
-
-def print_table() -> None:
-    """Print the table."""
-    print(table(load_results(RESULTS)), end="")
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -31,7 +31,7 @@ import arp_hub
 from arp_hub._utils.environment import environment
 from arp_hub.layers.model import count_params
 from benchmarks.networks import SEED, calibration_of, load_network
-from benchmarks.rows import load_results, results_file, row_command, row_parser
+from benchmarks.rows import one_thread_command, results_file
 
 RESULTS = results_file("planning_profile")
 SETTINGS = {"resnet20": (0.5, 2048), "lite0": (0.84, 128), "vit": (0.67, 128), "resnet50": (0.5, 256)}
@@ -119,10 +119,7 @@ def _place(name: str) -> tuple[Any, str, bool]:
 
 def main() -> None:
     """Parse the command line and do what it asks for."""
-    parser, runner = row_parser(__doc__, table="print the results as a table")
-    runner.add_argument("--shared", type=Path, required=True, help="folder with weights/ and data/")
-    torch.set_num_threads(1)
-    row_command(parser, SETTINGS, RESULTS, lambda row, args: measure(row, args.shared), _short, print_table)
+    one_thread_command(__doc__, SETTINGS, RESULTS, measure, _short, table)
 
 
 def measure(name: str, shared: Path) -> dict[str, Any]:
@@ -158,11 +155,6 @@ def _network(name: str, shared: Path, count: int) -> tuple[nn.Module, Tensor]:
     coarse = torch.randn(count, 3, 56, 56)
     images = torch.nn.functional.interpolate(coarse, size=(224, 224), mode="bilinear")
     return timm.create_model("resnet50").eval(), images
-
-
-def print_table() -> None:
-    """Print the table."""
-    print(table(load_results(RESULTS)), end="")
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:

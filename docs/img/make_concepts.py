@@ -224,7 +224,7 @@ def draw_ramp() -> None:
                   label=shown[index])  # fmt: skip
     top = max(max(values) for _, values in rows) * 1.15
     axes.text(0.3 * steps, top * 0.96, "ramp: violations fall", ha="center", va="top")
-    axes.text(0.8 * steps, top * 0.96, "hold: exactly low rank", ha="center", va="top")
+    axes.text(0.8 * steps, top * 0.96, "hold: low rank\nafter every pull", ha="center", va="top")
     axes.set(xlabel="optimiser step", ylabel="violation", xlim=(0, steps), ylim=(0, top))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="center right", frameon=False)
