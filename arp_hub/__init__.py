@@ -11,7 +11,7 @@ from .layers.factor_names import factor_names
 from .penalty import AdaptiveRankPenalty
 from .plan import LayerPlan, RankPlan
 from .planning.make_plan import make_plan
-from .refinement import Refinement, refine
+from .refinement.refine import Refinement, refine
 from .reports.benchmark import benchmark
 from .timing import Workload
 

@@ -36,6 +36,7 @@ from arp_hub.plan import LayerPlan, RankPlan
 from arp_hub.schemes import make_scheme
 from arp_hub.training import TrainConfig, evaluate, load_data, refinement_images
 from arp_hub.training import run as train
+from benchmarks.activation_svd import RANK_RULES, activation_svd
 from benchmarks.networks import NETWORKS, SEED, calibration_of, load_network, test_images_of
 from benchmarks.rows import HERE, load_results, results_file, row_command, row_parser
 
@@ -52,7 +53,9 @@ class Row:
         images: Number of calibration images; None: the network's own number, 0: weights alone.
         schemes: Schemes to choose from; empty: all.
         uniform: Scheme for all k x k layers at the same share of parameters, instead of a plan by error.
+        peer: Rank rule of a plain activation-aware SVD, which is measured in place of our plan and fit; empty for ours.
         refine: Minutes of refinement after the fit, on 1,000 unlabelled images.
+        seed: Seed of the choice of calibration images, and of the refinement.
         train: Settings of the recipe, if the row trains.
     """
 
@@ -61,7 +64,9 @@ class Row:
     images: int | None = None
     schemes: tuple[str, ...] = ()
     uniform: str = ""
+    peer: str = ""
     refine: float = 0.0
+    seed: int = SEED
     train: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -72,6 +77,13 @@ BUDGETS = {
     "mobilenetv2": (0.84, 0.7),
     "vit": (0.67, 0.5),
 }
+IMAGE_COUNTS = (
+    ("resnet20", 0.35, (64, 256)),
+    ("resnet56", 0.35, (64, 256)),
+    ("lite0", 0.84, (64, 1000)),
+    ("vit", 0.67, (64, 1024)),
+)
+"""Networks and budgets that are also measured with other numbers of calibration images than those of `fit` rows."""
 SCHEME_SETS = {
     "channel": ("channel",),
     "+spatial": ("channel", "spatial"),
@@ -88,7 +100,15 @@ def _rows() -> dict[str, Row]:
             rows[f"fit/{network}/{keep}"] = Row(network, keep)
             rows[f"weights/{network}/{keep}"] = Row(network, keep, images=0)
             rows[f"svd/{network}/{keep}"] = Row(network, keep, images=0, schemes=("channel",))
-        rows[f"refine/{network}/{budgets[-1]}"] = Row(network, budgets[-1], refine=15)
+            rows[f"refine/{network}/{keep}"] = Row(network, keep, refine=15)
+            for rule in RANK_RULES:
+                rows[f"activation-svd-{rule}/{network}/{keep}"] = Row(network, keep, peer=rule)
+    for network, keep, counts in IMAGE_COUNTS:
+        for count in counts:
+            rows[f"images/{network}/{count}"] = Row(network, keep, images=count)
+    for network, keep in (("lite0", 0.7), ("vit", 0.5)):
+        for seed in (1, 2):
+            rows[f"seed-{seed}/{network}/{keep}"] = Row(network, keep, seed=seed)
     for keep in BUDGETS["resnet20"]:
         rows[f"uniform-cp/resnet20/{keep}"] = Row("resnet20", keep, uniform="cp")
     for name, schemes in SCHEME_SETS.items():
@@ -164,7 +184,7 @@ def measure(name: str, shared: Path, cuda_graphs: bool = False) -> dict[str, Any
     began = time.perf_counter()
     found = measure_trained(name, row, shared, cuda_graphs) if row.train else measure_fit(row, shared)
     seconds = round(time.perf_counter() - began, 1)
-    result = {"network": row.network, "keep": row.keep, "row": _plain(row), "seed": SEED, "seconds": seconds}
+    result = {"network": row.network, "keep": row.keep, "row": _plain(row), "seed": row.seed, "seconds": seconds}
     return {**environment(), **result, **found}
 
 
@@ -174,14 +194,20 @@ def _short(row: dict[str, Any]) -> str:
 
 def measure_fit(row: Row, shared: Path) -> dict[str, Any]:
     """Plan and decompose without training, and evaluate on the test images."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(row.seed)
     model, images = load_network(row.network, shared), None
     test = test_images_of(row.network, model, shared)
-    used = 0 if row.images == 0 else NETWORKS[row.network].images
+    used = NETWORKS[row.network].images if row.images is None else row.images
     if used:
-        images = calibration_of(row.network, model, shared)
-    dense = {**evaluate(model, test), **_counts(model)}
+        images = calibration_of(row.network, model, shared, used, copies=0 if row.peer else None, seed=row.seed)
+    scores, counts = evaluate(model, test), _counts(model)
+    dense = {**scores, **counts}
     began = time.perf_counter()
+    if row.peer and images is not None:
+        peer = activation_svd(model, row.keep, images, row.peer)
+        measured = {"params": peer.params, "macs": counts["macs"] - peer.saved_macs, "calibration_images": used}
+        seconds = round(time.perf_counter() - began, 1)
+        return {**evaluate(peer.model, test), **measured, "seconds_decompose": seconds, "dense": dense}
     if row.uniform:
         plan = uniform_plan(model, row.keep, row.uniform)
     else:
@@ -207,8 +233,8 @@ def measure_fit(row: Row, shared: Path) -> dict[str, Any]:
 def refine_without_labels(row: Row, dense: nn.Module, small: nn.Module, shared: Path) -> dict[str, Any]:
     """Refine a decomposed model in place, on images that the fit has not seen as far as the data has enough."""
     data = load_data(str(shared / "data" / NETWORKS[row.network].data), dense, seed=SEED)
-    images, held_out = refinement_images(data, 1000, seed=SEED)
-    done = arp_hub.refine(small, dense, images, held_out=held_out, minutes=row.refine, seed=SEED)
+    images, held_out = refinement_images(data, 1000, seed=row.seed)
+    done = arp_hub.refine(small, dense, images, held_out=held_out, minutes=row.refine, seed=row.seed)
     return dataclasses.asdict(done)
 
 

@@ -24,6 +24,9 @@ SUMMARY = (("resnet20", 0.5), ("resnet20", 0.35), ("resnet56", 0.35), ("lite0", 
 METHODS = {
     "fit": "data-aware fit, no training",
     "refine": "the fit, refined for 15 minutes without labels",
+    "activation-svd-energy": "plain activation-aware SVD, ranks by energy per parameter",
+    "activation-svd-threshold": "plain activation-aware SVD, one share of energy everywhere",
+    "activation-svd-share": "plain activation-aware SVD, one share of parameters everywhere",
     "uniform-cp": "CP at one share everywhere, data-aware, no training",
     "weights": "weights alone, no images",
     "svd": "plain SVD, weights alone",
@@ -60,11 +63,13 @@ python -m benchmarks.accuracy run ROW --again --shared ../shared
 
 CIFAR-10: calibration on 1,024 training images without their labels (256 for the ViT), top-1 on all 10,000 test images
 (the first 2,000 for the ViT). ImageNet: calibration on 256 training images, top-1 on 900 images of the validation set;
-compare a network only with its own dense form. Every row is the last epoch of one run, seed 0; no
-setting is chosen on the test images. Rows were recorded at different commits, see the log of
-`benchmarks/results/accuracy.json`. Training rows have a pull of the penalty every eighth step, `long/resnet56/0.35`
-every 32nd. That row was planned on a CPU, trained up to step 7,649 of 9,750 on an H200 (`--cuda-graphs`) and to its end
-on a CPU.
+compare a network only with its own dense form. Every row is the last epoch of one run, seed 0. The rows whose models
+are stored in `benchmarks/models/` are the most accurate ones of their network and budget on these test images, so they
+flatter a little. Rows were recorded at different commits and on different processors: each entry names its own, and
+`git log benchmarks/results/accuracy.json` the commit.
+
+Training rows have a pull of the penalty every eighth step, `long/resnet56/0.35` every 32nd. That row was planned on a
+CPU, trained up to step 7,649 of 9,750 on an H200 (`--cuda-graphs`) and to its end on a CPU.
 
 ![Points of top-1 lost over the share of parameters kept](../img/accuracy.png)
 """

@@ -17,15 +17,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import arp_hub
 from arp_hub._utils.environment import environment
 from arp_hub.effort import EFFORTS
 from arp_hub.layers.model import count_params
 from arp_hub.training import evaluate
 from benchmarks.networks import SEED, calibration_of, load_network, test_images_of
-from benchmarks.rows import load_results, results_file, row_command, row_parser
+from benchmarks.rows import one_thread_command, results_file
 
 RESULTS = results_file("effort")
 SETTINGS = {"resnet20": (0.5, 1024), "resnet56": (0.35, 512), "lite0": (0.84, 128), "vit": (0.67, 128)}
@@ -37,10 +35,7 @@ ROWS = [f"{network}/{effort}" for network in SETTINGS for effort in EFFORTS]
 
 def main() -> None:
     """Parse the command line and do what it asks for."""
-    parser, runner = row_parser(__doc__, table="print the results as a table")
-    runner.add_argument("--shared", type=Path, required=True, help="folder with weights/ and data/")
-    torch.set_num_threads(1)
-    row_command(parser, ROWS, RESULTS, lambda row, args: measure(row, args.shared), _short, print_table)
+    one_thread_command(__doc__, ROWS, RESULTS, measure, _short, table)
 
 
 def measure(row: str, shared: Path) -> dict[str, Any]:
@@ -76,11 +71,6 @@ def _cpu() -> tuple[float, float]:
 
 def _seconds(row: Mapping[str, Any]) -> float:
     return sum(row["plan_seconds"].values()) + sum(row["decompose_seconds"].values())
-
-
-def print_table() -> None:
-    """Print the table."""
-    print(table(load_results(RESULTS)), end="")
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:

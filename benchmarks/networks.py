@@ -86,12 +86,18 @@ def load_network(name: str, shared: Path) -> nn.Module:
 
 
 def calibration_of(
-    name: str, model: nn.Module, shared: Path, count: int | None = None, copies: int | None = None
+    name: str, model: nn.Module, shared: Path, count: int | None = None, copies: int | None = None, seed: int = SEED
 ) -> Tensor:
     """Unlabelled training images, the network's own number of them by default, with copies as recipes make them."""
     network = NETWORKS[name]
-    data = load_data(str(shared / "data" / network.data), model, seed=SEED)
-    return calibration_images(data, count or network.images, copies=copies, seed=SEED)
+    data = load_data(str(shared / "data" / network.data), model, seed=seed)
+    return calibration_images(data, count or network.images, copies=copies, seed=seed)
+
+
+def held_out_of(name: str, model: nn.Module, shared: Path, count: int, seed: int = SEED) -> Split:
+    """Labelled training images that `calibration_of` with the same seed does not take, to choose settings by."""
+    data = load_data(str(shared / "data" / NETWORKS[name].data), model, seed=seed)
+    return data.train.excerpt(count, seed, from_end=True)
 
 
 def test_images_of(name: str, model: nn.Module, shared: Path, count: int | None = None) -> Split:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 Results = dict[str, dict[str, Any]]
 HERE = Path(__file__).parent
 """Folder of the benchmarks, which holds ``results/``, and ``models/``."""
@@ -113,6 +115,37 @@ def row_command(
         run_rows(chosen(rows, args.rows), path, args.again, lambda name: measure(name, args), number)
     else:
         table()
+
+
+def one_thread_command(
+    doc: str | None,
+    rows: Iterable[str],
+    path: Path,
+    measure: Callable[[str, Path], Mapping[str, Any]],
+    number: Callable[[dict[str, Any]], str],
+    table: Callable[[Results], str],
+) -> None:
+    """`row_command` for rows that are measured on one thread, from the networks of ``--shared``; it prints the table.
+
+    Args:
+        doc: Docstring of the script, as the description.
+        rows: Names of all rows.
+        path: Results file.
+        measure: Measures one row, from its name and the shared folder.
+        number: A result in a few words.
+        table: The results as a Markdown table.
+    """
+    parser, runner = row_parser(doc, table="print the results as a table")
+    runner.add_argument("--shared", type=Path, required=True, help="folder with weights/ and data/")
+    torch.set_num_threads(1)
+    row_command(
+        parser,
+        rows,
+        path,
+        lambda row, args: measure(row, args.shared),
+        number,
+        lambda: print(table(load_results(path)), end=""),
+    )
 
 
 def print_rows(rows: Iterable[str], found: Results, number: Callable[[dict[str, Any]], str]) -> None:

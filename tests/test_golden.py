@@ -2,14 +2,16 @@
 
     python tests/test_golden.py --shared ../shared      rewrites golden/ after an intended change
 
-On the CPU and with the torch that the files were written with, outputs are compared bit for bit; elsewhere kernels
-round differently, and outputs are compared to 1e-4.
+Outputs are recorded for several CPUs, each with its torch. There they are compared bit for bit; elsewhere kernels round
+differently, and outputs are compared to 1e-4. Fits by images are iterative: elsewhere ranks may be one or two off, and
+outputs by the recorded plan are compared to 3 %, where switching one heuristic of the fit off changes 7 % and more.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -37,8 +39,9 @@ BY_WEIGHTS = {
 def machine() -> dict[str, str]:
     """Facts that the last bits of an output depend on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-    return {"cpu": cpu, "torch": torch.__version__, "timm": timm.__version__}
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    kind = {name: facts.get(name, "unknown") for name in ("cpu family", "model", "stepping")}
+    return {"cpu": facts.get("model name", "unknown"), **kind, "torch": torch.__version__, "timm": timm.__version__}
 
 
 def batch(side: int) -> Tensor:
@@ -87,16 +90,30 @@ def calibration(shared: Path) -> Tensor:
 
 def by_images(shared: Path) -> tuple[arp_hub.RankPlan, Tensor]:
     """ResNet-20 planned and fitted on images: the plan, and the outputs."""
-    model, images = trained("cifar_resnet20", shared), calibration(shared)
-    plan = arp_hub.make_plan(model, keep_params=0.35, calibration=images, effort="fast")
-    return plan, outputs(arp_hub.decompose(model, plan, images, effort="fast"))
+    model = trained("cifar_resnet20", shared)
+    plan = arp_hub.make_plan(model, keep_params=0.35, calibration=calibration(shared), effort="fast")
+    return plan, fitted_by_images(shared, plan)
+
+
+def fitted_by_images(shared: Path, plan: arp_hub.RankPlan) -> Tensor:
+    """The outputs of ResNet-20 fitted on images by a plan."""
+    model = trained("cifar_resnet20", shared)
+    return outputs(arp_hub.decompose(model, plan, calibration(shared), effort="fast"))
+
+
+def recorded() -> tuple[Path, bool]:
+    """The folder of outputs to compare with, and whether a machine like this one made them: then every bit counts."""
+    folders = sorted(path.parent for path in GOLDEN.glob("*/machine.json"))
+    for folder in folders:
+        if json.loads((folder / "machine.json").read_text()).items() <= machine().items():
+            return folder, True
+    return folders[0], False
 
 
 def same(found: Tensor, key: str) -> bool:
-    expected = load_file(GOLDEN / "outputs.safetensors")[key]
-    if json.loads((GOLDEN / "machine.json").read_text()) == machine():
-        return torch.equal(found, expected)
-    return torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    folder, exactly = recorded()
+    expected = load_file(folder / "outputs.safetensors")[key]
+    return torch.equal(found, expected) if exactly else torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -135,15 +152,27 @@ def test_plans_by_weights(name: str, shared: Path) -> None:
 
 
 def test_plan_and_fit_by_images(shared: Path) -> None:
+    folder, exactly = recorded()
+    stored = arp_hub.RankPlan.load(folder / "cifar_resnet20-images.json")
     plan, found = by_images(shared)
-    assert plan == arp_hub.RankPlan.load(GOLDEN / "cifar_resnet20-images.json")
-    assert same(found, "cifar_resnet20-images")
+    if exactly:
+        assert plan == stored
+        assert same(found, "cifar_resnet20-images")
+    else:
+        assert {name: layer.scheme for name, layer in plan.layers.items()} == {
+            name: layer.scheme for name, layer in stored.layers.items()
+        }
+        for name, layer in plan.layers.items():
+            assert layer.rank == pytest.approx(stored.layers[name].rank, rel=0.03, abs=1), name
+        expected = load_file(folder / "outputs.safetensors")["cifar_resnet20-images"]
+        assert (fitted_by_images(shared, stored) - expected).norm() < 0.03 * expected.norm()
 
 
 def write(shared: Path) -> None:
     torch.set_num_threads(1)
-    GOLDEN.mkdir(exist_ok=True)
-    (GOLDEN / "machine.json").write_text(json.dumps(machine(), indent=2) + "\n")
+    folder = GOLDEN / re.sub(r"\W+", "-", machine()["cpu"].lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "machine.json").write_text(json.dumps(machine(), indent=2) + "\n")
     found = {name: outputs(kept_model(name)) for name in MODELS}
     for name in BY_SHAPE:
         plan_by_shape(name).save(GOLDEN / f"{name}-shape.json")
@@ -151,8 +180,8 @@ def write(shared: Path) -> None:
     for name in BY_WEIGHTS:
         plan_by_weights(name, shared).save(GOLDEN / f"{name}-weights.json")
     plan, found["cifar_resnet20-images"] = by_images(shared)
-    plan.save(GOLDEN / "cifar_resnet20-images.json")
-    save_file(found, GOLDEN / "outputs.safetensors")
+    plan.save(folder / "cifar_resnet20-images.json")
+    save_file(found, folder / "outputs.safetensors")
 
 
 if __name__ == "__main__":

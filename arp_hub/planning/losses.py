@@ -88,6 +88,11 @@ def output_losses(
         with stage("measure sensitivities", shown=progress):
             sensitivities = errors.sensitivities()
     return {
-        name: [(one.scheme, (one.errors + 10 * one.errors**2) * sensitivities[name] ** 0.75) for one in found]
+        name: [(one.scheme, output_loss(one.errors, sensitivities[name])) for one in found]
         for name, found in curves.items()
     }
+
+
+def output_loss(errors: Floats, sensitivity: float) -> Floats:
+    """Losses of a layer by the relative errors of its output and its sensitivity, ``(e + 10 e^2) s^(3/4)``."""
+    return (errors + 10 * errors**2) * sensitivity**0.75

@@ -156,7 +156,7 @@ def violation_figure(history: Sequence[Mapping[str, Any]]) -> Any:
     means = [max(entry["violation"], FLOOR) for entry in history]
     axes.plot(steps, means, color=STRONG, linewidth=2, marker="o", markersize=4, label="mean over layers")
     if hold := next((entry["step"] for entry in history if entry.get("stage") == "hold"), None):
-        axes.axvline(hold, color=MUTED, linewidth=1, linestyle=":", label="hold: exactly low rank")
+        axes.axvline(hold, color=MUTED, linewidth=1, linestyle=":", label="hold: low rank after every pull")
     axes.set(yscale="log", xlabel="optimiser step", ylabel="relative violation")
     legend(axes)
     style(axes)

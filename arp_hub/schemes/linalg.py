@@ -108,7 +108,8 @@ def solve_spd(gram: Tensor, right: Tensor) -> Tensor:
     """
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     share = max(1e-9, 100 * torch.finfo(right.dtype).eps)
-    ridge = diagonal.mean(dim=-1, keepdim=True).clamp_min(torch.finfo(right.dtype).tiny) * share
+    # at least the smallest normal number: some processors take smaller ones for zero
+    ridge = (diagonal.mean(dim=-1, keepdim=True) * share).clamp_min(torch.finfo(right.dtype).tiny)
     damped = gram + torch.diag_embed(ridge.expand_as(diagonal))
     factor, info = torch.linalg.cholesky_ex(damped)
     if gram.dtype != right.dtype:

@@ -32,7 +32,7 @@ LAYER = LayerShape(64, 64, (3, 3), padding=(1, 1))
 LINEAR = LayerShape(256, 64)
 
 matplotlib.rcParams.update({
-    "svg.fonttype": "none", "svg.hashsalt": "arp_hub", "font.family": "sans-serif", "font.size": 11,
+    "svg.fonttype": "none", "svg.hashsalt": "arp_hub", "font.family": "sans-serif", "font.size": 13.5,
     "text.color": INK, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
 })  # fmt: skip
 
@@ -82,7 +82,7 @@ def arrow(
                                    shrinkA=0, shrinkB=0))  # fmt: skip
     if text:
         x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
-        axes.text(x + 0.8, y, text, ha="left", va="center", color=INK, fontsize=10)
+        axes.text(x + 1.2, y, text, ha="left", va="center", color=INK, fontsize=12.5)
 
 
 def draw_rank() -> None:
@@ -129,14 +129,14 @@ def draw_schemes() -> None:
             scheme = make_scheme(name, shape, 4 if name.startswith("group") else 1)
             rank = max(r for r in range(1, scheme.max_rank + 1) if scheme.params(r) <= shape.params / 2)
             x = 15.0
-            axes.text(1, y, name, va="center", family="monospace", fontsize=10)
+            axes.text(1, y, name, va="center", family="monospace", fontsize=12.5)
             for index, factor in enumerate(scheme.convs(rank)):
                 size = factor.params
                 width = size * scale
                 block(axes, x, y - 1.4, max(width - 0.25, 0.1), 2.8, (FACTOR, SECOND, FACTOR)[index % 3])
                 x += width
             forms = " → ".join(described(factor) for factor in scheme.convs(rank))
-            axes.text(x + 0.8, y, f"{forms}, rank {rank}", va="center", fontsize=9.5)
+            axes.text(x + 0.8, y, f"{forms}, rank {rank}", va="center", fontsize=12)
         y -= 7
     assert set(SCHEMES) == {"channel", "spatial", "group_in", "group_out", "cp", "tucker2"}
     save(figure, "schemes.svg", "The six schemes at half of a layer's parameters")
@@ -163,8 +163,8 @@ def draw_fit() -> None:
             arrow(axes, (x - 10, y), (x - 5, y), colour=FAINT)
         arrow(axes, (74 - 0.0, y), (75.5, y), colour=FAINT)
     arrow(axes, (61.5, 21), (61.5, 11.2), colour=SECOND)
-    axes.text(62.3, 14.6, "target: the\ndense output", va="center", fontsize=9.5)
-    axes.text(46.5, 2.6, "input: from the compressed layers before it", ha="center", va="center", fontsize=9.5)
+    axes.text(62.3, 14.6, "target: the\ndense output", va="center", fontsize=12)
+    axes.text(46.5, 2.6, "input: from the compressed layers before it", ha="center", va="center", fontsize=12)
     save(figure, "fit.svg", "Layers are fitted one after the other")
 
 
@@ -184,7 +184,7 @@ def draw_plan() -> None:
         near = torch.tensor([max(float(kept[at]) - 0.14, 0.0), float(kept[at]) + 0.14])
         axes.plot(near, loss[at] + slope * (near - kept[at]), color=INK, linewidth=1.1)
     axes.legend(loc="upper right", frameon=False)
-    axes.text(0.3, 0.72, "dots: one slope for all layers.\nA smaller budget makes it steeper.", fontsize=10)
+    axes.text(0.2, 0.72, "dots: one slope for all layers.\nA smaller budget makes it steeper.", fontsize=12.5)
     axes.set(xlabel="parameters of the layer that are kept", ylabel="predicted loss", xlim=(0, 1), ylim=(0, 0.95))
     axes.set_xticks([0, 0.5, 1], ["0", "half", "all"])
     axes.set_yticks([])
@@ -224,7 +224,7 @@ def draw_ramp() -> None:
                   label=shown[index])  # fmt: skip
     top = max(max(values) for _, values in rows) * 1.15
     axes.text(0.3 * steps, top * 0.96, "ramp: violations fall", ha="center", va="top")
-    axes.text(0.8 * steps, top * 0.96, "hold: exactly low rank", ha="center", va="top")
+    axes.text(0.8 * steps, top * 0.96, "hold: low rank\nafter every pull", ha="center", va="top")
     axes.set(xlabel="optimiser step", ylabel="violation", xlim=(0, steps), ylim=(0, top))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="center right", frameon=False)
@@ -235,24 +235,24 @@ def draw_choice() -> None:
     """The decision chart of choose.md."""
     figure, axes = canvas(76, 62)
     box(axes, 38, 57, 34, "What must become smaller?", INK)
-    for x, text in ((14, "parameters, file, memory"), (62, "latency")):
+    for x, text in ((14, "size, memory"), (62, "latency")):
         arrow(axes, (38, 53.5), (x, 48.5))
-        axes.text(x, 51.8, text, ha="center", fontsize=10)
+        axes.text(x, 51.8, text, ha="center", fontsize=12.5)
     box(axes, 14, 45, 24, "keep_params", FACTOR)
     box(axes, 62, 45, 24, "keep_latency", FACTOR)
     arrow(axes, (14, 41.5), (29, 37))
     arrow(axes, (62, 41.5), (47, 37))
-    box(axes, 38, 33.5, 40, "Do you have images like the task's?", INK)
-    arrow(axes, (24, 30), (14, 25.5), "no")
-    arrow(axes, (46, 30), (46, 25.5), "yes")
+    box(axes, 38, 33.5, 46, "Do you have images like the task's?", INK)
+    arrow(axes, (19, 30), (19, 25.5), "no")
+    arrow(axes, (50, 30), (50, 25.5), "yes")
     box(axes, 14, 22, 24, "decompose\nthe weights alone", SECOND)
     box(axes, 50, 22, 34, "decompose with calibration,\nthen measure accuracy", FACTOR)
     arrow(axes, (38, 18.5), (14, 12.5))
-    axes.text(18.5, 15.6, "good enough", ha="center", fontsize=10)
+    axes.text(15, 15.6, "good enough", ha="center", fontsize=12.5)
     arrow(axes, (44, 18.5), (44, 12.5))
-    axes.text(43, 15.6, "no labels", ha="right", fontsize=10)
+    axes.text(43, 15.6, "no labels", ha="right", fontsize=12.5)
     arrow(axes, (62, 18.5), (66, 12.5))
-    axes.text(65.5, 15.6, "labels", ha="left", fontsize=10)
+    axes.text(65.5, 15.6, "labels", ha="left", fontsize=12.5)
     box(axes, 12, 8, 20, "save and publish", FACTOR, 8)
     box(axes, 39, 8, 24, "refine, or a\nhigher budget", SECOND, 8)
     box(axes, 65, 8, 20, "train with\nthe penalty", SECOND, 8)

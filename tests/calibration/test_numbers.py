@@ -133,6 +133,19 @@ def test_a_dead_layer_fits_at_any_rank(dead, images):
     assert all(bool(tensor.isfinite().all()) for tensor in small.state_dict().values())
 
 
+def test_a_dead_layer_fits_where_numbers_below_the_smallest_normal_one_are_zero():
+    """Some processors take them for zero; here every one is made to."""
+    model = small_model()
+    with torch.no_grad():
+        model.get_submodule("stem.0").weight.zero_()
+    assert torch.set_flush_denormal(True)
+    try:
+        small = decompose(copy.deepcopy(model), make_plan(model, **PLANNED))
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(bool(tensor.isfinite().all()) for tensor in small.state_dict().values())
+
+
 def spoilt(name, value):
     """A model with one odd number."""
     model = small_model()

@@ -29,14 +29,25 @@ GUIDES = [name for name in PAGES if name.startswith("docs/how-to/") and name not
 RUN = ["docs/index.md", "docs/tutorial.md", "docs/troubleshooting.md", *GUIDES]
 
 
+WIDEST = 98
+
+
 def blocks(page: str, language: str) -> list[str]:
     return [match["code"] for match in BLOCK.finditer(PAGES[page]) if match["language"] == language]
 
 
 def commands() -> list[list[str]]:
-    """Every line of every shell block, as words."""
-    lines = [line for page in PAGES for code in blocks(page, "bash") for line in code.splitlines() if line.strip()]
+    """Every command of every shell block, as words."""
+    shell = [code.replace("\\\n", " ") for page in PAGES for code in blocks(page, "bash")]
+    lines = [line for code in shell for line in code.splitlines() if line.strip()]
     return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("page", [name for name in PAGES if not name.startswith(("docs/research/", "docs/examples/"))])
+def test_no_code_is_cut_off_at_1280_px(page):
+    """The site shows `WIDEST` characters at 1280 px, and GitHub about as many."""
+    lines = [line for match in BLOCK.finditer(PAGES[page]) for line in match["code"].splitlines()]
+    assert [line for line in lines if len(line) > WIDEST] == []
 
 
 def test_every_page_is_in_the_navigation():

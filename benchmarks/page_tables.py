@@ -1,9 +1,9 @@
-"""Write the tables of docs/speed.md, and those that docs/research/speed.md shares with it, from the results.
+"""Write the tables of docs/speed.md and of the research notebook that come from results.
 
-    python -m benchmarks.speed_page
+    python -m benchmarks.page_tables
 
-Each table stands between `<!-- table: NAME -->` and `<!-- end of table -->`. Rows come from results/latency.json,
-planning_time.json, effort.json and penalty_cost.json; the pages name the commands that measure them.
+Each table stands between `<!-- table: NAME -->` and `<!-- end of table -->`. The pages name the commands that measure
+the rows.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks import effort
+from benchmarks import accuracy, effort
+from benchmarks.networks import NETWORKS
+from benchmarks.planning import heuristics, planning_profile
 from benchmarks.rows import HERE, load_results, load_rows, results_file
 
-PAGES = (HERE.parent / "docs" / "speed.md", HERE.parent / "docs" / "research" / "speed.md")
-MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n\n).*?(\n<!-- end of table -->)", re.S)
+DOCS = HERE.parent / "docs"
+PAGES = (DOCS / "speed.md", DOCS / "research" / "speed.md", DOCS / "research" / "experiments.md")
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.S)
 NAMES = {"resnet50": "ResNet-50", "vit_base_patch16_224": "ViT-B/16", "cifar_resnet20": "ResNet-20"}
 
 
@@ -30,7 +33,7 @@ def main() -> None:
 
 def with_tables(page: str) -> str:
     """The text of a page with its tables as the results have them."""
-    return MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}{found[3]}", page)
+    return MARKED.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n{found[3]}", page)
 
 
 def latency() -> str:
@@ -89,6 +92,18 @@ def penalty() -> str:
     return _table(("one thread of a CPU", "share of a training step"), rows)
 
 
+def images() -> str:
+    """Top-1 of the fit by the number of calibration images."""
+    found = load_results(accuracy.RESULTS)
+    rows = []
+    for name, keep, others in accuracy.IMAGE_COUNTS:
+        own = f"fit/{name}/{keep}"
+        measured = {count: f"images/{name}/{count}" for count in others} | {NETWORKS[name].images: own}
+        cells = [f"{found[row]['top1']:.2f} ({count:,d})" for count, row in sorted(measured.items())]
+        rows.append((NETWORKS[name].title, f"{100 * keep:.0f} %", f"{found[own]['dense']['top1']:.2f}", *cells))
+    return _table(("network", "kept", "dense", "fewest images", "more", "most"), rows)
+
+
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(line)} |\n" for line in (head, *rows)]
     return "".join([lines[0], f"|{'---|' * len(head)}\n", *lines[1:]])
@@ -101,6 +116,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "planning-all": lambda: planning(all_models=True),
     "effort": lambda: effort.table(load_results(effort.RESULTS)),
     "penalty": penalty,
+    "images": images,
+    "heuristics": lambda: heuristics.table(load_results(heuristics.RESULTS)),
+    "profile": lambda: planning_profile.table(load_results(planning_profile.RESULTS)),
 }
 """The tables by the names in the marks."""
 

@@ -1,0 +1,181 @@
+"""Where the CPU time of planning and fitting goes, term by term.
+
+    python -m benchmarks.planning.planning_profile list
+    OMP_NUM_THREADS=1 python -m benchmarks.planning.planning_profile run '*' --shared ../shared
+    python -m benchmarks.planning.planning_profile table
+
+A row is a network with half of its parameters kept (84 % of lite0, 67 % of the ViT), with the preset "balanced" on one
+thread. Each term holds the CPU seconds of its functions, without those of the terms that they call, for `make_plan` and
+`decompose` apart. ResNet-50 has random weights and images of smooth noise, whose content does not change the time.
+`run` writes results/planning_profile.json; `table` prints it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import importlib
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import arp_hub
+from arp_hub._utils.environment import environment
+from arp_hub.layers.model import count_params
+from benchmarks.networks import SEED, calibration_of, load_network
+from benchmarks.rows import one_thread_command, results_file
+
+RESULTS = results_file("planning_profile")
+SETTINGS = {"resnet20": (0.5, 2048), "lite0": (0.84, 128), "vit": (0.67, 128), "resnet50": (0.5, 256)}
+"""Share of the parameters to keep, and number of calibration images."""
+TERMS = {
+    "forward passes": (
+        "decomposition.paired_moments",
+        "planning.output_errors.all_moments",
+        "calibration.resumption.ResumedPasses.advance",
+    ),
+    "forward and backward passes": (
+        "decomposition.gradient_moments",
+        "planning.output_errors.gradient_moments",
+        "planning.output_errors.predicted_divergences",
+    ),
+    "second moments": ("calibration.moments.Moments.update",),
+    "regressions and metrics": ("calibration.layer_problem.LayerProblem.of",),
+    "starting points and fits": ("calibration.layer_problem.LayerProblem.fit",),
+    "errors of fits": ("calibration.layer_problem.LayerProblem.error",),
+    "schemes by weight errors": ("planning.output_errors.shortlist",),
+    "BatchNorm statistics": ("decomposition.renormalise",),
+    "allocation": ("planning.allocation.CountedBudget.plan",),
+}
+"""Functions of each term."""
+
+
+class Clock:
+    """CPU seconds of the innermost term that runs."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._running = ["the rest"]
+        self._since = time.process_time()
+
+    def _switch(self) -> None:
+        now = time.process_time()
+        term = self._running[-1]
+        self.seconds[term] = self.seconds.get(term, 0.0) + now - self._since
+        self._since = now
+
+    def timed(self, term: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function whose time counts for a term."""
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._switch()
+            self._running.append(term)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._switch()
+                self._running.pop()
+
+        return run
+
+    def read(self) -> dict[str, float]:
+        """The seconds since the last reading."""
+        self._switch()
+        found, self.seconds = {term: round(seconds, 2) for term, seconds in self.seconds.items()}, {}
+        return found
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Clock]:
+    """A clock that times the functions of `TERMS` during the block."""
+    clock = Clock()
+    with contextlib.ExitStack() as stack:
+        for term, names in TERMS.items():
+            for name in names:
+                target, attribute, static = _place(name)
+                timed = clock.timed(term, getattr(target, attribute))
+                stack.enter_context(patch.object(target, attribute, staticmethod(timed) if static else timed))
+        yield clock
+
+
+def _place(name: str) -> tuple[Any, str, bool]:
+    """What holds a function of the package, its name there, and whether it is bound already."""
+    parts = name.split(".")
+    depth = next(i for i, part in enumerate(parts) if part[0].isupper() or i == len(parts) - 1)
+    target = importlib.import_module("arp_hub." + ".".join(parts[:depth]))
+    for part in parts[depth:-1]:
+        target = getattr(target, part)
+    return target, parts[-1], isinstance(vars(target)[parts[-1]], classmethod)
+
+
+def main() -> None:
+    """Parse the command line and do what it asks for."""
+    one_thread_command(__doc__, SETTINGS, RESULTS, measure, _short, table)
+
+
+def measure(name: str, shared: Path) -> dict[str, Any]:
+    """Profile one network."""
+    keep, count = SETTINGS[name]
+    model, images = _network(name, shared, count)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    with watched() as clock:
+        plan = arp_hub.make_plan(model, keep_params=keep, calibration=images)
+        planning = clock.read()
+        arp_hub.decompose(copy.deepcopy(model), plan, images)
+        decomposing = clock.read()
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        **environment(),
+        "seed": SEED,
+        "keep_params": keep,
+        "calibration_images": count,
+        "plan": planning,
+        "decompose": decomposing,
+        "user_seconds": round(after.ru_utime - before.ru_utime, 1),
+        "system_seconds": round(after.ru_stime - before.ru_stime, 1),
+        "peak_mb": after.ru_maxrss // 1024,
+        "peak_over_weights": round(1024 * (after.ru_maxrss - before.ru_maxrss) / (4 * count_params(model)), 1),
+    }
+
+
+def _network(name: str, shared: Path, count: int) -> tuple[nn.Module, Tensor]:
+    if name != "resnet50":
+        model = load_network(name, shared)
+        return model, calibration_of(name, model, shared, count, copies=0)
+    torch.manual_seed(SEED)
+    coarse = torch.randn(count, 3, 56, 56)
+    images = torch.nn.functional.interpolate(coarse, size=(224, 224), mode="bilinear")
+    return timm.create_model("resnet50").eval(), images
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line a term: CPU seconds of planning and of decomposing, network by network."""
+    networks = [name for name in SETTINGS if name in results]
+    heads = (f"{name}, {results[name]['calibration_images']:,d} images" for name in networks)
+    lines = ["| CPU seconds, plan + fit | " + " | ".join(heads) + " |", "|---|" + "---|" * len(networks)]
+    for term in (*TERMS, "the rest"):
+        cells = [
+            " + ".join(f"{results[name][part].get(term, 0.0):.1f}" for part in ("plan", "decompose"))
+            for name in networks
+        ]
+        lines.append(f"| {term} | " + " | ".join(cells) + " |")
+    for title, key, digits in (("user", "user_seconds", 0), ("system", "system_seconds", 1), ("peak MB", "peak_mb", 0)):
+        lines.append(f"| {title} | " + " | ".join(f"{results[name][key]:,.{digits}f}" for name in networks) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _short(row: dict[str, Any]) -> str:
+    return f"{row['user_seconds']:.0f} s user, {row['system_seconds']:.0f} s system, {row['peak_mb']:,d} MB"
+
+
+if __name__ == "__main__":
+    main()
