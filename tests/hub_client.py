@@ -44,6 +44,15 @@ def environment(home: Path, endpoint: str, token: str | None) -> dict[str, str]:
     return {**plain, **ours, "PYTHONPATH": search_path(ROOT), **({"HF_TOKEN": token} if token else {})}
 
 
+def on_two(environment: Mapping[str, str] | None = None) -> list[str]:
+    """Code that gives each of two processes the environment of ``torchrun``, and more of it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    place |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} | dict(environment or {})
+    return [f"import os\nos.environ.update({place | {'RANK': rank, 'LOCAL_RANK': rank}})" for rank in "01"]
+
+
 class Client:
     """Runs code in a forked process in which everything is imported."""
 
@@ -105,16 +114,21 @@ class Client:
         return done
 
     def recipe_on_two(
-        self, name: str, *words: object, token: str | None = None, environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        *words: object,
+        token: str | None = None,
+        environment: Mapping[str, str] | None = None,
+        before: str = "",
     ) -> list[Done]:
         """Run a recipe on two processes, with the environment that ``torchrun`` gives them, and more of it."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        place |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} | dict(environment or {})
-        ranks = [place | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-        befores = [f"import os\nos.environ.update({rank})" for rank in ranks]
-        return self._recipe(name, *words, token=token, befores=befores)
+        return self._recipe(name, *words, token=token, befores=[f"{ranks}\n{before}" for ranks in on_two(environment)])
+
+    def arp_hub_on_two(self, *words: object, environment: Mapping[str, str] | None = None) -> list[Done]:
+        """Run the command ``arp-hub`` on two processes."""
+        code = "import sys\nfrom arp_hub_cli.app import app\nsys.argv = ['arp-hub', *words]\napp()"
+        codes = [f"{ranks}\n{code}" for ranks in on_two(environment)]
+        return self.side_by_side(codes, token=None, words=[str(word) for word in words])
 
     def _recipe(self, name: str, *words: object, token: str | None, befores: list[str], **options: Any) -> list[Done]:
         code = "import runpy, sys\nsys.argv = [path, *words]\nrunpy.run_path(path, run_name='__main__')"
