@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
@@ -16,7 +17,7 @@ from accelerate.utils import DistributedType
 from hub_client import Client
 from safetensors.torch import load_file
 
-from arp_hub import to_dense
+from arp_hub import AdaptiveRankPenalty, RankPlan, to_dense
 from arp_hub.errors import ArpHubError
 from arp_hub.training import TrainConfig, run
 from arp_hub.training.checkpoint import load_checkpoint
@@ -29,22 +30,30 @@ FSDP2 = {
     "FSDP_MIN_NUM_PARAMS": "10000",
 }
 WORDS = ("--no-pretrained", "--tracker", "none", "--schemes", "channel", "--cpu", "--data", "digits")
-VIT = (
-    *("--model", "test_vit", "--max-steps", "4", "--batch-size", "16", "--calibration-images", "0"),
+TRIAL = (
+    *("--batch-size", "16", "--calibration-images", "0", "--dense-epochs", "1", "--epochs", "1"),
     *("--start-from", "dense"),  # a fit to a few images would amplify the rounding of the dense training
-    *("--dense-epochs", "1", "--epochs", "1", "--finetune-epochs", "1", "--val-fraction", "0.1"),
-    *("--ema-decay", "0.9", "--distill", "0.5", "--accumulation", "2", "--clip-grad", "1"),
+)
+PHASES = (*TRIAL, "--finetune-epochs", "1", "--val-fraction", "0.1", "--accumulation", "2", "--clip-grad", "1")
+VIT = (
+    *("--model", "test_vit", *PHASES, "--max-steps", "4", "--ema-decay", "0.9", "--distill", "0.5"),
     *("--checkpoint-every", "1", "--keep-checkpoints", "99"),
 )
-RESNET = (
-    *("--model", "cifar_resnet20", "--max-steps", "3", "--batch-size", "16", "--calibration-images", "0"),
-    *("--dense-epochs", "1", "--epochs", "1", "--start-from", "dense", "--lr", "1e-3"),
-)
+DOUBLE = """
+import torch
+torch.set_default_dtype(torch.float64)
+torch.Tensor.float = torch.Tensor.double
+"""
+"""Code that makes a run compute in double precision from end to end."""
 
 
-def train(client: Client, output: Path, *words: str, environment: dict[str, str] | None = None) -> list[str]:
+def train(
+    client: Client, output: Path, *words: str, environment: dict[str, str] | None = None, before: str = ""
+) -> list[str]:
     """Run a recipe on two processes, and return what they say."""
-    ended = client.recipe_on_two("any_backbone.py", "--output", output, *WORDS, *words, environment=environment)
+    ended = client.recipe_on_two(
+        "any_backbone.py", "--output", output, *WORDS, *words, environment=environment, before=before
+    )
     assert [done.code for done in ended] == [0, 0], [done.err for done in ended]
     return [done.err for done in ended]
 
@@ -65,20 +74,67 @@ def sharded(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+def violations(run: Path, step: int) -> dict[str, float]:
+    """Relative violations of the whole weights in a checkpoint of penalty training."""
+    checkpoint = load_checkpoint(run.with_name(f"{run.name}-run") / "checkpoints" / f"compress-{step:08}")
+    state = checkpoint.state
+    kind = next(iter(state["model"].values())).dtype
+    model = timm.create_model(checkpoint.settings["model"], num_classes=10).to(kind)
+    model.load_state_dict(state["model"])
+    plan = RankPlan.from_dict(checkpoint.plan)
+    penalty = AdaptiveRankPenalty(model, plan, total_steps=40)
+    penalty.load_state_dict(state["penalty"])
+    return penalty.violations()
+
+
 @pytest.mark.slow
-def test_shards_end_where_whole_weights_end(client, sharded, tmp_path):
-    train(client, tmp_path / "ddp", *VIT)
-    assert apart(tmp_path / "ddp", sharded) < 1e-5
-    scores = [json.loads((path / "metrics.json").read_text())["scores"] for path in (tmp_path / "ddp", sharded)]
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("model", "optimizer", "before", "most"),
+    [
+        pytest.param("test_vit", "sgd", "", 1e-5, id="vit"),
+        pytest.param("test_vit", "lamb", DOUBLE, 1e-9, id="vit with LAMB"),
+        pytest.param("cifar_resnet20", "sgd", DOUBLE, 1e-9, id="resnet20"),
+    ],
+)
+def test_shards_end_where_whole_weights_end(client, tmp_path, model, optimizer, before, most):
+    """DDP and FSDP2 sum gradients in another order, and nothing else differs.
+
+    So the difference must be rounding that training amplifies. In float32, a transformer with SGD shows that directly.
+    The others show it in float64, where a mistake in the scale, order or statistics of a step would stay as large.
+    Measured after 40 steps of dense training:
+
+    - ResNet-20: 5e-2 in float32, at most 2e-12 in float64. In float32 the weights differ by 6e-8 after one step. In the
+      second, ReLUs whose input is near zero switch, and gradients differ by 4e-3. With softplus in their place it is
+      5e-6. DDP with and without ``channels_last``, which also round differently, part in the same way.
+    - LAMB: 3e-6 in float32, 4e-15 in float64. It divides each gradient by its own size, small ones too.
+    """
+    words = ("--model", model, "--optimizer", optimizer, *PHASES, "--max-steps", "40", "--checkpoint-every", "20")
+    words += ("--keep-checkpoints", "99")
+    ddp, fsdp = tmp_path / "ddp", tmp_path / "fsdp"
+    train(client, ddp, *words, before=before)
+    train(client, fsdp, *words, before=before, environment=FSDP2)
+    assert apart(ddp, fsdp) < most
+    scores = [json.loads((path / "metrics.json").read_text())["scores"] for path in (ddp, fsdp)]
     for name, found in scores[0].items():
-        assert scores[1][name]["loss"] == pytest.approx(found["loss"], rel=1e-4), name
+        assert scores[1][name]["loss"] == pytest.approx(found["loss"], rel=10 * most), name
+    halfway = violations(ddp, 20)
+    assert violations(fsdp, 20) == pytest.approx(halfway, rel=100 * most)
+    assert min(halfway.values()) > 1e-4  # in the ramp: there is something to compare
 
 
 @pytest.mark.slow
-def test_statistics_of_batchnorm_end_where_ddp_ends(client, tmp_path):
-    train(client, tmp_path / "ddp", *RESNET)
-    train(client, tmp_path / "fsdp", *RESNET, environment=FSDP2 | {"FSDP_MIN_NUM_PARAMS": "50000"})
-    assert apart(tmp_path / "ddp", tmp_path / "fsdp") < 1e-5
+def test_bf16_is_for_passes_only(client, sharded, tmp_path):
+    """Weights stay in float32. One rounding to bf16 is 2**-8."""
+    words = (*VIT, "--mixed-precision", "bf16")
+    train(client, tmp_path / "ddp", *words)
+    train(client, tmp_path / "fsdp", *words, environment=FSDP2)
+    state = load_checkpoint(tmp_path / "fsdp-run" / "checkpoints" / "dense-00000004").state
+    assert {value.dtype for value in state["model"].values()} == {torch.float32}
+    logs = [path.with_name(f"{path.name}-run") / "log.jsonl" for path in (tmp_path / "ddp", tmp_path / "fsdp", sharded)]
+    losses = [[json.loads(line)["loss"] for line in log.read_text().splitlines()] for log in logs]
+    assert losses[1] == pytest.approx(losses[0], rel=2**-8)
+    assert losses[1] != losses[2], "not in bf16"
 
 
 @pytest.mark.slow
@@ -106,7 +162,7 @@ def test_checkpoints_hold_whole_weights_and_states_and_name_another_number_of_pr
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_both_processes(client, tmp_path):
-    words = (*WORDS, *RESNET, "--lr", "1e30")
+    words = (*WORDS, "--model", "cifar_resnet20", *TRIAL, "--max-steps", "3", "--lr", "1e30")
     for done in client.recipe_on_two("any_backbone.py", "--output", tmp_path / "out", *words, environment=FSDP2):
         assert done.code == 2
         assert re.search(r"error: (the loss is|weights are).*phase 'dense'.*layer '", done.err), done.err
