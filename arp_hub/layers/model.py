@@ -21,9 +21,7 @@ _SEPARATE = "qkv_bias_separate"
 _MERGING = ("fuse", "reparameterize", "switch_to_deploy")
 """Methods that ``timm.utils.reparameterize_model`` calls to merge a module's layers."""
 _CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_ZERO = ("ds_id", "_hp_mapping")
-"""Attributes that DeepSpeed gives the parameters that it partitions, or whose single-precision copy it trains."""
-_PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
+_PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 
 
 def check_model(model: object, *, mergeable: bool = False, sharded: bool = False) -> None:
@@ -43,8 +41,6 @@ def check_model(model: object, *, mergeable: bool = False, sharded: bool = False
     kinds = {kind.__name__ for kind in type(model).__mro__}
     if "_orig_mod" in model._modules:
         raise ArpHubError("the model is compiled: pass model._orig_mod, and call torch.compile on the result")
-    if "DeepSpeedEngine" in kinds or any(hasattr(weight, mark) for weight in model.parameters() for mark in _ZERO):
-        raise ArpHubError("the model belongs to DeepSpeed, which keeps weights of its own: train with DDP or FSDP2")
     if wrapper := kinds.intersection(_PARALLEL):
         raise ArpHubError(f"the model is wrapped in {min(wrapper)}: pass it unwrapped, as model.module")
     if hasattr(model, "peft_config") and hasattr(model, "base_model"):

@@ -61,3 +61,17 @@ def check_unsharded(model: nn.Module) -> None:
                 "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions("
                 "full_state_dict=True)), and load them into an unsharded model"
             )
+
+
+def check_not_deepspeed(model: nn.Module) -> None:
+    """Refuse a model that DeepSpeed trains: what is written into its weights is lost at the next step.
+
+    Raises:
+        ArpHubError: Naming the first such parameter.
+    """
+    for name, parameter in model.named_parameters():
+        # ZeRO-3 numbers the parameters that it partitions; other stages link each one to the copy that they train
+        if hasattr(parameter, "ds_id") or getattr(parameter, "_hp_mapping", None) is not None:
+            raise ArpHubError(
+                f"DeepSpeed trains a copy of parameter '{name}', which cannot be pulled: train with DDP or FSDP2"
+            )
