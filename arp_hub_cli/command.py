@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 import textwrap
 import warnings
@@ -120,8 +121,13 @@ def option_groups(command: TyperCommand, ctx: Any) -> Groups:
             heading = getattr(param, "rich_help_panel", None)
             if param.param_type_name == "argument":
                 heading, record = heading or "Arguments", (record[0].split()[0], record[1])  # without its type
-            groups.setdefault(heading or "Other options", []).append(record)
+            groups.setdefault(heading or "Other options", []).append((record[0], _range_in_words(record[1])))
     return groups
+
+
+def _range_in_words(help: str) -> str:
+    """Help in which the range of a number is words, such as "at least 1" in place of "x>=1"."""
+    return re.sub(r"(?<=[\[ ])x>=(?=\S+\])", "at least ", re.sub(r"(\d+)<=x<=(?=\d)", r"\1 to ", help))
 
 
 def _write_groups(formatter: Any, groups: Groups) -> None:
