@@ -199,7 +199,3 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _size(counts: Mapping[str, Any]) -> str:
     return f"{counts['params']:,} parameters, {counts['macs'] / 1e6:.1f} M multiply-accumulates"
-
-
-if __name__ == "__main__":
-    raise SystemExit("run: python -m benchmarks.accuracy table")
