@@ -169,5 +169,10 @@ def _is_ours(error: Exception) -> bool:
 def _for_people(error: Exception) -> str | None:
     """One line for an error that the user can correct; None for any other error."""
     if isinstance(error, _UsageError):
-        return " ".join(error.format_message().split())  # type: ignore[attr-defined]  # UsageError, which the cast above calls an Exception
+        usage = cast(Any, error)  # the cast above calls it an Exception
+        message, context = " ".join(usage.format_message().split()), usage.ctx
+        example = split_example(context.command.help or "")[1].splitlines() if context else []
+        if message.startswith("No such command"):
+            return f"{message} arp-hub --help lists the commands."
+        return f"{message} Example: {example[0]}" if example and message.startswith("Missing") else message
     return " ".join(str(error).split()) if _is_ours(error) else None
