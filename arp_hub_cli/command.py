@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 import textwrap
 import warnings
@@ -122,8 +123,13 @@ def option_groups(command: TyperCommand, ctx: Any) -> Groups:
             heading = getattr(param, "rich_help_panel", None)
             if param.param_type_name == "argument":
                 heading, record = heading or "Arguments", (record[0].split()[0], record[1])  # without its type
-            groups.setdefault(heading or "Other options", []).append(record)
+            groups.setdefault(heading or "Other options", []).append((record[0], _range_in_words(record[1])))
     return groups
+
+
+def _range_in_words(help: str) -> str:
+    """Help in which the range of a number is words, such as "at least 1" in place of "x>=1"."""
+    return re.sub(r"(?<=[\[ ])x>=(?=\S+\])", "at least ", re.sub(r"(\d+)<=x<=(?=\d)", r"\1 to ", help))
 
 
 def _write_groups(formatter: Any, groups: Groups) -> None:
@@ -165,5 +171,10 @@ def _is_ours(error: Exception) -> bool:
 def _for_people(error: Exception) -> str | None:
     """One line for an error that the user can correct; None for any other error."""
     if isinstance(error, _UsageError):
-        return " ".join(error.format_message().split())  # type: ignore[attr-defined]  # UsageError, which the cast above calls an Exception
+        usage = cast(Any, error)  # the cast above calls it an Exception
+        message, context = " ".join(usage.format_message().split()), usage.ctx
+        example = split_example(context.command.help or "")[1].splitlines() if context else []
+        if message.startswith("No such command"):
+            return f"{message} arp-hub --help lists the commands."
+        return f"{message} Example: {example[0]}" if example and message.startswith("Missing") else message
     return " ".join(str(error).split()) if _is_ours(error) else None

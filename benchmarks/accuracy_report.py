@@ -137,6 +137,14 @@ def _summary(results: Results) -> str:
     return _table(["network, data", "parameters kept", "dense", "fit, no training", "penalty training"], rows)
 
 
+def _part(name: str, row: Mapping[str, Any]) -> str:
+    """What a row changes: the schemes, the number of calibration images or their seed."""
+    kind, part = name.split("/")[:2]
+    if kind == "images":
+        return f"{row['calibration_images']:,} calibration images"
+    return kind.replace("-", " ") if kind.startswith("seed") else part
+
+
 def _network(network: str, title: str, results: Results) -> str:
     dense = next(iter(results.values()))["dense"]
     lines = [f"## {title}\n", f"Dense: top-1 {dense['top1']:.2f} on {dense['images']:,} images, {_size(dense)}.\n"]
@@ -156,7 +164,7 @@ def _network(network: str, title: str, results: Results) -> str:
         lines.append(
             _table(
                 ["parameters kept", "what", "top-1", "against dense", "parameters", "MACs", "test images", "row"],
-                (_row(name, name.split("/")[1], results[name]) for name in others),
+                (_row(name, _part(name, results[name]), results[name]) for name in others),
             )
         )
     peers = [row for row in json.loads((HERE / "published.json").read_text())["rows"] if row["network"] == network]
@@ -199,7 +207,3 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _size(counts: Mapping[str, Any]) -> str:
     return f"{counts['params']:,} parameters, {counts['macs'] / 1e6:.1f} M multiply-accumulates"
-
-
-if __name__ == "__main__":
-    raise SystemExit("run: python -m benchmarks.accuracy table")

@@ -6,6 +6,7 @@ All text below the line `MARK` of the page is made here. A test compares it with
 from __future__ import annotations
 
 import dataclasses
+import html
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +60,7 @@ def _table(heading: str, rows: list[tuple[str, str]]) -> Iterator[str]:
 
 def _escaped(text: str) -> str:
     """Text whose marks Markdown does not read as its own."""
-    return re.sub(r"([<>|*])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([|*])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def whole_page(text: str) -> str:

@@ -15,7 +15,7 @@ from ..reports.model_figures import decays_figure, moved, ranks_figure, violatio
 from ..reports.plots import can_draw, save_figure
 from . import card_exports
 from . import card_text as text
-from .card_words import command, plain_data_name
+from .card_names import command, plain_data_name
 
 TEMPLATE = Path(__file__).with_name("templates") / "card.md"
 EXPORT = "export.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .card_words import inline
+from .card_names import inline
 
 
 def int8(export: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .card_words import data_name, inline, model_name
+from .card_names import data_name, inline, model_name
 
 _ROWS = {
     "params": ("parameters", lambda n: f"{n:,d}"),

@@ -220,7 +220,8 @@ def _check_name(name: str) -> None:
     if name.startswith("local-dir:"):
         config = checked_path(name.removeprefix("local-dir:"), "the model's folder") / "config.json"
         if not config.is_file():
-            raise ArpHubError(f"no model at '{name}': the folder has no config.json (save_pretrained writes one)")
+            reason = "the folder has no config.json" if config.parent.is_dir() else "no such folder"
+            raise ArpHubError(f"no model at '{name}': {reason} (arp-hub compress and save_pretrained write one)")
     elif not is_saved_model(name) and not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
         hint = f" (did you mean '{near[0]}'?)" if near else ""

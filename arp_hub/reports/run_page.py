@@ -108,7 +108,8 @@ def _charts(log: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> lis
         _chart("Loss", "Mean over each epoch, in nats.", curves_figure, curves("loss"), "loss"),
         _chart(
             "Accuracy",
-            "Top-1 on augmented training images and on held-out ones. The axis starts at the lowest value.",
+            f"Top-1 on augmented training images{' and on held-out ones' if held_out else ''}. "
+            "The axis starts at the lowest value.",
             functools.partial(curves_figure, from_lowest=True),
             accuracy,
             "top-1, %",

@@ -31,7 +31,6 @@ from arp_hub._utils.environment import environment
 from arp_hub.calibration import layer_problem
 from arp_hub.calibration.moments import Moments
 from arp_hub.calibration.regression import Regression
-from arp_hub.effort import EffortName
 from arp_hub.schemes import SCHEMES
 from benchmarks.networks import SEED, calibration_of, held_out_of, load_network
 from benchmarks.rows import one_thread_command, results_file
@@ -126,7 +125,7 @@ def _measure(name: str, off: str, shared: Path, seed: int) -> dict[str, float]:
     model, images, labels, expected = _dense(name, shared, seed)
     calibration = calibration_of(name, model, shared, count, copies=0 if off.endswith("copies") else None, seed=seed)
     schemes = tuple(SCHEMES) if off == "groups-for-kxk-only" else None
-    effort: EffortName = "balanced" if off.startswith("balanced") else "fast"
+    effort = "balanced" if off.startswith("balanced") else "fast"
     torch.manual_seed(seed)
     began = time.process_time()
     with OFF[off]():

@@ -186,7 +186,8 @@ SEVEN = "--model test_resnet --input-size 3 32 32 --num-classes 7 --checkpoint {
 HALF = f"compress {FINE} --keep-params 0.5 --output {{tmp}}/out"
 BAD_INPUTS = {
     "unknown model": ("compress --model resnet_5O --keep-params 0.5 --output {tmp}/out", "resnet_5O"),
-    "no such saved model": ("evaluate --model local-dir:{tmp}/nix --data digits", "nix"),
+    "no such saved model": ("evaluate --model local-dir:{tmp}/nix --data digits", "nix': no such folder"),
+    "a folder of another kind": ("evaluate --model local-dir:{tmp}/empty --data digits", "has no config.json"),
     "missing checkpoint": ("inspect --model test_resnet --checkpoint {tmp}/nix.pt", "nix.pt"),
     "checkpoint of another shape": ("inspect --model test_resnet --checkpoint {tmp}/wrong.safetensors", "fc.weight"),
     "checkpoint that is none": ("inspect --model test_resnet --checkpoint {tmp}/notes.txt", "notes.txt"),
@@ -238,8 +239,9 @@ BAD_INPUTS = {
     "batch size of 0": ("bench --model cifar_resnet20 --batch-size 0", "--batch-size must be at least 1"),
     "unknown option": ("compress --keep-everything", "--keep-everything"),
     "option that is no number": (f"compress {FINE} --keep-params half --output {{tmp}}/out", "--keep-params"),
-    "unknown command": ("squeeze", "squeeze"),
-    "no model": ("compress --keep-params 0.5 --output {tmp}/out", "--model"),
+    "unknown command": ("squeeze", "'squeeze'. arp-hub --help lists the commands"),
+    "no model": ("compress --keep-params 0.5 --output {tmp}/out", "'--model'. Example: arp-hub compress --model"),
+    "a model in place of an option": ("compress resnet18", "'--model'. Example: arp-hub compress --model"),
 }
 
 

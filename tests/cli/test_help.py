@@ -45,6 +45,7 @@ def test_help_of_a_command_is_complete(call: Any, name: str) -> None:
     code, out, _ = call(name, "--help")
     lines, flat = out.splitlines(), " ".join(out.split())
     assert code == 0 and max(map(len, lines)) <= 80 and "…" not in out
+    assert "x>=" not in flat and "<=" not in flat  # ranges of numbers are words
     for param in COMMANDS[name].params:
         for word in (*param.opts, *param.secondary_opts) if param.param_type_name == "option" else ():
             assert word in flat.split(), word

@@ -15,7 +15,7 @@ from helpers import low_rank_model
 
 import arp_hub
 from arp_hub.hub.card import model_card
-from arp_hub.hub.card_words import _RECIPES, command
+from arp_hub.hub.card_names import _RECIPES, command
 from arp_hub.training import TrainConfig, run
 from arp_hub_cli.app import app
 

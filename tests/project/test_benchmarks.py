@@ -21,9 +21,8 @@ BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in BENCHMARKS.rglob("*.py")
-    if "ArgumentParser" in path.read_text(encoding="utf-8") or "row_parser(__doc__" in path.read_text(encoding="utf-8")
+    if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
 )
-SCRIPTS.remove("benchmarks.rows")
 TEXTS = [
     path
     for pattern in ("*.md", "docs/**/*.md", "benchmarks/**/*.py", "arp_hub/**/*.py", "recipes/*.py", "pyproject.toml")

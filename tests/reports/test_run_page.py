@@ -167,6 +167,12 @@ def test_a_report_of_few_epochs(entries):
     assert Page(render(entries, numbers("layer1"), "run")).tags.count("svg") == pictures
 
 
+@pytest.mark.parametrize("held_out", [True, False])
+def test_the_caption_names_held_out_images_only_where_there_are(held_out):
+    log = [{**entry(k), "val": {"top1": 50.0} if held_out else None} for k in (1, 2)]
+    assert ("held-out" in render(log, numbers("layer1"), "run")) == held_out
+
+
 def test_the_page_of_a_large_run_is_small():
     layers = [f"stages.{k // 30}.blocks.{k % 30}.convolution" for k in range(110)]
     log = [{**entry(k), "violations": {name: 0.9**k / (1 + i) for i, name in enumerate(layers)}} for k in range(1, 41)]

@@ -1,0 +1,158 @@
+"""A run's folder: two runs at once, files of others, disks that refuse, unfinished files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import STATE, config
+
+from arp_hub.errors import ArpHubError
+from arp_hub.training import run
+from arp_hub.training.runlog import read_log
+
+pytestmark = pytest.mark.usefixtures("fast_writes")
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from arp_hub._utils.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_run_on_one_output_is_refused_until_the_first_has_ended_or_crashed(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    lock = tmp_path / "out-run" / "run.lock"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, lock], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        before = sorted(path.name for path in (tmp_path / "out-run").iterdir())
+        for changes in ({}, {"resume": "auto"}, {"overwrite": True}):
+            with pytest.raises(ArpHubError, match=rf"another run writes in .*\(process {holder.pid} on .*choose ano"):
+                run(config(tmp_path, **changes))
+        assert sorted(path.name for path in (tmp_path / "out-run").iterdir()) == before
+    finally:
+        holder.kill()
+        holder.wait()
+    assert f"process {holder.pid}" in lock.read_text()  # the file stays, the lock does not
+    with pytest.raises(ArpHubError, match="holds an unfinished run.*--resume auto"):
+        run(config(tmp_path))
+
+
+FOREIGN = {
+    "a file": ("thesis.txt", "holds 'thesis.txt', which no run wrote"),
+    "a folder": ("photos/1.jpg", "holds 'photos', which no run wrote"),
+    "a log": ("log.jsonl", "holds 'log.jsonl', which no run wrote"),
+    "an empty folder of checkpoints": ("checkpoints/mine.txt", "holds 'checkpoints', which no run wrote"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_files_of_others_in_the_run_folder_stay(tmp_path, case):
+    name, words = FOREIGN[case]
+    place = tmp_path / "out-run" / name
+    place.parent.mkdir(parents=True)
+    place.write_text("mine")
+    for changes in ({}, {"resume": "auto"}):
+        with pytest.raises(ArpHubError, match=words + ".*--overwrite"):
+            run(config(tmp_path, data="nothing", **changes))
+    assert place.read_text() == "mine"
+    with pytest.raises(ArpHubError, match="unknown data"):
+        run(config(tmp_path, data="nothing", overwrite=True))
+
+
+def test_files_of_others_beside_a_lock_stay_unless_the_folder_is_overwritten(tmp_path):
+    folder = tmp_path / "out-run"
+    for name in ("run.lock", "thesis.txt", "photos/1.jpg", "log.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    run(config(tmp_path, dense_epochs=0, max_steps=1, ramp=0))
+    assert (folder / "thesis.txt").exists() and (folder / "photos" / "1.jpg").exists()
+    assert all("phase" in entry for entry in read_log(folder / "log.jsonl"))
+    run(config(tmp_path, dense_epochs=0, max_steps=1, ramp=0, overwrite=True))
+    assert not (folder / "thesis.txt").exists() and not (folder / "photos").exists()
+
+
+def test_a_run_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "out-run").write_text("mine")
+    for changes in ({}, {"overwrite": True}):
+        with pytest.raises(ArpHubError, match="'.*out-run' is a file.*choose another output"):
+            run(config(tmp_path, **changes))
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path):
+    with pytest.raises(ArpHubError, match="unknown data"):
+        run(config(tmp_path, data="nothing"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+@pytest.mark.parametrize("name", ["run.lock", "config.yaml", "state.json", "dense.safetensors", "log.jsonl"])
+def test_a_disk_that_refuses_is_one_sentence(stopped, tmp_path, monkeypatch, name, code):
+    """Tests may run as root, for whom no file is read-only, so that opening fails by itself."""
+    if name == "log.jsonl":
+        shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)  # only a resumed run cuts its log
+    original = os.open, Path.open, Path.replace
+
+    def refusing(real):
+        def call(path, *arguments, **options):
+            if name in str(path).replace("/.", "/") and "out-run" in str(path):
+                raise OSError(code, os.strerror(code), str(path))
+            return real(path, *arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(os, "open", refusing(original[0]))
+    monkeypatch.setattr(Path, "open", refusing(original[1]))
+    monkeypatch.setattr(Path, "replace", refusing(original[2]))
+    resume = {"resume": "auto"} if name == "log.jsonl" else {}
+    with pytest.raises(ArpHubError, match=f"cannot write.*out-run.*{os.strerror(code)}.*--resume auto"):
+        run(config(tmp_path, dense_lr=1e-3, lr=3e38, **resume))
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_an_output_below_a_file_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ArpHubError, match="cannot write in '.*out-run'"):
+        run(config(tmp_path / "file"))
+
+
+STRAYS = [".log.jsonl.0a1b2c3d.tmp", ".config.yaml.tmp", "checkpoints/.dense-00000001.1.tmp", "checkpoints/.x.old.tmp"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_unfinished_files_are_harmless_and_go(stopped, tmp_path, kind):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    for name in STRAYS:
+        stray = tmp_path / "out-run" / name
+        if kind == "folder":
+            stray.mkdir()
+            (stray / STATE).write_text("{")
+        elif kind == "link":
+            stray.symlink_to(tmp_path / "mine")
+        else:
+            stray.write_text("half")
+    with pytest.raises(ArpHubError, match="NaN or infinite at step 1 of phase 'compress'"):
+        run(config(tmp_path, dense_lr=1e-3, lr=3e38, resume="auto"))
+    assert not list((tmp_path / "out-run").rglob("*.tmp"))
+    assert (tmp_path / "mine" / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"[" * 20_000 + b"]" * 20_000, b" " * (2**26 + 1), b"7"])
+def test_a_log_that_is_none_is_one_sentence(tmp_path, damage):
+    (tmp_path / "log.jsonl").write_bytes(damage)
+    with pytest.raises(ArpHubError, match="cannot read the log '.*log.jsonl'"):
+        read_log(tmp_path / "log.jsonl")
