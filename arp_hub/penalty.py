@@ -28,7 +28,7 @@ from ._utils.torch_utils import ambient_modes_off
 from .errors import ArpHubError
 from .layers.apply_plan import check_plan
 from .layers.model import check_model
-from .layers.sharding import check_unsharded, gathered, is_sharded
+from .layers.sharding import check_not_deepspeed, check_unsharded, gathered, is_sharded
 from .layers.stack import LayerStack, PlannedLayer, joined, side_by_side, stacked
 from .plan import RankPlan
 from .schemes import Factors, Scheme
@@ -51,7 +51,7 @@ class AdaptiveRankPenalty:
 
     Args:
         model: The dense model in training, without a wrapper: pass ``accelerator.unwrap_model(model)``. FSDP2 may
-            shard it before or afterwards; then all processes call every method together.
+            shard it before or afterwards; then all processes call every method together. DeepSpeed is refused.
         plan: A plan made for it.
         total_steps: Optimiser steps of the whole training.
         ramp: Share of the steps in which the violation falls; the rest is the hold. 0 holds from the first step.
@@ -84,6 +84,7 @@ class AdaptiveRankPenalty:
         every: int | None = None,
     ) -> None:
         check_model(model, sharded=True)
+        check_not_deepspeed(model)
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ArpHubError(f"every must be a whole number of at least 1, got {every!r}")
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:

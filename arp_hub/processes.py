@@ -5,6 +5,7 @@ All processes call the same functions with the same arguments. Each does its sha
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -147,6 +148,24 @@ class Processes:
         for number, message in enumerate(messages):
             if message is not None:
                 raise ArpHubError(f"process {number} of {self.count} failed: {message}")
+
+
+def first_to_end() -> bool:
+    """Whether this is the first process of a launch that asks, so that it alone prints why all of them end.
+
+    The store of the launcher knows, also before the processes join. Launchers without one, such as ``srun``, start
+    processes that all print.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=10)
+        )
+        return bool(store.add(f"arp_hub/ended/{attempt}", 1) == 1)
+    except RuntimeError:  # the launcher has ended, so that nobody else may have printed
+        return True
 
 
 ALONE = Processes()

@@ -13,7 +13,7 @@ from typing import Any, cast
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .processes import joined
+from .processes import joined, prints_its_end
 from .terminal import note
 from .wording import MANY_WORDS, in_options
 
@@ -82,14 +82,16 @@ class Group(TyperGroup):
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
         except (typer.Abort, KeyboardInterrupt):
-            note("interrupted")
-            code = 130
+            why, code = "interrupted", 130
         except Exception as error:
             message = _for_people(error)
             if message is None:
                 raise
-            note(f"error: {message}")
-            code = 2
+            why, code = f"error: {message}", 2
+        else:
+            sys.exit(code)
+        if prints_its_end():
+            note(why)
         sys.exit(code)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:

@@ -56,5 +56,14 @@ def joined(command: str, device: str | None) -> Iterator[None]:
         state.destroy_process_group()  # its threads must end before Python does
 
 
+def prints_its_end() -> bool:
+    """Whether this process prints why it ends: one of those that run a command together."""
+    if _count() == 1:
+        return True
+    from arp_hub.processes import first_to_end  # here, because `arp_hub` imports torch
+
+    return first_to_end()
+
+
 def _count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ and "RANK" in os.environ else 1

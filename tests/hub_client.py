@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,15 @@ def environment(home: Path, endpoint: str, token: str | None) -> dict[str, str]:
     plain = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     ours = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
     return {**plain, **ours, "PYTHONPATH": search_path(ROOT), **({"HF_TOKEN": token} if token else {})}
+
+
+def on_two(environment: Mapping[str, str] | None = None) -> list[str]:
+    """Code that gives each of two processes the environment of ``torchrun``, and more of it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    place |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} | dict(environment or {})
+    return [f"import os\nos.environ.update({place | {'RANK': rank, 'LOCAL_RANK': rank}})" for rank in "01"]
 
 
 class Client:
@@ -104,15 +113,22 @@ class Client:
         (done,) = self._recipe(name, *words, token=token, befores=[before], **options)
         return done
 
-    def recipe_on_two(self, name: str, *words: object, token: str | None = None) -> list[Done]:
-        """Run a recipe on two processes, with the environment that ``torchrun`` gives them."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        place |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        ranks = [place | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-        befores = [f"import os\nos.environ.update({rank})" for rank in ranks]
-        return self._recipe(name, *words, token=token, befores=befores)
+    def recipe_on_two(
+        self,
+        name: str,
+        *words: object,
+        token: str | None = None,
+        environment: Mapping[str, str] | None = None,
+        before: str = "",
+    ) -> list[Done]:
+        """Run a recipe on two processes, with the environment that ``torchrun`` gives them, and more of it."""
+        return self._recipe(name, *words, token=token, befores=[f"{ranks}\n{before}" for ranks in on_two(environment)])
+
+    def arp_hub_on_two(self, *words: object, environment: Mapping[str, str] | None = None) -> list[Done]:
+        """Run the command ``arp-hub`` on two processes."""
+        code = "import sys\nfrom arp_hub_cli.app import app\nsys.argv = ['arp-hub', *words]\napp()"
+        codes = [f"{ranks}\n{code}" for ranks in on_two(environment)]
+        return self.side_by_side(codes, token=None, words=[str(word) for word in words])
 
     def _recipe(self, name: str, *words: object, token: str | None, befores: list[str], **options: Any) -> list[Done]:
         code = "import runpy, sys\nsys.argv = [path, *words]\nrunpy.run_path(path, run_name='__main__')"

@@ -413,6 +413,25 @@ def test_a_pull_never_waits_for_a_gpu():
         torch.testing.assert_close(model(x), before, rtol=1e-2, atol=1e-3)
 
 
+class DeepSpeedEngine(nn.Module):
+    """A stand-in for DeepSpeed's wrapper of a model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])
+def test_deepspeed_is_refused_by_name(mark):
+    """The attributes are those that DeepSpeed 0.19 gives the parameters of ZeRO-3, and of the other stages."""
+    with pytest.raises(ArpHubError, match=r"wrapped in DeepSpeedEngine: .*as model\.module"):
+        AdaptiveRankPenalty(DeepSpeedEngine(network()), PLAN, total_steps=10)
+    model = network()
+    setattr(model[4].weight, mark, 1)
+    with pytest.raises(ArpHubError, match=r"DeepSpeed trains a copy of parameter '4\.weight'.*DDP or FSDP2"):
+        AdaptiveRankPenalty(model, PLAN, total_steps=10)
+
+
 def test_errors_say_what_is_wrong():
     model = network()
     for arguments, message in [

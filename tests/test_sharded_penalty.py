@@ -19,6 +19,7 @@ import arp_hub
 from arp_hub import AdaptiveRankPenalty, ArpHubError, decompose, make_plan
 
 STEPS = 40
+FIRST, SECOND = range(STEPS // 2), range(STEPS // 2, STEPS)
 
 
 def network() -> tuple[nn.Module, arp_hub.RankPlan]:
@@ -27,25 +28,36 @@ def network() -> tuple[nn.Module, arp_hub.RankPlan]:
     return model, make_plan(model, keep_params=0.5, schemes=["channel", "group_out"])
 
 
-def train(model: nn.Module, penalty: AdaptiveRankPenalty, rank: int, world: int) -> dict[str, float]:
-    """Train on this process's share of each batch. Returns the violations halfway."""
+def train(model: nn.Module, penalty: AdaptiveRankPenalty, rank: int, world: int, steps: range) -> dict[str, float]:
+    """Train on this process's share of each batch. Returns the violations at the end."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    halfway: dict[str, float] = {}
-    for step in range(STEPS):
+    for step in steps:
         torch.manual_seed(step)
-        images, labels = torch.randn(8, 3, 32, 32)[rank::world], torch.randint(10, (8,))[rank::world]
+        images, labels = torch.randn(12, 3, 32, 32)[rank::world], torch.randint(10, (12,))[rank::world]
         nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
         penalty.step()
-        if step == STEPS // 2:
-            halfway = penalty.violations()
-    return halfway
+    return penalty.violations()
 
 
-def work(rank: int, world: int, folder: Path) -> None:
-    """One process: the model is sharded before the penalty is built, or afterwards."""
+def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The gathered weights, in every process."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+
+
+def work(rank: int, world: int, folder: Path, orders: tuple[str, ...], start: Path | None) -> None:
+    """One process.
+
+    Args:
+        rank: Its number.
+        world: Number of all processes.
+        folder: Where the first process stores what it found.
+        orders: When to build the penalty: "before" or "after" sharding.
+        start: What other processes found. The second half of their training is repeated.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -59,18 +71,25 @@ def work(rank: int, world: int, folder: Path) -> None:
         fully_shard(model, mesh=mesh)
 
     found: dict[str, Any] = {}
-    for order in ("before", "after"):
+    for order in orders:
         model, plan = network()
-        if order == "before":
-            shard(model)
-        penalty = AdaptiveRankPenalty(model, plan, total_steps=STEPS, ramp=0.6, every=4)
+        half = torch.load(start, weights_only=False)[order]["half"] if start else None
+        if half:
+            model.load_state_dict(half["state"])
         if order == "after":
             shard(model)
-        violations = train(model, penalty, rank, world)
-        factors = penalty.factors()
-        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        saved = {"violations": violations, "factors": factors, "state": state, "penalty": penalty.state_dict()}
-        found[order] = {**saved, "errors": errors(model, plan, penalty)}
+        penalty = AdaptiveRankPenalty(model, plan, total_steps=STEPS, ramp=0.6, every=4)
+        if order == "before":
+            shard(model)
+        if half:
+            penalty.load_state_dict(half["penalty"])
+        else:
+            violations = train(model, penalty, rank, world, FIRST)
+            state = {name: value.clone() for name, value in whole_state(model).items()}
+            half = {"violations": violations, "state": state, "penalty": penalty.state_dict()}
+        train(model, penalty, rank, world, SECOND)
+        saved = {"factors": penalty.factors(), "state": whole_state(model), "penalty": penalty.state_dict()}
+        found[order] = {**saved, "half": half, "errors": errors(model, plan, penalty)}
     if rank == 0:
         torch.save(found, folder / "found.pt")
     dist.destroy_process_group()
@@ -96,37 +115,64 @@ def errors(model: nn.Module, plan: arp_hub.RankPlan, penalty: AdaptiveRankPenalt
     return messages
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two processes found."""
-    folder = tmp_path_factory.mktemp("sharded")
-    code = "import sys, pathlib, test_sharded_penalty as t; t.work(int(sys.argv[1]), 2, pathlib.Path(sys.argv[2]))"
-    command = [sys.executable, "-c", code]
+def by_processes(world: int, folder: Path, orders: tuple[str, ...], start: Path | None = None) -> dict[str, Any]:
+    """What some processes found."""
+    work = "t.work(rank, {world}, pathlib.Path({folder!r}), {orders!r}, {start!r})"
+    call = work.format(world=world, folder=str(folder), orders=orders, start=str(start) if start else None)
+    code = f"import sys, pathlib, test_sharded_penalty as t; rank = int(sys.argv[1]); {call}"
     workers = [
-        subprocess.Popen([*command, str(rank), str(folder)], cwd=Path(__file__).parent, stderr=subprocess.PIPE)
-        for rank in range(2)
+        subprocess.Popen([sys.executable, "-c", code, str(rank)], cwd=Path(__file__).parent, stderr=subprocess.PIPE)
+        for rank in range(world)
     ]
     failures = [worker.communicate(timeout=300)[1].decode() for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], failures
+    assert [worker.returncode for worker in workers] == [0] * world, failures
     return torch.load(folder / "found.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def sharded(folder: Path) -> dict[str, Any]:
+    """What two processes found."""
+    return by_processes(2, folder, ("before", "after"))
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
     model, plan = network()
     penalty = AdaptiveRankPenalty(model, plan, total_steps=STEPS, ramp=0.6, every=4)
-    violations = train(model, penalty, 0, 1)
+    violations = train(model, penalty, 0, 1, FIRST)
+    train(model, penalty, 0, 1, SECOND)
     return {"violations": violations, "factors": penalty.factors(), "state": model.state_dict(), "plan": plan}
+
+
+def check_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            found[name], tensor, rtol=0, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}"
+        )
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_sharded_training_ends_where_one_process_ends(order, sharded, alone):
-    found = sharded[order]
-    assert found["state"].keys() == alone["state"].keys()
-    for name, tensor in alone["state"].items():
-        torch.testing.assert_close(found["state"][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
-    assert found["violations"] == pytest.approx(alone["violations"], rel=1e-2)
-    assert min(found["violations"].values()) > 1e-6  # the ramp has not ended: there is something to compare
+    check_same(sharded[order]["state"], alone["state"])
+    found = sharded[order]["half"]["violations"]
+    assert found == pytest.approx(alone["violations"], rel=1e-3)
+    assert min(found.values()) > 1e-6  # the ramp has not ended: there is something to compare
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_violations_are_those_of_the_gathered_weights(order, sharded):
+    model, plan = network()
+    half = sharded[order]["half"]
+    model.load_state_dict(half["state"])
+    penalty = AdaptiveRankPenalty(model, plan, total_steps=STEPS, ramp=0.6, every=4)
+    penalty.load_state_dict(half["penalty"])
+    assert penalty.violations() == pytest.approx(half["violations"], rel=1e-5)
 
 
 def test_the_gathered_model_is_exactly_low_rank(sharded, alone):
@@ -140,13 +186,20 @@ def test_the_gathered_model_is_exactly_low_rank(sharded, alone):
     torch.testing.assert_close(small, dense, rtol=1e-4, atol=1e-5)
 
 
-def test_the_state_loads_in_one_process(sharded):
+def test_one_process_continues_the_training_of_two(sharded):
     model, plan = network()
-    model.load_state_dict(sharded["before"]["state"])
+    half = sharded["before"]["half"]
+    model.load_state_dict(half["state"])
     penalty = AdaptiveRankPenalty(model, plan, total_steps=STEPS, ramp=0.6, every=4)
-    penalty.load_state_dict(sharded["before"]["penalty"])
-    assert penalty.phase == "done"
-    assert max(penalty.violations().values()) < 1e-9
+    penalty.load_state_dict(half["penalty"])
+    assert max(train(model, penalty, 0, 1, SECOND).values()) < 1e-9
+    check_same(sharded["before"]["state"], model.state_dict())
+
+
+@pytest.mark.slow
+def test_three_processes_continue_the_training_of_two(folder, sharded, tmp_path):
+    found = by_processes(3, tmp_path, ("before",), folder / "found.pt")
+    check_same(sharded["before"]["state"], found["before"]["state"])
 
 
 @pytest.mark.parametrize(

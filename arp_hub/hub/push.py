@@ -161,7 +161,9 @@ def _check_source(model_or_folder: object) -> None:
         return
     folder = checked_path(model_or_folder, "the model's folder")
     if not is_saved_folder(folder) or not (folder / WEIGHTS).is_file():
-        raise ArpHubError(f"'{folder}' is not a folder with a saved model: write one with arp-hub compress or arp_hub.save_pretrained")
+        raise ArpHubError(
+            f"'{folder}' is not a folder with a saved model: write one with arp-hub compress or arp_hub.save_pretrained"
+        )
 
 
 @contextmanager

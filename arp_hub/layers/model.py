@@ -21,7 +21,7 @@ _SEPARATE = "qkv_bias_separate"
 _MERGING = ("fuse", "reparameterize", "switch_to_deploy")
 """Methods that ``timm.utils.reparameterize_model`` calls to merge a module's layers."""
 _CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
+_PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 
 
 def check_model(model: object, *, mergeable: bool = False, sharded: bool = False) -> None:

@@ -20,6 +20,21 @@ def gathered(tensor: Tensor) -> Tensor:
     return cast(Tensor, cast(Any, tensor).full_tensor()) if is_sharded(tensor) else tensor
 
 
+def as_shard(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, sharded as another one is, without communication.
+
+    Args:
+        value: The value, the same in all processes.
+        like: A sharded tensor of the same shape.
+    """
+    from torch.distributed.tensor import DTensor, Replicate
+
+    sharded = cast(Any, like)
+    everywhere = [Replicate()] * sharded.device_mesh.ndim
+    whole = DTensor.from_local(value, sharded.device_mesh, everywhere, run_check=False)
+    return cast(Tensor, whole.redistribute(placements=sharded.placements))
+
+
 @torch.no_grad()
 def write(parameter: nn.Parameter, value: Tensor) -> None:
     """Copy a whole value into a parameter. Of a sharded one, each process writes its own part, without communication.
@@ -29,12 +44,7 @@ def write(parameter: nn.Parameter, value: Tensor) -> None:
         value: The value, the same in all processes.
     """
     if is_sharded(parameter):
-        sharded = cast(Any, parameter)
-        from torch.distributed.tensor import DTensor, Replicate
-
-        everywhere = [Replicate()] * sharded.device_mesh.ndim
-        whole = DTensor.from_local(value.to(parameter.dtype), sharded.device_mesh, everywhere, run_check=False)
-        value = whole.redistribute(placements=sharded.placements)
+        value = as_shard(value.to(parameter.dtype), parameter)
     parameter.copy_(value)
 
 
@@ -50,4 +60,18 @@ def check_unsharded(model: nn.Module) -> None:
                 f"parameter '{name}' is sharded over processes (FSDP2): gather the weights with "
                 "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions("
                 "full_state_dict=True)), and load them into an unsharded model"
+            )
+
+
+def check_not_deepspeed(model: nn.Module) -> None:
+    """Refuse a model that DeepSpeed trains: what is written into its weights is lost at the next step.
+
+    Raises:
+        ArpHubError: Naming the first such parameter.
+    """
+    for name, parameter in model.named_parameters():
+        # ZeRO-3 numbers the parameters that it partitions; other stages link each one to the copy that they train
+        if hasattr(parameter, "ds_id") or getattr(parameter, "_hp_mapping", None) is not None:
+            raise ArpHubError(
+                f"DeepSpeed trains a copy of parameter '{name}', which cannot be pulled: train with DDP or FSDP2"
             )

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..errors import ArpHubError
+from ..processes import first_to_end
 from .config import TrainConfig, read_config
 from .config_fields import GROUPS, nearest
 from .config_text import commented_yaml
@@ -59,14 +60,18 @@ def main(description: str, **defaults: Any) -> dict[str, Any]:
         with logging_redirect_tqdm():
             return run(config)
     except KeyboardInterrupt:
-        print("interrupted: continue from the last checkpoint with --resume auto", file=sys.stderr)
-        sys.exit(130)
+        _end("interrupted: continue from the last checkpoint with --resume auto", 130)
     except Preempted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(EXIT_CODE)
+        _end(str(stop), EXIT_CODE)
     except ArpHubError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {error}", 2)
+
+
+def _end(why: str, code: int) -> NoReturn:
+    """End this process. Of several, one prints why."""
+    if first_to_end():
+        print(why, file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def parse_command(description: str, defaults: dict[str, Any], arguments: Sequence[str]) -> TrainConfig:

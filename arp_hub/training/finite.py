@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.sharding import gathered
+
 
 def fetched(value: Tensor) -> Callable[[], float]:
     """Start copying a number to the CPU. Call the result for the number: it waits for the copy only."""
@@ -26,7 +28,10 @@ def fetched(value: Tensor) -> Callable[[], float]:
 
 @torch.no_grad()
 def weights_not_finite(model: nn.Module) -> str:
-    """A description of the first weight or statistic that is NaN or infinite; empty if all are finite."""
+    """A description of the first weight or statistic that is NaN or infinite; empty if all are finite.
+
+    All processes call it together if the weights are sharded.
+    """
     return _first(model.state_dict())
 
 
@@ -34,7 +39,7 @@ def _first(tensors: Mapping[str, Tensor]) -> str:
     named = [(name, value) for name, value in tensors.items() if value.is_floating_point()]
     if not named:
         return ""
-    finite = torch.stack([value.isfinite().all() for _, value in named]).tolist()
+    finite = torch.stack([gathered(value).isfinite().all() for _, value in named]).tolist()
     bad = [name for (name, _), good in zip(named, finite, strict=True) if not good]
     if not bad:
         return ""

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from .compiling import compiling
 from .data.batches import training_batches
 from .evaluate import evaluate
 from .finite import fetched, first_not_finite, weights_not_finite
+from .fsdp import Shards, fsdp_plugin, gathered_state, shard_optimizer_state, share_buffers
 from .graphs import Forward, recorded_inference, recorded_training
 from .losses import Loss
 from .optimizer import clipped_parameters, group_values, highest_rate, make_optimizer, make_schedule, restore_optimizer
@@ -30,16 +32,16 @@ from .seeds import seed_everything
 from .sync_norms import SynchronisedNorms
 
 
-def train(run: Run, phase: Phase, start: Checkpoint | None = None) -> nn.Module | None:
-    """Train a phase to its end, in place.
+def train(run: Run, phase: Phase, start: Checkpoint | None = None) -> nn.Module:
+    """Train a phase to its end.
 
     Args:
         run: The run.
-        phase: What to train.
+        phase: What to train, in place. FSDP2 leaves the phase's own model sharded.
         start: A checkpoint of this phase to resume from. The model and the penalty have its state already.
 
     Returns:
-        The moving average of the model, if the config asks for one.
+        The trained model with whole weights, or its moving average if the config asks for one.
 
     Raises:
         ArpHubError: If the loss or a weight becomes NaN or infinite, naming step, layer and last checkpoint, or if a
@@ -64,8 +66,14 @@ class _Loop:
         self.layout = layout
         if phase.frozen_norms:
             _freeze_statistics(self.model)
-        average = partial(ModelEmaV3, decay=config.ema_decay, use_warmup=config.model_ema_warmup)
+        plugin = fsdp_plugin(accelerator)
+        average = partial(ModelEmaV3, decay=config.ema_decay, use_warmup=config.model_ema_warmup, foreach=not plugin)
         self.ema = average(self.model) if config.ema_decay else None
+        if self.ema and start:
+            start.load_into(self.ema.module, "ema")
+        self.shards = Shards(self.model, plugin, accelerator) if plugin else None
+        if self.ema and self.shards:
+            self.shards.shard(self.ema.module)
         self.norms = SynchronisedNorms(self.model) if config.sync_bn else None
         optimizer = make_optimizer(self.model, config, phase.lr)
         self.schedule = make_schedule(optimizer, config, self.total, run.steps_per_epoch)
@@ -74,7 +82,11 @@ class _Loop:
         self.totals = torch.zeros(3, device=accelerator.device)  # of the epoch: summed loss, hits, images
         if start:
             self.restore(start)
-        self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
+        if self.shards:  # only with evaluation_mode does Accelerate leave a sharded model as it is
+            self.wrapped = accelerator.prepare_model(self.model, evaluation_mode=True)
+            self.optimizer = accelerator.prepare_optimizer(optimizer)
+        else:
+            self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
         self.forward: Forward = self.wrapped
         if config.torchcompile:
             self.forward = torch.compile(self.wrapped, backend=config.torchcompile)
@@ -86,12 +98,13 @@ class _Loop:
         self.listen_every = 1 if accelerator.num_processes == 1 else 10  # steps between exchanges about SIGTERM
 
     def restore(self, start: Checkpoint) -> None:
-        """Restore what `save` writes, except the model and the penalty."""
+        """Restore the optimiser, the loss scale and the totals that `save` writes."""
         state = start.state
-        check_optimizer_state(start, self.model, lambda model: make_optimizer(model, self.config, self.phase.lr))
+        whole = self.shards.skeleton if self.shards else self.model
+        check_optimizer_state(start, whole, lambda model: make_optimizer(model, self.config, self.phase.lr))
         restore_optimizer(self.raw_optimizer, state["optimizer"], state.get("groups"))
-        if self.ema:
-            start.load_into(self.ema.module, "ema")
+        if self.shards:
+            shard_optimizer_state(self.raw_optimizer)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if "totals" in state:  # a row for each process
@@ -99,8 +112,8 @@ class _Loop:
             if self.accelerator.process_index < len(rows):
                 self.totals += rows[self.accelerator.process_index].to(self.accelerator.device)
 
-    def run_to_end(self) -> nn.Module | None:
-        """Train all epochs that are left."""
+    def run_to_end(self) -> nn.Module:
+        """Train all epochs that are left, and return the result with whole weights."""
         spe = self.run.steps_per_epoch
         bar = self.run.log.bar(self.phase.name, self.total, self.step)
         if self.step == 0:
@@ -113,7 +126,11 @@ class _Loop:
         finally:
             bar.close()
             self.release()
-        return self.ema.module if self.ema else None
+        return self.whole(self.ema.module if self.ema else self.model)
+
+    def whole(self, model: nn.Module) -> nn.Module:
+        """The model, or a copy with whole weights if it is sharded."""
+        return self.shards.whole(model).train(model.training) if self.shards else model
 
     def release(self) -> None:
         """Free what Accelerate prepared, including gradients and process group, while this object still exists."""
@@ -168,6 +185,8 @@ class _Loop:
         """One optimiser step on this process's share of a global batch, with schedule, penalty and moving average."""
         accelerator, config = self.accelerator, self.config
         losses = []
+        if self.shards:
+            share_buffers(accelerator, self.model)
         for part in range(config.accumulation):
             images, labels = next(micro)
             images = images.contiguous(memory_format=self.layout)
@@ -178,10 +197,7 @@ class _Loop:
                 loss = self.loss(images, labels)
                 number = fetched(loss)
                 accelerator.backward(loss)
-                if not math.isfinite(number()):  # before the step changes the weights
-                    with accelerator.autocast():
-                        where = first_not_finite(self.model, images)
-                    raise self.diverged(f"the loss is {loss.item()}", self.step + 1, where)
+                self.check_loss(number(), images)  # before the step changes the weights
                 if accelerator.sync_gradients and config.clip_grad:
                     accelerator.unscale_gradients()
                     dispatch_clip_grad(self.clipped, config.clip_grad, mode=config.clip_mode)
@@ -226,6 +242,17 @@ class _Loop:
         bar.set_postfix({name: f"{number:.3g}" for name, number in values.items()})
         self.run.log.track(self.phase.name, self.step, values)
 
+    def check_loss(self, loss: float, images: Tensor) -> None:
+        """Stop if the loss is NaN or infinite. With sharded weights, all processes look for the layer together."""
+        bad = [] if math.isfinite(loss) else [f"the loss is {loss}"]
+        if self.shards:
+            bad = gather_object(bad)
+        if not bad:
+            return
+        with self.accelerator.autocast():
+            where = first_not_finite(self.model, images)
+        raise self.diverged(bad[0], self.step + 1, where)
+
     def check_weights(self) -> None:
         """Stop if a step has made a weight NaN or infinite."""
         if where := weights_not_finite(self.model):
@@ -257,7 +284,7 @@ class _Loop:
             violations = self.phase.penalty.violations()
             entry |= {"stage": self.phase.penalty.phase, "violation": _mean(violations), "violations": violations}
         if self.run.data.val is not None:
-            judged = self.ema.module if self.ema else self.model
+            judged = self.whole(self.ema.module if self.ema else self.model)
             if self.phase.penalty and self.phase.penalty.phase != "ramp":
                 judged = self.phase.penalty.low_rank_copy(judged)  # the model that decomposing now would give
             entry["val"] = evaluate(
@@ -270,14 +297,20 @@ class _Loop:
         """Write a checkpoint on the main process while the others wait, unless a weight is NaN or infinite."""
         self.check_weights()
         totals = self.accelerator.gather(self.totals[None])
-        if self.accelerator.is_main_process:
+        first = self.accelerator.is_main_process
+        large = {
+            "model": self.model.state_dict(),
+            "optimizer": self.raw_optimizer.state_dict()["state"],
+            "ema": self.ema.module.state_dict() if self.ema else None,
+        }
+        if self.shards:
+            large = gathered_state(large, keep=first)
+        if first:
             penalty, scaler = self.phase.penalty, self.accelerator.scaler
             state = {
-                "model": self.model.state_dict(),
-                "optimizer": self.raw_optimizer.state_dict()["state"],
+                **large,
                 "groups": group_values(self.raw_optimizer),
                 "penalty": penalty.state_dict() if penalty else None,
-                "ema": self.ema.module.state_dict() if self.ema else None,
                 "scaler": scaler.state_dict() if scaler else None,
                 "totals": totals,
             }

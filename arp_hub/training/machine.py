@@ -13,10 +13,9 @@ from ..errors import ArpHubError
 from .compiling import check_backend
 from .config import TrainConfig
 from .data.dataset import ImageData
+from .fsdp import check_fsdp, fsdp_plugin
 from .runlog import tracker_name
 
-_SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-"""Ways to train in which no process holds whole weights: recipes evaluate and store whole models."""
 _logger = logging.getLogger(__name__)
 
 
@@ -37,6 +36,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             log_with=tracker_name(config),
             project_config=ProjectConfiguration(project_dir=str(config.run_folder)),
         )
+    except ImportError as error:  # of DeepSpeed, or of FSDP2 with an old torch
+        raise ArpHubError(f"Accelerate cannot train here as `accelerate config` says: {error}") from error
     except ValueError as error:
         if isinstance(error, ArpHubError):
             raise
@@ -44,11 +45,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"this machine or process does not support mixed_precision={config.mixed_precision} with "
             f"cpu={config.cpu}: {error}"
         ) from error
-    if accelerator.distributed_type in _SHARDING:
+    if other := _unsupported(accelerator):
         raise ArpHubError(
-            f"recipes train by data parallelism, not with {accelerator.distributed_type.value}: choose MULTI_GPU or "
-            "MULTI_CPU in `accelerate config`; FSDP2 works in a training loop of your own"
+            f"recipes train with DDP or FSDP2, not with {other}: choose MULTI_GPU, MULTI_CPU, or FSDP with "
+            "fsdp_version: 2 in `accelerate config`"
         )
+    check_fsdp(config, accelerator)
     if config.sync_bn and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
         raise ArpHubError(
             f"sync_bn needs GPUs, but this run has {accelerator.num_processes} processes on CPUs: leave sync_bn out"
@@ -72,6 +74,19 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"accumulation={config.accumulation} parts{pairs}: choose a multiple of {parts}"
         )
     return accelerator
+
+
+def _unsupported(accelerator: Accelerator) -> str | None:
+    """A way to share a model among processes that recipes do not support, by its name."""
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        return str(accelerator.distributed_type.value)
+    plugin = fsdp_plugin(accelerator)
+    old = (
+        accelerator.distributed_type == DistributedType.FSDP
+        if plugin is None
+        else getattr(plugin, "fsdp_version", 1) != 2
+    )
+    return "FSDP1" if old else None
 
 
 def affordable(config: TrainConfig, accelerator: Accelerator, data: ImageData) -> TrainConfig:

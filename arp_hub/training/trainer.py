@@ -105,7 +105,7 @@ def _dense_model(run: Run, model: nn.Module, start: Checkpoint | None) -> nn.Mod
         if start:
             start.load_into(model, "model")
         phase = Phase("dense", model, config.dense_epochs, config.rates()["dense_lr"])
-        model = train(run, phase, start) or model
+        model = train(run, phase, start)
     model.eval()
     run.scores["dense"] = _score(run, model, "dense model")
     if run.accelerator.is_main_process:
@@ -130,7 +130,7 @@ def _compressed_model(
         model.requires_grad_(True)
         rate = config.rates()["finetune_lr"]
         phase = Phase("finetune", model, config.finetune_epochs, rate, guide, frozen_norms=config.freeze_norms)
-        model = train(run, phase, start if start and start.phase == "finetune" else None) or model
+        model = train(run, phase, start if start and start.phase == "finetune" else None)
         run.scores["finetuned"] = _score(run, model, "fine-tuned model")
     return model.eval(), plan
 
@@ -156,9 +156,8 @@ def _penalised_model(
     if start:
         start.load_into(penalty, "penalty")
     phase = Phase("compress", model, config.epochs, config.lr, teacher, penalty, config.freeze_norms)
-    average = train(run, phase, start)
-    if average is not None:  # an average of low-rank weights is only nearly low-rank: project it
-        model = average
+    model = train(run, phase, start)
+    if config.ema_decay:  # an average of low-rank weights is only nearly low-rank: project it
         penalty = AdaptiveRankPenalty(model, plan, total_steps=1, ramp=0, factors=penalty.factors())
         penalty.step()
     run.scores["before_decomposition"] = _score(run, model, "before decomposition")

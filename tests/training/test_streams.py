@@ -191,8 +191,8 @@ def test_a_cut_shard_is_named_whether_or_not_shards_are_counted(tmp_path, model)
 
 def command(folder, output, *more):
     script = str(ROOT / "recipes/any_backbone.py")
-    return [sys.executable, *ON_TWO, script, "--model", "cifar_resnet20", "--data", folder, "--streaming",
-            "--keep-params", "0.5", "--dense-epochs", "1", "--epochs", "2", "--batch-size", "8",
+    return [sys.executable, *ON_TWO, script, "--model", "cifar_resnet20", "--no-pretrained", "--data", folder,
+            "--streaming", "--keep-params", "0.5", "--dense-epochs", "1", "--epochs", "2", "--batch-size", "8",
             "--workers", "2", "--calibration-images", "8", "--output", str(output), "--tracker", "none", "--cpu",
             "--seed", "3", "--checkpoint-every", "1", "--keep-checkpoints", "99", *more]  # fmt: skip
 

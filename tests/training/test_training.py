@@ -325,11 +325,13 @@ def test_a_failure_in_one_of_two_processes_ends_both_with_its_message(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_sharded_weights_are_refused_before_any_work(tmp_path, monkeypatch, kind):
-    """A machine that shards is stood in for: Accelerate asks for GPUs to do so."""
+@pytest.mark.parametrize(
+    ("kind", "name"), [("FSDP", "FSDP1"), ("DEEPSPEED", "DEEPSPEED"), ("MEGATRON_LM", "MEGATRON_LM")]
+)
+def test_other_ways_to_share_a_model_are_refused_before_any_work(tmp_path, monkeypatch, kind, name):
+    """A machine that shares a model is stood in for: Accelerate asks for GPUs to do so."""
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType(kind)))
-    with pytest.raises(ArpHubError, match=f"not with {kind}: choose MULTI_GPU.*a training loop of your own"):
+    with pytest.raises(ArpHubError, match=f"DDP or FSDP2, not with {name}: choose MULTI_GPU.*fsdp_version: 2"):
         run(config(tmp_path))
     assert not (tmp_path / "out-run").exists()
 
