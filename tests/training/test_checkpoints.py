@@ -146,6 +146,17 @@ def edited(*keys, drop=False, value=None):
     return change
 
 
+def altered(stopped, folder, name, change):
+    """A checkpoint without checksums in a copy of a stopped run, whose state is changed."""
+    shutil.copytree(stopped, folder, dirs_exist_ok=True)
+    path = folder / "out-run" / "checkpoints" / name
+    (path / SUMS).unlink()
+    found = json.loads((path / STATE).read_text())
+    change(found)
+    (path / STATE).write_text(json.dumps(found))
+    return path
+
+
 LACKING = {
     **{f"no {key}": edited(key, drop=True)
        for key in ("format_version", "phase", "step", "settings", "scores", "plan", "state")},
@@ -174,12 +185,7 @@ LACKING = {
 
 @pytest.mark.parametrize("case", LACKING)
 def test_a_checkpoint_that_lacks_an_entry_is_refused_before_training(stopped, tmp_path, case):
-    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "out-run" / "checkpoints" / "compress-00000000"
-    (path / SUMS).unlink()
-    found = json.loads((path / STATE).read_text())
-    LACKING[case](found)
-    (path / STATE).write_text(json.dumps(found))
+    path = altered(stopped, tmp_path, "compress-00000000", LACKING[case])
     with pytest.raises(ArpHubError) as raised:
         run(config(tmp_path, dense_lr=1e-3, lr=3e38, resume=str(path)))
     assert "NaN" not in str(raised.value) and len(str(raised.value)) < 900
@@ -199,12 +205,7 @@ MOMENTS = {
 
 @pytest.mark.parametrize("case", MOMENTS)
 def test_a_state_of_the_optimizer_that_does_not_fit_is_refused_before_training(stopped, tmp_path, case):
-    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "out-run" / "checkpoints" / "dense-00000001"
-    (path / SUMS).unlink()
-    found = json.loads((path / STATE).read_text())
-    MOMENTS[case](found)
-    (path / STATE).write_text(json.dumps(found))
+    path = altered(stopped, tmp_path, "dense-00000001", MOMENTS[case])
     with pytest.raises(ArpHubError, match="dense-00000001' is not a whole checkpoint: .*--overwrite"):
         run(config(tmp_path, dense_lr=1e-3, lr=3e38, resume=str(path)))
 
