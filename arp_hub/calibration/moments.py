@@ -34,8 +34,8 @@ LARGE = 1024
 SAMPLES = 16
 """Patches for each column of a moment, over all images: more patches do not improve the fit."""
 LEAST_POSITIONS = 16
-"""Patches of each image at least. With 32, planning and fitting ResNet-20 on 1,024 images takes 10 % more time, with all
-patches 90 % more; accuracy is the same within the scatter of seeds (docs/research/experiments.md)."""
+"""Patches of each image at least. With 32, planning and fitting ResNet-20 on 1,024 images takes 10 % longer, with
+all patches 90 % more; accuracy is the same within the scatter of seeds (docs/research/experiments.md)."""
 
 
 def patches(
