@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import cast
 
@@ -19,21 +19,21 @@ from .calibration.batchnorm import following_norms, norms_with_statistics, renor
 from .calibration.gradients import gradient_moments
 from .calibration.images import LEAST_PIXELS, Images, batches, check_normalised, check_outputs, image_count, limited
 from .calibration.layer_problem import LayerProblem, can_shift
-from .calibration.moments import LARGE, SAMPLES, Moments
+from .calibration.moments import LARGE, Moments, images_needed
 from .calibration.passes import paired_moments
 from .calibration.resumption import ResumedPasses
 from .effort import Effort
 from .errors import ArpHubError
 from .layers.apply_plan import check_plan
 from .layers.carry_over import loses_hooks
+from .layers.dense import computes_weight
 from .layers.low_rank import LowRankLayer, effective_weight, layer_shape, low_rank_layer
-from .layers.model import check_model, check_weights, layers_called, low_rank_layers, replace_layers
+from .layers.model import check_model, check_weights, layers_called, low_rank_layers, refusals, replace_layers
 from .layers.trace import InputSize, Trace, trace
-from .plan import LayerPlan, RankPlan
+from .plan import BETTER_DENSE, LayerPlan, RankPlan
 from .processes import Processes
 from .schemes import Factors, Scheme, relative_error
 from .schemes.linalg import factorising
-from .schemes.shapes import LayerShape, Pair
 
 _EXACT = 1e-8
 """Relative squared error up to which given factors reproduce a weight: the rounding of a penalty in float32. In a dtype
@@ -55,8 +55,10 @@ def decompose(
     Without ``calibration``, every weight becomes its nearest point in the scheme's set. With it, layers are fitted one
     by one, in the order of their use: to the dense layer's output, from the input that the decomposed model so far
     gives. Errors are weighed by what they do to the model's predictions, which takes back-propagation, but no labels.
-    Biases, or the means of a BatchNorm that follows, keep every layer's mean output. At the end, the statistics of the
-    other BatchNorms are corrected for their new inputs.
+    Biases, or the means of a BatchNorm that follows, keep every layer's mean output. Dense layers behind decomposed
+    ones get inputs with errors. Where a BatchNorm follows, its statistics are corrected at the end. A layer without
+    one, such as a classifier, gets a new weight and bias if the plan left it dense to save other layers' parameters
+    and there are 16 samples of its input for each of its columns. Excluded layers are not changed.
 
     Hooks, attributes, mode, dtype, device and ``requires_grad`` of every layer are kept, and the factors of a frozen
     layer are frozen. Gradient hooks on weights are lost, with a warning.
@@ -181,49 +183,72 @@ def _decompose_by_data(
         shapes = [cast(InputSize, tuple(batch.shape[1:])) for batch in batches(images) for _ in batch]
         traced = trace(model, shapes[0])
         check_outputs(model, images)
-    with evaluating(model), stage("decompose", len(plan.layers), progress and processes.index == 0) as advance:
+    with evaluating(model):
         # with weights in common: only buffers are changed in place, and whole layers exchanged
         student = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
-        teachers = {name: model.get_submodule(name) for name in plan.layers}
+        dense = layers_to_refit(student, plan, traced, images, len(shapes))
+        teachers = {name: model.get_submodule(name) for name in [*plan.layers, *dense]}
         norms = following_norms(student, {name: student.get_submodule(name) for name in plan.layers}, images)
         least = math.ceil(LEAST_PIXELS / math.prod(shapes[0][1:]))
         most = max(least, int(effort.gradient_macs / (3 * max(traced.macs, 1))))  # a backward pass costs two forward
-        gradients = gradient_moments(model, teachers, images, effort.positions_macs, most, processes)
-        device = next(model.parameters()).device
-
-        def empty(name: str, layer: nn.Module, images: int) -> Moments:
-            centred = can_shift(layer, norms.get(name))
-            return Moments(layer_shape(layer), device, effort.positions_macs, centred, images=images)
-
+        replaced = {name: teachers[name] for name in plan.layers}
+        gradients = gradient_moments(model, replaced, images, effort.positions_macs, most, processes)
         passes = ResumedPasses([student, model], images, len(shapes), processes)
-        for k, (names, most) in enumerate(_passes(model, plan, traced, shapes, effort, passes.blocks)):
-            passes.advance(names[0])
-            old = {name: student.get_submodule(name) for name in names}
-            # before the first pass nothing is decomposed yet: one model is both
-            pupils = (student, old) if k else (model, {name: teachers[name] for name in names})
-            found = paired_moments(*pupils, model, passes, partial(empty, images=most), most)
+        steps = _passes(model, teachers, traced, shapes, effort, passes.blocks)
+        with stage("decompose", len(teachers), progress and processes.index == 0) as advance:
+            for k, (names, most) in enumerate(steps):
+                passes.advance(names[0])
+                old = {name: student.get_submodule(name) for name in names}
+                # before the first pass nothing is decomposed yet: one model is both
+                pupils = (student, old) if k else (model, {name: teachers[name] for name in names})
+                found = paired_moments(*pupils, model, passes, partial(_no_moments, norms, passes, effort, most), most)
 
-            def fit(found: dict[str, Moments], name: str) -> _Fit:
-                # popped, so that the memory of a layer's moments is free once it is fitted
-                teacher, moments, gradient = teachers[name], found.pop(name), gradients.pop(name, None)
-                with factorising(name):
-                    problem = LayerProblem.of(teacher, moments, gradient, norms.get(name), _precision(teacher))
-                    return _fitted(problem, schemes[name], plan.layers[name].rank, effort)
+                def fit(found: dict[str, Moments], name: str) -> _Fit:
+                    # popped, so that the memory of a layer's moments is free once it is fitted
+                    teacher, moments, gradient = teachers[name], found.pop(name), gradients.pop(name, None)
+                    with factorising(name):
+                        problem = LayerProblem.of(teacher, moments, gradient, norms.get(name), _precision(teacher))
+                        return _fitted(problem, schemes.get(name), plan.layers.get(name), effort)
 
-            costs = {name: effective_weight(teachers[name]).numel() * plan.layers[name].rank for name in names}
-            for name, fitted in processes.shared_out(costs, partial(fit, found)):
-                new = _new_layer(teachers[name], plan.layers[name], norms.get(name), fitted)
-                replace_layers(student, {old[name]: new})
-                advance()
+                costs = {name: _fit_cost(teachers[name], plan.layers.get(name)) for name in names}
+                for name, fitted in processes.shared_out(costs, partial(fit, found)):
+                    if name in plan.layers:
+                        new = _new_layer(teachers[name], plan.layers[name], norms.get(name), fitted)
+                        replace_layers(student, {old[name]: new})
+                    else:
+                        _refit(old[name], fitted)
+                    advance()
         most = max(64, int(effort.norm_macs / (2 * max(traced.macs, 1))))  # 64: every position of an image counts
         renormalise(student, model, images, set(norms.values()), most, processes)
     student_modules = dict(student.named_modules())
-    replace_layers(model, {old: student_modules[name].train(old.training) for name, old in teachers.items()})
+    replace_layers(model, {old: student_modules[name].train(old.training) for name, old in replaced.items()})
+    for name in dense:
+        for parameter, refit in zip(teachers[name].parameters(), student_modules[name].parameters(), strict=True):
+            parameter.data.copy_(refit.data)
     for name, norm in norms_with_statistics(model).items():
-        changed = cast(BatchNorm, student_modules[name])
-        cast(Tensor, norm.running_mean).copy_(cast(Tensor, changed.running_mean))
-        cast(Tensor, norm.running_var).copy_(cast(Tensor, changed.running_var))
+        corrected = cast(BatchNorm, student_modules[name])
+        cast(Tensor, norm.running_mean).copy_(cast(Tensor, corrected.running_mean))
+        cast(Tensor, norm.running_var).copy_(cast(Tensor, corrected.running_var))
     return model
+
+
+def layers_to_refit(model: nn.Module, plan: RankPlan, traced: Trace, images: Images, count: int) -> list[str]:
+    """The dense layers that are fitted to their new inputs at full rank: nothing else makes up for the errors in these.
+
+    They are called after the first planned layer, no BatchNorm reads their output alone, and the images have enough
+    samples of their inputs: with fewer, the fit is worse than the dense weight on other images
+    (docs/research/experiments.md).
+    """
+    planned, refused = {id(model.get_submodule(name)) for name in plan.layers}, refusals(model)
+    behind, able = False, {}
+    for name, sizes in traced.sizes.items():
+        layer = model.get_submodule(name)
+        behind = behind or id(layer) in planned
+        free = plan.dense.get(name) == BETTER_DENSE and layer not in refused and not computes_weight(layer)
+        if behind and free and images_needed(layer_shape(layer), sizes[0]) <= count:
+            able[name] = layer
+    followed = following_norms(model, able, images)
+    return [name for name in able if name not in followed]
 
 
 def _precision(layer: nn.Module) -> torch.dtype:
@@ -232,12 +257,29 @@ def _precision(layer: nn.Module) -> torch.dtype:
 
 
 _Fit = tuple[Factors, "Tensor | None"]
-"""The factors of a layer, and the change of its bias if one can follow. On the CPU, as processes exchange it."""
+"""The factors of a layer, or the weight of one that stays dense, and the change of its bias if one can follow. On the
+CPU, as processes exchange it."""
 
 
-def _fitted(problem: LayerProblem, scheme: Scheme, rank: int, effort: Effort) -> _Fit:
-    factors = problem.fit(scheme, rank, effort.fit_iterations, effort.fit_macs, 5, effort.start_sweeps)
-    bias = problem.bias(scheme.compose(factors)).cpu() if problem.can_shift else None
+def _no_moments(
+    norms: Mapping[str, BatchNorm], passes: ResumedPasses, effort: Effort, images: int, name: str, layer: nn.Module
+) -> Moments:
+    centred = can_shift(layer, norms.get(name))
+    return Moments(layer_shape(layer), passes.place.device, effort.positions_macs, centred, images=images)
+
+
+def _fit_cost(layer: nn.Module, plan: LayerPlan | None) -> int:
+    return effective_weight(layer).numel() * (plan.rank if plan else 1)
+
+
+def _fitted(problem: LayerProblem, scheme: Scheme | None, plan: LayerPlan | None, effort: Effort) -> _Fit:
+    factors: Factors = (problem.regression.target,)
+    if scheme is None or plan is None:
+        weight = problem.regression.target
+    else:
+        factors = problem.fit(scheme, plan.rank, effort.fit_iterations, effort.fit_macs, 5, effort.start_sweeps)
+        weight = scheme.compose(factors)
+    bias = problem.bias(weight).cpu() if problem.can_shift else None
     return tuple(factor.cpu() for factor in factors), bias
 
 
@@ -251,6 +293,15 @@ def _new_layer(layer: nn.Module, plan: LayerPlan, norm: BatchNorm | None, fitted
     return new
 
 
+def _refit(layer: nn.Module, fitted: _Fit) -> None:
+    """Give a dense layer of the student another weight and bias; those that it has are the dense model's too."""
+    factors, bias = fitted
+    dense = cast(nn.Linear, layer)  # a convolution has the same two parameters
+    dense.weight = nn.Parameter(factors[0].to(dense.weight).view_as(dense.weight), dense.weight.requires_grad)
+    if bias is not None:
+        dense.bias = nn.Parameter(dense.bias.detach() + bias.to(dense.bias), dense.bias.requires_grad)
+
+
 @torch.no_grad()
 def _shift_mean(layer: LowRankLayer, norm: BatchNorm | None, bias: Tensor) -> None:
     """Let the layer's bias, or the mean of the BatchNorm behind it, take up the ``bias`` of a fit."""
@@ -262,18 +313,18 @@ def _shift_mean(layer: LowRankLayer, norm: BatchNorm | None, bias: Tensor) -> No
 
 
 def _passes(
-    model: nn.Module, plan: RankPlan, traced: Trace, images: Sequence[InputSize], effort: Effort, blocks: int
+    model: nn.Module, names: Collection[str], traced: Trace, images: Sequence[InputSize], effort: Effort, blocks: int
 ) -> list[tuple[list[str], int]]:
-    """The planned layers in the order of their use, in groups that share a pass; with the images of each pass."""
+    """Some layers in the order of their use, in groups that share a pass; with the images of each pass."""
     by_module = {id(model.get_submodule(name)): name for name in traced.sizes}
-    modules = {name: model.get_submodule(name) for name in plan.layers}
+    modules = {name: model.get_submodule(name) for name in names}
     if silent := [name for name, module in modules.items() if id(module) not in by_module]:
         raise ArpHubError(f"the model never calls '{silent[0]}' (it may use its weight alone): take it out of the plan")
     places = {module: place for place, module in enumerate(by_module)}
-    ordered = sorted(plan.layers, key=lambda name: places[id(modules[name])])
+    ordered = sorted(names, key=lambda name: places[id(modules[name])])
     calls = {name: traced.sizes[by_module[id(module)]] for name, module in modules.items()}
     least = math.ceil(LEAST_PIXELS / math.prod(images[0][1:]))
-    needs = {name: max(least, _images_needed(layer_shape(modules[name]), calls[name][0])) for name in ordered}
+    needs = {name: max(least, images_needed(layer_shape(modules[name]), calls[name][0])) for name in ordered}
     macs = min(effort.forward_macs, 8e9 * len(images))
     # on average a pass runs half of a block in both models
     return passes_within(macs * blocks / max(traced.macs, 1), needs, len(images))
@@ -299,10 +350,3 @@ def passes_within(affordable: float, needs: Mapping[str, int], images: int) -> l
         if sum(count for _, count in passes) <= affordable or len(passes) == 1:
             return passes
         times, shared = (times // 2, 1) if times > 1 else (1, shared + 1)
-
-
-def _images_needed(shape: LayerShape, size: Pair) -> int:
-    """The number of images whose patches suffice for a layer's second moment, by the size of its input map."""
-    sides = (size[0],) if shape.kind == "linear" else shape.as_conv().output_size(size)
-    positions = math.prod(max(1, side) for side in sides)  # a layer that pads by itself makes more than is counted
-    return math.ceil(SAMPLES * shape.group_in * shape.taps / positions)

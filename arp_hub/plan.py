@@ -30,6 +30,9 @@ from .schemes import SCHEMES
 FORMAT_VERSION = 1
 """The newest plan format that this version reads, and the one that it writes."""
 
+BETTER_DENSE = "the budget is better spent with this layer dense"
+"""The reason for a layer that could be decomposed, but whose parameters are worth more than those of other layers."""
+
 _UPGRADE = "upgrade with `pip install --upgrade arp-hub`"
 _MOST_LAYERS = 20_000
 """Layers of a plan at most, because plans of strangers are read. The largest timm model has about a thousand."""

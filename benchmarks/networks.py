@@ -94,6 +94,12 @@ def calibration_of(
     return calibration_images(data, count or network.images, copies=copies, seed=seed)
 
 
+def held_out_of(name: str, model: nn.Module, shared: Path, count: int, seed: int = SEED) -> Split:
+    """Labelled training images that `calibration_of` with the same seed does not take, to choose settings by."""
+    data = load_data(str(shared / "data" / NETWORKS[name].data), model, seed=seed)
+    return data.train.excerpt(count, seed, from_end=True)
+
+
 def test_images_of(name: str, model: nn.Module, shared: Path, count: int | None = None) -> Split:
     """Labelled test images, which nothing is chosen on."""
     network = NETWORKS[name]

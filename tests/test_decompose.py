@@ -15,6 +15,7 @@ from arp_hub.decomposition import passes_within
 from arp_hub.layers.dense import refusal
 from arp_hub.layers.low_rank import layer_shape
 from arp_hub.layers.model import count_params, low_rank_layers, weight_layers
+from arp_hub.plan import BETTER_DENSE
 from arp_hub.schemes import SCHEMES
 
 SIZE = (3, 64, 64)
@@ -142,3 +143,78 @@ def test_images_beat_weights_alone(resnet20, cifar_test, cifar_train):
     aware = decompose(copy.deepcopy(resnet20), plan, cifar_train(128), effort="fast")
     assert top1(aware, images, labels) > plain + 2
     assert not aware.training
+
+
+class Classifier(nn.Module):
+    """A convolution to decompose and a classifier. ``before`` runs ahead of both; ``norm`` is behind the classifier."""
+
+    def __init__(self, kind: type[nn.Conv2d] = nn.Conv2d, norm: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.num_classes = 8
+        self.before, self.conv = nn.Conv2d(4, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1)
+        self.head = kind(12, 8, 1)
+        self.norm = nn.BatchNorm2d(8) if norm else nn.Identity()
+        self.tied = nn.Conv2d(12, 8, 1)
+
+    def forward(self, x):
+        y = self.conv(self.before(x).relu()).relu().mean((2, 3), keepdim=True)
+        return self.norm(self.head(y)).flatten(1)
+
+
+CONV_AT_2 = {"conv": LayerPlan("channel", 2)}
+HEAD_DENSE = {"before": "first convolution", "head": BETTER_DENSE}
+
+
+def tie(model: Classifier) -> Classifier:
+    model.tied.weight = model.head.weight
+    return model
+
+
+@pytest.mark.parametrize(
+    "model, dense, images, changed",
+    [
+        (Classifier, HEAD_DENSE, 256, True),
+        (Classifier, HEAD_DENSE, 191, False),  # fewer than 16 for each of 12 columns
+        (Classifier, {"head": "excluded by the user"}, 256, False),
+        (Classifier, {}, 256, False),
+        (lambda: Classifier(norm=True), HEAD_DENSE, 256, False),
+        (lambda: Classifier(timm.layers.StdConv2d), HEAD_DENSE, 256, False),
+        (lambda: tie(Classifier()), HEAD_DENSE, 256, False),
+    ],
+    ids=["a classifier", "too few images", "excluded", "not planned", "a norm behind", "standardised", "tied"],
+)
+def test_a_dense_layer_that_nothing_corrects_is_fitted_to_its_new_input(model, dense, images, changed):
+    teacher = model().eval()
+    teacher.head.requires_grad_(False)
+    student = copy.deepcopy(teacher)
+    parameters = list(student.head.parameters())
+    decompose(student, RankPlan(CONV_AT_2, dense), torch.randn(images, 4, 8, 8))
+    assert (not torch.equal(student.head.weight, teacher.head.weight)) == changed
+    for name in ("before.weight", "tied.weight" if not changed else "before.bias"):
+        assert torch.equal(student.get_parameter(name), teacher.get_parameter(name))
+    for new, old in zip(student.head.parameters(), parameters, strict=True):
+        assert new is old and not new.requires_grad  # the parameters that an optimiser may hold
+
+
+def test_a_dense_classifier_that_is_fitted_makes_up_for_errors_before_it():
+    teacher = Classifier().eval()
+    images, others = torch.randn(2000, 4, 8, 8), torch.randn(2000, 4, 8, 8)
+    errors, seen = [], []
+    for reason in (BETTER_DENSE, "excluded by the user"):
+        student = copy.deepcopy(teacher)
+        student.head.register_forward_hook(lambda *_: seen.append(1))
+        decompose(student, RankPlan(CONV_AT_2, {"head": reason}), images)
+        seen.clear()
+        with torch.no_grad():
+            errors.append(float((student(others) - teacher(others)).square().mean()))
+        assert len(seen) == 1  # the user's hook
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_a_dense_layer_before_the_first_decomposed_one_stays_as_it_is():
+    teacher = Classifier().eval()
+    plan = RankPlan({"head": LayerPlan("channel", 2)}, {"before": BETTER_DENSE, "conv": BETTER_DENSE})
+    student = decompose(copy.deepcopy(teacher), plan, torch.randn(256, 4, 8, 8))
+    for name in ("before.weight", "conv.weight", "conv.bias"):
+        assert torch.equal(student.get_parameter(name), teacher.get_parameter(name))

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..processes import Processes
-from ..schemes.shapes import LayerShape
+from ..schemes.shapes import LayerShape, Pair
 from .regression import Regression
 
 LARGE = 1024
@@ -73,6 +73,13 @@ def _some_patches(x: Tensor, shape: LayerShape, positions: Tensor) -> Tensor:
     z = columns + dx * torch.arange(shape.kernel_size[1], device=x.device)[None, :, None]
     places = (y * x.shape[-1] + z).flatten()
     return x.flatten(2).index_select(2, places).view(len(x), -1, len(positions))
+
+
+def images_needed(shape: LayerShape, size: Pair) -> int:
+    """The number of images whose patches suffice for a layer's second moment, by the size of its input map."""
+    sides = (size[0],) if shape.kind == "linear" else shape.as_conv().output_size(size)
+    positions = math.prod(max(1, side) for side in sides)  # a layer that pads by itself makes more than is counted
+    return math.ceil(SAMPLES * shape.group_in * shape.taps / positions)
 
 
 def images_of_a_part(images: int, number: int) -> int:

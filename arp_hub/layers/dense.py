@@ -99,6 +99,11 @@ def dense_shape(module: nn.Module) -> LayerShape:
     )
 
 
+def computes_weight(module: nn.Module) -> bool:
+    """Whether a dense layer multiplies its input by another tensor than its parameter ``weight``."""
+    return isinstance(module, _STANDARDISED_CONVS)
+
+
 def dense_weight(module: nn.Module) -> Tensor:
     """The weight of a dense layer that multiplies the input, ``(O, I, kh, kw)``.
 

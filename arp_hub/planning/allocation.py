@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import ArpHubError
-from ..plan import LayerPlan, RankPlan
+from ..plan import BETTER_DENSE, LayerPlan, RankPlan
 from ..schemes import Scheme
 from .costs import Floats
 
@@ -118,7 +118,7 @@ def _options(
 def chosen_plan(options: Sequence[LayerOptions], chosen: Sequence[int], dense: Mapping[str, str]) -> RankPlan:
     """The plan that the chosen options make, with a reason for every layer that stays dense."""
     plans = {layer.name: layer.plan(option) for layer, option in zip(options, chosen, strict=True)}
-    reasons = {name: "the budget is better spent with this layer dense" for name, plan in plans.items() if plan is None}
+    reasons = {name: BETTER_DENSE for name, plan in plans.items() if plan is None}
     return RankPlan({name: plan for name, plan in plans.items() if plan is not None}, {**dense, **reasons})
 
 
