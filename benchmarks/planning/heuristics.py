@@ -143,7 +143,7 @@ def _measure(name: str, off: str, shared: Path, seed: int) -> dict[str, float]:
     }
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=3)  # a data set for each seed
 def _dense(name: str, shared: Path, seed: int) -> tuple[nn.Module, list[Tensor], Tensor, Tensor]:
     """A dense network, held-out training images in batches, their labels, and its log-probabilities."""
     model = load_network(name, shared)
