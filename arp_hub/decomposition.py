@@ -55,10 +55,11 @@ def decompose(
     Without ``calibration``, every weight becomes its nearest point in the scheme's set. With it, layers are fitted one
     by one, in the order of their use: to the dense layer's output, from the input that the decomposed model so far
     gives. Errors are weighed by what they do to the model's predictions, which takes back-propagation, but no labels.
-    Biases, or the means of a BatchNorm that follows, keep every layer's mean output. Dense layers behind decomposed
-    ones get inputs with errors. Where a BatchNorm follows, its statistics are corrected at the end. A layer without
-    one, such as a classifier, gets a new weight and bias if the plan left it dense to save other layers' parameters
-    and there are 16 samples of its input for each of its columns. Excluded layers are not changed.
+    Biases, or the means of a BatchNorm that follows, keep every layer's mean output.
+
+    Dense layers behind decomposed ones get inputs with errors. Where a BatchNorm follows, its statistics are corrected
+    at the end. Other layers that the plan left dense for its budget, such as a classifier, are fitted at full rank.
+    This needs 16 samples of the input for each column of the weight. Excluded layers keep their weights.
 
     Hooks, attributes, mode, dtype, device and ``requires_grad`` of every layer are kept, and the factors of a frozen
     layer are frozen. Gradient hooks on weights are lost, with a warning.

@@ -12,10 +12,13 @@ import torch
 from datasets import load_dataset
 from hub_client import Client
 from hub_server import HubServer
+from hypothesis import settings
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for child processes, of which several run side by side
 os.environ["ARP_HUB_PICTURES"] = "0"  # pictures take half of the time of a save: tests that look at them ask for them

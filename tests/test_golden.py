@@ -137,7 +137,9 @@ def test_plans_by_shape(name: str) -> None:
     assert stored.to_json() + "\n" == (GOLDEN / f"{name}-shape.json").read_text()
 
 
-@pytest.mark.parametrize("name", BY_SHAPE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "resnet50" else name for name in BY_SHAPE]
+)
 def test_stored_plans_decompose_evaluate_and_save(name: str, tmp_path: Path) -> None:
     model = decomposed_by_shape(name)
     found = outputs(model)

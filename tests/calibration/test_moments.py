@@ -87,7 +87,7 @@ def test_patches_at_some_positions_are_those_of_all(stride):
     torch.testing.assert_close(patches(images, shape, positions=positions), patches(images, shape)[..., positions])
 
 
-@pytest.mark.parametrize(("macs", "known", "images"), [(2.5e8, False, 16), (1e8, False, 40), (2.5e8, True, 150)])
+@pytest.mark.parametrize(("macs", "known", "images"), [(2.5e8, False, 16), (1e8, False, 40), (2.5e8, True, 60)])
 def test_few_positions_of_a_large_map_stand_for_all(macs, known, images):
     torch.manual_seed(0)
     conv = nn.Conv2d(64, 8, 3, padding=1)

@@ -84,7 +84,7 @@ trees = st.recursive(
 NAMES = ["num_classes", "input_size", "mean", "crop_pct", "classifier", "label_names", "layers", "cache_dir", "depth"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from(NAMES), trees) | trees)
 def test_any_config_is_read_or_refused(tmp_path_factory, tree):
     file = tmp_path_factory.mktemp("config") / "config.json"
@@ -96,7 +96,7 @@ def test_any_config_is_read_or_refused(tmp_path_factory, tree):
         assert not args.keys() & {"cache_dir"}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=200) | st.binary(max_size=100).map(lambda data: len(data).to_bytes(8, "little") + data))
 def test_any_file_of_weights_is_read_or_refused(tmp_path_factory, data):
     file = tmp_path_factory.mktemp("weights") / "model.safetensors"

@@ -159,7 +159,7 @@ def test_fit_in_a_metric_beats_the_weight_metric(shape, name, groups):
     assert [f.shape for f in fitted] == [conv.weight_shape for conv in scheme.convs(rank)]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     out=st.integers(1, 10), inner=st.integers(1, 10), kh=st.integers(1, 4), kw=st.integers(1, 4),
     own=st.integers(1, 3), data=st.data(),

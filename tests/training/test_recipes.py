@@ -97,7 +97,7 @@ def test_the_large_image_path_goes_through_every_phase(recipe, tmp_path, shared,
     assert model.pretrained_cfg["label_names"][0] == "n01440764_tench"
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_custom_loop(recipe, tmp_path, processes):
     output = tmp_path / "out"
     options = ["--max-steps", "40", "--batch-size", "16", "--cpu", "--output", output]
