@@ -39,11 +39,6 @@ _EXACT = 1e-8
 """Relative squared error up to which given factors reproduce a weight: the rounding of a penalty in float32. In a dtype
 with larger rounding errors, the bound is the square of the dtype's machine epsilon."""
 
-REFIT_SAMPLES = 4
-"""Samples for each column of a dense layer from which on it is fitted to its new input. With 4 for each of the 64
-columns of its classifier, ResNet-20 at 0.20 gains 0.9 and 7.2 points of top-1 on two seeds; with 2, its divergence
-rises on one of them (docs/research/experiments.md)."""
-
 
 @ambient_modes_off()
 def decompose(
@@ -242,7 +237,8 @@ def layers_to_refit(model: nn.Module, plan: RankPlan, traced: Trace, images: Ima
     """The dense layers behind the last planned one that are fitted to their new inputs at full rank, as a classifier.
 
     No later fit makes up for the errors in these inputs. Left out are layers whose output a BatchNorm alone reads,
-    which corrects it, and layers of whose inputs the images have too few samples.
+    which corrects it, and layers of whose inputs the images have too few samples. A quarter of what a low-rank fit
+    needs suffices: 4 for each column (docs/research/experiments.md).
     """
     planned, refused = {id(model.get_submodule(name)) for name in plan.layers}, refusals(model)
     behind: dict[str, nn.Module] | None = None
@@ -252,7 +248,7 @@ def layers_to_refit(model: nn.Module, plan: RankPlan, traced: Trace, images: Ima
             behind = {}
         elif behind is not None and plan.dense.get(name) == BETTER_DENSE:
             free = layer not in refused and not computes_weight(layer)
-            if free and images_needed(layer_shape(layer), sizes[0], REFIT_SAMPLES) <= count:
+            if free and images_needed(layer_shape(layer), sizes[0]) <= 4 * count:
                 behind[name] = layer
     followed = following_norms(model, behind or {}, images)
     return [name for name in behind or {} if name not in followed]

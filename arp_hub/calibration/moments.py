@@ -75,17 +75,11 @@ def _some_patches(x: Tensor, shape: LayerShape, positions: Tensor) -> Tensor:
     return x.flatten(2).index_select(2, places).view(len(x), -1, len(positions))
 
 
-def images_needed(shape: LayerShape, size: Pair, samples: int = SAMPLES) -> int:
-    """The number of images that give a number of patches for each column of a layer's moment.
-
-    Args:
-        shape: The layer.
-        size: Size of its input map.
-        samples: Patches for each column; by default as many as suffice for a fit.
-    """
+def images_needed(shape: LayerShape, size: Pair) -> int:
+    """The number of images whose patches suffice for a layer's second moment, by the size of its input map."""
     sides = (size[0],) if shape.kind == "linear" else shape.as_conv().output_size(size)
     positions = math.prod(max(1, side) for side in sides)  # a layer that pads by itself makes more than is counted
-    return math.ceil(samples * shape.group_in * shape.taps / positions)
+    return math.ceil(SAMPLES * shape.group_in * shape.taps / positions)
 
 
 def images_of_a_part(images: int, number: int) -> int:
