@@ -138,7 +138,7 @@ def test_images_hold_the_floor(resnet20, cifar_test, cifar_train, keep, floor):
 
 def test_images_beat_weights_alone(resnet20, cifar_test, cifar_train):
     images, labels = cifar_test(500)
-    plan = make_plan(resnet20, keep_params=0.3, schemes=["channel", "spatial"])
+    plan = make_plan(resnet20, keep_params=0.3)
     plain = top1(decompose(copy.deepcopy(resnet20), plan), images, labels)
     aware = decompose(copy.deepcopy(resnet20), plan, cifar_train(128), effort="fast")
     assert top1(aware, images, labels) > plain + 2
