@@ -27,7 +27,7 @@ from arp_hub_cli.app import app
 EFFORT = Effort(fit_iterations=8, curve_iterations=3, curve_shares=(0.2, 0.5), start_sweeps=5, schemes_measured=1)
 SWIN = {"num_classes": 10, "img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)}
 NETWORKS = {
-    "convolutions with BatchNorms": ("cifar_resnet20", {}, 32),
+    "convolutions with BatchNorms, and a classifier that is fitted": ("cifar_resnet20", {}, 8),
     "attention": ("test_vit", {"num_classes": 10, "img_size": 32, "patch_size": 16}, 32),
     "depthwise convolutions": ("test_efficientnet", {"num_classes": 10}, 48),
     "attention in windows": ("swin_tiny_patch4_window7_224", SWIN, 64),
@@ -35,6 +35,8 @@ NETWORKS = {
 """Name, arguments and image size by what is shared out differently."""
 BATCHES = (4, 4, 4, 2, 1)
 """Images of each batch: more batches than processes, the last one of fewer images than processes."""
+LARGE_BATCHES = (72, 72, 72, 36, 18)
+"""As many as the fit of 64 columns of a classifier needs."""
 
 
 def network(kind: str) -> nn.Module:
@@ -50,7 +52,8 @@ def network(kind: str) -> nn.Module:
 
 def images(kind: str) -> list[Tensor]:
     torch.manual_seed(1)
-    return [torch.randn(count, 3, NETWORKS[kind][2], NETWORKS[kind][2]) for count in BATCHES]
+    size, batches = NETWORKS[kind][2], LARGE_BATCHES if "classifier" in kind else BATCHES
+    return [torch.randn(count, 3, size, size) for count in batches]
 
 
 def compressed(kind: str) -> dict[str, Any]:
@@ -116,16 +119,21 @@ def messages() -> dict[str, str]:
     return found
 
 
-def work(job: Callable[[], Any], rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+def in_a_group(job: Callable[[], Any], rank: int, world: int, folder: Path) -> Any:
+    """What a job returns in one of the processes of a group."""
     dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{folder / 'store'}")
     try:
-        torch.save(job(), folder / f"{rank}.pt")
+        return job()
     finally:
         dist.destroy_process_group()
 
 
-def by_processes(job: Callable[[], Any], world: int, folder: Path) -> list[Any]:
+def work(job: Callable[[int, int, Path], Any], rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.save(job(rank, world, folder), folder / f"{rank}.pt")
+
+
+def by_processes(job: Callable[[int, int, Path], Any], world: int, folder: Path) -> list[Any]:
     """What each of some processes returns."""
     folder.mkdir()
     context = multiprocessing.get_context("forkserver")
@@ -139,6 +147,11 @@ def by_processes(job: Callable[[], Any], world: int, folder: Path) -> list[Any]:
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
+def by_group(job: Callable[[], Any], world: int, folder: Path) -> list[Any]:
+    """What each process of a group returns."""
+    return by_processes(functools.partial(in_a_group, job), world, folder)
+
+
 def several(kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
     return {kind: compressed(kind) for kind in kinds}
 
@@ -146,8 +159,10 @@ def several(kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("world", [2, 3])
 def test_several_processes_end_where_one_does(world: int, tmp_path: Path) -> None:
     kinds = list(NETWORKS)[world - 2 :: 2]  # each network by two processes or by three: one process takes 2 s for each
-    found = by_processes(functools.partial(several, kinds), world, tmp_path / "run")
+    found = by_group(functools.partial(several, kinds), world, tmp_path / "run")
     for kind, alone in several(kinds).items():
+        if "classifier" in kind:
+            assert not torch.equal(alone["state"]["fc.weight"], network(kind).fc.weight)
         for one in found:
             assert one[kind]["plan"] == alone["plan"], kind
             for name, value in alone["state"].items():
@@ -158,7 +173,7 @@ def test_several_processes_end_where_one_does(world: int, tmp_path: Path) -> Non
 
 
 def test_failure_of_one_process_ends_all_with_its_message(tmp_path: Path) -> None:
-    first, second = by_processes(messages, 2, tmp_path / "run")
+    first, second = by_group(messages, 2, tmp_path / "run")
     failures = [name for name in first if "reading" in name]
     assert sum(first[name] != "no error" for name in failures) >= 4  # in checks, passes, gradients and fits
     for name in failures:
@@ -185,17 +200,14 @@ def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(words: Sequence[str], folder: Path) -> dict[str, Any]:
+def command(words: Sequence[str], port: int, rank: int, world: int, folder: Path) -> dict[str, Any]:
     """What ``arp-hub`` prints and returns in this process, as `torch.distributed.run` starts it."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    dist.destroy_process_group()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": (folder / "port").read_text()}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     said, noted = io.StringIO(), io.StringIO()
     with redirect_stdout(said), redirect_stderr(noted), pytest.raises(SystemExit) as ended:
         app(list(words), prog_name="arp-hub")
     left = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
-    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{folder / f'end{rank}'}")
     return {"code": ended.value.code, "stdout": said.getvalue(), "stderr": noted.getvalue(), "threads": left}
 
 
@@ -203,8 +215,8 @@ def shared_command(folder: Path, *words: str) -> list[dict[str, Any]]:
     """``arp-hub`` by two processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        (folder / "port").write_text(str(free.getsockname()[1]))
-    return by_processes(functools.partial(command, words, folder), 2, folder / "run")
+        port = free.getsockname()[1]
+    return by_processes(functools.partial(command, words, port), 2, folder / "run")
 
 
 def test_command_shares_its_work_and_prints_once(picture_folder: Path, tmp_path: Path) -> None:
