@@ -11,7 +11,7 @@ all ends with a pull, so decomposing then changes nothing.
 
 The penalty depends on weights alone and is deterministic. Under data parallelism every process does the same work on
 the same weights, without communication. Weights that FSDP2 shards are gathered for a pull, one stack of like layers at
-a time, and each process writes its own part.
+a time. One process finds the nearest weights of a stack, while others work on other stacks, and each writes its part.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from ._utils.torch_utils import ambient_modes_off
 from .errors import ArpHubError
 from .layers.apply_plan import check_plan
 from .layers.model import check_model
-from .layers.sharding import check_not_deepspeed, check_unsharded, gathered, is_sharded
-from .layers.stack import LayerStack, PlannedLayer, joined, side_by_side, stacked
+from .layers.sharding import all_finite, check_not_deepspeed, check_unsharded, is_sharded
+from .layers.stack import LayerStack, PlannedLayer, joined, shared_out, side_by_side, solved, stacked
 from .plan import RankPlan
 from .schemes import Factors, Scheme
 
@@ -151,14 +151,12 @@ class AdaptiveRankPenalty:
         if self._stacks[0].layers[0].weight.device.type == "cpu" or self._pulls % 20 == 1:
             self._check_finite()
         with side_by_side(self._streams) as turn:
-            for stack in self._stacks:
+            for stacks in shared_out(self._stacks):
                 with turn():
-                    weight = stack.dense_weights()
-                    factors = stack.nearest(weight)
-                    nearest = stack.scheme.compose(factors)
-                    shares = None if holding else self._shares(stack, stack.violations_of(weight, nearest))
-                    stack.move(weight, nearest, shares)
-                    stack.remember(factors, keep)
+                    for stack, solution in zip(stacks, solved(stacks), strict=True):
+                        shares = None if holding else self._shares(stack, solution.violations)
+                        stack.move(solution.weight, shares)
+                        stack.remember(solution.factors, keep)
         self._drifted = False
 
     @ambient_modes_off()
@@ -175,10 +173,10 @@ class AdaptiveRankPenalty:
         self._check_own()
         self._check_finite()
         found: dict[str, float] = {}
-        for stack in self._stacks:
-            weight = stack.dense_weights()
-            values = stack.violations_of(weight, stack.scheme.compose(stack.nearest(weight))).tolist()
-            found |= {layer.name: value for layer, value in zip(stack.layers, values, strict=True)}
+        for stacks in shared_out(self._stacks):
+            for stack, solution in zip(stacks, solved(stacks), strict=True):
+                values = solution.violations.tolist()
+                found |= {layer.name: value for layer, value in zip(stack.layers, values, strict=True)}
         return {name: found[name] for name in self._names}
 
     @ambient_modes_off()
@@ -195,7 +193,7 @@ class AdaptiveRankPenalty:
         twin = copy.deepcopy(model)
         for stack in self._stacks:
             weights = [cast(Tensor, twin.get_submodule(layer.name).weight) for layer in stack.layers]
-            nearest = stack.scheme.compose(stack.nearest(stack.dense_weights(weights)))
+            nearest = stack.solve(stack.dense_weights(weights)).weight
             for weight, target in zip(weights, nearest.chunk(len(weights)), strict=True):
                 weight.copy_(target.view(weight.shape))
         return twin
@@ -345,7 +343,7 @@ class AdaptiveRankPenalty:
 
     def _check_finite(self) -> None:
         layers = [layer for stack in self._stacks for layer in stack.layers]
-        finite = torch.stack([gathered(layer.weight.detach()).isfinite().all() for layer in layers]).tolist()
+        finite = all_finite([layer.weight for layer in layers])
         bad = {layer.name for layer, good in zip(layers, finite, strict=True) if not good}
         if bad:
             name = next(name for name in self._names if name in bad)

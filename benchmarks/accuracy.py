@@ -123,6 +123,8 @@ def _rows() -> dict[str, Row]:
         rows[f"factors/resnet56/{keep}"] = Row("resnet56", keep, train=TRAIN | FACTORS | {"finetune_epochs": 2})
         rows[f"long/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | {"epochs": 30})
         rows[f"long-teacher/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | {"epochs": 20} | TEACHER)
+    for start, settings in CHOICES.items():
+        rows[f"choose-{start}/resnet20/0.2"] = Row("resnet20", 0.2, train=TRAIN | CHOOSE | settings)
     rows["long/resnet56/0.35"] = Row("resnet56", 0.35, train=TRAIN | {"epochs": 25, "mixed_precision": "bf16"})
     rows["long/resnet56/0.2"] = Row("resnet56", 0.2, train=TRAIN | {"epochs": 10})
     rows["long/resnet110/0.35"] = Row("resnet110", 0.35, train=TRAIN | FROM_NOTHING)
@@ -145,6 +147,10 @@ RAMP: dict[str, Any] = {"start_from": "dense", "ramp": 0.65}
 """Settings that start from the dense network, with a ramp of the penalty."""
 TEACHER: dict[str, Any] = {"teacher": "cifar_resnet56", "teacher_checkpoint": "weights/resnet56_cifar10.safetensors"}
 """Settings that distil from a larger network."""
+CHOOSE: dict[str, Any] = {"epochs": 5, "val_fraction": 0.1, "mixed_precision": "bf16"}
+"""Short training that holds images back, by which the settings of the kept models are chosen."""
+CHOICES: dict[str, dict[str, Any]] = {"fit": {}, "fit-teacher": TEACHER, "ramp": RAMP, "ramp-teacher": RAMP | TEACHER}
+"""Settings to choose from."""
 FACTORS: dict[str, Any] = {"epochs": 0, "finetune_epochs": 10, "finetune_lr": 0.003}
 """Settings that fine-tune the factors of the fit, without a penalty, at a rate at which they converge."""
 ROWS = _rows()
@@ -274,6 +280,8 @@ def measure_trained(name: str, row: Row, shared: Path, cuda_graphs: bool = False
         **settings,
     )
     metrics = train(config)
+    if config.val_fraction:
+        metrics["held_out"] = metrics["history"][-1]["val"]
     if name in KEPT:
         kept = MODELS / f"{network.model}-keep{round(100 * row.keep)}"
         _copy_model(output, kept)

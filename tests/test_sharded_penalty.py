@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.distributed as dist
+from several_processes import by_group
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.profiler import ProfilerActivity, profile
 
 import arp_hub
 from arp_hub import AdaptiveRankPenalty, ArpHubError, decompose, make_plan
@@ -41,6 +43,13 @@ def train(model: nn.Module, penalty: AdaptiveRankPenalty, rank: int, world: int,
     return penalty.violations()
 
 
+def factorisations(penalty: AdaptiveRankPenalty) -> int:
+    """How many factorisations this process does to measure the violations."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        penalty.violations()
+    return sum(event.count for event in seen.key_averages() if event.key.startswith("aten::linalg_"))
+
+
 def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The gathered weights, in every process."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -48,21 +57,14 @@ def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 
 
-def work(rank: int, world: int, folder: Path, orders: tuple[str, ...], start: Path | None) -> None:
-    """One process.
+def trained(orders: tuple[str, ...], start: dict[str, Any] | None) -> dict[str, Any]:
+    """What a process of a group finds in training a sharded model.
 
     Args:
-        rank: Its number.
-        world: Number of all processes.
-        folder: Where the first process stores what it found.
         orders: When to build the penalty: "before" or "after" sharding.
         start: What other processes found. The second half of their training is repeated.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{folder / 'store'}")
+    rank, world = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,))
 
     def shard(model: nn.Module) -> None:
@@ -73,7 +75,7 @@ def work(rank: int, world: int, folder: Path, orders: tuple[str, ...], start: Pa
     found: dict[str, Any] = {}
     for order in orders:
         model, plan = network()
-        half = torch.load(start, weights_only=False)[order]["half"] if start else None
+        half = start[order]["half"] if start else None
         if half:
             model.load_state_dict(half["state"])
         if order == "after":
@@ -87,12 +89,11 @@ def work(rank: int, world: int, folder: Path, orders: tuple[str, ...], start: Pa
             violations = train(model, penalty, rank, world, FIRST)
             state = {name: value.clone() for name, value in whole_state(model).items()}
             half = {"violations": violations, "state": state, "penalty": penalty.state_dict()}
+            half["factorisations"] = factorisations(penalty)
         train(model, penalty, rank, world, SECOND)
         saved = {"factors": penalty.factors(), "state": whole_state(model), "penalty": penalty.state_dict()}
         found[order] = {**saved, "half": half, "errors": errors(model, plan, penalty)}
-    if rank == 0:
-        torch.save(found, folder / "found.pt")
-    dist.destroy_process_group()
+    return found
 
 
 def errors(model: nn.Module, plan: arp_hub.RankPlan, penalty: AdaptiveRankPenalty) -> dict[str, str]:
@@ -115,38 +116,32 @@ def errors(model: nn.Module, plan: arp_hub.RankPlan, penalty: AdaptiveRankPenalt
     return messages
 
 
-def by_processes(world: int, folder: Path, orders: tuple[str, ...], start: Path | None = None) -> dict[str, Any]:
-    """What some processes found."""
-    work = "t.work(rank, {world}, pathlib.Path({folder!r}), {orders!r}, {start!r})"
-    call = work.format(world=world, folder=str(folder), orders=orders, start=str(start) if start else None)
-    code = f"import sys, pathlib, test_sharded_penalty as t; rank = int(sys.argv[1]); {call}"
-    workers = [
-        subprocess.Popen([sys.executable, "-c", code, str(rank)], cwd=Path(__file__).parent, stderr=subprocess.PIPE)
-        for rank in range(world)
-    ]
-    failures = [worker.communicate(timeout=300)[1].decode() for worker in workers]
-    assert [worker.returncode for worker in workers] == [0] * world, failures
-    return torch.load(folder / "found.pt", weights_only=False)
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found."""
+    folder = tmp_path_factory.mktemp("sharded") / "run"
+    return by_group(functools.partial(trained, ("before", "after"), None), 2, folder)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("sharded")
-
-
-@pytest.fixture(scope="module")
-def sharded(folder: Path) -> dict[str, Any]:
-    """What two processes found."""
-    return by_processes(2, folder, ("before", "after"))
+def sharded(both: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the first of two processes found."""
+    return both[0]
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
     model, plan = network()
     penalty = AdaptiveRankPenalty(model, plan, total_steps=STEPS, ramp=0.6, every=4)
-    violations = train(model, penalty, 0, 1, FIRST)
+    violations, count = train(model, penalty, 0, 1, FIRST), factorisations(penalty)
     train(model, penalty, 0, 1, SECOND)
-    return {"violations": violations, "factors": penalty.factors(), "state": model.state_dict(), "plan": plan}
+    return {
+        "violations": violations,
+        "factorisations": count,
+        "factors": penalty.factors(),
+        "state": model.state_dict(),
+        "plan": plan,
+    }
 
 
 def check_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -163,6 +158,12 @@ def test_sharded_training_ends_where_one_process_ends(order, sharded, alone):
     found = sharded[order]["half"]["violations"]
     assert found == pytest.approx(alone["violations"], rel=1e-3)
     assert min(found.values()) > 1e-6  # the ramp has not ended: there is something to compare
+
+
+def test_processes_share_the_factorisations(both, alone):
+    counts = [one["before"]["half"]["factorisations"] for one in both]
+    assert sum(counts) == alone["factorisations"]
+    assert min(counts) > alone["factorisations"] / 3
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
@@ -197,9 +198,9 @@ def test_one_process_continues_the_training_of_two(sharded):
 
 
 @pytest.mark.slow
-def test_three_processes_continue_the_training_of_two(folder, sharded, tmp_path):
-    found = by_processes(3, tmp_path, ("before",), folder / "found.pt")
-    check_same(sharded["before"]["state"], found["before"]["state"])
+def test_three_processes_continue_the_training_of_two(sharded, tmp_path):
+    found = by_group(functools.partial(trained, ("before",), sharded), 3, tmp_path / "run")
+    check_same(sharded["before"]["state"], found[0]["before"]["state"])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from several_processes import by_group, by_processes
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
@@ -117,39 +117,6 @@ def messages() -> dict[str, str]:
     if rank == 0:  # the other one does not come
         found["alone"] = message(lambda: planned(every))
     return found
-
-
-def in_a_group(job: Callable[[], Any], rank: int, world: int, folder: Path) -> Any:
-    """What a job returns in one of the processes of a group."""
-    dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{folder / 'store'}")
-    try:
-        return job()
-    finally:
-        dist.destroy_process_group()
-
-
-def work(job: Callable[[int, int, Path], Any], rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.save(job(rank, world, folder), folder / f"{rank}.pt")
-
-
-def by_processes(job: Callable[[int, int, Path], Any], world: int, folder: Path) -> list[Any]:
-    """What each of some processes returns."""
-    folder.mkdir()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["timm", "arp_hub", __name__])
-    every = [context.Process(target=work, args=(job, rank, world, folder)) for rank in range(world)]
-    for one in every:
-        one.start()
-    for one in every:
-        one.join(200)
-        assert one.exitcode == 0
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
-
-
-def by_group(job: Callable[[], Any], world: int, folder: Path) -> list[Any]:
-    """What each process of a group returns."""
-    return by_processes(functools.partial(in_a_group, job), world, folder)
 
 
 def several(kinds: Sequence[str]) -> dict[str, dict[str, Any]]:

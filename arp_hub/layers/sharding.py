@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import ArpHubError
@@ -35,17 +37,48 @@ def as_shard(value: Tensor, like: Tensor) -> Tensor:
     return cast(Tensor, whole.redistribute(placements=sharded.placements))
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: all of it, unless it is sharded."""
+    return cast(Tensor, cast(Any, tensor).to_local()) if is_sharded(tensor) else tensor
+
+
 @torch.no_grad()
-def write(parameter: nn.Parameter, value: Tensor) -> None:
-    """Copy a whole value into a parameter. Of a sharded one, each process writes its own part, without communication.
+def all_finite(tensors: Sequence[Tensor]) -> list[bool]:
+    """Whether each tensor is free of NaN and infinite values. All processes call this together for sharded ones."""
+    finite = torch.stack([local(one.detach()).isfinite().all() for one in tensors]).int()
+    for mesh in dict.fromkeys(cast(Any, one).device_mesh for one in tensors if is_sharded(one)):
+        for dimension in range(mesh.ndim):
+            dist.all_reduce(finite, dist.ReduceOp.MIN, mesh.get_group(dimension))
+    return [bool(one) for one in finite.tolist()]
+
+
+@torch.no_grad()
+def move(parameter: nn.Parameter, target: Tensor, share: Tensor | None = None) -> None:
+    """Move a parameter to a value. Of a sharded one, each process moves its own part, without communication.
 
     Args:
         parameter: The parameter.
-        value: The value, the same in all processes.
+        target: The whole value, in single precision, the same in all processes.
+        share: The share of the way to move, a number between 0 and 1; by default all of it.
     """
+    own = local(parameter)
     if is_sharded(parameter):
-        value = as_shard(value.to(parameter.dtype), parameter)
-    parameter.copy_(value)
+        target = local(as_shard(target, parameter))
+    own.copy_(target if share is None else torch.lerp(own.float(), target, share))
+
+
+def sharers(parameter: nn.Parameter) -> Any:
+    """The group of processes that hold the parts of a sharded parameter, in the order of their ranks; else None."""
+    if not is_sharded(parameter):
+        return None
+    mesh = cast(Any, parameter).device_mesh
+    return mesh.get_group(mesh.ndim - 1)  # the last dimension of a mesh shards, the others hold copies
+
+
+def from_owner(tensors: Sequence[Tensor], owner: int, group: Any) -> None:
+    """Replace tensors by those of one process of a group. All processes call this together."""
+    for tensor in tensors:
+        dist.broadcast(tensor, dist.get_global_rank(group, owner), group)
 
 
 def check_unsharded(model: nn.Module) -> None:

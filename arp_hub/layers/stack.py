@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..errors import ArpHubError
 from ..schemes import Factors, Scheme, make_scheme
 from ..schemes.linalg import factorising
-from .sharding import gathered, write
+from .sharding import from_owner, gathered, move, sharers
 
 
 @dataclass
@@ -34,6 +36,21 @@ class PlannedLayer:
     scheme: Scheme
     rank: int
     factors: Factors | None
+
+
+@dataclass
+class Solution:
+    """The nearest low-rank weights of a stack.
+
+    Attributes:
+        factors: Their factors.
+        weight: The weights, one below the other, ``(layers * O, I, kh, kw)``.
+        violations: Relative violation of every layer, ``(layers,)``.
+    """
+
+    factors: Factors
+    weight: Tensor
+    violations: Tensor
 
 
 class LayerStack:
@@ -95,23 +112,81 @@ class LayerStack:
         largest = [part.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(part.dtype).tiny) for part in basis]
         return tuple((part / most).half().contiguous() for part, most in zip(basis, largest, strict=True))
 
-    def violations_of(self, weight: Tensor, nearest: Tensor) -> Tensor:
-        """Relative violation of every layer, ``(layers,)``."""
+    def solve(self, weight: Tensor) -> Solution:
+        """The nearest low-rank weights and their violations, of the result of `dense_weights`."""
+        factors = self.nearest(weight)
+        nearest = self.scheme.compose(factors)
         apart, whole = (part.view(len(self.layers), -1).square().sum(1) for part in (weight - nearest, weight))
-        return apart / whole.clamp_min(torch.finfo(whole.dtype).tiny)
+        return Solution(factors, nearest, apart / whole.clamp_min(torch.finfo(whole.dtype).tiny))
 
-    def move(self, weight: Tensor, nearest: Tensor, shares: Tensor | None) -> None:
+    def move(self, nearest: Tensor, shares: Tensor | None) -> None:
         """Move each layer by its share of the way to its nearest point, or all the way without shares."""
-        if shares is not None:
-            rows = len(weight) // len(shares)
-            nearest = torch.lerp(weight, nearest, shares.repeat_interleave(rows).view(-1, 1, 1, 1))
-        for layer, target in zip(self.layers, nearest.chunk(len(self.layers)), strict=True):
-            write(layer.weight, target.view(layer.weight.shape))
+        for number, (layer, target) in enumerate(zip(self.layers, nearest.chunk(len(self.layers)), strict=True)):
+            move(layer.weight, target.view(layer.weight.shape), None if shares is None else shares[number])
+
+    @property
+    def cost(self) -> float:
+        """Work of `nearest` beside that of other stacks: a product of the weight with its basis."""
+        return float(self.layers[0].rank * sum(layer.weight.numel() for layer in self.layers))
+
+    def empty_factors(self, like: Tensor) -> Factors:
+        """Factors without values, where those of another process are to be written."""
+        convs, count = self.layers[0].scheme.convs(self.layers[0].rank), len(self.layers)
+        return tuple(like.new_empty(count * conv.weight_shape[0], *conv.weight_shape[1:]) for conv in convs)
 
     def apart(self, whole: Factors | None) -> list[Factors]:
         """The factors, or bases, of each layer; an empty list if there are none yet."""
         parts = [part.chunk(len(self.layers)) for part in whole or ()]
         return list(zip(*parts, strict=True))
+
+
+def shared_out(stacks: Sequence[LayerStack]) -> list[list[LayerStack]]:
+    """Stacks in the order in which `solved` takes them, those together that different processes solve.
+
+    Processes that hold parts of the weights solve as many stacks at a time as they are, of similar cost.
+    """
+    group = sharers(stacks[0].layers[0].weight)
+    count = 1 if group is None else dist.get_world_size(group)
+    order = sorted(stacks, key=lambda stack: -stack.cost) if count > 1 else stacks
+    return [list(order[start : start + count]) for start in range(0, len(order), count)]
+
+
+def solved(stacks: Sequence[LayerStack]) -> list[Solution]:
+    """The nearest low-rank weights of stacks that `shared_out` put together.
+
+    Sharded weights are gathered one stack at a time. The process with the number of a stack finds its factors, and
+    sends them to the others, so that none holds more than two stacks of whole weights.
+
+    Raises:
+        ArpHubError: In all processes, if a factorisation fails in one.
+    """
+    group = sharers(stacks[0].layers[0].weight)
+    if group is None:
+        return [stack.solve(stack.dense_weights()) for stack in stacks]
+    own, found, failure = dist.get_rank(group), None, None
+    for number, stack in enumerate(stacks):
+        weight = stack.dense_weights()  # all processes take part in gathering
+        if number == own:
+            mine = weight
+    if own < len(stacks):
+        try:
+            found = stacks[own].solve(mine)
+        except ArpHubError as error:
+            failure = error
+    solutions = []
+    for number, stack in enumerate(stacks):
+        if number == own and found is not None:
+            factors, violations = tuple(part.contiguous() for part in found.factors), found.violations
+        else:
+            factors = stack.empty_factors(weight)
+            violations = weight.new_full((len(stack.layers),), torch.nan)
+        from_owner([*factors, violations], number, group)
+        if failure is not None and number == own:
+            raise failure
+        if violations.isnan().any():
+            raise ArpHubError(f"layer '{stack.layers[0].name}': process {number} found no nearest weights")
+        solutions.append(Solution(factors, stack.scheme.compose(factors), violations))
+    return solutions
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.sharding import gathered
+from ..layers.sharding import all_finite
 
 
 def fetched(value: Tensor) -> Callable[[], float]:
@@ -39,7 +39,7 @@ def _first(tensors: Mapping[str, Tensor]) -> str:
     named = [(name, value) for name, value in tensors.items() if value.is_floating_point()]
     if not named:
         return ""
-    finite = torch.stack([gathered(value).isfinite().all() for _, value in named]).tolist()
+    finite = all_finite([value for _, value in named])
     bad = [name for (name, _), good in zip(named, finite, strict=True) if not good]
     if not bad:
         return ""

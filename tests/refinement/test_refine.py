@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from several_processes import by_group
 from torch import Tensor, nn
 
 from arp_hub import ArpHubError, LayerPlan, RankPlan, decompose, make_plan, refine
@@ -241,28 +239,15 @@ def test_a_state_of_other_settings_is_refused(tmp_path):
         refine(model, dense, images, steps=30, batch_size=8, state=state)
 
 
-WORKER = """
-import sys, torch, torch.distributed as dist
-torch.set_num_threads(1)
-from test_refine import pair, refine
-dist.init_process_group("gloo", rank=int(sys.argv[1]), world_size=2, init_method="file://" + sys.argv[2])
-model, dense, images = pair("resnet")
-found = refine(model, dense, images, steps=30, batch_size=8)
-torch.save((found.before, found.after, list(model.parameters())), sys.argv[3] + sys.argv[1])
-dist.destroy_process_group()
-"""
+def refined() -> tuple[float, float, list[Tensor]]:
+    """Divergences before and after, and the parameters, of a refinement by the processes of the group."""
+    model, dense, images = pair("resnet")
+    found = refine(model, dense, images, steps=30, batch_size=8)
+    return found.before, found.after, [parameter.detach() for parameter in model.parameters()]
 
 
 def test_two_processes_share_the_work(tmp_path):
-    command = [sys.executable, "-c", WORKER]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store"), str(tmp_path / "found")], cwd=Path(__file__).parent
-        )
-        for rank in range(2)
-    ]
-    assert [worker.wait(120) for worker in workers] == [0, 0]
-    (before, after, one), (_, _, other) = (torch.load(tmp_path / f"found{k}") for k in range(2))
+    (before, after, one), (_, _, other) = by_group(refined, 2, tmp_path / "run")
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     model, dense, images = pair("resnet")
     alone = refine(model, dense, images, steps=30, batch_size=8)
