@@ -139,6 +139,19 @@ def test_several_processes_end_where_one_does(world: int, tmp_path: Path) -> Non
                     assert difference < 1e-4, (kind, name)
 
 
+def wide_plan() -> str:
+    """A plan of layers with more columns than samples, whose ranks a last digit of single precision would change."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", num_classes=10, layers=(1, 1, 1, 1), channels=(16, 16, 128, 256)).eval()
+    torch.manual_seed(1)
+    batches = [torch.randn(2, 3, 64, 64) for _ in range(4)]
+    return make_plan(model, keep_params=0.5, calibration=batches, effort=EFFORT).to_json()
+
+
+def test_several_processes_plan_wide_layers_as_one_does(tmp_path: Path) -> None:
+    assert by_group(wide_plan, 2, tmp_path / "run") == [wide_plan()] * 2
+
+
 def test_failure_of_one_process_ends_all_with_its_message(tmp_path: Path) -> None:
     first, second = by_group(messages, 2, tmp_path / "run")
     failures = [name for name in first if "reading" in name]

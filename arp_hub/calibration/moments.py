@@ -29,8 +29,6 @@ from ..processes import Processes
 from ..schemes.shapes import LayerShape, Pair
 from .regression import Regression
 
-LARGE = 1024
-"""Columns from which on moments, and fits by them, are in single precision: twice as fast, with the same accuracy."""
 SAMPLES = 16
 """Patches for each column of a moment, over all images: more patches do not improve the fit."""
 LEAST_POSITIONS = 16
@@ -129,12 +127,13 @@ class Moments:
         square = shape.groups * self.columns**2
         enough = math.inf if images is None else SAMPLES * self.columns / images
         self._positions = max(LEAST_POSITIONS, int(min(positions_macs / square, enough)))
-        double = partial(torch.zeros, dtype=torch.float64, device=device)
-        zeros = partial(torch.zeros, dtype=torch.float32, device=device) if self.columns > LARGE else double
+        # in double precision, so that the order of the parts, and with it the number of processes, changes no digit that
+        # single precision shows
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         self._xx = zeros(shape.groups, self.columns, self.columns)
         self._yx = zeros(shape.groups, shape.group_out, self.columns) if paired else None
-        self._x, self._y = double(shape.groups, self.columns), double(shape.groups, shape.group_out)
-        self._squares = double(shape.groups)
+        self._x, self._y = zeros(shape.groups, self.columns), zeros(shape.groups, shape.group_out)
+        self._squares = zeros(shape.groups)
         self._count = self._count_squares = 0
         self._shift: Tensor | None = None
 

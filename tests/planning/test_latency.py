@@ -152,7 +152,7 @@ def test_a_latency_budget_is_kept_end_to_end(cache, options):
 
 def test_a_budget_below_the_fastest_plan_is_refused():
     with pytest.raises(ArpHubError, match=r"keep_latency=0.01 cannot be met: .* of the dense latency"):
-        make_plan(shallow_resnet(), keep_latency=0.01, input_size=SIZE, schemes=["channel"])
+        make_plan(shallow_resnet(), keep_latency=0.01, input_size=SIZE, schemes=["channel"], exclude=["layer[12]*"])
 
 
 def test_measurements_are_remembered_and_a_damaged_file_is_not_trusted(cache):

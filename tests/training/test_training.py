@@ -296,7 +296,7 @@ PLAIN = [*ON_GPU, "--cpu"]
 
 
 def test_two_processes_and_one_end_in_the_same_weights(tmp_path, client):
-    settings = {"model": "test_vit", "max_steps": 12, "batch_size": 16, "calibration_images": 8}
+    settings = {"model": "test_vit", "img_size": 64, "max_steps": 12, "batch_size": 16, "calibration_images": 8}
     settings |= {"reprob": 0.5, "aug_repeats": 2, "layer_decay": 0.9, "smoothing": 0.1, "torchcompile": "eager"}
     words = ("--output", tmp_path / "of1", *PLAIN, *arguments(settings))
     assert client.recipe("any_backbone.py", *words).code == 0
