@@ -127,8 +127,7 @@ class Moments:
         square = shape.groups * self.columns**2
         enough = math.inf if images is None else SAMPLES * self.columns / images
         self._positions = max(LEAST_POSITIONS, int(min(positions_macs / square, enough)))
-        # in double precision, so that the order of the parts, and with it the number of processes, changes no digit that
-        # single precision shows
+        # double precision: else the order of the parts, which the number of processes decides, would change the plan
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         self._xx = zeros(shape.groups, self.columns, self.columns)
         self._yx = zeros(shape.groups, shape.group_out, self.columns) if paired else None

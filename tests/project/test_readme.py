@@ -26,8 +26,7 @@ def commands() -> list[list[str]]:
 
 
 def test_python_runs(client, tmp_path):
-    """All blocks one after the other, as a reader would type them in; a small network stands in for the large ones, and
-    few images for many."""
+    """All blocks in turn, as a reader would type them in, with a small network and few images."""
     blocks = [code for kind, code, mark in BLOCKS if kind == "python" and not mark.startswith("no-test: ")]
     code = "\n".join(blocks)
     small = re.sub(r'create_model\("resnet\d+", pretrained=True\)', 'create_model("test_resnet")', code)
