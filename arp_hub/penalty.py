@@ -29,7 +29,7 @@ from .errors import ArpHubError
 from .layers.apply_plan import check_plan
 from .layers.model import check_model
 from .layers.sharding import all_finite, check_not_deepspeed, check_unsharded, is_sharded
-from .layers.stack import LayerStack, PlannedLayer, joined, shared_out, side_by_side, solved, stacked
+from .layers.stack import LayerStack, PlannedLayer, joined, rounds, side_by_side, solved, stacked
 from .plan import RankPlan
 from .schemes import Factors, Scheme
 
@@ -151,7 +151,7 @@ class AdaptiveRankPenalty:
         if self._stacks[0].layers[0].weight.device.type == "cpu" or self._pulls % 20 == 1:
             self._check_finite()
         with side_by_side(self._streams) as turn:
-            for stacks in shared_out(self._stacks):
+            for stacks in rounds(self._stacks):
                 with turn():
                     for stack, solution in zip(stacks, solved(stacks), strict=True):
                         shares = None if holding else self._shares(stack, solution.violations)
@@ -173,7 +173,7 @@ class AdaptiveRankPenalty:
         self._check_own()
         self._check_finite()
         found: dict[str, float] = {}
-        for stacks in shared_out(self._stacks):
+        for stacks in rounds(self._stacks):
             for stack, solution in zip(stacks, solved(stacks), strict=True):
                 values = solution.violations.tolist()
                 found |= {layer.name: value for layer, value in zip(stack.layers, values, strict=True)}

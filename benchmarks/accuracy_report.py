@@ -38,6 +38,9 @@ METHODS = {
     "long-teacher": "penalty training, ResNet-56 as the teacher, twice as long",
 }
 Results = Mapping[str, Mapping[str, Any]]
+WHICH_TEACHER = """Short runs that held back 5,000 training images decided which network the kept models are distilled
+from. Both teachers had learned from these images, which raises the accuracy of both.
+"""
 
 SUMMARY_MARKS = "<!-- written by benchmarks/accuracy.py table -->\n", "<!-- to here -->"
 PEERS_MARKS = "<!-- written by benchmarks/accuracy.py table: peers -->\n", "<!-- to here: peers -->"
@@ -63,13 +66,13 @@ python -m benchmarks.accuracy run ROW --again --shared ../shared
 
 CIFAR-10: calibration on 1,024 training images without their labels (256 for the ViT), top-1 on all 10,000 test images
 (the first 2,000 for the ViT). ImageNet: calibration on 256 training images, top-1 on 900 images of the validation set;
-compare a network only with its own dense form. Every row is the last epoch of one run, seed 0. The rows whose models
-are stored in `benchmarks/models/` are the most accurate ones of their network and budget on these test images, so they
-flatter a little. Rows were recorded at different commits and on different processors: each entry names its own, and
+compare a network only with its own dense form. Every row is the last epoch of one run, seed 0. The models that are
+stored in `benchmarks/models/` are of the longest run of their network and budget with the settings that won on held-out
+training images ([below](#which-teacher)). Rows were recorded at different commits and on different processors: each entry names its own, and
 `git log benchmarks/results/accuracy.json` the commit.
 
-Training rows have a pull of the penalty every eighth step, `long/resnet56/0.35` every 32nd. That row was planned on a
-CPU, trained up to step 7,649 of 9,750 on an H200 (`--cuda-graphs`) and to its end on a CPU.
+Training rows have a pull of the penalty every eighth step, `long/resnet56/0.35` and `long/resnet20/0.35` every 32nd.
+`long/resnet56/0.35` was planned on a CPU, trained up to step 7,649 of 9,750 on an H200 (`--cuda-graphs`) and to its end on a CPU.
 
 ![Points of top-1 lost over the share of parameters kept](../img/accuracy.png)
 """
@@ -157,7 +160,11 @@ def _network(network: str, title: str, results: Results) -> str:
             (_row(name, METHODS[name.split("/")[0]], results[name]) for name in main),
         )
     )
-    others = [name for name in results if name not in main]
+    if choices := [name for name in results if name.startswith("choose-")]:
+        lines += ["### Which teacher\n", WHICH_TEACHER]
+        head = ["parameters kept", "distilled from", "epochs", "held-out top-1", "row"]
+        lines.append(_table(head, (_choice(name, results[name]) for name in choices)))
+    others = [name for name in results if name not in main and name not in choices]
     if others:
         lines += ["### What each part is worth\n"]
         others.sort()
@@ -192,6 +199,12 @@ def _row(name: str, method: str, result: Mapping[str, Any]) -> list[str]:
         f"{result['images']:,}",
         f"`{name}`",
     ]
+
+
+def _choice(name: str, result: Mapping[str, Any]) -> list[str]:
+    teacher = "ResNet-56" if "teacher" in result["row"]["train"] else "the dense network itself"
+    epochs = f"{result['row']['train']['epochs']}"
+    return [f"{100 * result['keep']:.0f} %", teacher, epochs, f"{result['held_out']['top1']:.2f}", f"`{name}`"]
 
 
 def _peer(row: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import re
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import timm
@@ -96,12 +99,20 @@ def trained(orders: tuple[str, ...], start: dict[str, Any] | None) -> dict[str, 
     return found
 
 
+def fails_in_second(call: Callable[[], object]) -> None:
+    """Make a call with factorisations that fail in the second process."""
+    wrong = patch("torch.linalg.solve_triangular", side_effect=torch.linalg.LinAlgError("not converged"))
+    with wrong if dist.get_rank() == 1 else nullcontext():
+        call()
+
+
 def errors(model: nn.Module, plan: arp_hub.RankPlan, penalty: AdaptiveRankPenalty) -> dict[str, str]:
     """What calls that need whole weights say of a sharded model, and a pull while weights are gathered."""
     calls = {
         "decompose": lambda: decompose(model, plan),
         "make_plan": lambda: make_plan(model, keep_params=0.5),
         "low_rank_copy": lambda: penalty.low_rank_copy(model),
+        "factorisation": lambda: fails_in_second(penalty.violations),
         "pull": penalty.violations,
     }
     messages = {}
@@ -201,6 +212,12 @@ def test_one_process_continues_the_training_of_two(sharded):
 def test_three_processes_continue_the_training_of_two(sharded, tmp_path):
     found = by_group(functools.partial(trained, ("before",), sharded), 3, tmp_path / "run")
     check_same(sharded["before"]["state"], found[0]["before"]["state"])
+
+
+def test_a_factorisation_that_fails_in_one_process_ends_all(both):
+    first, second = (one["before"]["errors"]["factorisation"] for one in both)
+    assert re.fullmatch(r"layer '\S+': its factorisation failed in process 1, whose message says why", first)
+    assert re.match(r"layer '\S+' cannot be factorised, .*not converged", second)
 
 
 @pytest.mark.parametrize(

@@ -129,10 +129,12 @@ class LayerStack:
         """Work of `nearest` beside that of other stacks: a product of the weight with its basis."""
         return float(self.layers[0].rank * sum(layer.weight.numel() for layer in self.layers))
 
-    def empty_factors(self, like: Tensor) -> Factors:
-        """Factors without values, where those of another process are to be written."""
-        convs, count = self.layers[0].scheme.convs(self.layers[0].rank), len(self.layers)
-        return tuple(like.new_empty(count * conv.weight_shape[0], *conv.weight_shape[1:]) for conv in convs)
+    def empty_solution(self) -> tuple[Factors, Tensor]:
+        """Factors without values and violations that are NaN, where those of another process are to be written."""
+        layer, count = self.layers[0], len(self.layers)
+        shapes, device = [conv.weight_shape for conv in layer.scheme.convs(layer.rank)], layer.weight.device
+        factors = tuple(torch.empty(count * shape[0], *shape[1:], device=device) for shape in shapes)
+        return factors, torch.full((count,), torch.nan, device=device)
 
     def apart(self, whole: Factors | None) -> list[Factors]:
         """The factors, or bases, of each layer; an empty list if there are none yet."""
@@ -140,7 +142,7 @@ class LayerStack:
         return list(zip(*parts, strict=True))
 
 
-def shared_out(stacks: Sequence[LayerStack]) -> list[list[LayerStack]]:
+def rounds(stacks: Sequence[LayerStack]) -> list[list[LayerStack]]:
     """Stacks in the order in which `solved` takes them, those together that different processes solve.
 
     Processes that hold parts of the weights solve as many stacks at a time as they are, of similar cost.
@@ -151,8 +153,8 @@ def shared_out(stacks: Sequence[LayerStack]) -> list[list[LayerStack]]:
     return [list(order[start : start + count]) for start in range(0, len(order), count)]
 
 
-def solved(stacks: Sequence[LayerStack]) -> list[Solution]:
-    """The nearest low-rank weights of stacks that `shared_out` put together.
+def solved(stacks: Sequence[LayerStack]) -> Iterator[Solution]:
+    """The nearest low-rank weights of stacks that `rounds` put together, one stack after the other.
 
     Sharded weights are gathered one stack at a time. The process with the number of a stack finds its factors, and
     sends them to the others, so that none holds more than two stacks of whole weights.
@@ -162,31 +164,40 @@ def solved(stacks: Sequence[LayerStack]) -> list[Solution]:
     """
     group = sharers(stacks[0].layers[0].weight)
     if group is None:
-        return [stack.solve(stack.dense_weights()) for stack in stacks]
-    own, found, failure = dist.get_rank(group), None, None
+        for stack in stacks:
+            yield stack.solve(stack.dense_weights())
+        return
+    own = dist.get_rank(group)
+    found, failure = None, None
+    try:
+        if (weight := _gathered_of(stacks, own)) is not None:
+            found = stacks[own].solve(weight)
+            del weight
+    except ArpHubError as error:
+        failure = error
     for number, stack in enumerate(stacks):
-        weight = stack.dense_weights()  # all processes take part in gathering
-        if number == own:
-            mine = weight
-    if own < len(stacks):
-        try:
-            found = stacks[own].solve(mine)
-        except ArpHubError as error:
-            failure = error
-    solutions = []
-    for number, stack in enumerate(stacks):
+        factors, violations = stack.empty_solution()
         if number == own and found is not None:
             factors, violations = tuple(part.contiguous() for part in found.factors), found.violations
-        else:
-            factors = stack.empty_factors(weight)
-            violations = weight.new_full((len(stack.layers),), torch.nan)
+            found = None  # its whole weights make room for those of the others
         from_owner([*factors, violations], number, group)
         if failure is not None and number == own:
             raise failure
         if violations.isnan().any():
-            raise ArpHubError(f"layer '{stack.layers[0].name}': process {number} found no nearest weights")
-        solutions.append(Solution(factors, stack.scheme.compose(factors), violations))
-    return solutions
+            raise ArpHubError(
+                f"layer '{stack.layers[0].name}': its factorisation failed in process {number}, whose message says why"
+            )
+        yield Solution(factors, stack.scheme.compose(factors), violations)
+
+
+def _gathered_of(stacks: Sequence[LayerStack], own: int) -> Tensor | None:
+    """The whole weights of the stack of one number. All processes take part in gathering each stack, with theirs."""
+    mine = None
+    for number, stack in enumerate(stacks):
+        weight = stack.dense_weights()
+        if number == own:
+            mine = weight
+    return mine
 
 
 @contextmanager
