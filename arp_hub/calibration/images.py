@@ -45,7 +45,8 @@ class Place:
         if place.device.type == "cpu":
             fast = cls(place.device, place.dtype, torch.channels_last)
             try:
-                model(next(batches(images, fast))[:1])
+                with evaluating(model):
+                    model(next(batches(images, fast))[:1])
                 return fast
             except RuntimeError:  # such as a .view() of a map
                 pass
