@@ -1,5 +1,7 @@
 """The exception that arp_hub raises for every error that a user can correct."""
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from ._utils.secrets import printable
@@ -36,3 +38,28 @@ def checked_path(given: object, what: str) -> Path:
     except (OSError, TypeError, ValueError) as error:
         raise ArpHubError(f"{what} must be the path of a file or folder, got {given!r:.200}: {error}") from error
     return path
+
+
+def check_inputs_outside(folder: Path, inputs: Mapping[str, object]) -> None:
+    """Refuse to replace a folder or file that holds what is read.
+
+    Args:
+        folder: The folder or file that will be replaced.
+        inputs: Paths, patterns of ``--data`` and names of models, by the option that gives them. What is no path on
+            this machine is passed over.
+
+    Raises:
+        ArpHubError: If an input is the folder itself, or lies in it.
+    """
+    for option, given in inputs.items():
+        path = str(given or "").removeprefix("local-dir:")
+        if re.search(r"[*?\[{]|::", path):  # the folder above all files of a pattern
+            path = re.split(r"[*?\[{]|::", path)[0].rpartition("/")[0]
+        try:
+            place = Path(path).resolve() if path and Path(path).exists() else None
+        except (OSError, ValueError):
+            continue
+        if place is not None and place.is_relative_to(folder.resolve()):
+            raise ArpHubError(
+                f"'{folder}' would be replaced, but {option} reads '{given}' in it: choose another output"
+            )

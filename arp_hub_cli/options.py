@@ -178,5 +178,5 @@ Device = Annotated[
 ]
 Seed = Annotated[int, machine_option(metavar="N", help="Seed of every random choice.", min=0, max=2**32 - 1)]
 
-Overwrite = Annotated[bool, output_option("--overwrite", help="Replace --output, even if it holds other files.")]
+Overwrite = Annotated[bool, output_option("--overwrite", help="Replace --output, and delete all that it holds.")]
 AsJson = Annotated[bool, output_option("--json", help="Print one JSON object to stdout and nothing else.")]

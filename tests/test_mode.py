@@ -1,4 +1,4 @@
-"""A model may be in training mode: what plans, fits, measures or writes it gives the same result and leaves it alone."""
+"""A model in training mode: what plans, fits, measures or writes it gives the same result and leaves it alone."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from .._utils.files import locked, remove_unfinished
-from ..errors import ArpHubError
+from ..errors import ArpHubError, check_inputs_outside
 from ..hub.push import check_push
 from ..hub.save import check_folder
 from .checkpoint import STATE, Checkpoint, remove_later_checkpoints, remove_unfinished_checkpoints, writing
@@ -71,6 +71,10 @@ class RunFolder:
             ArpHubError: Naming the folder or repository.
         """
         config, output = self.config, Path(self.config.output)
+        inputs = {"--data": config.data, "--checkpoint": config.checkpoint}
+        inputs["--teacher-checkpoint"] = config.teacher_checkpoint
+        for folder in (output, self.path) if config.overwrite else (output,):
+            check_inputs_outside(folder, inputs)
         check_folder(output, overwrite=config.overwrite)
         if config.push_to_hub and self.accelerator.is_main_process:
             check_push(config.push_to_hub)

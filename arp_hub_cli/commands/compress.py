@@ -108,6 +108,7 @@ def compress(
     """
     from arp_hub._utils.progress import stage
     from arp_hub.decomposition import decompose
+    from arp_hub.errors import check_inputs_outside
     from arp_hub.hub.load import hub_dataset, published_name
     from arp_hub.hub.save import check_folder, save_pretrained
     from arp_hub.layers.apply_plan import check_plan
@@ -135,6 +136,8 @@ def compress(
     check_effort(effort)
     refinement = RefineChoice(refine, refine_minutes, refine_steps, refine_images)
     refinement.check(data)
+    local = model if model.startswith("local-dir:") else None
+    check_inputs_outside(output, {"--data": data, "--checkpoint": checkpoint, "--plan": plan, "--model": local})
     check_folder(output, overwrite=overwrite)
     given = None if plan is None else RankPlan.load(plan)
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)

@@ -102,7 +102,7 @@ def export(
     """
     from arp_hub.deployment.export import export as write
     from arp_hub.deployment.folder import check_output
-    from arp_hub.errors import ArpHubError
+    from arp_hub.errors import ArpHubError, check_inputs_outside
     from arp_hub.hub.load import is_saved_model
     from arp_hub.runtimes.formats import runtime_of
     from arp_hub.training import calibration_images
@@ -115,6 +115,7 @@ def export(
     name = f"local-dir:{model}" if not is_saved_model(model) and Path(model).is_dir() else model
     kind = f"{format}-int8" if int8 else format
     target = output or Path(f"{name.removeprefix('local-dir:').rpartition('hub:')[2].rstrip('/')}-{kind}")
+    check_inputs_outside(target, {"--data": data, "--checkpoint": checkpoint})
     check_output(target, name, overwrite)
     choice = ModelChoice(name, checkpoint, pretrained, num_classes, model_kwargs, input_size, "cpu", seed)
     network, random_weights = open_model(choice)

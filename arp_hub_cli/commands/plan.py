@@ -78,6 +78,7 @@ def plan(
     Example:
         arp-hub plan --model resnet50 --keep-params 0.4 --output plan.json
     """
+    from arp_hub.errors import check_inputs_outside
     from arp_hub.planning.make_plan import make_plan
     from arp_hub.reports import summary, tables
     from arp_hub.runtimes.timed import check_installed
@@ -97,6 +98,7 @@ def plan(
     options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude)
     check_installed(workload)
     check_effort(effort)
+    check_inputs_outside(output, {"--data": data, "--checkpoint": checkpoint})
     check_plan_file(output, overwrite)
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
     network, random_weights = open_model(choice, meta=data is None)
