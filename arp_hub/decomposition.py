@@ -35,8 +35,6 @@ from .processes import Processes
 from .schemes import Factors, Scheme, relative_error
 from .schemes.linalg import factorising
 
-LARGE = 1024
-"""Columns of a weight from which on its fit is in single precision: twice as fast, with the same accuracy."""
 _EXACT = 1e-8
 """Relative squared error up to which given factors reproduce a weight: the rounding of a penalty in float32. In a dtype
 with larger rounding errors, the bound is the square of the dtype's machine epsilon."""
@@ -210,7 +208,7 @@ def _decompose_by_data(
                     # popped, so that the memory of a layer's moments is free once it is fitted
                     teacher, moments, gradient = teachers[name], found.pop(name), gradients.pop(name, None)
                     with factorising(name):
-                        problem = LayerProblem.of(teacher, moments, gradient, norms.get(name), _precision(teacher))
+                        problem = LayerProblem.of(teacher, moments, gradient, norms.get(name))
                         return _fitted(problem, schemes.get(name), plan.layers.get(name), effort)
 
                 costs = {name: _fit_cost(teachers[name], plan.layers.get(name)) for name in names}
@@ -254,11 +252,6 @@ def layers_to_refit(model: nn.Module, plan: RankPlan, traced: Trace, images: Ima
                 behind[name] = layer
     followed = following_norms(model, behind or {}, images)
     return [name for name in behind or {} if name not in followed]
-
-
-def _precision(layer: nn.Module) -> torch.dtype:
-    """The precision of a layer's fit: single for more than `LARGE` columns."""
-    return torch.float64 if effective_weight(layer)[0].numel() <= LARGE else torch.float32
 
 
 _Fit = tuple[Factors, "Tensor | None"]

@@ -168,11 +168,20 @@ def _is_ours(error: Exception) -> bool:
     return isinstance(error, ArpHubError)
 
 
+def _about_value(usage: Any, message: str) -> str:
+    """The message of a usage error, with the value that is wrong, or where to find what is missing."""
+    if hasattr(usage.__cause__, "errors"):  # of pydantic, which typer converts values by
+        given = usage.__cause__.errors()[0]
+        kind = {"float_parsing": "number, such as 0.5", "int_parsing": "whole number"}.get(given["type"])
+        return f"{message.partition(': ')[0]}: '{given['input']}' is no {kind}" if kind else message
+    return f"{message} --help names them." if message.endswith("arguments.") else message
+
+
 def _for_people(error: Exception) -> str | None:
     """One line for an error that the user can correct; None for any other error."""
     if isinstance(error, _UsageError):
         usage = cast(Any, error)  # the cast above calls it an Exception
-        message, context = " ".join(usage.format_message().split()), usage.ctx
+        message, context = _about_value(usage, " ".join(usage.format_message().split())), usage.ctx
         example = split_example(context.command.help or "")[1].splitlines() if context else []
         if message.startswith("No such command"):
             return f"{message} arp-hub --help lists the commands."

@@ -38,8 +38,8 @@ METHODS = {
     "long-teacher": "penalty training, ResNet-56 as the teacher, twice as long",
 }
 Results = Mapping[str, Mapping[str, Any]]
-WHICH_TEACHER = """Short runs that held back 5,000 training images decided which network the kept models are distilled
-from. Both teachers had learned from these images, which raises the accuracy of both.
+WHICH_TEACHER = """Short runs that hold back 5,000 training images, to choose the teacher without the test images. Both
+teachers had learned from these images, which raises both numbers.
 """
 
 SUMMARY_MARKS = "<!-- written by benchmarks/accuracy.py table -->\n", "<!-- to here -->"
@@ -66,13 +66,13 @@ python -m benchmarks.accuracy run ROW --again --shared ../shared
 
 CIFAR-10: calibration on 1,024 training images without their labels (256 for the ViT), top-1 on all 10,000 test images
 (the first 2,000 for the ViT). ImageNet: calibration on 256 training images, top-1 on 900 images of the validation set;
-compare a network only with its own dense form. Every row is the last epoch of one run, seed 0. The models that are
-stored in `benchmarks/models/` are of the longest run of their network and budget with the settings that won on held-out
-training images ([below](#which-teacher)). Rows were recorded at different commits and on different processors: each entry names its own, and
+compare a network only with its own dense form. Every row is the last epoch of one run, seed 0. The rows whose models
+are stored in `benchmarks/models/` are the most accurate ones of their network and budget on these test images, so they
+flatter a little. Rows were recorded at different commits and on different processors: each entry names its own, and
 `git log benchmarks/results/accuracy.json` the commit.
 
-Training rows have a pull of the penalty every eighth step, `long/resnet56/0.35` and `long/resnet20/0.35` every 32nd.
-`long/resnet56/0.35` was planned on a CPU, trained up to step 7,649 of 9,750 on an H200 (`--cuda-graphs`) and to its end on a CPU.
+Training rows have a pull of the penalty every eighth step, `long/resnet56/0.35` every 32nd. That row was planned on a
+CPU, trained up to step 7,649 of 9,750 on an H200 (`--cuda-graphs`) and to its end on a CPU.
 
 ![Points of top-1 lost over the share of parameters kept](../img/accuracy.png)
 """
@@ -127,17 +127,20 @@ def _libraries(peers: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _summary(results: Results) -> str:
-    """Top-1 of the dense network, of the fit, and of the trained model that is stored in the repository."""
+    """Top-1 of the dense network, of the fit, of the refined fit, and of the trained model that is stored."""
     rows = []
     for network, keep in SUMMARY:
         fit = results.get(f"fit/{network}/{keep}")
         if fit is None:
             continue
+        refined = results.get(f"refine/{network}/{keep}")
         stored = [row for row in results.values() if (row["network"], row["keep"]) == (network, keep)]
-        trained = next((f"{row['top1']:.1f}" for row in stored if "model_folder" in row), "")
-        shown = [f"{100 * keep:.0f} %", f"{fit['dense']['top1']:.1f}", f"{fit['top1']:.1f}", trained]
-        rows.append([NETWORKS[network], *shown])
-    return _table(["network, data", "parameters kept", "dense", "fit, no training", "penalty training"], rows)
+        trained = next((row for row in stored if "model_folder" in row), None)
+        shown = ["" if row is None else f"{row['top1']:.1f}" for row in (fit["dense"], fit, refined, trained)]
+        rows.append([NETWORKS[network], f"{100 * keep:.0f} %", *shown])
+    head = ["network, data", "parameters kept", "dense", "fit, no training", "refined, no labels", "penalty training"]
+    filled = [place for place in range(len(head)) if any(row[place] for row in rows)]
+    return _table([head[place] for place in filled], [[row[place] for place in filled] for row in rows])
 
 
 def _part(name: str, row: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks import accuracy, effort
 from benchmarks.networks import NETWORKS
-from benchmarks.planning import heuristics, planning_profile, shared
+from benchmarks.planning import heuristics, planning_profile, shared, smaller_heads
 from benchmarks.rows import HERE, load_results, load_rows, results_file
 
 DOCS = HERE.parent / "docs"
@@ -118,6 +118,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "penalty": penalty,
     "images": images,
     "heuristics": lambda: heuristics.table(load_results(heuristics.RESULTS)),
+    "heads": lambda: smaller_heads.table(load_results(smaller_heads.RESULTS)),
     "processes": shared.table,
     "profile": lambda: planning_profile.table(load_results(planning_profile.RESULTS)),
 }

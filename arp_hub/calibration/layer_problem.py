@@ -48,7 +48,12 @@ class LayerProblem:
 
     @classmethod
     def of(
-        cls, layer: nn.Module, moments: Moments, gradients: Moments | None, norm: BatchNorm | None, dtype: torch.dtype
+        cls,
+        layer: nn.Module,
+        moments: Moments,
+        gradients: Moments | None,
+        norm: BatchNorm | None,
+        dtype: torch.dtype = torch.float64,
     ) -> LayerProblem:
         """The problem of a dense layer.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -155,8 +156,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
         key = wrong[0]
         raise ArpHubError(
             f"checkpoint '{path}': tensor '{key}' has the shape {tuple(state[key].shape)}, this {kind} needs "
-            f"{tuple(own[key].shape)} ({len(wrong)} tensors differ in shape): choose the model that the "
-            "checkpoint was made with"
+            f"{tuple(own[key].shape)} ({len(wrong)} tensors differ in shape): {_way_out(model, state, wrong)}"
         )
     if missing or unknown:
         parts = [f"lacks {_some(missing)}"] if missing else []
@@ -166,6 +166,16 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "choose the model that the checkpoint was made with"
         )
     model.load_state_dict(state, strict=False)
+
+
+def _way_out(model: nn.Module, state: Mapping[str, Tensor], wrong: Sequence[str]) -> str:
+    """What to do about tensors of other shapes: where only classifiers differ, the number of classes is wrong."""
+    classifiers = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    names = {classifiers} if isinstance(classifiers, str) else set(classifiers)
+    classes = {state[key].shape[0] for key in wrong if state[key].dim()}
+    if len(classes) == 1 and all(key.rpartition(".")[0] in names for key in wrong):
+        return f"for its classes, give num_classes={classes.pop()}"
+    return "choose the model that the checkpoint was made with"
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -180,6 +190,8 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     path = checked_path(path, "checkpoint")
     if not path.is_file():
         raise ArpHubError(f"no checkpoint file at '{path}': give the path of a .safetensors or torch weights file")
+    if not path.stat().st_size:
+        raise ArpHubError(f"checkpoint '{path}' is empty: save it again")
     try:
         if path.suffix == ".safetensors":
             read_header(path)
@@ -192,10 +204,11 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ArpHubError(f"checkpoint '{path}' is not a whole safetensors file: {error}") from error
     except Exception as error:  # torch raises many kinds of errors for an unreadable file
-        raise ArpHubError(
-            f"checkpoint '{path}' cannot be read as a file of tensors ({type(error).__name__}). "
-            "Files that need unpickling are refused: save the state_dict with safetensors.torch.save_file"
-        ) from error
+        if zipfile.is_zipfile(path):  # torch.save writes one
+            reason = "holds more than tensors, such as a whole model, and nothing is unpickled: save model.state_dict()"
+        else:
+            reason = "is no file of weights: give what torch.save wrote of model.state_dict(), or a .safetensors file"
+        raise ArpHubError(f"checkpoint '{path}' {reason}") from error
     for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
@@ -224,6 +237,8 @@ def _check_name(name: str) -> None:
             raise ArpHubError(f"no model at '{name}': {reason} (arp-hub compress and save_pretrained write one)")
     elif not is_saved_model(name) and not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
+        if os.path.isdir(name):  # noqa: PTH112  (Path.is_dir raises for a name that no system could hold)
+            near = [f"local-dir:{name}"]
         hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise ArpHubError(
             f"unknown model '{name}'{hint}: give a timm name (timm.list_models() lists them), local-dir:FOLDER or "

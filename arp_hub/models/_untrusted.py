@@ -164,7 +164,7 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
                 )
             return {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except (OSError, SafetensorError) as error:
-        raise ArpHubError(f"'{path}' is not a whole safetensors file: {error}: download the model again") from error
+        raise ArpHubError(f"'{path}' is not a whole safetensors file: {error}: save or download it again") from error
 
 
 def check_build(

@@ -106,7 +106,7 @@ def make_plan(
     if isinstance(rank_multiple, bool) or not isinstance(rank_multiple, int) or rank_multiple < 1:
         raise ArpHubError(f"rank_multiple must be a whole number of at least 1, got {rank_multiple!r}")
     if low_rank_layers(model):
-        raise ArpHubError("the model is decomposed already: call to_dense(model) first, then plan it")
+        raise ArpHubError("the model is decomposed already: give the dense one, or call to_dense(model) first")
     if without_weights := any(parameter.is_meta for parameter in model.parameters()):
         if calibration is not None or cost == "latency":
             what = "keep_latency" if calibration is None else "calibration"

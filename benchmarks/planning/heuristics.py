@@ -85,7 +85,6 @@ OFF: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "norms-behind": _set(lambda *args, **kwargs: None, "decomposition.renormalise"),
     "dense-layers-refitted": _set(lambda *args, **kwargs: [], "decomposition.layers_to_refit"),
     "fewer-patches": _set(10**9, "calibration.moments.SAMPLES"),
-    "single-precision": _set(10**9, "decomposition.LARGE"),
     "groups-for-kxk-only": contextlib.nullcontext,
     "balanced:nothing": contextlib.nullcontext,
     "balanced:copies": contextlib.nullcontext,

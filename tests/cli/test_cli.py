@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from arp_hub import decompose, make_plan, save_pretrained
 from arp_hub.layers.apply_plan import plan_of
 from arp_hub.layers.model import count_params
 from arp_hub.plan import LayerPlan, RankPlan
@@ -190,7 +191,7 @@ BAD_INPUTS = {
     "a folder of another kind": ("evaluate --model local-dir:{tmp}/empty --data digits", "has no config.json"),
     "missing checkpoint": ("inspect --model test_resnet --checkpoint {tmp}/nix.pt", "nix.pt"),
     "checkpoint of another shape": ("inspect --model test_resnet --checkpoint {tmp}/wrong.safetensors", "fc.weight"),
-    "checkpoint that is none": ("inspect --model test_resnet --checkpoint {tmp}/notes.txt", "notes.txt"),
+    "checkpoint that is none": ("inspect --model test_resnet --checkpoint {tmp}/notes.txt", "notes.txt' is no file of"),
     "unknown data": (f"{HALF} --data digitz", "digitz"),
     "folder without images": (f"{HALF} --data {{tmp}}/empty", "no images"),
     "unknown split": (f"evaluate {FINE} --data digits --split dev", "'dev'"),
@@ -238,7 +239,27 @@ BAD_INPUTS = {
     "unknown dtype": ("bench --model cifar_resnet20 --dtype int8", "unknown --dtype 'int8'"),
     "batch size of 0": ("bench --model cifar_resnet20 --batch-size 0", "--batch-size must be at least 1"),
     "unknown option": ("compress --keep-everything", "--keep-everything"),
-    "option that is no number": (f"compress {FINE} --keep-params half --output {{tmp}}/out", "--keep-params"),
+    "option that is no number": (
+        f"compress {FINE} --keep-params 50% --output {{tmp}}/out",
+        "value for '--keep-params': '50%' is no number, such as 0.5",
+    ),
+    "option that is no whole number": (f"{HALF} --calibration-images 1.5", "'1.5' is no whole number"),
+    "one side of an input size": (f"plan {FINE} --input-size 224", "requires 3 arguments. --help names them"),
+    "checkpoint of other classes": (
+        "inspect --model test_resnet --checkpoint {tmp}/seven.safetensors",
+        "for its classes, give --num-classes 7",
+    ),
+    "checkpoint that is empty": ("inspect --model test_resnet --checkpoint {tmp}/empty.pth", "empty.pth' is empty"),
+    "checkpoint of a whole model": (
+        "inspect --model test_resnet --checkpoint {tmp}/whole.pth",
+        "holds more than tensors, such as a whole model, and nothing is unpickled: save model.state_dict()",
+    ),
+    "text in place of safetensors": ("inspect --model test_resnet --checkpoint {tmp}/notes.safetensors", "save or"),
+    "a saved folder without its prefix": ("evaluate --model {tmp}/full --data digits", "did you mean 'local-dir:{tmp}"),
+    "a model that is small already": (
+        "compress --model local-dir:{tmp}/small --keep-params 0.5 --output {tmp}/out",
+        "is decomposed already: give the dense one",
+    ),
     "unknown command": ("squeeze", "'squeeze'. arp-hub --help lists the commands"),
     "no model": ("compress --keep-params 0.5 --output {tmp}/out", "'--model'. Example: arp-hub compress --model"),
     "a model in place of an option": ("compress resnet18", "'--model'. Example: arp-hub compress --model"),
@@ -252,7 +273,13 @@ def folder(tmp_path_factory) -> Path:
     save_file(timm.create_model("test_resnet", num_classes=7).state_dict(), tmp / "seven.safetensors")
     save_file({"fc.weight": torch.zeros(10, 3)}, tmp / "wrong.safetensors")
     RankPlan({"blocks.0.attn.qkv": LayerPlan("channel", 4)}).save(tmp / "other.json")
-    (tmp / "notes.txt").write_text("not a plan")
+    small = timm.create_model("test_resnet", num_classes=10)
+    torch.save(small, tmp / "whole.pth")
+    decompose(small, make_plan(small, keep_params=0.5, schemes=["channel"]))
+    save_pretrained(small, tmp / "small")
+    for name in ("notes.txt", "notes.safetensors"):
+        (tmp / name).write_text("not a plan")
+    (tmp / "empty.pth").touch()
     (tmp / "empty").mkdir()
     (tmp / "full").mkdir()
     (tmp / "full" / "thesis.txt").write_text("years of work")
@@ -268,7 +295,7 @@ def test_bad_input_exits_2_with_one_line_and_writes_nothing(run, trained, folder
     assert result.out == ""
     lines = [line for line in result.err.strip().splitlines() if not re.fullmatch(r"[a-z ]+: .*\d+\.\d s", line)]
     assert len(lines) == 1, result.err  # beside the lines of the stages that ended before the error
-    assert message in lines[0]
+    assert message.replace("{tmp}", str(folder)) in lines[0]
     assert sorted(folder.rglob("*")) == before
 
 

@@ -331,7 +331,7 @@ def test_damaged_images_are_counted_named_and_refused_beyond_a_limit(tmp_path, m
     files = sorted((tmp_path / "train").rglob("*.png"))
     for file, damage in zip(files, DAMAGES.values(), strict=False):  # the first image is among them
         file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(ArpHubError, match=r"image 'train/.*' cannot be decoded: .*max_bad_images=5"):
+    with pytest.raises(ArpHubError, match=r"image 'train/.*' cannot be decoded: .*6 bad, 5 allowed.*max_bad_images"):
         calibration_images(load_data(root, model, max_bad_images=5), 10)
     for workers in (0, 1):
         caplog.clear()

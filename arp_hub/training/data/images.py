@@ -75,8 +75,8 @@ class BadImages:
             _logger.warning("%s (%d of at most %d)", reason, len(self), self.limit)
             return
         raise ArpHubError(
-            f"{reason} (bad images: {len(self)}, max_bad_images={self.limit}). "
-            "Repair or remove the image, or raise max_bad_images"
+            f"{reason} ({len(self)} bad, {self.limit} allowed): repair or remove it; a recipe may pass over some "
+            "with max_bad_images"
         )
 
 
