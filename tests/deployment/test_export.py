@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 from helpers import low_rank_model, search_path
+from PIL import Image
 from torch import Tensor, nn
 
 import arp_hub
@@ -292,6 +293,7 @@ def test_snippets_that_need_other_packages_run(tmp_path: Path) -> None:
     page = (ROOT / "docs/how-to/export.md").read_text(encoding="utf-8")
     code = re.findall(r"^```py\n(.*?)^```$", page, re.M | re.S)
     assert len(code) == 3
+    Image.new("RGB", (48, 40)).save(tmp_path / "dog.jpg")
     env = {**os.environ, "PYTHONPATH": search_path(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(code)], cwd=tmp_path, env=env, capture_output=True, text=True
