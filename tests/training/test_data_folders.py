@@ -147,6 +147,8 @@ def test_what_is_left_out_is_named(tmp_path, model, caplog, files, named):
         (["train/cat/1.png", "docs/x.png"], ["'train' may be a split or a class beside 'docs'", "/train'"]),
         (under("train", TWO) + under("Train", TWO), ["'Train' and 'train' are both the split 'train'"]),
         (under("val", TWO) + under("train", TWO) + under("valid", TWO), ["'val' and 'valid' are both"]),
+        (under("train", TWO) + under("holdout", TWO), ["'holdout' holds the same class folders", "rename"]),
+        (under("test", TWO) + under("a", TWO) + under("b", ["x/1.png"]), ["'a' holds the same class folders"]),
         ([*TWO, "notes/a.txt"], ["1 class folders hold no images (notes)"]),
         ([*under("train", TWO), "train/emu/a.txt"], ["no images (emu)"]),
         (under("cats/train", TWO) + under("cats/test", TWO), ["'cats' is no class, because it holds splits", "/cats'"]),

@@ -6,6 +6,7 @@ name of its file.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -140,6 +141,13 @@ def _split_folders(source: str, images: Collection[Parts]) -> dict[str, str]:
                 f"data '{source}': the folder '{top}' may be a split or a class beside '{other}': give "
                 f"'{source}/{top}' as the data, or move '{other}' away"
             )
+        inside = {top: {file[1] for file in images if len(file) > 2 and file[0] == top} for top in deep}
+        for top, other in itertools.product(sorted(named.keys() & deep), sorted(others & deep)):
+            if len(inside[top]) > 1 and inside[top] == inside[other]:
+                raise ArpHubError(
+                    f"data '{source}': the folder '{other}' holds the same class folders as '{top}', but its name is "
+                    "no split: rename it to val or test, or move it away"
+                )
         return {}
     splits: dict[str, str] = {}
     for top, split in named.items():
