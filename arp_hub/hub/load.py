@@ -205,9 +205,9 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ArpHubError(f"checkpoint '{path}' is not a whole safetensors file: {error}") from error
     except Exception as error:  # torch raises many kinds of errors for an unreadable file
         if zipfile.is_zipfile(path):  # torch.save writes one
-            reason = "holds more than tensors, such as a whole model, and nothing is unpickled: save model.state_dict()"
+            reason = "holds more than tensors, such as a whole model, or is damaged: save model.state_dict()"
         else:
-            reason = "is no file of weights: give what torch.save wrote of model.state_dict(), or a .safetensors file"
+            reason = "is no whole file of weights: give what torch.save wrote of model.state_dict(), or a .safetensors file"
         raise ArpHubError(f"checkpoint '{path}' {reason}") from error
     for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):

@@ -191,7 +191,7 @@ BAD_INPUTS = {
     "a folder of another kind": ("evaluate --model local-dir:{tmp}/empty --data digits", "has no config.json"),
     "missing checkpoint": ("inspect --model test_resnet --checkpoint {tmp}/nix.pt", "nix.pt"),
     "checkpoint of another shape": ("inspect --model test_resnet --checkpoint {tmp}/wrong.safetensors", "fc.weight"),
-    "checkpoint that is none": ("inspect --model test_resnet --checkpoint {tmp}/notes.txt", "notes.txt' is no file of"),
+    "checkpoint that is none": ("inspect --model test_resnet --checkpoint {tmp}/notes.txt", "notes.txt' is no whole file of"),
     "unknown data": (f"{HALF} --data digitz", "digitz"),
     "folder without images": (f"{HALF} --data {{tmp}}/empty", "no images"),
     "unknown split": (f"evaluate {FINE} --data digits --split dev", "'dev'"),
@@ -252,7 +252,7 @@ BAD_INPUTS = {
     "checkpoint that is empty": ("inspect --model test_resnet --checkpoint {tmp}/empty.pth", "empty.pth' is empty"),
     "checkpoint of a whole model": (
         "inspect --model test_resnet --checkpoint {tmp}/whole.pth",
-        "holds more than tensors, such as a whole model, and nothing is unpickled: save model.state_dict()",
+        "holds more than tensors, such as a whole model, or is damaged: save model.state_dict()",
     ),
     "text in place of safetensors": ("inspect --model test_resnet --checkpoint {tmp}/notes.safetensors", "save or"),
     "a saved folder without its prefix": ("evaluate --model {tmp}/full --data digits", "did you mean 'local-dir:{tmp}"),
