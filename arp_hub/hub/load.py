@@ -207,7 +207,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if zipfile.is_zipfile(path):  # torch.save writes one
             reason = "holds more than tensors, such as a whole model, or is damaged: save model.state_dict()"
         else:
-            reason = "is no whole file of weights: give what torch.save wrote of model.state_dict(), or a .safetensors file"
+            reason = "is no whole file of weights: give what torch.save wrote of model.state_dict(), or .safetensors"
         raise ArpHubError(f"checkpoint '{path}' {reason}") from error
     for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):

@@ -191,7 +191,10 @@ BAD_INPUTS = {
     "a folder of another kind": ("evaluate --model local-dir:{tmp}/empty --data digits", "has no config.json"),
     "missing checkpoint": ("inspect --model test_resnet --checkpoint {tmp}/nix.pt", "nix.pt"),
     "checkpoint of another shape": ("inspect --model test_resnet --checkpoint {tmp}/wrong.safetensors", "fc.weight"),
-    "checkpoint that is none": ("inspect --model test_resnet --checkpoint {tmp}/notes.txt", "notes.txt' is no whole file of"),
+    "checkpoint that is none": (
+        "inspect --model test_resnet --checkpoint {tmp}/notes.txt",
+        "is no whole file of weights",
+    ),
     "unknown data": (f"{HALF} --data digitz", "digitz"),
     "folder without images": (f"{HALF} --data {{tmp}}/empty", "no images"),
     "unknown split": (f"evaluate {FINE} --data digits --split dev", "'dev'"),
