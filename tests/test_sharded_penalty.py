@@ -7,6 +7,7 @@ import functools
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -60,12 +61,12 @@ def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 
 
-def trained(orders: tuple[str, ...], start: dict[str, Any] | None) -> dict[str, Any]:
+def trained(orders: tuple[str, ...], start: Path | None) -> dict[str, Any]:
     """What a process of a group finds in training a sharded model.
 
     Args:
         orders: When to build the penalty: "before" or "after" sharding.
-        start: What other processes found. The second half of their training is repeated.
+        start: A file of what other processes found. The second half of their training is repeated.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,))
@@ -78,7 +79,7 @@ def trained(orders: tuple[str, ...], start: dict[str, Any] | None) -> dict[str, 
     found: dict[str, Any] = {}
     for order in orders:
         model, plan = network()
-        half = start[order]["half"] if start else None
+        half = torch.load(start, weights_only=False)[order]["half"] if start else None
         if half:
             model.load_state_dict(half["state"])
         if order == "after":
@@ -210,7 +211,8 @@ def test_one_process_continues_the_training_of_two(sharded):
 
 @pytest.mark.slow
 def test_three_processes_continue_the_training_of_two(sharded, tmp_path):
-    found = by_group(functools.partial(trained, ("before",), sharded), 3, tmp_path / "run")
+    torch.save(sharded, tmp_path / "two.pt")
+    found = by_group(functools.partial(trained, ("before",), tmp_path / "two.pt"), 3, tmp_path / "run")
     check_same(sharded["before"]["state"], found[0]["before"]["state"])
 
 
