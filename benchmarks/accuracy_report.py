@@ -127,7 +127,10 @@ def _libraries(peers: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _summary(results: Results) -> str:
-    """Top-1 of the dense network, of the fit, of the refined fit, and of the trained model that is stored."""
+    """Top-1 of the dense network, of the fit, of the refined fit, and of the trained model that is stored.
+
+    A column that most rows lack is left out.
+    """
     rows = []
     for network, keep in SUMMARY:
         fit = results.get(f"fit/{network}/{keep}")
@@ -139,7 +142,7 @@ def _summary(results: Results) -> str:
         shown = ["" if row is None else f"{row['top1']:.1f}" for row in (fit["dense"], fit, refined, trained)]
         rows.append([NETWORKS[network], f"{100 * keep:.0f} %", *shown])
     head = ["network, data", "parameters kept", "dense", "fit, no training", "refined, no labels", "penalty training"]
-    filled = [place for place in range(len(head)) if any(row[place] for row in rows)]
+    filled = [place for place in range(len(head)) if sum(row[place] != "" for row in rows) > len(rows) / 2]
     return _table([head[place] for place in filled], [[row[place] for place in filled] for row in rows])
 
 
