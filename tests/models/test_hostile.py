@@ -56,7 +56,7 @@ def test_a_pickle_is_refused_as_a_checkpoint(tmp_path, suffix):
     path, opened = tmp_path / f"weights{suffix}", tmp_path / "opened"
     for content in ({"state_dict": {"x": Bomb(opened)}}, Bomb(opened)):
         torch.save(content, path)
-        with pytest.raises(ArpHubError, match=r"cannot be read|not a whole"):
+        with pytest.raises(ArpHubError, match=r"more than tensors|not a whole"):
             read_weights(path)
         assert not opened.exists()
 
