@@ -1,10 +1,13 @@
-"""The exception that arp_hub raises for every error that a user can correct."""
+"""The exception that arp_hub raises for every error that a user can correct, and checks of paths that raise it."""
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from ._utils.secrets import printable
+
+_OURS = ("config.json", "export.json", "config.yaml")
+"""Files that a saved model, an export and a run have: such a folder may lie among images and be replaced."""
 
 
 class ArpHubError(ValueError):
@@ -41,7 +44,7 @@ def checked_path(given: object, what: str) -> Path:
 
 
 def check_inputs_outside(folder: Path, inputs: Mapping[str, object]) -> None:
-    """Refuse to replace a folder or file that holds what is read.
+    """Refuse to replace a folder or file that holds what is read, or a part of it.
 
     Args:
         folder: The folder or file that will be replaced.
@@ -49,17 +52,26 @@ def check_inputs_outside(folder: Path, inputs: Mapping[str, object]) -> None:
             this machine is passed over.
 
     Raises:
-        ArpHubError: If an input is the folder itself, or lies in it.
+        ArpHubError: If an input is the folder itself or lies in it, or if the folder is a part of an input.
     """
+    place = checked_path(folder, "output").resolve()
     for option, given in inputs.items():
         path = str(given or "").removeprefix("local-dir:")
         if re.search(r"[*?\[{]|::", path):  # the folder above all files of a pattern
             path = re.split(r"[*?\[{]|::", path)[0].rpartition("/")[0]
         try:
-            place = Path(path).resolve() if path and Path(path).exists() else None
+            source = Path(path).resolve() if path and Path(path).exists() else None
         except (OSError, ValueError):
             continue
-        if place is not None and place.is_relative_to(folder.resolve()):
+        if source is not None and (source.is_relative_to(place) or place.is_relative_to(source) and _is_foreign(place)):
             raise ArpHubError(
-                f"'{folder}' would be replaced, but {option} reads '{given}' in it: choose another output"
+                f"'{folder}' would be replaced, but it holds what {option} '{given}' reads: choose another output"
             )
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether a folder holds files, and is not a saved model, an export or a run."""
+    try:
+        return folder.is_dir() and any(folder.iterdir()) and not any((folder / name).is_file() for name in _OURS)
+    except OSError:  # refused when the folder is checked
+        return False

@@ -21,6 +21,8 @@ CASES = {
     "data": f"compress {MODEL} --data {{tmp}}/work/images --output {{tmp}}/work/images",
     "data in a folder below": f"compress {MODEL} --data {{tmp}}/work/images --output {{tmp}}/work",
     "data of a pattern": f"compress {MODEL} --data {{tmp}}/work/images/*.tar --output {{tmp}}/work",
+    "a split of the data": f"compress {MODEL} --data {{tmp}}/work/images --output {{tmp}}/work/images/train",
+    "a class of the data": f"compress {MODEL} --data {{tmp}}/work/images --output {{tmp}}/work/images/train/a",
     "data behind a link": f"compress {MODEL} --data {{tmp}}/link --output {{tmp}}/work",
     "a checkpoint": f"compress {MODEL} --checkpoint {{tmp}}/work/w.safetensors --output {{tmp}}/work",
     "a plan": f"compress {MODEL} --plan {{tmp}}/work/plan.json --output {{tmp}}/work",
@@ -34,6 +36,7 @@ CASES = {
 }
 RUNS = {
     "data": ({"data": "work/images"}, "work"),
+    "a split of the data": ({"data": "work/images"}, "work/images/val"),
     "a checkpoint": ({"data": "digits", "checkpoint": "work/w.safetensors"}, "work"),
     "a checkpoint of the teacher": ({"data": "digits", "teacher_checkpoint": "work/w.safetensors"}, "work"),
     "data beside the run's checkpoints": ({"data": "out-run/images"}, "out"),
@@ -83,7 +86,7 @@ def test_a_recipe_refuses_an_output_that_holds_its_input(case: str, tmp: Path) -
     before = files(tmp)
     settings = {"model": "test_resnet", "pretrained": False, "cpu": True, "tracker": "none", "keep_params": 0.5}
     teacher = {"teacher": "test_resnet", "distill": 0.5} if "teacher_checkpoint" in given else {}
-    with pytest.raises(ArpHubError, match="would be replaced, but --.* reads .*: choose another output"):
+    with pytest.raises(ArpHubError, match="would be replaced, but it holds what --.* reads: choose another output"):
         train(TrainConfig(**settings, **teacher, **paths, output=str(tmp / output), overwrite=True))
     assert files(tmp).items() >= before.items()
 
