@@ -63,6 +63,7 @@ def export(
     *,
     format: str = "onnx",
     int8: bool = False,
+    int8_divergence: float = 0.01,
     images: Images | None = None,
     test_images: Images | None = None,
     test_labels: Tensor | Sequence[int] | None = None,
@@ -81,13 +82,16 @@ def export(
     it lies in a saved folder, the card there lists the export, and `push_to_hub` uploads it.
 
     Int8 uses the runtime's own quantiser: static quantisation of ONNX Runtime, NNCF for OpenVINO, PT2E of torchao for
-    ``torch-export``. Factors of low-rank layers are balanced before, on a copy.
+    ``torch-export``. Factors of low-rank layers are balanced before, on a copy. The low-rank layers that int8 harms
+    most stay in float32 until ``int8_divergence`` is met, at most a quarter of them; ``export.json`` lists them.
 
     Args:
         model: A timm model, dense or compressed; or a saved folder; or a name such as ``hf-hub:user/name``.
         output: Folder to write.
         format: ``"onnx"``, ``"openvino"`` or ``"torch-export"``.
         int8: Quantise weights and activations; needs ``images``.
+        int8_divergence: Divergence from the predictions in float32 that int8 may cause on ``images``, in nats. With
+            ``math.inf`` all layers of a compressed model are quantised.
         images: Unlabelled images, normalised as for the model, on which int8 is calibrated. A tensor or batches.
         test_images: Images to check the file on. By default ``images``, or else random ones.
         test_labels: Their classes, to measure top-1.
@@ -110,7 +114,7 @@ def export(
     """
     runtime = runtime_of(format)
     runtime.require(int8)
-    _check_arguments(format, opset, batch_size, seconds)
+    _check_arguments(format, opset, batch_size, seconds, int8_divergence)
     if int8 and images is None:
         raise ArpHubError("int8 needs calibration images: pass images=, normalised as for the model")
     if test_labels is not None and test_images is None:
@@ -136,7 +140,7 @@ def export(
         if int8 and calibration is not None
         else None
     )
-    job = Job(runtime, split, opset)
+    job = Job(runtime, split, opset, most_divergence=int8_divergence)
     try:
         with replacing(folder) as new:
             with stage(f"write {runtime.title}, {job.precision}", shown=progress):
@@ -173,7 +177,7 @@ def _list_in_card(saved: Path) -> None:
         _logger.warning("the card of '%s' does not list the export: %s", saved, error)
 
 
-def _check_arguments(format: str, opset: int | None, batch_size: int, seconds: float) -> None:
+def _check_arguments(format: str, opset: int | None, batch_size: int, seconds: float, int8_divergence: float) -> None:
     """Refuse numbers that are out of range."""
     if opset is not None:
         if format != "onnx":
@@ -184,6 +188,8 @@ def _check_arguments(format: str, opset: int | None, batch_size: int, seconds: f
         raise ArpHubError(f"batch_size must be a whole number of at least 1, got {batch_size!r:.50}")
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
         raise ArpHubError(f"seconds must be a number of at least 0, got {seconds!r:.50}")
+    if isinstance(int8_divergence, bool) or not isinstance(int8_divergence, (int, float)) or not int8_divergence >= 0:
+        raise ArpHubError(f"int8_divergence must be a number of at least 0, got {int8_divergence!r:.50}")
 
 
 def _name(model: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ..layers.model import low_rank_layers
 from ..runtimes.capture import Captured
 from ..runtimes.runtime import Batches, Run, Runtime
 from .balance import balance_factors
+from .int8_errors import most_harmed
 from .latency import FileLatency, time_files
 from .parity import TOLERANCE, Check, Parity
 
@@ -29,16 +31,19 @@ class Exported:
         size: Its bytes, with those of a file of weights beside it.
         parity: Its outputs beside those of the model in PyTorch.
         run: Runs it.
+        in_float: Names of low-rank layers that int8 leaves in float32.
     """
 
     file: Path
     size: int
     parity: Parity
     run: Run
+    in_float: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        return {"size_bytes": self.size, "parity": self.parity.to_dict()}
+        kept = {"layers_in_float": list(self.in_float)} if self.in_float else {}
+        return {"size_bytes": self.size, "parity": self.parity.to_dict(), **kept}
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,15 @@ class Job:
         calibration: Calibration images in batches for int8; None for float32.
         opset: Version of the ONNX operators; None for the exporter's own.
         balance: Whether factors are balanced, on a copy, before they are quantised.
+        most_divergence: Divergence that int8 may cause on the calibration images, in nats. Where it causes more, the
+            low-rank layers that it harms most for their size stay in float32, but at most a quarter of them, or one.
     """
 
     runtime: Runtime
     calibration: Batches | None = None
     opset: int | None = None
     balance: bool = True
+    most_divergence: float = 0.01
 
     @property
     def precision(self) -> str:
@@ -69,13 +77,11 @@ class Job:
             ArpHubError: If the model cannot be written, or a float32 file differs from PyTorch.
         """
         path = folder / self.runtime.file
+        in_float: tuple[str, ...] = ()
         if self.calibration is None:
             self.runtime.write(captured, path, self.opset)
         else:
-            model = captured.model
-            if self.balance and low_rank_layers(model):
-                model = balance_factors(copy.deepcopy(model), self.calibration)
-            self.runtime.write_int8(replace(captured, model=model), path, self.calibration, self.opset)
+            in_float = self._write_int8(captured, path, self.calibration)
         size = sum(part.stat().st_size for part in folder.glob(f"{path.stem}.*"))
         run = self.runtime.load(path)
         parity = check.parity(run)
@@ -84,7 +90,42 @@ class Job:
                 f"outputs in {self.runtime.title} differ from PyTorch by {parity.relative_error:.2g} of the largest "
                 f"output, at most {TOLERANCE:g} is accepted: try another format or another opset"
             )
-        return Exported(path, size, parity, run)
+        return Exported(path, size, parity, run, in_float)
+
+    def _write_int8(self, captured: Captured, path: Path, calibration: Batches) -> tuple[str, ...]:
+        """Write an int8 file, and return the layers that stay in float32.
+
+        They are as few as the divergence allows, or else what gives the least. All factors of a layer stay in float32
+        together, because what passes between two of them is then not rounded either.
+        """
+        if not (layers := low_rank_layers(captured.model)):
+            self.runtime.write_int8(captured, path, calibration, self.opset)
+            return ()
+        if self.balance:
+            balanced = balance_factors(copy.deepcopy(captured.model), calibration)
+            captured = replace(captured, model=balanced)
+        images = torch.cat(list(calibration))
+        check = Check.of(captured, "calibration", images, None)
+
+        def divergence(in_float: Sequence[str]) -> float:
+            factors = [f"{name}.factors.{number}" for name in in_float for number in range(len(layers[name].factors))]
+            self.runtime.write_int8(captured, path, calibration, self.opset, factors)
+            return check.parity(self.runtime.load(path)).divergence
+
+        tried: dict[tuple[str, ...], float] = {(): divergence(())}
+        if tried[()] <= self.most_divergence:
+            return ()
+        harmed, count = most_harmed(captured.model, images), 1
+        while count <= max(1, len(layers) // 4):
+            in_float = tuple(harmed[:count])
+            tried[in_float] = divergence(in_float)
+            if tried[in_float] <= self.most_divergence:
+                return in_float
+            count *= 2
+        best = min(tried, key=lambda one: tried[one])
+        if best != in_float:
+            divergence(best)
+        return best
 
     def compare(
         self, exported: Exported, captured: Captured, check: Check, seconds: float

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import ArpHubError
 from .capture import Captured, quiet
 from .runtime import INPUT, OUTPUT, Batches, Run, Runtime
+from .weight_names import nodes_of
 
 _LARGEST = 2**31 - 2**20
 """Bytes of weights that fit into one ONNX file: protobuf holds 2 GiB, of which 1 MiB is left for the graph."""
@@ -51,8 +52,11 @@ class OnnxRuntime(Runtime):
         if opset not in (None, written):  # the exporter writes its own version where it cannot convert
             raise ArpHubError(f"the model cannot be written with opset {opset}, only with {written}: leave opset out")
 
-    def write_int8(self, captured: Captured, path: Path, images: Batches, opset: int | None = None) -> None:
+    def write_int8(
+        self, captured: Captured, path: Path, images: Batches, opset: int | None = None, in_float: Collection[str] = ()
+    ) -> None:
         """Write a model, fold its constants and BatchNorms, and quantise it."""
+        import onnx
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -78,6 +82,7 @@ class OnnxRuntime(Runtime):
                     activation_type=QuantType.QUInt8,
                     weight_type=QuantType.QInt8,
                     op_types_to_quantize=list(_MATRIX_PRODUCTS) if captured.has_attention else None,
+                    nodes_to_exclude=nodes_of(captured.model, in_float, _products(onnx.load(folded))),
                 )
         finally:
             plain.unlink(missing_ok=True)
@@ -104,6 +109,15 @@ class OnnxRuntime(Runtime):
 def _outputs(count: int) -> list[str]:
     """Names of the outputs of a graph."""
     return [OUTPUT] if count == 1 else [f"{OUTPUT}.{index}" for index in range(count)]
+
+
+def _products(model: Any) -> dict[str, Any]:
+    """The weights of convolutions and matrix products, by the names of their nodes."""
+    from onnx.numpy_helper import to_array
+
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes = [node for node in model.graph.node if node.op_type in _MATRIX_PRODUCTS and node.input[1] in weights]
+    return {node.name: to_array(weights[node.input[1]]) for node in nodes}
 
 
 def _slim(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from ..errors import ArpHubError
 from .capture import Captured, quiet
 from .runtime import INPUT, OUTPUT, Batches, Run, Runtime
+from .weight_names import nodes_of
 
 
 class OpenVino(Runtime):
@@ -24,7 +26,9 @@ class OpenVino(Runtime):
         """Write a model in float32: the graph, with its weights in ``model.bin`` beside it."""
         self._save(self._convert(captured), path)
 
-    def write_int8(self, captured: Captured, path: Path, images: Batches, opset: int | None = None) -> None:
+    def write_int8(
+        self, captured: Captured, path: Path, images: Batches, opset: int | None = None, in_float: Collection[str] = ()
+    ) -> None:
         """Write a model that NNCF quantises. A model with attention is treated as NNCF treats transformers."""
         with quiet():
             import nncf
@@ -33,7 +37,8 @@ class OpenVino(Runtime):
         kind = nncf.ModelType.TRANSFORMER if captured.has_attention else None
         data = nncf.Dataset(images, lambda batch: {INPUT: batch.numpy()})
         with quiet(), redirect_stdout(StringIO()):
-            quantised = nncf.quantize(converted, data, subset_size=len(images), model_type=kind)
+            scope = nncf.IgnoredScope(names=nodes_of(captured.model, in_float, _products(converted)))
+            quantised = nncf.quantize(converted, data, subset_size=len(images), model_type=kind, ignored_scope=scope)
         self._save(quantised, path)
 
     def _convert(self, captured: Captured) -> Any:
@@ -70,3 +75,14 @@ class OpenVino(Runtime):
         compiled = core.compile_model(model, "CPU", config)
         request = compiled.create_infer_request()
         return lambda images: torch.from_numpy(request.infer({0: images.numpy()})[0].copy())
+
+
+def _products(model: Any) -> dict[str, Any]:
+    """The weights of convolutions and matrix products, by the names of their operations."""
+    found = {}
+    for operation in model.get_ops():
+        if operation.get_type_name() in ("Convolution", "GroupConvolution", "MatMul"):
+            source = operation.input_value(1).get_node()
+            if source.get_type_name() == "Constant":
+                found[operation.get_friendly_name()] = source.get_data()
+    return found

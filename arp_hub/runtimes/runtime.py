@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -75,7 +75,9 @@ class Runtime(ABC):
         """
 
     @abstractmethod
-    def write_int8(self, captured: Captured, path: Path, images: Batches, opset: int | None = None) -> None:
+    def write_int8(
+        self, captured: Captured, path: Path, images: Batches, opset: int | None = None, in_float: Collection[str] = ()
+    ) -> None:
         """Write a model with weights and activations in int8, by the quantiser of the runtime.
 
         Args:
@@ -83,6 +85,7 @@ class Runtime(ABC):
             path: The file.
             images: Calibration images in batches that the graph takes.
             opset: Version of the operators, for ONNX.
+            in_float: Names of layers that stay in float32.
         """
 
     @abstractmethod

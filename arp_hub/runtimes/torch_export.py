@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import cast
 
@@ -28,7 +29,9 @@ class TorchExport(Runtime):
         with quiet():
             torch.export.save(captured.program, path)
 
-    def write_int8(self, captured: Captured, path: Path, images: Batches, opset: int | None = None) -> None:
+    def write_int8(
+        self, captured: Captured, path: Path, images: Batches, opset: int | None = None, in_float: Collection[str] = ()
+    ) -> None:
         """Insert observers, run the calibration images, and write the graph with quantised weights."""
         with quiet():
             from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -36,6 +39,8 @@ class TorchExport(Runtime):
 
             quantizer = x86.X86InductorQuantizer()
             quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+            for name in in_float:
+                quantizer.set_module_name_qconfig(name, None)
             try:
                 prepared = prepare_pt2e(captured.program.module(), quantizer)
                 with torch.no_grad():

@@ -44,6 +44,15 @@ def export(
     ],
     format: Annotated[str, output_option(metavar="NAME", help=f"Format of the file: {', '.join(FORMATS)}.")] = "onnx",
     int8: Annotated[bool, output_option("--int8", help="Quantise weights and activations; needs --data.")] = False,
+    int8_divergence: Annotated[
+        float,
+        output_option(
+            metavar="NATS",
+            help="Divergence that int8 may cause; until it is met, the low-rank layers that int8 harms most stay in "
+            "float32, at most a quarter of them. inf: none.",
+            min=0,
+        ),
+    ] = 0.01,
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = None,
     num_classes: NumClasses = None,
@@ -127,6 +136,7 @@ def export(
         target,
         format=format,
         int8=int8,
+        int8_divergence=int8_divergence,
         images=images,
         test_images=shown,
         test_labels=labels,
@@ -149,6 +159,8 @@ def export(
         f"on {parity.images} {parity.source} images: largest relative error {parity.relative_error:.2g}, "
         f"same top-1 {parity.agreement:.1f} %, divergence {parity.divergence:.2g} nats"
     )
+    if kept := done.record.get("layers_in_float"):
+        print(f"{len(kept)} low-rank layers stay in float32, where int8 harms most: {', '.join(kept)}")
     if parity.top1 is not None:
         print(f"top-1 {parity.top1:.1f} %, in PyTorch {parity.torch_top1:.1f} %")
     if "dense" in done.record and "top1" in done.record["dense"]["parity"]:

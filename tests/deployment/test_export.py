@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -22,11 +23,13 @@ from torch import Tensor, nn
 import arp_hub
 from arp_hub import ArpHubError
 from arp_hub.deployment.balance import balance_factors
+from arp_hub.deployment.int8_errors import most_harmed
 from arp_hub.layers.low_rank import GroupedLinear
 from arp_hub.layers.model import low_rank_layers
 from arp_hub.runtimes.formats import RUNTIMES
 from arp_hub.runtimes.grouped import with_convolutions
 from arp_hub.runtimes.torch_export import TorchExport
+from arp_hub.runtimes.weight_names import nodes_of
 from arp_hub_cli.app import app
 from arp_hub_cli.commands import export as command
 
@@ -171,6 +174,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an opset of another format": ({"format": "torch-export", "opset": 18}, "format 'torch-export' has none"),
     "no opset": ({"opset": 0}, "opset must be a whole number above 0, got 0"),
     "no batch": ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+    "a negative divergence": ({"int8_divergence": -1}, "int8_divergence must be a number of at least 0, got -1"),
+    "no divergence": ({"int8_divergence": float("nan")}, "int8_divergence must be a number of at least 0, got nan"),
     "endless timing": ({"seconds": float("inf")}, "seconds must be a number of at least 0, got inf"),
     "a size that does not fit": ({"input_size": (1, 32, 32)}, "cannot run on an input of size"),
 }
@@ -245,6 +250,60 @@ def test_balanced_factors_give_the_same_outputs_and_even_ranges(scheme: str) -> 
     assert balance_factors(model, [IMAGES[:8], IMAGES[8:]]) is model
     torch.testing.assert_close(expected(model, IMAGES), before, rtol=1e-4, atol=1e-4)
     assert spread_of_channels(model, layer) < uneven / 20
+
+
+@torch.no_grad()
+def harmed_by_int8() -> tuple[nn.Module, str]:
+    """ResNet-20, and the name of a low-rank layer that int8 harms most.
+
+    A channel of its input is zero, and the weights of that channel are large: they coarsen the scale of all others.
+    """
+    model = timm.create_model(f"local-dir:{FOLDER}", pretrained=True).eval()
+    name, norm = "layer2.1.conv1", model.layer2[0].bn2
+    norm.weight[0], norm.bias[0] = 0, -5
+    weight = low_rank_layers(model)[name].factors[0].weight
+    weight[:, 0] = 100 * weight.abs().max()
+    return model, name
+
+
+def test_int8_harms_most_where_weights_and_inputs_vary_most() -> None:
+    model, name = harmed_by_int8()
+    assert most_harmed(model, IMAGES)[0] == name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", RUNTIMES)
+def test_layers_that_int8_harms_stay_in_float(format: str, tmp_path: Path) -> None:
+    for package in RUNTIMES[format].packages + RUNTIMES[format].int8_packages:
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    model, name = harmed_by_int8()
+    found = {}
+    for most in (0.0, float("inf")):
+        folder = tmp_path / str(most)
+        found[most] = arp_hub.export(
+            model, folder, format=format, int8=True, images=IMAGES, seconds=0, int8_divergence=most
+        ).parity.divergence
+        record = json.loads((folder / "export.json").read_text())
+        assert (name in record.get("layers_in_float", [])) == (most == 0)
+    assert found[0.0] < found[float("inf")] / 2
+
+
+PRODUCTS: dict[str, Any] = {
+    "as it is": lambda weight: weight,
+    "transposed": lambda weight: weight.T,
+    "with the scales of a BatchNorm": lambda weight: weight * np.linspace(-2, 2, len(weight))[:, None],
+    "in groups": lambda weight: weight.reshape(2, len(weight) // 2, -1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("form", PRODUCTS)
+def test_layers_are_found_in_a_graph_by_their_weights(form: str) -> None:
+    model = nn.ModuleDict({"one": nn.Linear(6, 8), "other": nn.Linear(6, 8), "square": nn.Linear(8, 8)})
+    weights = {name: layer.weight.detach().numpy() for name, layer in model.items()}
+    products = {f"node of {name}": PRODUCTS[form](weight) for name, weight in weights.items()}
+    for name in model:
+        assert nodes_of(model, [name], products) == [f"node of {name}"]
+    assert nodes_of(model, [], products) == []
 
 
 @pytest.mark.parametrize("shape", [(2, 12), (2, 5, 12), (2, 3, 4, 12)])
