@@ -163,9 +163,14 @@ def repeated(option: str, words: Sequence[str]) -> list[str]:
 
 
 def _is_ours(error: Exception) -> bool:
-    from arp_hub.errors import ArpHubError  # here, because `arp_hub` imports torch, which help does not need
+    # not imported here: `arp_hub` imports torch, which help does not need and which may not import at all
+    errors = sys.modules.get("arp_hub.errors")
+    return errors is not None and isinstance(error, errors.ArpHubError)
 
-    return isinstance(error, ArpHubError)
+
+def _is_broken_import(error: Exception) -> bool:
+    """Whether a package does not import: `arp_hub`, which every command imports first, is then missing."""
+    return "arp_hub" not in sys.modules and isinstance(error, (AttributeError, ImportError, OSError, RuntimeError))
 
 
 def _about_value(usage: Any, message: str) -> str:
@@ -186,4 +191,7 @@ def _for_people(error: Exception) -> str | None:
         if message.startswith("No such command"):
             return f"{message} arp-hub --help lists the commands."
         return f"{message} Example: {example[0]}" if example and message.startswith("Missing") else message
+    if _is_broken_import(error):
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return f"a package does not import ({reason:.200}): `arp-hub doctor` names it and the way out"
     return " ".join(str(error).split()) if _is_ours(error) else None
