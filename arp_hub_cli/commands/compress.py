@@ -181,7 +181,7 @@ def compress(
         **result,
         "base_model": None if checkpoint or random_weights else published_name(model, network),
         "dataset": hub_dataset(data),
-        "shared_images": bool(test and found and found.train.name == found.test.name),
+        "shared_images": bool(test and found and found.shares_images),
         "plan": made.to_dict(),
         "spectra": falls,
     }
@@ -227,4 +227,5 @@ def _test_split(model: nn.Module, data: ImageData | None) -> Split | StreamedSpl
     if reason := why_not_measured(model, data.test):
         note(f"accuracy is not measured: {reason}")
         return None
+    data.warn_of_shared_images()
     return data.test

@@ -172,4 +172,5 @@ def _test_images(model: nn.Module, data: ImageData, most: int, workers: int) -> 
     if reason := why_not_measured(model, split):
         note(f"accuracy is not measured: {reason}")
         return images, None
+    data.warn_of_shared_images()
     return images, split.labels
