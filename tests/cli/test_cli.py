@@ -337,6 +337,20 @@ def test_images_shared_by_training_and_testing_are_told_where_accuracy_is_measur
     assert len(told) == measured
 
 
+@pytest.mark.parametrize(("data", "words", "name"), [
+    ("pets", [], "validation"),
+    ("digits", [], "test"),
+    ("digits", ["--split", "train"], "train"),
+])  # fmt: skip
+def test_evaluate_names_the_split_as_the_data_does(run, val, data, words, name):
+    model = ("--model", "test_resnet", "--no-pretrained", "--num-classes", 10 if data == "digits" else 2, *SIZE)
+    measure = ("evaluate", *model, "--data", val if data == "pets" else data, "--max-images", 8, *words)
+    result = run(*measure)
+    assert result.code == 0, result.err
+    assert f"split {name}" in result.out
+    assert run(*measure, "--json").json["split"] == name
+
+
 RANDOM = {
     "plan": ("plan --keep-params 0.5 --output {tmp}/plan.json", True),
     "compress": ("compress --keep-params 0.5 --output {tmp}/out", True),
