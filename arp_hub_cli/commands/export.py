@@ -153,7 +153,9 @@ def export(
         print(f"top-1 {parity.top1:.1f} %, in PyTorch {parity.torch_top1:.1f} %")
     if "dense" in done.record and "top1" in done.record["dense"]["parity"]:
         print(f"top-1 of the dense form in the same format {done.record['dense']['parity']['top1']:.1f} %")
-    note(done.record.get("verdict", f"export.json written to {target}"))
+    if verdict := done.record.get("verdict"):
+        print(verdict)
+    note(f"export.json written to {target}")
 
 
 def _test_images(model: nn.Module, data: ImageData, most: int, workers: int) -> tuple[Tensor, Tensor | None]:
