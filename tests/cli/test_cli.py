@@ -259,7 +259,12 @@ BAD_INPUTS = {
         "holds more than tensors, such as a whole model, or is damaged: save model.state_dict()",
     ),
     "text in place of safetensors": ("inspect --model test_resnet --checkpoint {tmp}/notes.safetensors", "save or"),
-    "a saved folder without its prefix": ("evaluate --model {tmp}/full --data digits", "did you mean 'local-dir:{tmp}"),
+    "a folder without a model": ("evaluate --model {tmp}/full --data digits", "{tmp}/full': the folder has no config"),
+    "an image folder to export": ("export {tmp}/full", "{tmp}/full': the folder has no config.json"),
+    "a small model without its prefix": (
+        "plan --model {tmp}/small --keep-params 0.5 --output {tmp}/plan.json",
+        "is decomposed already: give the dense one",
+    ),
     "a model that is small already": (
         "compress --model local-dir:{tmp}/small --keep-params 0.5 --output {tmp}/out",
         "is decomposed already: give the dense one",

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import arp_hub
 from arp_hub.hub.load import load_model
@@ -28,6 +29,7 @@ COMMANDS = {
     "bench": "bench --batch-size 1 --seconds 0.1",
     "inspect": "inspect",
 }
+WRITING = ("plan", "compress", "export")
 
 
 @pytest.fixture
@@ -59,6 +61,37 @@ def test_every_command_takes_arguments_of_the_model(call: Any, tmp_path: Path, c
         assert json.loads((tmp_path / "out/config.json").read_text())["model_args"]["img_size"] in (32, [32, 32])
         code, out, err = call("evaluate", "--model", f"local-dir:{tmp_path / 'out'}", "--data", "digits", "--json")
         assert code == 0, err
+
+
+WITH_A_FOLDER = {
+    **{name: line.replace("digits", "photos") + " --model {name}" for name, line in COMMANDS.items()},
+    "predict": "predict {name} photos",
+    "export": "export {name} --format torch-export --seconds 0 --output {tmp}/file",
+}
+
+
+@pytest.mark.parametrize("command", WITH_A_FOLDER)
+def test_a_saved_folder_needs_no_prefix_and_a_timm_name_keeps_its_meaning(
+    call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("saved", "test_resnet"):
+        arp_hub.save_pretrained(timm.create_model("test_resnet", num_classes=3), folder)
+    for number in range(6):
+        place = tmp_path / "photos" / str(number % 3)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(place / f"{number}.png")
+
+    def said(name: str, *words: str) -> str:
+        code, _, err = call(*WITH_A_FOLDER[command].format(name=name, tmp=tmp_path).split(), *words)
+        assert code == 0, err
+        return err
+
+    again = ["--overwrite"] if command in WRITING else []
+    assert "are random" not in said("saved/")
+    assert "are random" not in said("local-dir:test_resnet", *again)
+    own = ["--no-pretrained", "--num-classes", "3", *again]
+    assert "the weights of 'test_resnet' are random" in said("test_resnet", *own)
 
 
 REFUSED = {
