@@ -154,6 +154,33 @@ def test_numbers_out_of_range_are_one_line_before_any_work(
     assert option.strip("-").rstrip("s") in err and "nosuch" not in err
 
 
+EARLY = {
+    "a layer": (
+        "--model test_resnet --no-pretrained --exclude x",
+        "--exclude 'x' matches no layer of this ResNet: give",
+    ),
+    "a misspelt layer": ("--model test_resnet --no-pretrained --exclude layer1.0.conv", "(did you mean 'layer1.0.conv"),
+    "a pattern": ("--model test_resnet --no-pretrained --exclude conv1.0,x.*", "--exclude 'x.*' matches no layer"),
+    "a block": ("--model test_resnet --no-pretrained --exclude layer1", "(did you mean 'layer1.*'?)"),
+    "a small model": ("--model {tmp}/small", "is decomposed already"),
+}
+
+
+@pytest.mark.parametrize("command", ["plan", "compress"])
+@pytest.mark.parametrize("case", EARLY)
+def test_what_cannot_be_planned_is_refused_before_data_is_read(
+    call: Any, tmp_path: Path, command: str, case: str
+) -> None:
+    options, message = EARLY[case]
+    model = timm.create_model("test_resnet", num_classes=10)
+    arp_hub.decompose(model, arp_hub.make_plan(model, keep_params=0.5, schemes=["channel"]))
+    arp_hub.save_pretrained(model, tmp_path / "small")
+    words = [*COMMANDS[command].split(), *options.split(), "--data", "nosuch"]
+    code, out, err = call(*(word.format(tmp=tmp_path) for word in words))
+    assert (code, out) == (2, "") and message in err and "nosuch" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
 def test_a_place_below_a_file_is_refused_before_any_work(call: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     code, out, err = call(
