@@ -21,6 +21,10 @@ _UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
 """The exception that typer raises for a wrong option. It has no public name."""
 
 
+class _Interrupted(Exception):  # not an error
+    """Ctrl-C ended a command. The message says how to go on, if there is more to say than to start again."""
+
+
 class HelpfulCommand(TyperCommand):
     """A command whose help fits any width: grouped options, no text cut off, an example on lines of its own."""
 
@@ -54,6 +58,8 @@ class Command(HelpfulCommand):
         try:
             with joined(self.name or "", ctx.params.get("device")):
                 return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise _Interrupted(str(stop)) from stop  # typer would drop the message
         except Exception as error:
             if _is_ours(error):
                 raise type(error)(in_options(str(error), self.get_params(ctx))) from error
@@ -81,15 +87,18 @@ class Group(TyperGroup):
         """Run a command line, then exit."""
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
+            if code != 130:  # recent versions of typer return it after Ctrl-C
+                sys.exit(code)
+            why = "interrupted"
         except (typer.Abort, KeyboardInterrupt):
             why, code = "interrupted", 130
+        except _Interrupted as stop:
+            why, code = f"interrupted. {stop}" if str(stop) else "interrupted", 130
         except Exception as error:
             message = _for_people(error)
             if message is None:
                 raise
             why, code = f"error: {message}", 2
-        else:
-            sys.exit(code)
         if prints_its_end():
             note(why)
         sys.exit(code)

@@ -181,6 +181,19 @@ def test_what_cannot_be_planned_is_refused_before_data_is_read(
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
+@pytest.mark.parametrize("command", WITH_A_FOLDER)
+def test_ctrl_c_is_one_line(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "photos" / "1.png")
+    monkeypatch.setattr(timm, "create_model", interrupt)
+    words = WITH_A_FOLDER[command].format(name="test_resnet", tmp=tmp_path).split()
+    assert call(*words, "--no-pretrained") == (130, "", "interrupted\n")
+
+
 def test_a_place_below_a_file_is_refused_before_any_work(call: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     code, out, err = call(
