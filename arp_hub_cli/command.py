@@ -21,6 +21,10 @@ _UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
 """The exception that typer raises for a wrong option. It has no public name."""
 
 
+class _Interrupted(Exception):  # not an error
+    """Ctrl-C ended a command. The message says how to go on, if there is more to say than to start again."""
+
+
 class HelpfulCommand(TyperCommand):
     """A command whose help fits any width: grouped options, no text cut off, an example on lines of its own."""
 
@@ -54,6 +58,8 @@ class Command(HelpfulCommand):
         try:
             with joined(self.name or "", ctx.params.get("device")):
                 return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise _Interrupted(str(stop)) from stop  # typer would drop the message
         except Exception as error:
             if _is_ours(error):
                 raise type(error)(in_options(str(error), self.get_params(ctx))) from error
@@ -81,15 +87,18 @@ class Group(TyperGroup):
         """Run a command line, then exit."""
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
+            if code != 130:  # recent versions of typer return it after Ctrl-C
+                sys.exit(code)
+            why = "interrupted"
         except (typer.Abort, KeyboardInterrupt):
             why, code = "interrupted", 130
+        except _Interrupted as stop:
+            why, code = f"interrupted. {stop}" if str(stop) else "interrupted", 130
         except Exception as error:
             message = _for_people(error)
             if message is None:
                 raise
             why, code = f"error: {message}", 2
-        else:
-            sys.exit(code)
         if prints_its_end():
             note(why)
         sys.exit(code)
@@ -163,9 +172,14 @@ def repeated(option: str, words: Sequence[str]) -> list[str]:
 
 
 def _is_ours(error: Exception) -> bool:
-    from arp_hub.errors import ArpHubError  # here, because `arp_hub` imports torch, which help does not need
+    # not imported here: `arp_hub` imports torch, which help does not need and which may not import at all
+    errors = sys.modules.get("arp_hub.errors")
+    return errors is not None and isinstance(error, errors.ArpHubError)
 
-    return isinstance(error, ArpHubError)
+
+def _is_broken_import(error: Exception) -> bool:
+    """Whether a package does not import: `arp_hub`, which every command imports first, is then missing."""
+    return "arp_hub" not in sys.modules and isinstance(error, (AttributeError, ImportError, OSError, RuntimeError))
 
 
 def _about_value(usage: Any, message: str) -> str:
@@ -186,4 +200,7 @@ def _for_people(error: Exception) -> str | None:
         if message.startswith("No such command"):
             return f"{message} arp-hub --help lists the commands."
         return f"{message} Example: {example[0]}" if example and message.startswith("Missing") else message
+    if _is_broken_import(error):
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return f"a package does not import ({reason:.200}): `arp-hub doctor` names it and the way out"
     return " ".join(str(error).split()) if _is_ours(error) else None

@@ -233,14 +233,19 @@ class RefineChoice:
     def run(
         self, model: nn.Module, dense: nn.Module, data: ImageData | None, output: Path, seed: int, workers: int
     ) -> Refinement | None:
-        """Refine the model in place; None if no refinement is wanted."""
+        """Refine the model in place; None if no refinement is wanted. Ctrl-C says how to resume it."""
         if data is None or not self.wanted:
             return None
         with stage("read images to refine on"):
             images, held_out = refinement_images(data, self.images, seed=seed, workers=workers)
         state = output.with_name(f"{output.name}-refinement.safetensors")
         bound: dict[str, Any] = {"minutes": self.minutes, "steps": self.steps}
-        return refine(model, dense, images, held_out=held_out, **bound, seed=seed, state=state, progress=True)
+        try:
+            return refine(model, dense, images, held_out=held_out, **bound, seed=seed, state=state, progress=True)
+        except KeyboardInterrupt as stop:
+            if not state.exists():
+                raise
+            raise KeyboardInterrupt(f"The same command resumes the refinement from '{state}'") from stop
 
 
 def _words(numbers: Sequence[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -30,10 +31,21 @@ hub_option = partial(typer.Option, rich_help_panel="Repository", show_default=Fa
 card_option = partial(typer.Option, rich_help_panel="Model card", show_default=False)
 output_option = partial(typer.Option, rich_help_panel="Output")
 
-Model = Annotated[
-    str,
-    model_option(metavar="NAME", help="A timm name such as resnet50, local-dir:FOLDER, or hf-hub:USER/NAME."),
-]
+
+def model_name(given: str | None) -> str | None:
+    """A model's name, with ``local-dir:`` before the path of a saved folder."""
+    if not given or not os.path.isdir(given):  # noqa: PTH112  (Path.is_dir raises for a name that no system could hold)
+        return given
+    from arp_hub.hub.load import with_prefix  # here, because `arp_hub` imports torch
+
+    return with_prefix(given)
+
+
+MODEL_HELP = (
+    "A timm name such as resnet50, hf-hub:USER/NAME, or a saved folder. For a folder with the name of a timm model, "
+    "give local-dir:FOLDER."
+)
+Model = Annotated[str, model_option(metavar="NAME", help=MODEL_HELP, callback=model_name)]
 Checkpoint = Annotated[
     Path | None, model_option(metavar="FILE", help="Weights: a .safetensors file, or a torch file of tensors.")
 ]

@@ -21,7 +21,7 @@ from .._utils.progress import stage
 from .._utils.torch_utils import ambient_modes_off
 from ..calibration.images import Images, batches, check_normalised
 from ..errors import ArpHubError, checked_path
-from ..hub.load import is_saved_model, load_model
+from ..hub.load import load_model, with_prefix
 from ..hub.save import is_saved_folder
 from ..hub.staging import refresh_card
 from ..layers.model import check_model, check_weights, count_params
@@ -194,9 +194,7 @@ def _check_arguments(format: str, opset: int | None, batch_size: int, seconds: f
 
 def _name(model: object) -> str:
     """The name that `load_model` takes for a folder or a name."""
-    if isinstance(model, str) and (is_saved_model(model) or not Path(model).is_dir()):
-        return model
-    return f"local-dir:{checked_path(model, 'model')}"
+    return with_prefix(model) if isinstance(model, str) else f"local-dir:{checked_path(model, 'model')}"
 
 
 def _checked(images: Images, what: str, model: nn.Module, size: InputSize) -> Tensor:

@@ -116,6 +116,18 @@ def is_saved_model(name: str) -> bool:
     return name.startswith(_PREFIXES)
 
 
+def with_prefix(name: str) -> str:
+    """A model's name, with ``local-dir:`` before the path of a saved folder. A name of timm keeps its meaning.
+
+    Example:
+        >>> with_prefix("out")  # a folder that `save_pretrained` wrote  # doctest: +SKIP
+        'local-dir:out'
+    """
+    # functions of os.path, because those of Path raise for a name that no system could hold
+    saved = os.path.isdir(name) and os.path.isfile(os.path.join(name, "config.json"))  # noqa: PTH112, PTH113, PTH118
+    return f"local-dir:{name}" if saved and not timm.is_model(name) else name
+
+
 def published_name(name: str, model: nn.Module) -> str | None:
     """The repository on the Hub that the weights of ``load_model(name)`` come from, or None if there is none.
 
@@ -239,6 +251,7 @@ def _check_name(name: str) -> None:
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
         if os.path.isdir(name):  # noqa: PTH112  (Path.is_dir raises for a name that no system could hold)
             near = [f"local-dir:{name}"]
+            _check_name(near[0])  # says so if the folder holds no model
         hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise ArpHubError(
             f"unknown model '{name}'{hint}: give a timm name (timm.list_models() lists them), local-dir:FOLDER or "

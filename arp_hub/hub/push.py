@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import shutil
@@ -23,8 +22,6 @@ from .load import load_model
 from .repository import Published, Repository, check_name, open_repository
 from .save import CARD, CONFIG, METRICS, WEIGHTS, is_saved_folder, save_pretrained
 from .staging import MAIN, dense_name, stage
-
-_logger = logging.getLogger(__name__)
 
 
 def push_to_hub(
@@ -206,9 +203,8 @@ def _next_step(folder: Path, target: Repository, options: list[str], kept: bool)
 
     try:
         yield
-    except KeyboardInterrupt:
-        _logger.warning("interrupted. %s", state())
-        raise
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(state()) from stop
     except ArpHubError as error:
         if isinstance(error, HubFailure):
             raise HubFailure(f"{error}. {state()}", error.status, error.transient) from error.__cause__

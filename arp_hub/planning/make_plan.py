@@ -6,6 +6,7 @@ losses, allocate. The formula is in `arp_hub.planning.allocation`, the losses in
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -105,8 +106,7 @@ def make_plan(
     names = _scheme_names(schemes)
     if isinstance(rank_multiple, bool) or not isinstance(rank_multiple, int) or rank_multiple < 1:
         raise ArpHubError(f"rank_multiple must be a whole number of at least 1, got {rank_multiple!r}")
-    if low_rank_layers(model):
-        raise ArpHubError("the model is decomposed already: give the dense one, or call to_dense(model) first")
+    check_plannable(model, exclude)
     if without_weights := any(parameter.is_meta for parameter in model.parameters()):
         if calibration is not None or cost == "latency":
             what = "keep_latency" if calibration is None else "calibration"
@@ -158,6 +158,33 @@ def make_plan(
     return made_for(model, processes.of_first(lambda: budget.plan(losses)))
 
 
+def check_plannable(model: nn.Module, exclude: Sequence[str] | None) -> None:
+    """Check a model and the layers to exclude, as `make_plan` takes them, before data is read.
+
+    Raises:
+        ArpHubError: If the model is decomposed already, or a name or pattern matches no layer with a weight.
+    """
+    if low_rank_layers(model):
+        raise ArpHubError("the model is decomposed already: give the dense one, or call to_dense(model) first")
+    known = [name for name, _ in weight_layers(model)]
+    for pattern in () if exclude is None else _patterns(model, exclude):
+        if not any(fnmatchcase(name, pattern) for name in known):
+            inside = [f"{pattern}.*"] if any(name.startswith(f"{pattern}.") for name in known) else []
+            near = inside or difflib.get_close_matches(pattern, known, n=1)
+            hint = f" (did you mean '{near[0]}'?)" if near else ""
+            raise ArpHubError(
+                f"exclude={pattern!r} matches no layer of this {type(model).__name__}{hint}: give names of its layers, "
+                "or patterns such as layer1.*"
+            )
+
+
+def _patterns(model: nn.Module, exclude: Sequence[str] | None) -> list[str]:
+    """Names and patterns of the layers that stay dense."""
+    if exclude is None:
+        return _first_convs(model)
+    return [exclude] if isinstance(exclude, str) else list(exclude)
+
+
 def _budget(keep_params: float | None, keep_macs: float | None, keep_latency: float | None) -> tuple[str, float]:
     given = {"params": keep_params, "macs": keep_macs, "latency": keep_latency}
     chosen = {cost: share for cost, share in given.items() if share is not None}
@@ -184,11 +211,7 @@ def _eligible(
     model: nn.Module, traced: Trace, names: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> tuple[dict[str, list[Scheme]], dict[str, str]]:
     """The layers that can be decomposed with their schemes, and the others with their reasons."""
-    patterns = _first_convs(model) if exclude is None else [exclude] if isinstance(exclude, str) else list(exclude)
-    known = dict(model.named_modules(remove_duplicate=False))
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in known):
-            raise ArpHubError(f"exclude={pattern!r} matches no layer of this {type(model).__name__}")
+    patterns = _patterns(model, exclude)
     layers, dense, reasons = {}, {}, refusals(model)
     for name, module in weight_layers(model):
         if any(fnmatchcase(name, pattern) for pattern in patterns):

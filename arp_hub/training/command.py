@@ -59,8 +59,9 @@ def main(description: str, **defaults: Any) -> dict[str, Any]:
         config = parse_command(description, defaults, sys.argv[1:])
         with logging_redirect_tqdm():
             return run(config)
-    except KeyboardInterrupt:
-        _end("interrupted: continue from the last checkpoint with --resume auto", 130)
+    except KeyboardInterrupt as stop:
+        how = str(stop) or "Continue from the last checkpoint with --resume auto"
+        _end(f"interrupted. {how}", 130)
     except Preempted as stop:
         _end(str(stop), EXIT_CODE)
     except ArpHubError as error:

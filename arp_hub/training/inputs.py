@@ -12,6 +12,7 @@ from .._utils.torch_utils import evaluating
 from ..errors import ArpHubError
 from ..hub.load import is_saved_model, load_model, set_input_size
 from ..models.arguments import unknown_argument
+from ..planning.make_plan import check_plannable
 from .config import ARGUMENTS, TrainConfig
 from .data.augment import Augmentation
 from .data.dataset import ImageData, load_data
@@ -25,12 +26,14 @@ def load_data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
     """The data and the dense model. If the classifier will be trained, it gets as many classes as the data has.
 
     Raises:
-        ArpHubError: If either cannot be loaded, or if trained weights have another number of classes than the data.
+        ArpHubError: If either cannot be loaded, if ``exclude`` names a layer that the model lacks, or if trained
+            weights have another number of classes than the data.
     """
     checkpoint = config.checkpoint
     pretrained = config.pretrained or is_saved_model(config.model)
     torch.manual_seed(config.seed)
     model = _dense_model(config, pretrained=pretrained)
+    check_plannable(model, config.exclude)
     data = load_data(
         config.data,
         model,

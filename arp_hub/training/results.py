@@ -61,7 +61,7 @@ def save(run: Run, dense: nn.Module, model: nn.Module, metrics: dict[str, Any]) 
             **metrics,
             "base_model": published_name(config.model, dense) if published and not config.checkpoint else None,
             "dataset": hub_dataset(config.data),
-            "shared_images": run.data.train.name == run.data.test.name,
+            "shared_images": run.data.shares_images,
             "spectra": decays(dense, plan_of(model)),
             "history": [entry for entry in read_log(run.log.path) if "violation" in entry],
         }

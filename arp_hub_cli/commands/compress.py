@@ -113,7 +113,7 @@ def compress(
     from arp_hub.hub.save import check_folder, save_pretrained
     from arp_hub.layers.apply_plan import check_plan
     from arp_hub.plan import RankPlan
-    from arp_hub.planning.make_plan import make_plan
+    from arp_hub.planning.make_plan import check_plannable, make_plan
     from arp_hub.reports import spectra
     from arp_hub.runtimes.timed import check_installed
     from arp_hub.training.data.excerpts import calibration_counts
@@ -142,7 +142,9 @@ def compress(
     given = None if plan is None else RankPlan.load(plan)
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
     network, random_weights = open_model(choice)
-    if given is not None:
+    if given is None:
+        check_plannable(network, options["exclude"])
+    else:
         check_plan(network, given)
     found = open_data(data, network, image_key, label_key, streaming)
     images = open_images(found, calibration, copies, seed, workers)
@@ -181,7 +183,7 @@ def compress(
         **result,
         "base_model": None if checkpoint or random_weights else published_name(model, network),
         "dataset": hub_dataset(data),
-        "shared_images": bool(test and found and found.train.name == found.test.name),
+        "shared_images": bool(test and found and found.shares_images),
         "plan": made.to_dict(),
         "spectra": falls,
     }
@@ -227,4 +229,5 @@ def _test_split(model: nn.Module, data: ImageData | None) -> Split | StreamedSpl
     if reason := why_not_measured(model, data.test):
         note(f"accuracy is not measured: {reason}")
         return None
+    data.warn_of_shared_images()
     return data.test

@@ -11,7 +11,8 @@ from ..terminal import note, print_json, print_tables
 def doctor(as_json: AsJson = False) -> None:
     """Check the installation: versions, devices, access to the Hub and login, disk space.
 
-    Every problem is printed with its solution. The exit code is 1 if there is one.
+    Every problem is printed with its solution. The exit code is 1 if there is one. A Hub that cannot be reached is a
+    note, because local folders and cached models still load.
 
     Example:
         arp-hub doctor
@@ -23,6 +24,8 @@ def doctor(as_json: AsJson = False) -> None:
         print_json(found)
     else:
         print_tables(table(found))
+    for text in found["notes"]:
+        note(f"note: {text}")
     for problem in found["problems"]:
         note(f"problem: {problem}")
     if found["problems"]:

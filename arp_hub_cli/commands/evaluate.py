@@ -65,6 +65,6 @@ def evaluate(
         scores = evaluate(network, part, batch_size=batch_size, workers=workers, max_images=max_images)
     result = {**scores, "params": count_params(network), "macs": count_macs(network)}
     if as_json:
-        print_json({"model": model, "random_weights": random_weights, "data": data, "split": split, **result})
+        print_json({"model": model, "random_weights": random_weights, "data": data, "split": part.name, **result})
     else:
-        print_tables(tables.comparison_table({model: result}, f"{data}, split {split}"))
+        print_tables(tables.comparison_table({model: result}, f"{data}, split {part.name}"))

@@ -10,6 +10,7 @@ import typer
 from ..options import (
     DATA_HELP,
     MAX_IMAGES_HELP,
+    MODEL_HELP,
     AsJson,
     Checkpoint,
     ImageKey,
@@ -23,6 +24,7 @@ from ..options import (
     Streaming,
     Workers,
     data_option,
+    model_name,
     output_option,
     timing_option,
 )
@@ -40,7 +42,7 @@ FORMATS = ("onnx", "openvino", "torch-export")
 def export(
     model: Annotated[
         str,
-        typer.Argument(metavar="OUT", help="A saved folder, hf-hub:USER/NAME, or a timm name.", show_default=False),
+        typer.Argument(metavar="OUT", help=MODEL_HELP, show_default=False, callback=model_name),
     ],
     format: Annotated[str, output_option(metavar="NAME", help=f"Format of the file: {', '.join(FORMATS)}.")] = "onnx",
     int8: Annotated[bool, output_option("--int8", help="Quantise weights and activations; needs --data.")] = False,
@@ -112,7 +114,6 @@ def export(
     from arp_hub.deployment.export import export as write
     from arp_hub.deployment.folder import check_output
     from arp_hub.errors import ArpHubError, check_inputs_outside
-    from arp_hub.hub.load import is_saved_model
     from arp_hub.runtimes.formats import runtime_of
     from arp_hub.training import calibration_images
 
@@ -121,12 +122,11 @@ def export(
     runtime_of(format).require(int8)
     if int8 and data is None:
         raise ArpHubError("--int8 needs images to calibrate on: give --data")
-    name = f"local-dir:{model}" if not is_saved_model(model) and Path(model).is_dir() else model
     kind = f"{format}-int8" if int8 else format
-    target = output or Path(f"{name.removeprefix('local-dir:').rpartition('hub:')[2].rstrip('/')}-{kind}")
+    target = output or Path(f"{model.removeprefix('local-dir:').rpartition('hub:')[2].rstrip('/')}-{kind}")
     check_inputs_outside(target, {"--data": data, "--checkpoint": checkpoint})
-    check_output(target, name, overwrite)
-    choice = ModelChoice(name, checkpoint, pretrained, num_classes, model_kwargs, input_size, "cpu", seed)
+    check_output(target, model, overwrite)
+    choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, "cpu", seed)
     network, random_weights = open_model(choice)
     found = open_data(data, network, image_key, label_key, streaming)
     images = calibration_images(found, calibration, copies=0, seed=seed, workers=workers) if found and int8 else None
@@ -165,7 +165,9 @@ def export(
         print(f"top-1 {parity.top1:.1f} %, in PyTorch {parity.torch_top1:.1f} %")
     if "dense" in done.record and "top1" in done.record["dense"]["parity"]:
         print(f"top-1 of the dense form in the same format {done.record['dense']['parity']['top1']:.1f} %")
-    note(done.record.get("verdict", f"export.json written to {target}"))
+    if verdict := done.record.get("verdict"):
+        print(verdict)
+    note(f"export.json written to {target}")
 
 
 def _test_images(model: nn.Module, data: ImageData, most: int, workers: int) -> tuple[Tensor, Tensor | None]:
@@ -184,4 +186,5 @@ def _test_images(model: nn.Module, data: ImageData, most: int, workers: int) -> 
     if reason := why_not_measured(model, split):
         note(f"accuracy is not measured: {reason}")
         return images, None
+    data.warn_of_shared_images()
     return images, split.labels

@@ -79,7 +79,7 @@ def plan(
         arp-hub plan --model resnet50 --keep-params 0.4 --output plan.json
     """
     from arp_hub.errors import check_inputs_outside
-    from arp_hub.planning.make_plan import make_plan
+    from arp_hub.planning.make_plan import check_plannable, make_plan
     from arp_hub.reports import summary, tables
     from arp_hub.runtimes.timed import check_installed
 
@@ -102,6 +102,7 @@ def plan(
     check_plan_file(output, overwrite)
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
     network, random_weights = open_model(choice, meta=data is None)
+    check_plannable(network, options["exclude"])
     images = open_images(open_data(data, network, image_key, label_key, streaming), calibration, copies, seed, workers)
     made = make_plan(network, **options, calibration=images, effort=effort, progress=True)
     if not is_first():

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..options import (
+    MODEL_HELP,
     AsJson,
     Checkpoint,
     Device,
@@ -15,6 +16,7 @@ from ..options import (
     ModelKwargs,
     NumClasses,
     Pretrained,
+    model_name,
     output_option,
 )
 from ..terminal import note, print_json, print_tables
@@ -23,11 +25,7 @@ from ..terminal import note, print_json, print_tables
 def predict(
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A timm name such as resnet50, local-dir:FOLDER, or hf-hub:USER/NAME.",
-            show_default=False,
-        ),
+        typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False, callback=model_name),
     ],
     images: Annotated[
         list[Path],

@@ -57,6 +57,7 @@ def push(
     from huggingface_hub.utils import disable_progress_bars
 
     from arp_hub.hub.push import push_to_hub
+    from arp_hub.reports.tables import printable
 
     if not interactive():
         disable_progress_bars()
@@ -78,7 +79,7 @@ def push(
         print_json(asdict(done))
     else:
         at = "" if done.revision == "main" and not tag else f"@{tag or done.revision}"
-        note(f"published: {done.url}")
+        print(printable(f"published: {done.url}"))
         note(f'load it with timm.create_model("hf-hub:{done.repo_id}{at}", pretrained=True) after `import arp_hub`')
 
 

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 
 from arp_hub import decompose, make_plan, save_pretrained
@@ -258,7 +259,12 @@ BAD_INPUTS = {
         "holds more than tensors, such as a whole model, or is damaged: save model.state_dict()",
     ),
     "text in place of safetensors": ("inspect --model test_resnet --checkpoint {tmp}/notes.safetensors", "save or"),
-    "a saved folder without its prefix": ("evaluate --model {tmp}/full --data digits", "did you mean 'local-dir:{tmp}"),
+    "a folder without a model": ("evaluate --model {tmp}/full --data digits", "{tmp}/full': the folder has no config"),
+    "an image folder to export": ("export {tmp}/full", "{tmp}/full': the folder has no config.json"),
+    "a small model without its prefix": (
+        "plan --model {tmp}/small --keep-params 0.5 --output {tmp}/plan.json",
+        "is decomposed already: give the dense one",
+    ),
     "a model that is small already": (
         "compress --model local-dir:{tmp}/small --keep-params 0.5 --output {tmp}/out",
         "is decomposed already: give the dense one",
@@ -300,6 +306,54 @@ def test_bad_input_exits_2_with_one_line_and_writes_nothing(run, trained, folder
     assert len(lines) == 1, result.err  # beside the lines of the stages that ended before the error
     assert message.replace("{tmp}", str(folder)) in lines[0]
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.fixture
+def val(tmp_path) -> Path:
+    """A folder whose only split is called ``val``, with images of two classes."""
+    for name, colour in (("cat", "red"), ("dog", "blue")):
+        (tmp_path / "pets/val" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (32, 32), colour).save(tmp_path / "pets/val" / name / f"{number}.png")
+    return tmp_path / "pets"
+
+
+ONE_SPLIT = {
+    "plan": ("plan --keep-params 0.9 --schemes channel --output {tmp}/plan.json --calibration-copies 0", 2, False),
+    "inspect": ("inspect", 2, False),
+    "compress": ("compress --keep-params 0.9 --schemes channel --output {tmp}/out --calibration-copies 0", 2, True),
+    "compress, other classes": ("compress --keep-params 0.9 --schemes channel --output {tmp}/out", 7, False),
+    "evaluate": ("evaluate", 2, True),
+    "export": ("export test_resnet --format torch-export --seconds 0 --output {tmp}/file", 2, True),
+    "export, other classes": ("export test_resnet --format torch-export --seconds 0 --output {tmp}/file", 7, False),
+}
+"""Commands, the classes of their model, and whether they measure accuracy on data of two classes."""
+
+
+@pytest.mark.parametrize(("line", "classes", "measured"), ONE_SPLIT.values(), ids=ONE_SPLIT)
+def test_images_shared_by_training_and_testing_are_told_where_accuracy_is_measured(
+    run, val, tmp_path, caplog, line, classes, measured
+):
+    words = ["--no-pretrained", "--num-classes", classes, "--data", val, *SIZE]
+    model = [] if line.startswith("export") else ["--model", "test_resnet"]
+    result = run(*line.format(tmp=tmp_path).split(), *model, *words)
+    assert result.code == 0, result.err
+    told = [message for message in caplog.messages if "one usable split, 'validation'" in message]
+    assert len(told) == measured
+
+
+@pytest.mark.parametrize(("data", "words", "name"), [
+    ("pets", [], "validation"),
+    ("digits", [], "test"),
+    ("digits", ["--split", "train"], "train"),
+])  # fmt: skip
+def test_evaluate_names_the_split_as_the_data_does(run, val, data, words, name):
+    model = ("--model", "test_resnet", "--no-pretrained", "--num-classes", 10 if data == "digits" else 2, *SIZE)
+    measure = ("evaluate", *model, "--data", val if data == "pets" else data, "--max-images", 8, *words)
+    result = run(*measure)
+    assert result.code == 0, result.err
+    assert f"split {name}" in result.out
+    assert run(*measure, "--json").json["split"] == name
 
 
 RANDOM = {

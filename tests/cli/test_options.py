@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import arp_hub
 from arp_hub.hub.load import load_model
@@ -28,6 +29,7 @@ COMMANDS = {
     "bench": "bench --batch-size 1 --seconds 0.1",
     "inspect": "inspect",
 }
+WRITING = ("plan", "compress", "export")
 
 
 @pytest.fixture
@@ -59,6 +61,37 @@ def test_every_command_takes_arguments_of_the_model(call: Any, tmp_path: Path, c
         assert json.loads((tmp_path / "out/config.json").read_text())["model_args"]["img_size"] in (32, [32, 32])
         code, out, err = call("evaluate", "--model", f"local-dir:{tmp_path / 'out'}", "--data", "digits", "--json")
         assert code == 0, err
+
+
+WITH_A_FOLDER = {
+    **{name: line.replace("digits", "photos") + " --model {name}" for name, line in COMMANDS.items()},
+    "predict": "predict {name} photos",
+    "export": "export {name} --format torch-export --seconds 0 --output {tmp}/file",
+}
+
+
+@pytest.mark.parametrize("command", WITH_A_FOLDER)
+def test_a_saved_folder_needs_no_prefix_and_a_timm_name_keeps_its_meaning(
+    call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("saved", "test_resnet"):
+        arp_hub.save_pretrained(timm.create_model("test_resnet", num_classes=3), folder)
+    for number in range(6):
+        place = tmp_path / "photos" / str(number % 3)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(place / f"{number}.png")
+
+    def said(name: str, *words: str) -> str:
+        code, _, err = call(*WITH_A_FOLDER[command].format(name=name, tmp=tmp_path).split(), *words)
+        assert code == 0, err
+        return err
+
+    again = ["--overwrite"] if command in WRITING else []
+    assert "are random" not in said("saved/")
+    assert "are random" not in said("local-dir:test_resnet", *again)
+    own = ["--no-pretrained", "--num-classes", "3", *again]
+    assert "the weights of 'test_resnet' are random" in said("test_resnet", *own)
 
 
 REFUSED = {
@@ -119,6 +152,46 @@ def test_numbers_out_of_range_are_one_line_before_any_work(
     code, out, err = call(*words, option, value, "--model", "nosuch", "--data", "nosuch")
     assert (code, out, len(err.splitlines())) == (2, "", 1), err
     assert option.strip("-").rstrip("s") in err and "nosuch" not in err
+
+
+EARLY = {
+    "a layer": (
+        "--model test_resnet --no-pretrained --exclude x",
+        "--exclude 'x' matches no layer of this ResNet: give",
+    ),
+    "a misspelt layer": ("--model test_resnet --no-pretrained --exclude layer1.0.conv", "(did you mean 'layer1.0.conv"),
+    "a pattern": ("--model test_resnet --no-pretrained --exclude conv1.0,x.*", "--exclude 'x.*' matches no layer"),
+    "a block": ("--model test_resnet --no-pretrained --exclude layer1", "(did you mean 'layer1.*'?)"),
+    "a small model": ("--model {tmp}/small", "is decomposed already"),
+}
+
+
+@pytest.mark.parametrize("command", ["plan", "compress"])
+@pytest.mark.parametrize("case", EARLY)
+def test_what_cannot_be_planned_is_refused_before_data_is_read(
+    call: Any, tmp_path: Path, command: str, case: str
+) -> None:
+    options, message = EARLY[case]
+    model = timm.create_model("test_resnet", num_classes=10)
+    arp_hub.decompose(model, arp_hub.make_plan(model, keep_params=0.5, schemes=["channel"]))
+    arp_hub.save_pretrained(model, tmp_path / "small")
+    words = [*COMMANDS[command].split(), *options.split(), "--data", "nosuch"]
+    code, out, err = call(*(word.format(tmp=tmp_path) for word in words))
+    assert (code, out) == (2, "") and message in err and "nosuch" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+@pytest.mark.parametrize("command", WITH_A_FOLDER)
+def test_ctrl_c_is_one_line(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "photos" / "1.png")
+    monkeypatch.setattr(timm, "create_model", interrupt)
+    words = WITH_A_FOLDER[command].format(name="test_resnet", tmp=tmp_path).split()
+    assert call(*words, "--no-pretrained") == (130, "", "interrupted\n")
 
 
 def test_a_place_below_a_file_is_refused_before_any_work(call: Any, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from arp_hub.refinement.steps import Steps
 from arp_hub.training import TrainConfig
 from arp_hub.training import run as train
 from arp_hub_cli.app import app
@@ -51,6 +52,29 @@ def test_bad_options_are_one_line_before_any_work(case, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert (out, len(err.splitlines())) == ("", 1) and message in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("steps", [3, 40], ids=["before a state", "with a state"])
+def test_ctrl_c_says_how_to_go_on(steps, tmp_path, capsys, monkeypatch):
+    step, calls = Steps.step, 0
+
+    def interrupted(self, *arguments):
+        nonlocal calls
+        calls += 1
+        if calls == steps:
+            raise KeyboardInterrupt
+        step(self, *arguments)
+
+    out, state = tmp_path / "out", tmp_path / "out-refinement.safetensors"
+    words = [*COMPRESS, "--data", "digits", "--calibration-images", 64, "--refine-images", 60, "--refine-steps", 80]
+    monkeypatch.setattr(Steps, "step", interrupted)
+    assert call(*words, "--output", out) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert state.exists() is (steps == 40)
+    resumes = f"interrupted. The same command resumes the refinement from '{state}'"
+    assert last == (resumes if state.exists() else "interrupted")
+    monkeypatch.undo()
+    assert call(*words, "--output", out) == 0 and not state.exists()
 
 
 def test_a_run_refines_its_fit(tmp_path):

@@ -151,7 +151,8 @@ def test_exit_codes_and_tracebacks_are_the_script_s_own(call: Any, place: Path) 
         ("raise KeyboardInterrupt", 130),
     ):
         (place / "timm" / "end.py").write_text(body)
-        assert call(place / "timm" / "end.py")[0] == expected
+        code, _, err = call(place / "timm" / "end.py")
+        assert code == expected and err == ("interrupted\n" if code == 130 else "")
 
 
 def test_a_script_that_is_not_there_is_refused(call: Any, tmp_path: Path) -> None:

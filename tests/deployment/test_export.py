@@ -150,6 +150,17 @@ def test_the_command_writes_a_file_with_a_dynamic_batch(tmp_path: Path, capsys: 
     assert code == 2 and "contains the saved model" in err and (FOLDER / "config.json").is_file()
 
 
+def test_the_command_prints_the_verdict_with_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["export", FOLDER, "--format", "torch-export", "--seconds", 0.2, "--output", tmp_path / "out"]
+    code, out, err = call(capsys, *words)
+    assert code == 0, err
+    record = json.loads((tmp_path / "out/export.json").read_text())
+    assert out.splitlines()[-1] == record["verdict"]
+    assert record["verdict"] not in err and f"export.json written to {tmp_path / 'out'}" in err
+    code, out, err = call(capsys, *words, "--json")
+    assert code == 0 and json.loads(out)["verdict"] and "written to" not in out + err
+
+
 def test_a_file_that_differs_from_pytorch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/export.json").write_text("{}")

@@ -237,6 +237,7 @@ def test_push(name: str, hub: HubServer, client: Client, earlier: Repo, mine: Pa
     done = client.arp_hub("push", mine, row.repo, *row.words, token=row.token, before=QUICK + row.before)
     assert done.code == row.code, done.err
     assert read_in_order(done.last_line, row.says), done.last_line
+    assert ("published: " in done.out) is (row.code == 0)
     assert not re.search(r"Traceback|hf_[A-Za-z0-9]{8}", done.out + done.err), done.err
     assert all(fault.seen for fault in hub.faults), "a fault was never triggered"
     assert content(mine) == here

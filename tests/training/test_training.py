@@ -224,7 +224,7 @@ def test_bad_input_stops_a_run_before_any_training(tmp_path, shared):
         ({"resume": str(tmp_path / "gone")}, "no checkpoint at resume="),
         ({"tracker": "paper"}, "unknown tracker 'paper'"),
         ({"keep_params": 0.001}, "keep_params"),
-        ({"exclude": ("layer9",)}, "layer9"),
+        ({"exclude": ("layer9",), "data": "nothing"}, "layer9"),  # before the data is read
     ]:
         settings = config(tmp_path, **changes)
         with pytest.raises(ArpHubError, match=words):

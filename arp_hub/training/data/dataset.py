@@ -49,6 +49,20 @@ class ImageData:
     test: Split | StreamedSplit
     others: Mapping[str, Split | StreamedSplit] = field(default_factory=dict)
 
+    @property
+    def shares_images(self) -> bool:
+        """Whether training and testing share their images, because one split is usable."""
+        return self.train.images is self.test.images
+
+    def warn_of_shared_images(self) -> None:
+        """Warn, before accuracy is measured, if training and testing share their images."""
+        if self.shares_images:
+            _logger.warning(
+                "data '%s' has one usable split, '%s': training and testing share its images, so accuracy is too high",
+                self.name,
+                self.test.name,
+            )
+
     def bad_images(self, accelerator: Accelerator | None = None) -> int:
         """Number of images that could not be decoded so far, on any process, each counted once."""
         splits = (self.train, self.test, *self.others.values())
@@ -105,7 +119,8 @@ def load_data(
             class names: they are numbered in sorted order.
         val_fraction: Share of the training images that is held out, stratified by class.
         seed: Seed of the held-out split.
-        require_labels: Whether data without labels is an error.
+        require_labels: Whether data without labels is an error. If not, no accuracy need be measured, so there is no
+            warning where training and testing share their images.
         augmentation: How training images are varied: timm's string, such as ``rand-m9-mstd0.5``, or an `Augmentation`.
         max_bad_images: Largest number of images of a split that may fail to decode. Each becomes the mean colour.
         streaming: Read tar shards, parquet files or a Hub dataset in order, without a download or an index of images.
@@ -167,7 +182,10 @@ def _arrange(source: str, tables: dict[str, Table], val_fraction: float, seed: i
     num_classes = _check_labels(source, [splits[train_name], splits[test_name]], len(class_names))
     train, val = _hold_out(splits[train_name], val_fraction, seed)
     others = {name: split for name, split in splits.items() if name != "train"}
-    return ImageData(source, num_classes, class_names, train, val, splits[test_name], others)
+    data = ImageData(source, num_classes, class_names, train, val, splits[test_name], others)
+    if require_labels:
+        data.warn_of_shared_images()
+    return data
 
 
 def _train_and_test(source: str, names: list[str], usable: list[str]) -> tuple[str, str]:
@@ -185,11 +203,6 @@ def _train_and_test(source: str, names: list[str], usable: list[str]) -> tuple[s
             f"data '{source}': the images of split 'train' have no labels; those of {', '.join(usable)} do"
         )
     if len(usable) == 1:
-        _logger.warning(
-            "data '%s' has one usable split, '%s': training and testing share its images, so accuracy is too high",
-            source,
-            usable[0],
-        )
         return usable[0], usable[0]
     test_name = next((name for name in _TEST_NAMES if name in usable), None)
     if "train" in usable and test_name:
@@ -213,7 +226,10 @@ def _arrange_streams(
     }
     train = splits[train_name]
     others = {name: split for name, split in splits.items() if name != "train"}
-    return ImageData(source, train.images.classes, train.class_names, train, None, splits[test_name], others)
+    data = ImageData(source, train.images.classes, train.class_names, train, None, splits[test_name], others)
+    if require_labels:
+        data.warn_of_shared_images()
+    return data
 
 
 def _has_labels(table: Table) -> bool:
