@@ -231,8 +231,8 @@ def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
             lines.append(f"| {CASES[network].title} | {TITLES[runtime]} | {images} | {' | '.join(cells)} |")
     lines += [
         "",
-        "What is done for int8: divergence from the same network in float32 (nats) and top-1. In the last column, the",
-        "low-rank layers that int8 harms most stay in float32, where that is needed for a divergence of 0.01:",
+        "What is done for int8: divergence from the same network in float32 (nats) and top-1. In the last column,",
+        "low-rank layers that int8 harms stay in float32:",
         "",
         "| network | runtime | dense int8 | low rank int8 | and factors balanced | and layers in float32 (number) |",
         "|---|---|---|---|---|---|",

@@ -63,7 +63,7 @@ def export(
     *,
     format: str = "onnx",
     int8: bool = False,
-    int8_divergence: float = 0.01,
+    int8_divergence: float = 0.05,
     images: Images | None = None,
     test_images: Images | None = None,
     test_labels: Tensor | Sequence[int] | None = None,
@@ -82,16 +82,16 @@ def export(
     it lies in a saved folder, the card there lists the export, and `push_to_hub` uploads it.
 
     Int8 uses the runtime's own quantiser: static quantisation of ONNX Runtime, NNCF for OpenVINO, PT2E of torchao for
-    ``torch-export``. Factors of low-rank layers are balanced before, on a copy. The low-rank layers that int8 harms
-    most stay in float32 until ``int8_divergence`` is met, at most a quarter of them; ``export.json`` lists them.
+    ``torch-export``. Factors of low-rank layers are balanced before, on a copy. A low-rank layer that int8 harms more
+    than ``int8_divergence`` stays in float32; ``export.json`` lists these layers.
 
     Args:
         model: A timm model, dense or compressed; or a saved folder; or a name such as ``hf-hub:user/name``.
         output: Folder to write.
         format: ``"onnx"``, ``"openvino"`` or ``"torch-export"``.
         int8: Quantise weights and activations; needs ``images``.
-        int8_divergence: Divergence from the predictions in float32 that int8 may cause on ``images``, in nats. With
-            ``math.inf`` all layers of a compressed model are quantised.
+        int8_divergence: Divergence of the predictions, in nats, that int8 of one low-rank layer alone may cause. With
+            ``math.inf`` all layers are quantised.
         images: Unlabelled images, normalised as for the model, on which int8 is calibrated. A tensor or batches.
         test_images: Images to check the file on. By default ``images``, or else random ones.
         test_labels: Their classes, to measure top-1.

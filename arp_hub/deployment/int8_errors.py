@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from ..calibration.gradients import predicted_divergences
 from ..layers.low_rank import LowRankLayer
-from ..layers.model import count_params, low_rank_layers
+from ..layers.model import low_rank_layers
 
 
-def most_harmed(model: nn.Module, images: Tensor) -> list[str]:
-    """Names of all low-rank layers, the one that int8 harms most first, by the divergence for each of its parameters.
-
-    So a layer that is large for the harm that int8 does to it is not the first to stay in float32.
+def int8_divergences(model: nn.Module, images: Tensor) -> dict[str, float]:
+    """The divergence that int8 of each low-rank layer alone causes. Layers that no gradient reaches are left out.
 
     Args:
         model: A model in evaluation mode.
@@ -29,8 +27,7 @@ def most_harmed(model: nn.Module, images: Tensor) -> list[str]:
     """
     layers = low_rank_layers(model)
     quantised = {name: _quantised(layer) for name, layer in layers.items()}
-    divergences = predicted_divergences(model, layers, quantised, images, len(images))
-    return sorted(layers, key=lambda name: -divergences.get(name, 0.0) / count_params(layers[name]))
+    return predicted_divergences(model, layers, quantised, images, len(images))
 
 
 def _quantised(layer: LowRankLayer) -> LowRankLayer:

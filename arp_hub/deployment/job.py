@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ..layers.model import low_rank_layers
 from ..runtimes.capture import Captured
 from ..runtimes.runtime import Batches, Run, Runtime
 from .balance import balance_factors
-from .int8_errors import most_harmed
+from .int8_errors import int8_divergences
 from .latency import FileLatency, time_files
 from .parity import TOLERANCE, Check, Parity
 
@@ -55,15 +55,15 @@ class Job:
         calibration: Calibration images in batches for int8; None for float32.
         opset: Version of the ONNX operators; None for the exporter's own.
         balance: Whether factors are balanced, on a copy, before they are quantised.
-        most_divergence: Divergence that int8 may cause on the calibration images, in nats. Where it causes more, the
-            low-rank layers that it harms most for their size stay in float32, but at most a quarter of them, or one.
+        most_divergence: Divergence of the predictions, in nats, that int8 of one low-rank layer alone may cause. Layers
+            that cause more stay in float32.
     """
 
     runtime: Runtime
     calibration: Batches | None = None
     opset: int | None = None
     balance: bool = True
-    most_divergence: float = 0.01
+    most_divergence: float = 0.05
 
     @property
     def precision(self) -> str:
@@ -93,39 +93,21 @@ class Job:
         return Exported(path, size, parity, run, in_float)
 
     def _write_int8(self, captured: Captured, path: Path, calibration: Batches) -> tuple[str, ...]:
-        """Write an int8 file, and return the layers that stay in float32.
+        """Write an int8 file, and return the low-rank layers that stay in float32.
 
-        They are as few as the divergence allows, or else what gives the least. All factors of a layer stay in float32
-        together, because what passes between two of them is then not rounded either.
+        They do so with all of their factors, because what passes between two of them is then not rounded either.
         """
-        if not (layers := low_rank_layers(captured.model)):
-            self.runtime.write_int8(captured, path, calibration, self.opset)
-            return ()
-        if self.balance:
-            balanced = balance_factors(copy.deepcopy(captured.model), calibration)
-            captured = replace(captured, model=balanced)
-        images = torch.cat(list(calibration))
-        check = Check.of(captured, "calibration", images, None)
-
-        def divergence(in_float: Sequence[str]) -> float:
+        in_float: tuple[str, ...] = ()
+        factors: list[str] = []
+        if layers := low_rank_layers(captured.model):
+            if self.balance:
+                captured = replace(captured, model=balance_factors(copy.deepcopy(captured.model), calibration))
+            if self.most_divergence < math.inf:
+                harm = int8_divergences(captured.model, torch.cat(list(calibration)))
+                in_float = tuple(name for name in layers if harm.get(name, 0.0) > self.most_divergence)
             factors = [f"{name}.factors.{number}" for name in in_float for number in range(len(layers[name].factors))]
-            self.runtime.write_int8(captured, path, calibration, self.opset, factors)
-            return check.parity(self.runtime.load(path)).divergence
-
-        tried: dict[tuple[str, ...], float] = {(): divergence(())}
-        if tried[()] <= self.most_divergence:
-            return ()
-        harmed, count = most_harmed(captured.model, images), 1
-        while count <= max(1, len(layers) // 4):
-            in_float = tuple(harmed[:count])
-            tried[in_float] = divergence(in_float)
-            if tried[in_float] <= self.most_divergence:
-                return in_float
-            count *= 2
-        best = min(tried, key=lambda one: tried[one])
-        if best != in_float:
-            divergence(best)
-        return best
+        self.runtime.write_int8(captured, path, calibration, self.opset, factors)
+        return in_float
 
     def compare(
         self, exported: Exported, captured: Captured, check: Check, seconds: float

@@ -50,11 +50,11 @@ def export(
         float,
         output_option(
             metavar="NATS",
-            help="Divergence that int8 may cause; until it is met, the low-rank layers that int8 harms most stay in "
-            "float32, at most a quarter of them. inf: none.",
+            help="A low-rank layer stays in float32 if int8 of it alone makes the predictions diverge by more. "
+            "inf: none does.",
             min=0,
         ),
-    ] = 0.01,
+    ] = 0.05,
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = None,
     num_classes: NumClasses = None,
@@ -160,7 +160,7 @@ def export(
         f"same top-1 {parity.agreement:.1f} %, divergence {parity.divergence:.2g} nats"
     )
     if kept := done.record.get("layers_in_float"):
-        print(f"{len(kept)} low-rank layers stay in float32, where int8 harms most: {', '.join(kept)}")
+        print(f"{len(kept)} low-rank layers stay in float32, because int8 harms them: {', '.join(kept)}")
     if parity.top1 is not None:
         print(f"top-1 {parity.top1:.1f} %, in PyTorch {parity.torch_top1:.1f} %")
     if "dense" in done.record and "top1" in done.record["dense"]["parity"]:

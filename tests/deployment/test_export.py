@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import arp_hub
 from arp_hub import ArpHubError
 from arp_hub.deployment.balance import balance_factors
-from arp_hub.deployment.int8_errors import most_harmed
+from arp_hub.deployment.int8_errors import int8_divergences
 from arp_hub.layers.low_rank import GroupedLinear
 from arp_hub.layers.model import low_rank_layers
 from arp_hub.runtimes.formats import RUNTIMES
@@ -279,7 +279,8 @@ def harmed_by_int8() -> tuple[nn.Module, str]:
 
 def test_int8_harms_most_where_weights_and_inputs_vary_most() -> None:
     model, name = harmed_by_int8()
-    assert most_harmed(model, IMAGES)[0] == name
+    found = int8_divergences(model, IMAGES)
+    assert found.keys() == low_rank_layers(model).keys() and found.pop(name) > 5 * max(found.values())
 
 
 @pytest.mark.slow
@@ -289,14 +290,14 @@ def test_layers_that_int8_harms_stay_in_float(format: str, tmp_path: Path) -> No
         pytest.importorskip(package, reason=f"{package} is not installed")
     model, name = harmed_by_int8()
     found = {}
-    for most in (0.0, float("inf")):
+    for most in (0.5, float("inf")):
         folder = tmp_path / str(most)
         found[most] = arp_hub.export(
             model, folder, format=format, int8=True, images=IMAGES, seconds=0, int8_divergence=most
         ).parity.divergence
         record = json.loads((folder / "export.json").read_text())
-        assert (name in record.get("layers_in_float", [])) == (most == 0)
-    assert found[0.0] < found[float("inf")] / 2
+        assert record.get("layers_in_float") == ([name] if most < 1 else None)
+    assert found[0.5] < found[float("inf")] / 2
 
 
 PRODUCTS: dict[str, Any] = {
