@@ -160,7 +160,7 @@ def export(
         f"same top-1 {parity.agreement:.1f} %, divergence {parity.divergence:.2g} nats"
     )
     if kept := done.record.get("layers_in_float"):
-        print(f"{len(kept)} low-rank layers stay in float32, because int8 harms them: {', '.join(kept)}")
+        print(f"in float32, because int8 harms them: {', '.join(kept)}")
     if parity.top1 is not None:
         print(f"top-1 {parity.top1:.1f} %, in PyTorch {parity.torch_top1:.1f} %")
     if "dense" in done.record and "top1" in done.record["dense"]["parity"]:
