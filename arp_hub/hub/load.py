@@ -52,7 +52,8 @@ def load_model(
     """Build a model and give it its weights.
 
     Args:
-        name: Any timm name (``resnet50``, ``resnet50.a1_in1k``), ``local-dir:folder`` or ``hf-hub:user/name``.
+        name: Any timm name (``resnet50``, ``resnet50.a1_in1k``), the path of a saved folder (``out`` or
+            ``local-dir:out``) or ``hf-hub:user/name``.
         checkpoint: A weights file (safetensors, or a torch file that holds tensors only); overrides ``pretrained``.
         pretrained: Whether to load the weights that belong to the name. Default: if there are any, and no checkpoint
             is given.
@@ -70,6 +71,7 @@ def load_model(
         >>> model = load_model("cifar_resnet20", "resnet20_cifar10.safetensors")  # doctest: +SKIP
     """
     _check_name(name)
+    name = with_prefix(name)
     if pretrained is None:
         pretrained = checkpoint is None and (is_saved_model(name) or timm.models.is_model_pretrained(name))
     if num_classes is not None:
@@ -113,7 +115,7 @@ def set_input_size(model: nn.Module, size: InputSize) -> None:
 
 def is_saved_model(name: str) -> bool:
     """Whether a name refers to a saved folder or a model on the Hub."""
-    return name.startswith(_PREFIXES)
+    return with_prefix(name).startswith(_PREFIXES)
 
 
 def with_prefix(name: str) -> str:
@@ -254,7 +256,7 @@ def _check_name(name: str) -> None:
             _check_name(near[0])  # says so if the folder holds no model
         hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise ArpHubError(
-            f"unknown model '{name}'{hint}: give a timm name (timm.list_models() lists them), local-dir:FOLDER or "
+            f"unknown model '{name}'{hint}: give a timm name (timm.list_models() lists them), a saved folder or "
             "hf-hub:USER/NAME"
         )
 

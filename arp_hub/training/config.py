@@ -49,7 +49,7 @@ class TrainConfig(
         for field in fields:
             object.__setattr__(self, field.name, checked(field, hints, getattr(self, field.name)))
         if not self.model:
-            raise ArpHubError("model is not set: give a timm name, local-dir:FOLDER or hf-hub:USER/NAME")
+            raise ArpHubError("model is not set: give a timm name, a saved folder or hf-hub:USER/NAME")
         if (self.keep_params is None) == (self.keep_macs is None):
             given = "none" if self.keep_params is None else "both"
             raise ArpHubError(f"set one budget, keep_params or keep_macs (got {given})")

@@ -14,7 +14,7 @@ from .config_fields import setting
 class DataSettings:
     """The model and the images."""
 
-    model: str = setting("model and data", "", "a timm name, local-dir:FOLDER or hf-hub:USER/NAME")
+    model: str = setting("model and data", "", "a timm name, a saved folder or hf-hub:USER/NAME")
     checkpoint: str = setting("model and data", "", "weights of the dense model: a safetensors or torch weights file")
     model_kwargs: dict[str, Any] | None = setting(
         "model and data", None, "arguments of the model, such as img_size=112 pad_type=same; kept with the saved model"

@@ -20,7 +20,7 @@ def commented_yaml(config: TrainConfig) -> str:
     Example:
         >>> config = TrainConfig(model="cifar_resnet20", keep_params=0.35)
         >>> print(commented_yaml(config).split("\n\n")[2])
-        # a timm name, local-dir:FOLDER or hf-hub:USER/NAME
+        # a timm name, a saved folder or hf-hub:USER/NAME
         model: cifar_resnet20
     """
     values = config.to_dict()

@@ -141,7 +141,7 @@ class LossSettings:
     )
     temperature: float = setting("loss and averaging", 4.0, "temperature of distillation", above=0)
     teacher: str = setting(
-        "loss and averaging", "", "another model to distil from: a timm name, local-dir:FOLDER or hf-hub:USER/NAME"
+        "loss and averaging", "", "another model to distil from: a timm name, a saved folder or hf-hub:USER/NAME"
     )
     teacher_checkpoint: str = setting("loss and averaging", "", "weights of the teacher; by default those of its name")
     ema_decay: float = setting(

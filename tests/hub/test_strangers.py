@@ -252,10 +252,11 @@ def test_a_hostile_dense_folder_is_refused(name: str, dense: Path, tmp_path: Pat
         load_model(f"local-dir:{mine}")
 
 
-def test_a_good_dense_folder_loads_as_saved(dense: Path) -> None:
-    loaded, saved = load_model(f"local-dir:{dense}").state_dict(), load_file(dense / "model.safetensors")
+@pytest.mark.parametrize("prefix", ["local-dir:", ""])
+def test_a_good_dense_folder_loads_as_saved(dense: Path, prefix: str) -> None:
+    loaded, saved = load_model(f"{prefix}{dense}").state_dict(), load_file(dense / "model.safetensors")
     assert all(torch.equal(loaded[key], value) for key, value in saved.items())
-    assert load_model(f"local-dir:{dense}", num_classes=3).fc.out_features == 3
+    assert load_model(f"{prefix}{dense}", num_classes=3).fc.out_features == 3
 
 
 def _header(entries: dict[str, Any], path: Path) -> Path:

@@ -138,9 +138,8 @@ def test_with_no_penalty_the_fit_is_fine_tuned_and_a_run_goes_on_from_there(tmp_
 
 
 def test_another_model_can_be_the_teacher(finished, tmp_path):
-    folder = f"local-dir:{finished[0].output}"
     by_itself = config(tmp_path / "itself", distill=1.0)
-    taught = config(tmp_path / "taught", distill=1.0, teacher=folder)
+    taught = config(tmp_path / "taught", distill=1.0, teacher=finished[0].output)
     assert run(by_itself)["scores"]["fit"] == run(taught)["scores"]["fit"]
     assert largest_difference(by_itself.output, taught.output) > 1e-4
     other = timm.create_model("test_resnet", num_classes=10)  # normalises otherwise
