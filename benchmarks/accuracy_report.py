@@ -66,10 +66,12 @@ python -m benchmarks.accuracy run ROW --again --shared ../shared
 
 CIFAR-10: calibration on 1,024 training images without their labels (256 for the ViT), top-1 on all 10,000 test images
 (the first 2,000 for the ViT). ImageNet: calibration on 256 training images, top-1 on 900 images of the validation set;
-compare a network only with its own dense form. Every row is the last epoch of one run, seed 0. The rows whose models
-are stored in `benchmarks/models/` are the most accurate ones of their network and budget on these test images, so they
-flatter a little. Rows were recorded at different commits and on different processors: each entry names its own, and
-`git log benchmarks/results/accuracy.json` the commit.
+compare a network only with its own dense form.
+
+Every row is the last epoch of one run, seed 0. A model that is stored in `benchmarks/models/` is that of the longest
+run of its network and budget in which the dense network is the teacher. The `choose-*` rows chose that teacher on
+held-out training images; the test images chose nothing. Rows were recorded at different commits and on different
+processors: each entry names its own, and `git log benchmarks/results/accuracy.json` the commit.
 
 Training rows have a pull of the penalty every eighth step, `long/resnet56/0.35` every 32nd. That row was planned on a
 CPU, trained up to step 7,649 of 9,750 on an H200 (`--cuda-graphs`) and to its end on a CPU.

@@ -18,7 +18,7 @@ The numerator is estimated from the scatter of parts, each of whole images: patc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -31,6 +31,8 @@ from .regression import Regression
 
 SAMPLES = 16
 """Patches for each column of a moment, over all images: more patches do not improve the fit."""
+_BLOCK = 2**22
+"""Elements of a product of patches, 16 MB. The memory of larger ones goes back to the system after each use."""
 LEAST_POSITIONS = 16
 """Patches of each image at least. With 32, planning and fitting ResNet-20 on 1,024 images takes 10 % longer, with
 all patches 90 % more; accuracy is the same within the scatter of seeds (docs/research/experiments.md)."""
@@ -164,7 +166,7 @@ class Moments:
         length = y.shape[-1]
         entries = len(x) // images if images and len(x) % images == 0 else 1
         step = entries * images_of_a_part(len(x) // entries, number) if counted else len(x)
-        generator = torch.Generator().manual_seed(number)
+        generator, parts = torch.Generator().manual_seed(number), []
         for x_part, y_part in zip(x.split(step), y.split(step), strict=True):
             positions = None
             if length > self._positions:
@@ -174,7 +176,13 @@ class Moments:
             if self.centred and self._shift is None:
                 self._shift = columns.mean(-1, keepdim=True)
             if counted:
-                self._add(columns, y_part.permute(1, 2, 0, 3).flatten(2))
+                shifted = columns if self._shift is None else columns - self._shift
+                parts.append((shifted, y_part.permute(1, 2, 0, 3).flatten(2)))
+                if shifted.shape[-1] >= self.columns:
+                    self._add(parts)
+                    parts.clear()
+        if parts:
+            self._add(parts)
 
     def add_up(self, processes: Processes) -> None:
         """Sum over processes, each of which has counted its share of the batches."""
@@ -183,19 +191,27 @@ class Moments:
         processes.add(sums)
         self._count, self._count_squares = (int(count) for count in counts)
 
-    def _add(self, columns: Tensor, y: Tensor) -> None:
-        """Add patches ``(G, D, n)`` and outputs ``(G, O, n)`` of one part."""
-        if self._shift is not None:
-            columns = columns - self._shift
-        part = columns @ columns.mT
-        self._xx += part
-        self._squares += part.square().sum((1, 2))
+    def _add(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Add parts, each of patches ``(G, D, n)`` and outputs ``(G, O, n)``, by one product of all of them.
+
+        For ``n < D`` writing ``D x D`` sums takes longer than computing them, so parts are not summed one by one.
+        """
+        columns, y = (torch.cat(tensors, -1) if len(parts) > 1 else tensors[0] for tensors in zip(*parts, strict=True))
+        rows = max(1, _BLOCK // self.columns)
+        for total, some in zip(self._xx.split(rows, 1), columns.split(rows, 1), strict=True):
+            product = some @ columns.mT
+            total += product
+            if len(parts) == 1:
+                self._squares += product.square().sum((1, 2))
+        if len(parts) > 1:
+            for part, _ in parts:  # X X^T and X^T X have one norm
+                self._squares += (part.mT @ part).square().sum((1, 2))
         if self._yx is not None:
             self._yx += y @ columns.mT
         self._x += columns.sum(-1)
         self._y += y.sum(-1)
         self._count += columns.shape[-1]
-        self._count_squares += columns.shape[-1] ** 2
+        self._count_squares += sum(part.shape[-1] ** 2 for part, _ in parts)
 
     @property
     def count(self) -> int:

@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.planning.planning_profile run '*' --shared ../shared
     python -m benchmarks.planning.planning_profile table
 
-A row is a network with half of its parameters kept (84 % of lite0, 67 % of the ViT), with the preset "balanced" on one
-thread. Each term holds the CPU seconds of its functions, without those of the terms that they call, for `make_plan` and
+A row is NETWORK/EFFORT: a network with half of its parameters kept (84 % of lite0, 67 % of the ViT), on one thread.
+Each term holds the CPU seconds of its functions, without those of the terms that they call, for `make_plan` and
 `decompose` apart. ResNet-50 has random weights and images of smooth noise, whose content does not change the time.
 `run` writes results/planning_profile.json; `table` prints it.
 """
@@ -36,6 +36,7 @@ from benchmarks.rows import one_thread_command, results_file
 RESULTS = results_file("planning_profile")
 SETTINGS = {"resnet20": (0.5, 2048), "lite0": (0.84, 128), "vit": (0.67, 128), "resnet50": (0.5, 256)}
 """Share of the parameters to keep, and number of calibration images."""
+ROWS = [f"{network}/{effort}" for network in SETTINGS for effort in ("fast", "balanced")]
 TERMS = {
     "forward passes": (
         "decomposition.paired_moments",
@@ -119,18 +120,19 @@ def _place(name: str) -> tuple[Any, str, bool]:
 
 def main() -> None:
     """Parse the command line and do what it asks for."""
-    one_thread_command(__doc__, SETTINGS, RESULTS, measure, _short, table)
+    one_thread_command(__doc__, ROWS, RESULTS, measure, _short, table)
 
 
-def measure(name: str, shared: Path) -> dict[str, Any]:
-    """Profile one network."""
+def measure(row: str, shared: Path) -> dict[str, Any]:
+    """Profile one network with one preset."""
+    name, effort = row.split("/")
     keep, count = SETTINGS[name]
     model, images = _network(name, shared, count)
     before = resource.getrusage(resource.RUSAGE_SELF)
     with watched() as clock:
-        plan = arp_hub.make_plan(model, keep_params=keep, calibration=images)
+        plan = arp_hub.make_plan(model, keep_params=keep, calibration=images, effort=effort)
         planning = clock.read()
-        arp_hub.decompose(copy.deepcopy(model), plan, images)
+        arp_hub.decompose(copy.deepcopy(model), plan, images, effort=effort)
         decomposing = clock.read()
     after = resource.getrusage(resource.RUSAGE_SELF)
     return {
@@ -158,18 +160,23 @@ def _network(name: str, shared: Path, count: int) -> tuple[nn.Module, Tensor]:
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line a term: CPU seconds of planning and of decomposing, network by network."""
-    networks = [name for name in SETTINGS if name in results]
-    heads = (f"{name}, {results[name]['calibration_images']:,d} images" for name in networks)
+    """One line a term: CPU seconds of planning and of decomposing, network by network; and totals of both presets."""
+    networks = [name for name in SETTINGS if f"{name}/balanced" in results]
+    balanced = {name: results[f"{name}/balanced"] for name in networks}
+    heads = (f"{name}, {row['calibration_images']:,d} images" for name, row in balanced.items())
     lines = ["| CPU seconds, plan + fit | " + " | ".join(heads) + " |", "|---|" + "---|" * len(networks)]
     for term in (*TERMS, "the rest"):
         cells = [
-            " + ".join(f"{results[name][part].get(term, 0.0):.1f}" for part in ("plan", "decompose"))
-            for name in networks
+            " + ".join(f"{row[part].get(term, 0.0):.1f}" for part in ("plan", "decompose")) for row in balanced.values()
         ]
         lines.append(f"| {term} | " + " | ".join(cells) + " |")
-    for title, key, digits in (("user", "user_seconds", 0), ("system", "system_seconds", 1), ("peak MB", "peak_mb", 0)):
-        lines.append(f"| {title} | " + " | ".join(f"{results[name][key]:,.{digits}f}" for name in networks) + " |")
+    for effort in ("balanced", "fast"):
+        rows = [results.get(f"{name}/{effort}") for name in networks]
+        cells = [f"{row['user_seconds']:.0f} + {row['system_seconds']:.1f}" if row else "" for row in rows]
+        lines.append(f"| {effort}: user + system | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {effort}: peak MB | " + " | ".join(f"{row['peak_mb']:,d}" if row else "" for row in rows) + " |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -41,6 +41,33 @@ def test_moments_do_not_depend_on_batches_and_match_the_plain_sum(centred):
     torch.testing.assert_close(problems[0].x_mean, problems[1].x_mean)
 
 
+@pytest.mark.parametrize(
+    ("channels", "side"),
+    [(2, 6), (5, 3), (230, 3)],
+    ids=["a part has more patches than columns", "fewer", "fewer, and products in two blocks of rows"],
+)
+def test_shrinkage_follows_the_scatter_of_parts(channels, side):
+    """Against the formula of Ledoit and Wolf, with the moment of every part written out."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, 2, 3, padding=1, bias=False)
+    images = torch.randn(40, channels, side, side) + torch.randn(40, 1, 1, 1)
+    moments, parts = Moments(layer_shape(conv), CPU, PLENTY), []
+    for number, batch in enumerate(images.split(20)):
+        moments.update(batch, conv(batch).detach(), number=number)
+        parts += [patches(part, layer_shape(conv)).transpose(0, 2).flatten(1).double() for part in batch.split(2)]
+    sums, counts = [part @ part.T for part in parts], torch.tensor([float(part.shape[1]) for part in parts])
+    plain = sum(sums) / counts.sum()
+    spread = sum(total.square().sum() for total in sums) - counts.square().sum() * plain.square().sum()
+    variance = spread / (counts.sum() ** 2 - counts.square().sum())
+    level = plain.diagonal().mean()
+    even = level * torch.eye(len(plain), dtype=torch.float64)
+    share = float(variance / (plain - even).square().sum())
+    assert 0.01 < share < 0.9
+    torch.testing.assert_close(
+        moments.moment(torch.float64)[0], (1 - share) * plain + share * even, rtol=1e-4, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("mean", [0.0, 3.0, 100.0])
 def test_a_mean_that_is_taken_out_does_not_add_to_the_shrinkage(mean):
     """With a mean three times the spread, shrinkage of an uncentred moment would be far too strong."""
