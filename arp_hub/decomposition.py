@@ -33,7 +33,7 @@ from .layers.trace import InputSize, Trace, trace
 from .plan import BETTER_DENSE, LayerPlan, RankPlan
 from .processes import Processes
 from .schemes import Factors, Scheme, relative_error
-from .schemes.linalg import factorising
+from .schemes.linalg import factorising, solving_device
 
 _EXACT = 1e-8
 """Relative squared error up to which given factors reproduce a weight: the rounding of a penalty in float32. In a dtype
@@ -114,7 +114,7 @@ def decompose(
         weight = effective_weight(modules[name])
         if factors is None or (name not in factors and not modules[name].weight.requires_grad):
             with factorising(name):
-                found = schemes[name].nearest(weight.double(), layer_plan.rank)
+                found = schemes[name].nearest(weight.to(solving_device(weight), torch.float64), layer_plan.rank)
         else:
             found = _given_factors(name, schemes[name], layer_plan.rank, weight, factors)
         new[name] = low_rank_layer(modules[name], layer_plan)

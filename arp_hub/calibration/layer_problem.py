@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from ..layers.low_rank import effective_weight
 from ..schemes import Factors, Scheme, energy
-from ..schemes.linalg import unit
+from ..schemes.linalg import solving_device, unit
 from .moments import Moments
 from .output_metric import OutputMetric
 from .regression import Regression
@@ -64,7 +64,11 @@ class LayerProblem:
             norm: The BatchNorm that alone reads its output, if there is one.
             dtype: Precision of the problem.
         """
-        weight = effective_weight(layer).to(dtype)
+        weight = effective_weight(layer)
+        weight = weight.to(solving_device(weight), dtype)
+        moments.to(weight.device)
+        if gradients is not None:
+            gradients.to(weight.device)
         metric = _metric(moments, gradients, norm, weight)
         return cls(layer, weight, moments.regression(weight), metric, moments.centred)
 

@@ -213,6 +213,12 @@ class Moments:
         self._count += columns.shape[-1]
         self._count_squares += sum(part.shape[-1] ** 2 for part, _ in parts)
 
+    def to(self, device: torch.device) -> None:
+        """Move the sums to a device."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+
     @property
     def count(self) -> int:
         """Patches so far."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 
 from .._utils.progress import counted, stage
@@ -29,7 +30,7 @@ from ..layers.low_rank import effective_weight
 from ..layers.model import layers_called
 from ..processes import Processes
 from ..schemes import Scheme
-from ..schemes.linalg import factorising
+from ..schemes.linalg import factorising, solving_device
 from ..schemes.shapes import LayerShape
 from .allocation import Losses
 from .costs import Floats
@@ -52,7 +53,8 @@ def weight_losses(model: nn.Module, layers: Mapping[str, Sequence[Scheme]], prog
     losses = {}
     for name, schemes in counted(layers.items(), "measure layers", progress):
         with factorising(name):
-            curves = weight_candidates(effective_weight(model.get_submodule(name)).float(), schemes)
+            weight = effective_weight(model.get_submodule(name))
+            curves = weight_candidates(weight.to(solving_device(weight), torch.float32), schemes)
         losses[name] = [(one.scheme, one.errors**2) for one in curves]
     return losses
 

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from ..errors import ArpHubError
 
+_WIDE = 1024
+"""Columns of a weight whose products take a CPU longer than their launches a GPU: 2 MFLOP for each row."""
+
 
 @contextmanager
 def factorising(layer: str) -> Iterator[None]:
@@ -34,6 +37,15 @@ def factorising(layer: str) -> Iterator[None]:
             f"layer '{layer}' cannot be factorised, because its weights or inputs are too large or too small: scale "
             f"them, or leave the layer out of the plan with exclude (torch says: {error})"
         ) from error
+
+
+def solving_device(weight: Tensor) -> torch.device:
+    """Where the factors of a weight ``(O, I, kh, kw)`` are computed: on a CPU, but for wide weights on a GPU.
+
+    A fit makes some 50,000 calls and reads 7,000 numbers back (docs/research/speed.md). Of small matrices, a CPU makes
+    a call in 6 to 10 microseconds; a GPU takes as long to launch it, and waits for every number.
+    """
+    return weight.device if weight[0].numel() >= _WIDE else torch.device("cpu")
 
 
 def unit(weight: Tensor) -> float:

@@ -7,6 +7,7 @@
 A row is NETWORK/EFFORT: a network with half of its parameters kept (84 % of lite0, 67 % of the ViT), on one thread.
 Each term holds the CPU seconds of its functions, without those of the terms that they call, for `make_plan` and
 `decompose` apart. ResNet-50 has random weights and images of smooth noise, whose content does not change the time.
+A row NETWORK/calls counts calls of torch's operators in the place of seconds: on a GPU, what has to be launched.
 `run` writes results/planning_profile.json; `table` prints it.
 """
 
@@ -26,6 +27,7 @@ from unittest.mock import patch
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import arp_hub
 from arp_hub._utils.environment import environment
@@ -36,7 +38,7 @@ from benchmarks.rows import one_thread_command, results_file
 RESULTS = results_file("planning_profile")
 SETTINGS = {"resnet20": (0.5, 2048), "lite0": (0.84, 128), "vit": (0.67, 128), "resnet50": (0.5, 256)}
 """Share of the parameters to keep, and number of calibration images."""
-ROWS = [f"{network}/{effort}" for network in SETTINGS for effort in ("fast", "balanced")]
+ROWS = [f"{network}/{effort}" for network in SETTINGS for effort in ("fast", "balanced")] + ["resnet20/calls"]
 TERMS = {
     "forward passes": (
         "decomposition.paired_moments",
@@ -60,15 +62,19 @@ TERMS = {
 
 
 class Clock:
-    """CPU seconds of the innermost term that runs."""
+    """What the innermost term that runs takes.
 
-    def __init__(self) -> None:
+    Args:
+        now: A number that grows: CPU seconds, or calls so far.
+    """
+
+    def __init__(self, now: Callable[[], float]) -> None:
         self.seconds: dict[str, float] = {}
         self._running = ["the rest"]
-        self._since = time.process_time()
+        self._now, self._since = now, now()
 
     def _switch(self) -> None:
-        now = time.process_time()
+        now = self._now()
         term = self._running[-1]
         self.seconds[term] = self.seconds.get(term, 0.0) + now - self._since
         self._since = now
@@ -95,10 +101,23 @@ class Clock:
         return found
 
 
+class Calls(TorchDispatchMode):
+    """Counts calls of torch's operators, and those that read a number back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.read_back = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        self.read_back += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
-def watched() -> Iterator[Clock]:
+def watched(now: Callable[[], float] = time.process_time) -> Iterator[Clock]:
     """A clock that times the functions of `TERMS` during the block."""
-    clock = Clock()
+    clock = Clock(now)
     with contextlib.ExitStack() as stack:
         for term, names in TERMS.items():
             for name in names:
@@ -128,25 +147,29 @@ def measure(row: str, shared: Path) -> dict[str, Any]:
     name, effort = row.split("/")
     keep, count = SETTINGS[name]
     model, images = _network(name, shared, count)
+    facts = {**environment(), "seed": SEED, "keep_params": keep, "calibration_images": count}
+    if effort == "calls":
+        with Calls() as calls, watched(lambda: calls.count) as clock:
+            return facts | _profile(model, images, keep, "balanced", clock) | {"read_back": calls.read_back}
     before = resource.getrusage(resource.RUSAGE_SELF)
     with watched() as clock:
-        plan = arp_hub.make_plan(model, keep_params=keep, calibration=images, effort=effort)
-        planning = clock.read()
-        arp_hub.decompose(copy.deepcopy(model), plan, images, effort=effort)
-        decomposing = clock.read()
+        found = _profile(model, images, keep, effort, clock)
     after = resource.getrusage(resource.RUSAGE_SELF)
     return {
-        **environment(),
-        "seed": SEED,
-        "keep_params": keep,
-        "calibration_images": count,
-        "plan": planning,
-        "decompose": decomposing,
+        **facts,
+        **found,
         "user_seconds": round(after.ru_utime - before.ru_utime, 1),
         "system_seconds": round(after.ru_stime - before.ru_stime, 1),
         "peak_mb": after.ru_maxrss // 1024,
         "peak_over_weights": round(1024 * (after.ru_maxrss - before.ru_maxrss) / (4 * count_params(model)), 1),
     }
+
+
+def _profile(model: nn.Module, images: Tensor, keep: float, effort: str, clock: Clock) -> dict[str, Any]:
+    plan = arp_hub.make_plan(model, keep_params=keep, calibration=images, effort=effort)
+    planning = clock.read()
+    arp_hub.decompose(copy.deepcopy(model), plan, images, effort=effort)
+    return {"plan": planning, "decompose": clock.read(), "layers": len(plan.layers)}
 
 
 def _network(name: str, shared: Path, count: int) -> tuple[nn.Module, Tensor]:
@@ -177,10 +200,25 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         lines.append(
             f"| {effort}: peak MB | " + " | ".join(f"{row['peak_mb']:,d}" if row else "" for row in rows) + " |"
         )
+    for name in (name for name in SETTINGS if f"{name}/calls" in results):
+        lines += ["", *_calls(name, results[f"{name}/calls"])]
     return "\n".join(lines) + "\n"
 
 
+def _calls(name: str, row: Mapping[str, Any]) -> Iterator[str]:
+    """Calls of operators, in thousands."""
+    yield f"| calls of operators for {name}, {row['layers']} low-rank layers, in thousands | plan | fit |"
+    yield "|---|---|---|"
+    for term in (*TERMS, "the rest"):
+        counts = [row[part].get(term, 0) for part in ("plan", "decompose")]
+        if max(counts) >= 1000:
+            yield f"| {term} | " + " | ".join(f"{count / 1000:,.0f}" for count in counts) + " |"
+    yield f"| of all, those that read a number back | {row['read_back'] / 1000:,.0f} | |"
+
+
 def _short(row: dict[str, Any]) -> str:
+    if "read_back" in row:
+        return f"{sum(row['plan'].values()) + sum(row['decompose'].values()):,.0f} calls"
     return f"{row['user_seconds']:.0f} s user, {row['system_seconds']:.0f} s system, {row['peak_mb']:,d} MB"
 
 
