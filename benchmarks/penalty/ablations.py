@@ -36,12 +36,14 @@ from arp_hub.training import ImageData, calibration_images, evaluate, load_data
 from arp_hub.training.data.batches import epoch_batches, steps_per_epoch
 from arp_hub.training.data.images import TrainBatch
 from arp_hub.training.seeds import keyed_seed
+from benchmarks.peers import plan_by_energy, plan_by_share
 from benchmarks.penalty.rival_penalties import (
     LR,
     RAMP,
     FixedShare,
     InLoss,
     KeepsEnergy,
+    MinRank,
     Nothing,
     NuclearNorm,
     NuclearTail,
@@ -57,7 +59,25 @@ BATCH, DISTILL, HEAT, CLIP = 128, 0.9, 4.0, 5.0
 
 @dataclass(frozen=True)
 class Variant:
-    """One ablation. ``start`` is the trained network, its fit, or the compressed model kept in models/."""
+    """One ablation.
+
+    Attributes:
+        what: In words, for the table.
+        start: The trained network, its fit, or the compressed model kept in models/.
+        penalty: The penalty; None for a rival that has none.
+        pull: What runs before and after the optimiser's step.
+        ramp: Share of the steps in the ramp.
+        every: Steps between two pulls.
+        distill: Share of the distillation in the loss.
+        lr: Learning rate.
+        schemes: Schemes to plan with; empty: all.
+        minrank: Of torchao's `MinRankConstraint` the rule for ranks: ``"share"``, ``"energy"`` or ``"plan"``, with
+            ``", scheduled"`` where they fall along its schedule.
+        bf16: Forward passes in bfloat16.
+        held_out: Tested on 5,000 training images that are held out, to choose settings by.
+        epochs: Epochs of training.
+        seed: Seed of batches and augmentation.
+    """
 
     what: str
     start: str = "dense"
@@ -68,12 +88,16 @@ class Variant:
     distill: float = DISTILL
     lr: float = LR
     schemes: tuple[str, ...] = ()
+    minrank: str = ""
+    bf16: bool = False
+    held_out: bool = False
     epochs: int = 1
     seed: int = 0
 
 
 FIT: dict[str, Any] = {"start": "fit", "ramp": 0.0}
 FACTORS: dict[str, Any] = {"start": "fit", "penalty": None, "pull": Nothing}
+MINRANK: dict[str, Any] = {"penalty": None, "bf16": True}
 VARIANTS = {
     "fit-hold": Variant("the fit, then the hold (the default of the recipes)", **FIT),
     "fit-factors": Variant("the fit, then its factors are trained: no penalty", **FACTORS),
@@ -112,6 +136,16 @@ VARIANTS = {
         "factors trained at a tenth of the rate, another seed", **FACTORS, lr=LR / 10, seed=1
     ),
     "dense-ramp-seed-1": Variant("the trained network, ramp 0.65, another seed", seed=1),
+    **{
+        f"choose-minrank-{rule.replace(', ', '-')}": Variant(
+            f"torchao's MinRankConstraint, ranks by {rule}; held-out images", minrank=rule, held_out=True, **MINRANK
+        )
+        for rule in ("share", "share, scheduled", "energy, scheduled", "plan, scheduled")
+    },
+    "minrank-10": Variant(
+        "torchao's MinRankConstraint, ten epochs, bfloat16", minrank="plan, scheduled", epochs=10, **MINRANK
+    ),
+    "fit-10": Variant("the fit, then the hold, ten epochs, bfloat16", every=8, epochs=10, bf16=True, **FIT),
 }
 ROWS = {f"{keep}/{name}": (keep, name) for keep in (0.35, 0.2) for name in VARIANTS}
 
@@ -140,6 +174,14 @@ class Task:
             CACHE.mkdir(parents=True, exist_ok=True)
             path.write_text(plan.to_json(), encoding="utf-8")
         return arp_hub.RankPlan.from_json(path.read_text(encoding="utf-8"))
+
+    def minrank_plan(self, rule: str) -> arp_hub.RankPlan:
+        """Ranks for torchao's constraint, which has no rule of its own for a budget of parameters."""
+        if rule == "plan":
+            return self.plan(("channel",))
+        if rule == "energy":
+            return plan_by_energy(self.dense, self.keep)
+        return plan_by_share(self.dense, self.keep)
 
     def fitted(self) -> nn.Module:
         """The data-aware decomposition, cached on disk."""
@@ -175,13 +217,16 @@ class Task:
             yield images, split.labels[order[step]], logits
 
     def _guide(self, seed: int) -> Tensor | None:
-        path = CACHE / f"guide-{seed}.safetensors"
+        path = self._guide_file(seed)
         return load_file(path)["logits"] if path.exists() else None
+
+    def _guide_file(self, seed: int) -> Path:
+        return CACHE / f"guide-{seed}-{len(self.data.train)}.safetensors"
 
     def keep_guide(self, seed: int, logits: list[Tensor]) -> None:
         """Cache the dense network's logits of an epoch for the next row."""
         CACHE.mkdir(parents=True, exist_ok=True)
-        save_file({"logits": torch.stack(logits)}, CACHE / f"guide-{seed}.safetensors")
+        save_file({"logits": torch.stack(logits)}, self._guide_file(seed))
 
 
 def main() -> None:
@@ -205,12 +250,14 @@ def run(names: list[str], shared: Path, again: bool, max_steps: int) -> None:
     """Measure rows one by one and write each result at once."""
     dense = load_model("cifar_resnet20", str(shared / "weights" / "resnet20_cifar10.safetensors")).eval()
     data = load_data(str(shared / "data" / "cifar10"), dense)
+    held = load_data(str(shared / "data" / "cifar10"), dense, val_fraction=0.1)
     images = calibration_images(data)
     for name in names:
         if name in load_results(RESULTS) and not again:
             continue
         keep, key = ROWS[name]
-        result = measure(Task(keep, dense, data, images), VARIANTS[key], max_steps)
+        task = Task(keep, dense, held if VARIANTS[key].held_out else data, images)
+        result = measure(task, VARIANTS[key], max_steps)
         print(f"{name}: top-1 {result['top1']:.2f}, {result['seconds']:.0f} s", flush=True)
         if not max_steps:
             result = {**environment(), "what": VARIANTS[key].what, "seed": VARIANTS[key].seed, **result}
@@ -236,9 +283,10 @@ def measure(task: Task, variant: Variant, max_steps: int = 0) -> dict[str, Any]:
     loss = train(task, variant, model, pull, total)
     seconds = time.perf_counter() - began
     model.eval()
-    before = evaluate(model, task.data.test)["top1"]
+    split = task.data.val if variant.held_out and task.data.val else task.data.test
+    before = evaluate(model, split)["top1"]
     small = pull.cut(model, plan)
-    scores = evaluate(small, task.data.test)
+    scores = evaluate(small, split)
     return {
         **scores,
         "before_cut": before,
@@ -259,6 +307,9 @@ def _pull(
     total: int,
     factors: dict[str, Factors] | None,
 ) -> Pull:
+    if variant.minrank:
+        rule, _, scheduled = variant.minrank.partition(", ")
+        return MinRank(model, task.minrank_plan(rule), total, bool(scheduled))
     if variant.penalty is None:
         return Nothing()
     if variant.pull is Replanned:
@@ -277,6 +328,7 @@ def _pull(
 def train(task: Task, variant: Variant, model: nn.Module, pull: Pull, total: int) -> float:
     """Train all epochs; returns the mean loss of the last 50 steps."""
     optimizer = create_optimizer_v2(model, opt="sgd", lr=variant.lr, weight_decay=1e-4, momentum=0.9)
+    optimizer = pull.optimizer(optimizer)
     schedule = CosineLRScheduler(optimizer, t_initial=total, t_in_epochs=False)
     model.train()
     losses, guides = [], []
@@ -285,7 +337,9 @@ def train(task: Task, variant: Variant, model: nn.Module, pull: Pull, total: int
         if step == total:
             break
         schedule.step_update(step)
-        logits = model(images)
+        with torch.autocast("cpu", torch.bfloat16, enabled=variant.bf16):
+            logits = model(images)
+        logits = logits.float()
         soft = F.kl_div(
             F.log_softmax(logits / HEAT, 1), F.log_softmax(guide / HEAT, 1), reduction="batchmean", log_target=True
         )

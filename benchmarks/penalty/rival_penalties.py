@@ -83,6 +83,10 @@ class Pull:
     def __init__(self, penalty: AdaptiveRankPenalty) -> None:
         self.penalty = penalty
 
+    def optimizer(self, base: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """The optimiser of the training, from the one that all variants share."""
+        return base
+
     def before(self, step: int) -> None:
         """Change the gradients, before the optimiser's step."""
 
@@ -144,6 +148,46 @@ class Nothing(Pull):
     def cut(self, model: nn.Module, plan: arp_hub.RankPlan) -> nn.Module:
         """Return the model, which is decomposed from the start."""
         return model
+
+
+class MinRank(Nothing):
+    """torchao's `MinRankConstraint`: each step zeroes the smallest singular values of the planned weights.
+
+    Args:
+        model: The model in training.
+        plan: Its ranks, for the scheme ``channel``.
+        total: Steps of the training.
+        scheduled: Whether the number of zeroed values grows along torchao's cubic schedule until 65 % of the steps. By
+            default all are zeroed from the first step on.
+    """
+
+    def __init__(self, model: nn.Module, plan: arp_hub.RankPlan, total: int, scheduled: bool) -> None:
+        self.model, self.plan, self.total, self.scheduled = model, plan, total, scheduled
+
+    def optimizer(self, base: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """The optimiser, with each planned weight in a group of its own."""
+        from torchao.prototype.pat.optim import PruneOptimizer
+
+        weights = {id(self.model.get_submodule(name).weight): layer for name, layer in self.plan.layers.items()}
+        groups = []
+        for group in base.param_groups:
+            planned = [weight for weight in group["params"] if id(weight) in weights]
+            group["params"] = [weight for weight in group["params"] if id(weight) not in weights]
+            for weight in planned:
+                count = min(weight.flatten(1).shape)
+                zeroed = (count - weights[id(weight)].rank - 0.5) / count  # torchao rounds up
+                rule = {"group_type": "SVDGrouper", "prox_type": "MinRankConstraint", "min_sparsity": max(0.0, zeroed)}
+                rest = {key: value for key, value in group.items() if key != "params"}
+                groups.append({**rest, **rule, "params": [weight], "min_sparsity_schedule": self.scheduled})
+        for group in groups:
+            base.add_param_group(group)
+        if not self.scheduled:
+            return PruneOptimizer(base)
+        return PruneOptimizer(base, healing_start_step=max(1, int(RAMP * self.total)))
+
+    def cut(self, model: nn.Module, plan: arp_hub.RankPlan) -> nn.Module:
+        """Factorise the trained weights, which have the planned ranks."""
+        return arp_hub.decompose(model, self.plan)
 
 
 class Replanned(Pull):
