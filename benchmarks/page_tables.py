@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks import accuracy, effort
+from benchmarks import accuracy, effort, peers
 from benchmarks.networks import NETWORKS
 from benchmarks.planning import heuristics, planning_profile, shared, smaller_heads
 from benchmarks.rows import HERE, load_results, load_rows, results_file
@@ -119,6 +119,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "images": images,
     "heuristics": lambda: heuristics.table(load_results(heuristics.RESULTS)),
     "heads": lambda: smaller_heads.table(load_results(smaller_heads.RESULTS)),
+    "peers": lambda: peers.table(load_rows(peers.RESULTS)),
     "processes": shared.table,
     "profile": lambda: planning_profile.table(load_results(planning_profile.RESULTS)),
 }

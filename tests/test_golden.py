@@ -112,8 +112,11 @@ def recorded() -> tuple[Path, bool]:
 
 def same(found: Tensor, key: str) -> bool:
     folder, exactly = recorded()
-    expected = load_file(folder / "outputs.safetensors")[key]
-    return torch.equal(found, expected) if exactly else torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    expected = load_file(folder / "outputs.safetensors")
+    if key not in expected:  # the model is newer than what this machine recorded
+        exactly = False
+        expected = next(one for path in GOLDEN.glob("*/outputs.safetensors") if key in (one := load_file(path)))
+    return torch.equal(found, expected[key]) if exactly else torch.allclose(found, expected[key], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)
