@@ -197,7 +197,7 @@ class Moments:
         For ``n < D`` writing ``D x D`` sums takes longer than computing them, so parts are not summed one by one.
         """
         columns, y = (torch.cat(tensors, -1) if len(parts) > 1 else tensors[0] for tensors in zip(*parts, strict=True))
-        rows = max(1, _BLOCK // self.columns)
+        rows = max(1, _BLOCK // (self.shape.groups * self.columns))
         for total, some in zip(self._xx.split(rows, 1), columns.split(rows, 1), strict=True):
             product = some @ columns.mT
             total += product
