@@ -31,8 +31,6 @@ from .regression import Regression
 
 SAMPLES = 16
 """Patches for each column of a moment, over all images: more patches do not improve the fit."""
-_BLOCK = 2**22
-"""Elements of a product of patches, 16 MB. The memory of larger ones goes back to the system after each use."""
 LEAST_POSITIONS = 16
 """Patches of each image at least. With 32, planning and fitting ResNet-20 on 1,024 images takes 10 % longer, with
 all patches 90 % more; accuracy is the same within the scatter of seeds (docs/research/experiments.md)."""
@@ -191,13 +189,16 @@ class Moments:
         processes.add(sums)
         self._count, self._count_squares = (int(count) for count in counts)
 
-    def _add(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def _add(self, parts: Sequence[tuple[Tensor, Tensor]], rows: int = 1024) -> None:
         """Add parts, each of patches ``(G, D, n)`` and outputs ``(G, O, n)``, by one product of all of them.
 
         For ``n < D`` writing ``D x D`` sums takes longer than computing them, so parts are not summed one by one.
+
+        Args:
+            parts: The parts.
+            rows: Rows of the product at a time. The memory of larger blocks goes back to the system after each use.
         """
         columns, y = (torch.cat(tensors, -1) if len(parts) > 1 else tensors[0] for tensors in zip(*parts, strict=True))
-        rows = max(1, _BLOCK // (self.shape.groups * self.columns))
         for total, some in zip(self._xx.split(rows, 1), columns.split(rows, 1), strict=True):
             product = some @ columns.mT
             total += product
