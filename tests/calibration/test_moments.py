@@ -44,7 +44,7 @@ def test_moments_do_not_depend_on_batches_and_match_the_plain_sum(centred):
 @pytest.mark.parametrize(
     ("channels", "side"),
     [(2, 6), (5, 3), (230, 3)],
-    ids=["a part has more patches than columns", "fewer", "fewer, and products in two blocks of rows"],
+    ids=["a part has more patches than columns", "fewer", "fewer, and the product in blocks of rows"],
 )
 def test_shrinkage_follows_the_scatter_of_parts(channels, side):
     """Against the formula of Ledoit and Wolf, with the moment of every part written out."""
