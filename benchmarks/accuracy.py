@@ -38,7 +38,7 @@ from arp_hub.training import TrainConfig, evaluate, load_data, refinement_images
 from arp_hub.training import run as train
 from benchmarks.activation_svd import RANK_RULES, activation_svd
 from benchmarks.networks import NETWORKS, SEED, calibration_of, load_network, test_images_of
-from benchmarks.rows import HERE, load_results, results_file, row_command, row_parser
+from benchmarks.rows import HERE, load_results, results_file, row_command, row_parser, without_folder
 
 RESULTS, MODELS = results_file("accuracy"), HERE / "models"
 
@@ -286,16 +286,18 @@ def measure_trained(name: str, row: Row, shared: Path, cuda_graphs: bool = False
         metrics["held_out"] = metrics["history"][-1]["val"]
     if name in KEPT:
         kept = MODELS / f"{network.model}-keep{round(100 * row.keep)}"
-        _copy_model(output, kept)
+        _copy_model(output, kept, shared)
         write_card(kept)
         metrics["model_folder"] = f"benchmarks/models/{kept.name}"
     return {key: metrics[key] for key in metrics if key not in ("command", "data", "layers", "history")}
 
 
-def _copy_model(source: Path, target: Path) -> None:
+def _copy_model(source: Path, target: Path, shared: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
-        if path.is_file():
+        if path.suffix == ".json":
+            (target / path.name).write_text(without_folder(path.read_text(encoding="utf-8"), shared), encoding="utf-8")
+        elif path.is_file():
             (target / path.name).write_bytes(path.read_bytes())
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from arp_hub.reports.spectra import decays
 from arp_hub.timing import Workload
 from arp_hub.training import evaluate
 from benchmarks.networks import NETWORKS, SEED, calibration_of, load_network, test_images_of
-from benchmarks.rows import HERE
+from benchmarks.rows import HERE, without_folder
 
 FOLDER = HERE.parent / "docs" / "examples"
 
@@ -56,7 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "make":
         with tempfile.TemporaryDirectory() as scratch:
-            store(compress(EXAMPLES[args.name], args.shared, Path(scratch) / args.name))
+            store(compress(EXAMPLES[args.name], args.shared, Path(scratch) / args.name), args.shared)
     for folder in sorted(FOLDER.iterdir()):
         write_card(folder)
 
@@ -88,12 +87,13 @@ def compress(example: Example, shared: Path, output: Path) -> Path:
     return arp_hub.save_pretrained(model, output, metrics=metrics)
 
 
-def store(made: Path) -> None:
+def store(made: Path, shared: Path) -> None:
     """Store a saved model without its weights as the example of the same name."""
     folder = FOLDER / made.name
     folder.mkdir(parents=True, exist_ok=True)
     for file in (CONFIG, METRICS, CARD):
-        shutil.copyfile(made / file, folder / file)
+        text = without_folder((made / file).read_text(encoding="utf-8"), shared)
+        (folder / file).write_text(text, encoding="utf-8")
 
 
 def _latency(model: nn.Module) -> list[dict[str, Any]]:

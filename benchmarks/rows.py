@@ -56,6 +56,16 @@ def load_rows(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
+def without_folder(text: str, shared: Path) -> str:
+    """A stored text without the folder of data and weights, which readers do not have: ``data/cifar10``.
+
+    Example:
+        >>> without_folder("train.py --data ../shared/data/cifar10 --shared ../shared", Path("../shared"))
+        'train.py --data data/cifar10 --shared FOLDER'
+    """
+    return text.replace(f"{shared}/", "").replace(f"--shared {shared}", "--shared FOLDER")
+
+
 def replace_row(path: Path, row: Mapping[str, Any], *, same: Sequence[str]) -> None:
     """Write a row over the one with equal values in the columns ``same``, and keep all other rows."""
     kept = [old for old in load_rows(path) if any(old.get(key) != row[key] for key in same)]
