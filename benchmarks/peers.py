@@ -3,8 +3,7 @@
     pip install "arp-hub[bench,export]"
     pip install --no-deps fasterai einops    # fastai, which its SVDs do not need, is left out
     OMP_NUM_THREADS=1 python -m benchmarks.peers --shared ../shared --network resnet20 --keep 0.5 0.35
-    OMP_NUM_THREADS=1 python -m benchmarks.peers --shared ../shared --network lite0 --keep 0.84
-    OMP_NUM_THREADS=1 python -m benchmarks.peers --shared ../shared --network mobilenetv2 --keep 0.84 0.7
+    OMP_NUM_THREADS=1 python -m benchmarks.peers --shared ../shared --network mobilenetv2 --keep 0.84
     python -m benchmarks.peers --table
 
 ResNet-20 is tested on 2,000 test images of CIFAR-10, the others on 900 images of ImageNet's validation set. Every peer
