@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
 
@@ -45,6 +46,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"this machine or process does not support mixed_precision={config.mixed_precision} with "
             f"cpu={config.cpu}: {error}"
         ) from error
+    _meet(accelerator)
     if other := _unsupported(accelerator):
         raise ArpHubError(
             f"recipes train with DDP or FSDP2, not with {other}: choose MULTI_GPU, MULTI_CPU, or FSDP with "
@@ -74,6 +76,13 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"accumulation={config.accumulation} parts{pairs}: choose a multiple of {parts}"
         )
     return accelerator
+
+
+def _meet(accelerator: Accelerator) -> None:
+    """Wait until all processes have joined: one that is refused and ends before breaks the connections of others."""
+    accelerator.wait_for_everyone()
+    if accelerator.num_processes == 1 and dist.is_available() and dist.is_initialized():
+        dist.barrier()  # without --cpu, Accelerate joins processes that have no GPU, and takes each for the only one
 
 
 def _unsupported(accelerator: Accelerator) -> str | None:
