@@ -121,18 +121,18 @@ def _rows() -> dict[str, Row]:
         rows[f"ramp/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | {"epochs": 10} | RAMP)
         rows[f"train/resnet56/{keep}"] = Row("resnet56", keep, train=TRAIN | {"epochs": 2})
         rows[f"factors/resnet56/{keep}"] = Row("resnet56", keep, train=TRAIN | FACTORS | {"finetune_epochs": 2})
-        rows[f"long/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | {"epochs": 30})
+        rows[f"long/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | LONG)
         rows[f"long-teacher/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | {"epochs": 20} | TEACHER)
     for teacher, settings in CHOICES.items():
         rows[f"choose-{teacher}/resnet20/0.2"] = Row("resnet20", 0.2, train=TRAIN | CHOOSE | settings)
-    rows["long/resnet20/0.35"] = Row("resnet20", 0.35, train=TRAIN | {"epochs": 30, "mixed_precision": "bf16"})
-    rows["long/resnet56/0.35"] = Row("resnet56", 0.35, train=TRAIN | {"epochs": 25, "mixed_precision": "bf16"})
-    rows["long/resnet56/0.2"] = Row("resnet56", 0.2, train=TRAIN | {"epochs": 10})
+    rows["long/resnet56/0.35"] = Row("resnet56", 0.35, train=TRAIN | LONG | {"epochs": 25})
+    rows["long/resnet56/0.2"] = Row("resnet56", 0.2, train=TRAIN | LONG | {"epochs": 10})
     rows["long/resnet110/0.35"] = Row("resnet110", 0.35, train=TRAIN | FROM_NOTHING)
     return rows
 
 
 TRAIN: dict[str, Any] = {"ramp": 0.0, "lr": 0.03, "distill": 0.9, "clip_grad": 5.0}
+LONG: dict[str, Any] = {"epochs": 30, "mixed_precision": "bf16"}
 FROM_NOTHING: dict[str, Any] = {
     "dense_epochs": 60,
     "dense_lr": 0.2,

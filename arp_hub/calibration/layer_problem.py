@@ -12,6 +12,7 @@ Planning and decomposition both build their problems here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -54,6 +55,7 @@ class LayerProblem:
         gradients: Moments | None,
         norm: BatchNorm | None,
         dtype: torch.dtype = torch.float64,
+        layers: int = 1,
     ) -> LayerProblem:
         """The problem of a dense layer.
 
@@ -63,9 +65,10 @@ class LayerProblem:
             gradients: Second moments of the gradients at its outputs, if any reach it.
             norm: The BatchNorm that alone reads its output, if there is one.
             dtype: Precision of the problem.
+            layers: Number of like problems that are fitted together.
         """
         weight = effective_weight(layer)
-        weight = weight.to(solving_device(weight), dtype)
+        weight = weight.to(solving_device(weight, layers), dtype)
         moments.to(weight.device)
         if gradients is not None:
             gradients.to(weight.device)
@@ -81,30 +84,8 @@ class LayerProblem:
         least: int = 0,
         sweeps: int | None = None,
     ) -> Factors:
-        """The factors that solve the problem.
-
-        Args:
-            scheme: The scheme, bound to the layer.
-            rank: Its rank.
-            iterations: L-BFGS iterations at most.
-            macs: Multiply-accumulates at most. A fit that they bound runs in single precision.
-            least: Iterations that are made in any case. If ``macs`` allows none, the nearest point in the weight
-                metric is returned.
-            sweeps: Sweeps of alternating least squares for the starting point; by default until they settle.
-        """
-        weight, moment, metric = self.weight / self.unit, self.regression.moment, self.metric.in_blocks(scheme.blocks)
-        features = scheme.convs(rank)[-1].weight_shape[1] * scheme.blocks
-        affordable = int(min(iterations, max(least, macs / (features * moment.shape[-1] ** 2))))
-        if affordable:
-            dtype = torch.float32 if affordable < iterations else weight.dtype
-            start = [factor.to(dtype) for factor in scheme.fit_start(metric.apply(weight), rank, sweeps)]
-            target = metric.apply(self.regression.target / self.unit)
-            fitted = scheme.fit(target.to(dtype), moment.to(dtype), start, affordable)
-            factors = tuple(factor.to(weight.dtype) for factor in fitted)
-        else:
-            factors = scheme.nearest(metric.apply(weight), rank, sweeps=sweeps)
-        even = self.unit ** (1 / len(factors))
-        return scheme.balance(tuple(factor * even for factor in (*factors[:-1], metric.undo(factors[-1]))))
+        """The factors that solve the problem: `fitted_together` of one."""
+        return fitted_together([self], scheme, rank, iterations, macs, least, sweeps)[0]
 
     def error(self, composed: Tensor) -> float:
         """Relative error of an approximation of the weight, ``(G * O, I, kh, kw)``."""
@@ -124,6 +105,51 @@ class LayerProblem:
     def _energy(self) -> Tensor:
         scaled = self.metric.apply(self.weight / self.unit)
         return energy(scaled, self.regression.moment).clamp_min(torch.finfo(scaled.dtype).tiny)
+
+
+def fitted_together(
+    problems: Sequence[LayerProblem],
+    scheme: Scheme,
+    rank: int,
+    iterations: int,
+    macs: float,
+    least: int = 0,
+    sweeps: int | None = None,
+) -> list[Factors]:
+    """The factors that solve the problems of like layers. Each is solved by itself, in calls for all of them.
+
+    Args:
+        problems: Problems of layers of one shape.
+        scheme: The scheme, bound to that shape.
+        rank: Its rank.
+        iterations: L-BFGS iterations at most.
+        macs: Multiply-accumulates of each layer at most. A fit that they bound runs in single precision.
+        least: Iterations that are made in any case. If ``macs`` allows none, the nearest point in the weight
+            metric is returned.
+        sweeps: Sweeps of alternating least squares for the starting point; by default until they settle.
+    """
+    metrics = [problem.metric.in_blocks(scheme.blocks) for problem in problems]
+    scaled = [metric.apply(problem.weight / problem.unit) for problem, metric in zip(problems, metrics, strict=True)]
+    moments, dtype = [problem.regression.moment for problem in problems], scaled[0].dtype
+    features = scheme.convs(rank)[-1].weight_shape[1] * scheme.blocks
+    affordable = int(min(iterations, max(least, macs / (features * moments[0].shape[-1] ** 2))))
+    if affordable:
+        working = torch.float32 if affordable < iterations else dtype
+        starts = [scheme.fit_start(weight, rank, sweeps) for weight in scaled]
+        start = [torch.cat(parts).to(working) for parts in zip(*starts, strict=True)]
+        pairs = zip(problems, metrics, strict=True)
+        target = torch.cat([metric.apply(problem.regression.target / problem.unit) for problem, metric in pairs])
+        count = len(problems)
+        solver = scheme if count == 1 else scheme.stacked(count)
+        together = solver.fit(target.to(working), torch.cat(moments).to(working), start, affordable, count)
+        fits = list(zip(*(factor.to(dtype).chunk(count) for factor in together), strict=True))
+    else:
+        fits = [scheme.nearest(weight, rank, sweeps=sweeps) for weight in scaled]
+    found = []
+    for problem, metric, factors in zip(problems, metrics, fits, strict=True):
+        even = problem.unit ** (1 / len(factors))
+        found.append(scheme.balance(tuple(one * even for one in (*factors[:-1], metric.undo(factors[-1])))))
+    return found
 
 
 def can_shift(layer: nn.Module, norm: BatchNorm | None) -> bool:

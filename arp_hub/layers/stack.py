@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import ArpHubError
-from ..schemes import Factors, Scheme, make_scheme
+from ..schemes import Factors, Scheme
 from ..schemes.linalg import factorising
 from .sharding import from_owner, gathered, move, sharers
 
@@ -64,15 +63,8 @@ class LayerStack:
     """
 
     def __init__(self, layers: Sequence[PlannedLayer]) -> None:
-        self.layers, first = list(layers), layers[0]
-        shape, count = first.scheme.shape, len(layers)
-        stacked = dataclasses.replace(
-            shape,
-            out_channels=count * shape.out_channels,
-            in_channels=count * shape.in_channels,
-            groups=count * shape.groups,
-        )
-        self.scheme = make_scheme(first.scheme.name, stacked, first.scheme.groups)
+        self.layers = list(layers)
+        self.scheme = layers[0].scheme.stacked(len(layers))
         given = [layer.factors for layer in layers if layer.factors is not None]
         self.basis: Factors | None = self._kept_of(joined(given)) if given else None
         self.factors: Factors | None = None

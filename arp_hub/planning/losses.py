@@ -90,8 +90,7 @@ def output_losses(
         with stage("measure sensitivities", shown=progress):
             sensitivities = errors.sensitivities()
     return {
-        name: [(one.scheme, output_loss(one.errors, sensitivities[name])) for one in found]
-        for name, found in curves.items()
+        name: [(one.scheme, output_loss(one.errors, sensitivities[name])) for one in curves[name]] for name in layers
     }
 
 

@@ -19,62 +19,68 @@ from torch import Tensor, nn
 from ..calibration.batchnorm import following_norms
 from ..calibration.gradients import Substitute, gradient_moments, predicted_divergences
 from ..calibration.images import LEAST_PIXELS, Images, batches
-from ..calibration.layer_problem import LayerProblem, can_shift
+from ..calibration.layer_problem import LayerProblem, can_shift, fitted_together
 from ..calibration.passes import all_moments
 from ..effort import Effort
 from ..layers.low_rank import effective_weight, low_rank_layer
 from ..plan import LayerPlan
 from ..processes import ALONE, Processes
 from ..schemes import Factors, Scheme
-from ..schemes.linalg import factorising
+from ..schemes.linalg import factorising, stack_size
 from .costs import Floats, rank_at, useful_rank
 from .error_curves import Candidate, interpolate, rough_sweeps, shortlist, truncation_errors
 
 
-class _RoughProblem:
-    """A layer's problem, solved well enough to plan by."""
+class _RoughProblems:
+    """Problems of like layers, solved well enough to plan by."""
 
-    def __init__(self, problem: LayerProblem, effort: Effort) -> None:
-        self.problem, self.effort = problem, effort
+    def __init__(self, problems: Mapping[str, LayerProblem], effort: Effort) -> None:
+        self.problems, self.effort = problems, effort
 
-    def fit(self, scheme: Scheme, rank: int) -> Factors:
-        """The layer roughly decomposed."""
-        sweeps = rough_sweeps(scheme, self.problem.weight, rank)
-        return self.problem.fit(scheme, rank, self.effort.curve_iterations, self.effort.curve_macs, sweeps=sweeps)
+    def fit(self, scheme: Scheme, rank: int, names: Sequence[str]) -> dict[str, Factors]:
+        """Some of the layers roughly decomposed."""
+        problems, effort = [self.problems[name] for name in names], self.effort
+        sweeps = rough_sweeps(scheme, problems[0].weight, rank)
+        found = fitted_together(problems, scheme, rank, effort.curve_iterations, effort.curve_macs, sweeps=sweeps)
+        return dict(zip(names, found, strict=True))
 
-    def curve(self, scheme: Scheme) -> tuple[Floats, Factors | None]:
+    def curves(self, scheme: Scheme, names: Sequence[str]) -> dict[str, tuple[Floats, Factors | None]]:
         """The relative error at every rank, and the factors at the middle rank if they were fitted on the way."""
-        problem, last = self.problem, useful_rank(scheme)
-        rows = problem.metric.in_blocks(scheme.blocks).apply(problem.weight / problem.unit)
-        spectrum = scheme.spectrum(rows, problem.regression.moment)
-        if spectrum is not None:
-            return truncation_errors(spectrum)[:last], None
+        last, spectra = useful_rank(scheme), {}
+        for name in names:
+            problem = self.problems[name]
+            rows = problem.metric.in_blocks(scheme.blocks).apply(problem.weight / problem.unit)
+            spectra[name] = scheme.spectrum(rows, problem.regression.moment)
+        if all(spectrum is not None for spectrum in spectra.values()):
+            return {name: (truncation_errors(cast(Tensor, spectra[name]))[:last], None) for name in names}
         ranks = sorted({rank_at(scheme, share) for share in self.effort.curve_shares})
-        values, probed = [], None
-        for rank in ranks:
-            factors = self.fit(scheme, rank)
-            values.append(problem.error(scheme.compose(factors)))
-            probed = factors if rank == self.middle_rank(scheme) else probed
-        return interpolate(ranks, values, last), probed
+        fits = [self.fit(scheme, rank, names) for rank in ranks]
+        middle = ranks.index(self.middle_rank(scheme))
+        found: dict[str, tuple[Floats, Factors | None]] = {}
+        for name in names:
+            values = [self.problems[name].error(scheme.compose(fit[name])) for fit in fits]
+            found[name] = interpolate(ranks, values, last), fits[middle][name]
+        return found
 
     def middle_rank(self, scheme: Scheme) -> int:
         """The rank at which the sensitivity is measured: one of those that the error is measured at."""
         shares = self.effort.curve_shares
         return rank_at(scheme, shares[len(shares) // 2])
 
-    def middle(self, scheme: Scheme, factors: Factors | None) -> _Middle:
-        """The layer decomposed at the middle rank.
+    def middle(self, scheme: Scheme, name: str, factors: Factors | None) -> _Middle:
+        """One layer decomposed at the middle rank.
 
         Args:
             scheme: The scheme.
+            name: The layer.
             factors: The factors, if they are known already.
         """
-        rank = self.middle_rank(scheme)
-        factors = factors or self.fit(scheme, rank)
+        problem, rank = self.problems[name], self.middle_rank(scheme)
+        factors = factors or self.fit(scheme, rank, [name])[name]
         composed = scheme.compose(factors)
-        shift = self.problem.bias(composed).cpu() if self.problem.can_shift else None
+        shift = problem.bias(composed).cpu() if problem.can_shift else None
         plan = LayerPlan(scheme.name, rank, scheme.groups)
-        return _Middle(plan, tuple(factor.cpu() for factor in factors), shift, self.problem.error(composed))
+        return _Middle(plan, tuple(factor.cpu() for factor in factors), shift, problem.error(composed))
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,10 @@ class _Middle:
         shift = self.shift.to(effective_weight(layer))
         shift = shift if isinstance(layer, nn.Linear) else shift[:, None, None]
         return lambda x: new(x) + shift.to(x.dtype)
+
+
+_Measured = tuple[list[tuple[int, Floats]], _Middle]
+"""The curves of some of a layer's schemes, by their places among all of them; and the layer decomposed by the best."""
 
 
 class OutputErrors:
@@ -147,29 +157,39 @@ class OutputErrors:
         # moments of D columns are factorised in D^3 operations, and fits take as many for each row of the weight
         weights = {name: effective_weight(self._layers[name]) for name in schemes}
         costs = {name: weight.numel() / len(weight) * weight.numel() for name, weight in weights.items()}
+        stacks = {stack[0]: stack for stack in _stacks(weights, schemes)}
 
-        def measured(name: str) -> tuple[list[tuple[int, Floats]], _Middle]:
-            with factorising(name):
-                return self._measured(name, schemes[name])
+        def measured(first: str) -> dict[str, _Measured]:
+            with factorising(first):
+                return self._measured(stacks[first], schemes)
 
-        for name, (curves, middle) in self._processes.shared_out(costs, measured):
-            self._middle[name] = middle
-            yield name, [Candidate(schemes[name][place], errors) for place, errors in curves]
+        stack_costs = {first: sum(costs[name] for name in stack) for first, stack in stacks.items()}
+        for _, found in self._processes.shared_out(stack_costs, measured):
+            for name, (curves, middle) in found.items():
+                self._middle[name] = middle
+                yield name, [Candidate(schemes[name][place], errors) for place, errors in curves]
         self._moments.clear()  # of layers that other processes have measured
         self._gradients.clear()
 
-    def _measured(self, name: str, schemes: Sequence[Scheme]) -> tuple[list[tuple[int, Floats]], _Middle]:
-        """The curves of some of a layer's schemes, by their places among ``schemes``; and the layer decomposed."""
-        # popped, because the moments of all layers together take much memory
-        moments, gradients = self._moments.pop(name), self._gradients.pop(name, None)
-        layer = LayerProblem.of(self._layers[name], moments, gradients, self._norms.get(name), torch.float32)
-        problem = _RoughProblem(layer, self._effort)
-        found, fitted = [], {}
-        for scheme in shortlist(layer.weight, schemes, self._effort.schemes_measured):
-            errors, fitted[scheme] = problem.curve(scheme)
-            found.append(Candidate(scheme, errors))
-        best = min(found, key=lambda one: one.errors[problem.middle_rank(one.scheme) - 1]).scheme
-        return [(schemes.index(one.scheme), one.errors) for one in found], problem.middle(best, fitted[best])
+    def _measured(self, names: Sequence[str], schemes: Mapping[str, Sequence[Scheme]]) -> dict[str, _Measured]:
+        """What is measured of like layers, each with a choice of its own among their ``schemes``."""
+        problems = {}
+        for name in names:
+            # popped, because the moments of all layers together take much memory
+            moments, gradients = self._moments.pop(name), self._gradients.pop(name, None)
+            layer, norm = self._layers[name], self._norms.get(name)
+            problems[name] = LayerProblem.of(layer, moments, gradients, norm, torch.float32, len(names))
+        rough = _RoughProblems(problems, self._effort)
+        lists = {
+            name: shortlist(problem.weight, schemes[name], self._effort.schemes_measured)
+            for name, problem in problems.items()
+        }
+        found: dict[str, list[tuple[int, Floats, Factors | None]]] = {name: [] for name in names}
+        for place, scheme in enumerate(schemes[names[0]]):
+            if chosen := [name for name in names if schemes[name][place] in lists[name]]:
+                for name, (errors, factors) in rough.curves(scheme, chosen).items():
+                    found[name].append((place, errors, factors))
+        return {name: _best(rough, name, schemes[name], of_layer) for name, of_layer in found.items()}
 
     def sensitivities(self) -> dict[str, float]:
         """The divergence of the network's predictions with one layer decomposed, over that layer's relative error.
@@ -183,3 +203,29 @@ class OutputErrors:
         known = {name: max(value, 1e-12) / max(self._middle[name].error, 1e-6) for name, value in divergences.items()}
         mean = sum(known.values()) / len(known) if known else 1.0
         return {name: known.get(name, mean) for name in layers}
+
+
+def _best(
+    rough: _RoughProblems, name: str, schemes: Sequence[Scheme], found: Sequence[tuple[int, Floats, Factors | None]]
+) -> _Measured:
+    """The curves of a layer, and the layer decomposed by the scheme with the lowest error at its middle rank."""
+
+    def at_middle(one: tuple[int, Floats, Factors | None]) -> float:
+        return float(one[1][rough.middle_rank(schemes[one[0]]) - 1])
+
+    place, _, factors = min(found, key=at_middle)
+    return [(place, errors) for place, errors, _ in found], rough.middle(schemes[place], name, factors)
+
+
+def _stacks(weights: Mapping[str, Tensor], schemes: Mapping[str, Sequence[Scheme]]) -> list[list[str]]:
+    """Names of layers that are fitted together: of one shape, with the same schemes, as many as the device suits."""
+    alike: dict[object, list[str]] = {}
+    for name, choices in schemes.items():
+        kind = weights[name].shape, weights[name].device, [(one.name, one.groups, one.shape.groups) for one in choices]
+        alike.setdefault(str(kind), []).append(name)
+    stacks = []
+    for names in alike.values():
+        size = max(1, stack_size(weights[names[0]]))
+        stacks += [names[start : start + size] for start in range(0, len(names), size)]
+    order = list(schemes)
+    return sorted(stacks, key=lambda stack: order.index(stack[0]))

@@ -8,6 +8,7 @@ factors are searched for (variable projection; Golub and Pereyra 1973).
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArpHubError
+from .lbfgs import minimise
 from .linalg import solve_spd
 from .shapes import ConvSpec, LayerShape, chain_params
 
@@ -147,7 +149,9 @@ class Scheme(ABC):
         last = factors[-1].reshape(self.blocks, -1, design.shape[1])
         return (last @ design).reshape(shape.out_channels, shape.group_in, *shape.kernel_size)
 
-    def fit(self, target: Tensor, moment: Tensor, start: Sequence[Tensor], iterations: int = 100) -> Factors:
+    def fit(
+        self, target: Tensor, moment: Tensor, start: Sequence[Tensor], iterations: int = 100, layers: int = 1
+    ) -> Factors:
         """Minimise ``tr((target - W) moment (target - W)^T)`` over the factors of ``W``, from ``start``.
 
         The last factor is eliminated in closed form; L-BFGS searches over the others.
@@ -157,27 +161,19 @@ class Scheme(ABC):
             moment: Second moment of the input patches, ``(G, I * kh * kw, I * kh * kw)``, positive definite.
             start: Factors to start from, the result of `fit_start`.
             iterations: L-BFGS iterations at most.
+            layers: Number of layers in this one if it is `stacked`. Each has a search of its own, in common calls.
         """
-        problem = _Projected(self, target, moment)
-        rest = [f.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for f in start[:-1]]
-        optimizer = torch.optim.LBFGS(
-            rest,
-            max_iter=iterations,
-            max_eval=2 * iterations,
-            history_size=20,
-            tolerance_grad=1e-9,
-            tolerance_change=1e-9,
-            line_search_fn="strong_wolfe",
-        )
+        problem = _Projected(self, target, moment, layers)
+        search = _search_one if layers == 1 else _search_many
+        rest = search(problem, start[:-1], iterations)
+        return self.balance((*rest, problem.last(self.design(rest)).reshape(start[-1].shape)))
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            return problem.backward(self.design(rest), rest)
-
-        optimizer.step(closure)
-        rest_found = [factor.detach() for factor in rest]
-        last = problem.last(self.design(rest_found)).reshape(start[-1].shape)
-        return self.balance((*rest_found, last))
+    def stacked(self, layers: int) -> Scheme:
+        """This scheme for that many layers of its shape, one below the other: the groups of one layer."""
+        shape = self.shape
+        outputs, inputs, groups = (layers * n for n in (shape.out_channels, shape.in_channels, shape.groups))
+        stacked = dataclasses.replace(shape, out_channels=outputs, in_channels=inputs, groups=groups)
+        return type(self)(stacked, self.groups)
 
     def balance(self, factors: Factors) -> Factors:
         """Scale all factors to a common norm, so that casts to half precision do not overflow. The weight stays."""
@@ -191,13 +187,17 @@ class Scheme(ABC):
 
 
 class _Projected:
-    """The least-squares problem of `Scheme.fit` with the last factor eliminated."""
+    """The least-squares problem of `Scheme.fit` with the last factor eliminated, or a stack of such problems."""
 
-    def __init__(self, scheme: Scheme, target: Tensor, moment: Tensor) -> None:
+    def __init__(self, scheme: Scheme, target: Tensor, moment: Tensor, layers: int) -> None:
         rows = target.reshape(len(moment), -1, moment.shape[-1])
-        self.scheme, self.moment = scheme, moment
+        self.scheme, self.moment, self.layers = scheme, moment, layers
         self.target_moment = scheme._rows(rows @ moment)
-        self.energy = (self.target_moment * scheme._rows(target)).sum().clamp_min(torch.finfo(target.dtype).tiny)
+        self.energy = self._sums(self.target_moment * scheme._rows(target)).clamp_min(torch.finfo(target.dtype).tiny)
+
+    def _sums(self, rows: Tensor) -> Tensor:
+        """Sums over the blocks ``(blocks, ..)`` of each layer, ``(layers,)``."""
+        return rows.sum()[None] if self.layers == 1 else rows.reshape(self.layers, -1).sum(1)
 
     def _solve(self, design: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         design_moment = self.scheme.design_moment(design, self.moment)
@@ -209,15 +209,55 @@ class _Projected:
         """The best last factor for ``design``."""
         return self._solve(design)[0]
 
-    @torch.no_grad()
-    def backward(self, design: Tensor, rest: Sequence[Tensor]) -> Tensor:
-        """Write the gradient of the relative error to ``rest``; return the relative error."""
-        last, design_moment, cross = self._solve(design)
-        # By the envelope theorem, the gradient is that at a fixed last factor.
-        gradient = (-2 / self.energy) * (last.mT @ (self.target_moment - last @ design_moment))
+    def evaluate(self, rest: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The relative error of each layer, ``(layers,)``, and its gradients for the factors but the last."""
+        leaves = [factor.detach().requires_grad_() for factor in rest]
         with torch.enable_grad():
-            design.backward(gradient)
-        return 1 - (last.mT * cross).sum() / self.energy
+            design = self.scheme.design(leaves)
+        with torch.no_grad():
+            last, design_moment, cross = self._solve(design)
+            # By the envelope theorem, the gradient is that at a fixed last factor.
+            scale = (-2 / self.energy).repeat_interleave(len(last) // self.layers)[:, None, None]
+            gradient = scale * (last.mT @ (self.target_moment - last @ design_moment))
+            return 1 - self._sums(last.mT * cross) / self.energy, torch.autograd.grad(design, leaves, gradient)
+
+
+def _search_one(problem: _Projected, start: Sequence[Tensor], iterations: int) -> list[Tensor]:
+    rest = [factor.detach().clone(memory_format=torch.contiguous_format) for factor in start]
+    optimizer = torch.optim.LBFGS(
+        rest,
+        max_iter=iterations,
+        max_eval=2 * iterations,
+        history_size=20,
+        tolerance_grad=1e-9,
+        tolerance_change=1e-9,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        (value,), gradients = problem.evaluate(rest)
+        for factor, gradient in zip(rest, gradients, strict=True):
+            factor.grad = gradient.contiguous()
+        return value
+
+    optimizer.step(closure)
+    return rest
+
+
+def _search_many(problem: _Projected, start: Sequence[Tensor], iterations: int) -> list[Tensor]:
+    shapes, sizes = [factor.shape for factor in start], [factor.numel() // problem.layers for factor in start]
+
+    def joined(factors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([factor.reshape(problem.layers, -1) for factor in factors], dim=1)
+
+    def parts(points: Tensor) -> list[Tensor]:
+        return [part.reshape(shape) for part, shape in zip(points.split(sizes, dim=1), shapes, strict=True)]
+
+    def evaluate(points: Tensor) -> tuple[Tensor, Tensor]:
+        values, gradients = problem.evaluate(parts(points))
+        return values, joined(gradients)
+
+    return parts(minimise(evaluate, joined(start), iterations))
 
 
 def relative_error(weight: Tensor, approximation: Tensor, moment: Tensor | None = None) -> Tensor:

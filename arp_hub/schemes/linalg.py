@@ -39,13 +39,25 @@ def factorising(layer: str) -> Iterator[None]:
         ) from error
 
 
-def solving_device(weight: Tensor) -> torch.device:
+def solving_device(weight: Tensor, layers: int = 1) -> torch.device:
     """Where the factors of a weight ``(O, I, kh, kw)`` are computed: on a CPU, but for wide weights on a GPU.
 
     A fit makes some 50,000 calls and reads 7,000 numbers back (docs/research/speed.md). Of small matrices, a CPU makes
     a call in 6 to 10 microseconds; a GPU takes as long to launch it, and waits for every number.
+
+    Args:
+        weight: The weight.
+        layers: Number of like layers that the calls are for.
     """
-    return weight.device if weight[0].numel() >= _WIDE else torch.device("cpu")
+    return weight.device if layers * weight[0].numel() >= _WIDE else torch.device("cpu")
+
+
+def stack_size(weight: Tensor) -> int:
+    """How many layers with weights like this one are best fitted together: many narrow ones on a GPU, else one.
+
+    A GPU then has fewer launches. On a CPU it saves nothing (docs/research/experiments.md).
+    """
+    return 2**22 // weight.numel() if weight.is_cuda and weight[0].numel() < _WIDE else 1
 
 
 def unit(weight: Tensor) -> float:
@@ -128,7 +140,8 @@ def solve_spd(gram: Tensor, right: Tensor) -> Tensor:
         half = torch.linalg.solve_triangular(factor, right.to(gram.dtype), upper=False)
         return torch.linalg.solve_triangular(factor.mT, half, upper=True).to(right.dtype)
     if info.any():  # numerically rank-deficient: a larger ridge
-        factor = torch.linalg.cholesky(damped + torch.diag_embed((ridge * 1e4).expand_as(diagonal)))
+        ridge = torch.where(info[..., None] > 0, ridge * 1e4, 0.0)
+        factor = torch.linalg.cholesky(damped + torch.diag_embed(ridge.expand_as(diagonal)))
     return torch.cholesky_solve(right, factor)
 
 

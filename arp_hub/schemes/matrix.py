@@ -107,7 +107,9 @@ class Channel(MatrixScheme):
     def fit_start(self, weight: Tensor, rank: int, sweeps: int | None = None) -> Factors:
         return tuple(weight.new_zeros(conv.weight_shape) for conv in self.convs(rank))
 
-    def fit(self, target: Tensor, moment: Tensor, start: Sequence[Tensor], iterations: int = 100) -> Factors:
+    def fit(
+        self, target: Tensor, moment: Tensor, start: Sequence[Tensor], iterations: int = 100, layers: int = 1
+    ) -> Factors:
         """Reduced-rank regression (Izenman 1975), in closed form: ``start`` only says the rank.
 
         ``L`` has the leading eigenvectors of ``T moment T^T``, the second moment of the outputs, and ``R = L^T T``.

@@ -159,6 +159,25 @@ def test_fit_in_a_metric_beats_the_weight_metric(shape, name, groups):
     assert [f.shape for f in fitted] == [conv.weight_shape for conv in scheme.convs(rank)]
 
 
+@pytest.mark.parametrize(("shape", "name", "groups"), CASES)
+def test_a_stack_is_fitted_as_its_layers_are_one_by_one(shape, name, groups):
+    torch.manual_seed(0)
+    scheme, columns, layers = make_scheme(name, shape, groups), shape.group_in * shape.taps, 3
+    rank = max(1, scheme.max_rank // 3)
+    weights = torch.randn(layers, shape.out_channels, shape.group_in, *shape.kernel_size, dtype=torch.float64)
+    roots = torch.randn(layers, shape.groups, columns, 2 * columns, dtype=torch.float64)
+    moments = roots @ roots.mT / columns * torch.tensor([1e-3, 1.0, 1e3])[:, None, None, None]
+    starts = [scheme.fit_start(weight, rank) for weight in weights]
+    stacked = scheme.stacked(layers)
+    start = [torch.cat(parts) for parts in zip(*starts, strict=True)]
+    together = stacked.fit(weights.flatten(0, 1), moments.flatten(0, 1), start, 300, layers)
+    apart = zip(*(factor.chunk(layers) for factor in together), strict=True)
+    for weight, moment, one, found in zip(weights, moments, starts, apart, strict=True):
+        alone = scheme.fit(weight, moment, one, 300)
+        errors = [float(relative_error(weight, scheme.compose(factors), moment)) for factors in (found, alone)]
+        assert errors[0] == pytest.approx(errors[1], rel=0.05)
+
+
 @settings(max_examples=30)
 @given(
     out=st.integers(1, 10), inner=st.integers(1, 10), kh=st.integers(1, 4), kw=st.integers(1, 4),

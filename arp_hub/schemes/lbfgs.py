@@ -1,0 +1,117 @@
+"""L-BFGS for many problems of one size at once, each with a history, a step length and an end of its own.
+
+Masks stand in the place of branches, so that a GPU gets as few launches for many problems as for one, and is seldom
+waited for. Directions follow from the compact form of the inverse Hessian (Byrd, Nocedal and Schnabel 1994). Bisection
+finds step lengths that meet the weak Wolfe conditions (Lewis and Overton 2013).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_SMALL = 1e-9
+"""Gradients, and changes of the value, below which a problem is solved."""
+
+
+@torch.no_grad()
+def minimise(
+    function: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor, iterations: int, history: int = 20
+) -> Tensor:
+    """Minimise smooth functions, one for each row of ``start``.
+
+    But for rounding, what is found for one problem does not depend on those beside it.
+
+    Args:
+        function: Takes points ``(k, n)``; returns their values ``(k,)``, of size 1 or so, and gradients ``(k, n)``.
+        start: Points to start from, ``(k, n)``.
+        iterations: Steps of each problem at most. The functions are evaluated twice as often at most.
+        history: Number of steps that a direction is made from.
+
+    Returns:
+        The best points found, ``(k, n)``.
+    """
+    point = start
+    value, gradient = function(point)
+    curvature, steps = _Curvature(point, history), torch.zeros_like(value)
+    direction, moving = -gradient, gradient.abs().amax(1) > _SMALL
+    # the length to try next, and lengths known to be too short and too long
+    length = (1 / gradient.abs().sum(1)).clamp_max(1)
+    short, long = torch.zeros_like(length), torch.full_like(length, math.inf)
+    for evaluation in range(2 * iterations):
+        if evaluation % 8 == 0 and not moving.any():  # seldom asked: the answer of a GPU has to be waited for
+            break
+        slope = (direction * gradient).sum(1)
+        trial = point + length[:, None] * direction
+        trial_value, trial_gradient = function(trial)
+        too_long = ~(trial_value <= value + 1e-4 * length * slope)  # also where the value is not a number
+        too_short = ~too_long & ((trial_gradient * direction).sum(1) < 0.9 * slope)
+        taken = moving & ~too_long & ~too_short
+        curvature.add(taken, trial - point, trial_gradient - gradient)
+        fall = torch.where(taken, value - trial_value, math.inf)
+        value = torch.where(taken, trial_value, value)
+        point = torch.where(taken[:, None], trial, point)
+        gradient = torch.where(taken[:, None], trial_gradient, gradient)
+        direction = torch.where(taken[:, None], curvature.direction(gradient), direction)
+        short = torch.where(too_short, length, short).masked_fill(taken, 0)
+        long = torch.where(too_long, length, long).masked_fill(taken, math.inf)
+        length = torch.where(long.isfinite(), (short + long) / 2, 2 * length).masked_fill(taken, 1)
+        steps = steps + taken
+        room = torch.where(long.isfinite(), long - short, length)  # a search without any comes to an end
+        moving &= (fall > _SMALL) & (gradient.abs().amax(1) > _SMALL) & (steps < iterations)
+        moving &= -room * (direction * gradient).sum(1) > _SMALL
+    return point
+
+
+class _Curvature:
+    """The last steps of every problem with the changes of its gradient: an estimate of its inverse Hessian.
+
+    Args:
+        points: ``(k, n)``.
+        size: Number of steps to remember.
+    """
+
+    def __init__(self, points: Tensor, size: int) -> None:
+        count = len(points)
+        self._pairs = points.new_zeros(count, size, 2, points.shape[1])  # a step and its change of the gradient
+        self._products = points.new_zeros(count, size, 2, size, 2, dtype=torch.float64)
+        self._numbers = torch.zeros(count, size, dtype=torch.int64, device=points.device)  # of the steps; 0: none yet
+        self._steps = torch.zeros(count, dtype=torch.int64, device=points.device)
+        self._scale = torch.ones(count, 1, dtype=torch.float64, device=points.device)
+        self._rows = torch.arange(count, device=points.device)
+
+    def add(self, taken: Tensor, step: Tensor, change: Tensor) -> None:
+        """Remember the steps of the problems that have ``taken (k,)`` one, in the place of their oldest."""
+        inner = (step * change).sum(1)
+        taken = taken & (inner > 0)  # rounding can hide that the curvature is positive
+        self._scale = torch.where(taken[:, None], (inner / change.square().sum(1))[:, None].double(), self._scale)
+        slot = self._steps % self._numbers.shape[1]
+        self._steps = self._steps + taken
+        self._numbers[self._rows, slot] = torch.where(taken, self._steps, self._numbers[self._rows, slot])
+        pair = torch.where(taken[:, None, None], torch.stack([step, change], 1), self._pairs[self._rows, slot])
+        self._pairs[self._rows, slot] = pair
+        products = (self._pairs.flatten(1, 2) @ pair.mT).double().unflatten(1, (-1, 2))
+        self._products[self._rows, :, :, slot] = products
+        self._products[self._rows, slot] = products.permute(0, 3, 1, 2)
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """``-H g (k, n)``, with the inverse Hessian ``H`` and a gradient ``g``.
+
+        With steps ``S``, changes ``Y``, a scale ``c``, the entries ``R`` of ``S^T Y`` whose step is no later than their
+        change, and their diagonal ``D``::
+
+            H g = c g + S v - c Y u,    u = R^-1 S^T g,    v = R^-T ((D + c Y^T Y) u - c Y^T g)
+        """
+        pairs, scale = self._pairs.flatten(1, 2), self._scale[..., None]
+        along = (pairs @ gradient[..., None]).double().unflatten(1, (-1, 2))
+        mixed, squares = self._products[:, :, 0, :, 1], self._products[:, :, 1, :, 1]
+        none = torch.diag_embed((self._numbers == 0).double())
+        root = mixed * (self._numbers[:, :, None] <= self._numbers[:, None, :]) + none
+        u = torch.linalg.solve_ex(root, along[:, :, 0]).result
+        right = mixed.diagonal(dim1=1, dim2=2)[..., None] * u + scale * (squares @ u - along[:, :, 1])
+        v = torch.linalg.solve_ex(root.mT, right).result
+        shares = torch.cat([v, -scale * u], dim=2).flatten(1).to(gradient.dtype)
+        return -self._scale.to(gradient.dtype) * gradient - (shares[:, None] @ pairs)[:, 0]
