@@ -1,4 +1,4 @@
-"""Decompose a model by a plan, and merge it back: closed forms and small fits, no training."""
+"""Decompose a model by a plan, and merge it back: least squares, no training."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def _requirements() -> tuple[list[str], dict[str, bool]]:
     try:
         described = metadata("arp-hub")
     except PackageNotFoundError:
-        return ["arp_hub is not installed, only imported: pip install arp-hub"], {}
+        return ["arp_hub is not installed, only imported: run pip install in its folder"], {}
     names = described.get_all("Provides-Extra") or []
     for needed in map(Requirement, described.get_all("Requires-Dist") or []):
         wanted = needed.marker is None or needed.marker.evaluate({"extra": ""})

@@ -84,6 +84,8 @@ IMAGE_COUNTS = (
     ("vit", 0.67, (64, 1024)),
 )
 """Networks and budgets that are also measured with other numbers of calibration images than those of `fit` rows."""
+TIMED = {"resnet20": 0.2, "lite0": 0.7, "mobilenetv2": 0.7, "vit": 0.5}
+"""Networks and budgets that are also refined for other times than the 15 minutes of `refine` rows."""
 SCHEME_SETS = {
     "channel": ("channel",),
     "+spatial": ("channel", "spatial"),
@@ -106,6 +108,9 @@ def _rows() -> dict[str, Row]:
     for network, keep, counts in IMAGE_COUNTS:
         for count in counts:
             rows[f"images/{network}/{count}"] = Row(network, keep, images=count)
+    for network, keep in TIMED.items():
+        for minutes in (1, 3, 10):
+            rows[f"refine-{minutes}/{network}/{keep}"] = Row(network, keep, refine=minutes)
     for network, keep in (("lite0", 0.7), ("vit", 0.5)):
         for seed in (1, 2):
             rows[f"seed-{seed}/{network}/{keep}"] = Row(network, keep, seed=seed)
@@ -321,8 +326,8 @@ def _runs(metrics: Mapping[str, Any]) -> str:
         if name in ROWS and ROWS[name].train and row["keep"] == config["keep_params"]
         if NETWORKS[row["network"]].model == config["model"] and not name.startswith("choose-")
     ]
-    chosen = "the longest whose teacher is the dense network, a choice made on held-out training images"
-    return f"{len(rows)}, of which this one was kept: {chosen}" if len(rows) > 1 else "1"
+    chosen = "the longest with the dense model as the teacher. Held-out training images chose that teacher"
+    return f"{len(rows)}. This one is {chosen}" if len(rows) > 1 else "1"
 
 
 def write_card(folder: Path) -> None:

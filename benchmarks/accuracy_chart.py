@@ -1,4 +1,4 @@
-"""The chart docs/img/accuracy.png, which `accuracy.py table` draws from results/accuracy.json."""
+"""The charts docs/img/accuracy*.png, which `accuracy.py table` draws from results/accuracy.json."""
 
 from __future__ import annotations
 
@@ -22,11 +22,18 @@ METHODS = {
     "fit": ("fit on images", "#2a78d6"),
     "train": ("penalty training", "#1d7a46"),
 }
-"""Name and colour of every method, by the first part of its rows' names."""
+"""Name and colour of every method, by the first part of its rows' names; `train` is for all training."""
 OURS = ("fit", "train")
 """Methods drawn with a bold line."""
 LOWEST, HIGHEST = -16.0, 2.0
 """Points of top-1 that the axis spans. Lower results are marked at its bottom with their number."""
+TIMED = {
+    "resnet20": ("ResNet-20, CIFAR-10", "#2a78d6"),
+    "vit": ("ViT-S/14, CIFAR-10", "#8a4fbf"),
+    "lite0": ("EfficientNet-Lite0, ImageNet", "#1d7a46"),
+    "mobilenetv2": ("MobileNetV2, ImageNet", "#e08a1e"),
+}
+"""Name and colour of the networks in the chart over time."""
 _INK, _MUTED, _GRID, _SURFACE = "#0b0b0b", "#52514e", "#e1e0d9", "#fcfcfb"
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -55,15 +62,60 @@ def chart(results: Results) -> Figure:
     return figure
 
 
+def write_time_chart(results: Results, path: Path) -> None:
+    """Draw the chart of top-1 over CPU time: the fit, then the fit refined for more and more minutes."""
+    path.parent.mkdir(exist_ok=True)
+    time_chart(results).savefig(path, dpi=200)
+
+
+def time_chart(results: Results) -> Figure:
+    """The figure: one line a network, from its fit to its longest refinement."""
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained", facecolor=_SURFACE)
+    axes = figure.subplots()
+    for network, keep in timed_networks(results).items():
+        (name, colour), pairs = TIMED[network], _over_time(results, network, keep)
+        axes.plot(*zip(*pairs, strict=True), color=colour, linewidth=1.8, marker="o", markersize=3.5)
+        _write(axes, f"{name}, {100 * keep:.0f} % kept", pairs[-1], (0, 5), "right", "bottom", colour)
+    axes.axhline(0, color=_INK, linewidth=0.8)
+    _plain(axes)
+    axes.set_xlim(left=0)
+    axes.set_ylabel("top-1 against the dense model, points", fontsize=9.5, color=_MUTED)
+    axes.set_xlabel("minutes of one CPU thread: plan, fit, refinement", fontsize=9.5, color=_MUTED)
+    return figure
+
+
+def timed_networks(results: Results) -> dict[str, float]:
+    """The networks that were refined for several times, each with the share of parameters that it keeps."""
+    return {row["network"]: row["keep"] for name, row in results.items() if name.startswith("refine-")}
+
+
+def _over_time(results: Results, network: str, keep: float) -> list[tuple[float, float]]:
+    """Minutes of planning, fitting and refining, and points of top-1 gained."""
+    pairs = []
+    for name, row in results.items():
+        kind = name.split("/")[0]
+        if (row["network"], row["keep"]) == (network, keep) and (
+            kind in ("fit", "refine") or kind.startswith("refine-")
+        ):
+            seconds = row["seconds_plan"] + row["seconds_decompose"] + row.get("refinement", {}).get("seconds", 0.0)
+            pairs.append((seconds / 60, row["top1"] - row["dense"]["top1"]))
+    return sorted(pairs)
+
+
 def _points(results: Results, network: str) -> dict[str, list[tuple[float, float]]]:
     """Per cent of the parameters kept and points of top-1 gained, of every method that the network has rows of."""
     found: dict[str, list[tuple[float, float]]] = {}
     for method in METHODS:
-        rows = [row for name, row in results.items() if name.split("/")[:2] == [method, network]]
+        rows = [row for name, row in results.items() if _shows(method, name, row) and row["network"] == network]
         pairs = [(100 * row["params"] / row["dense"]["params"], row["top1"] - row["dense"]["top1"]) for row in rows]
         if pairs:
             found[method] = sorted(pairs, reverse=True)
     return found
+
+
+def _shows(method: str, name: str, row: Mapping[str, Any]) -> bool:
+    """Whether a row belongs to a method. Of all trainings, it is the one whose model is stored."""
+    return "model_folder" in row if method == "train" else name.split("/")[0] == method
 
 
 def _span(points: Mapping[str, list[tuple[float, float]]]) -> tuple[float, float]:
@@ -80,15 +132,20 @@ def _panel(axes: Axes, points: Mapping[str, list[tuple[float, float]]], span: tu
     axes.axhline(0, color=_INK, linewidth=0.8)
     axes.set(xlim=span[::-1], ylim=(LOWEST, HIGHEST))
     axes.set_title(title, loc="left", fontsize=9.5, color=_INK)
+    _plain(axes)
+    axes.yaxis.set_major_locator(MultipleLocator(2))
+    axes.xaxis.set_major_locator(MultipleLocator(10))
+    _name_results_below(axes, points)
+
+
+def _plain(axes: Axes) -> None:
+    """A grid without a frame, and points with their sign."""
     axes.set_facecolor(_SURFACE)
     axes.grid(color=_GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
     axes.tick_params(colors=_MUTED, labelsize=9, length=0)
-    axes.yaxis.set_major_locator(MultipleLocator(2))
     axes.yaxis.set_major_formatter(lambda value, _: _points_of(value))
-    axes.xaxis.set_major_locator(MultipleLocator(10))
-    _name_results_below(axes, points)
 
 
 def _name_lines(axes: Axes, points: Mapping[str, list[tuple[float, float]]]) -> None:

@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.accuracy_chart import write_chart
+from benchmarks.accuracy_chart import timed_networks, write_chart, write_time_chart
 from benchmarks.rows import HERE, load_rows, results_file
 
 README, DOCS = HERE.parent / "README.md", HERE.parent / "docs"
 PAGE, FIGURE = DOCS / "research" / "results.md", DOCS / "img" / "accuracy.png"
+TIME_FIGURE = DOCS / "img" / "accuracy_over_time.png"
 NETWORKS = {
     "resnet20": "ResNet-20, CIFAR-10",
     "resnet56": "ResNet-56, CIFAR-10",
@@ -80,6 +81,11 @@ CPU, trained up to step 7,649 of 9,750 on an H200 (`--cuda-graphs`) and to its e
 
 ![Points of top-1 lost over the share of parameters kept](../img/accuracy.png)
 """
+OVER_TIME = """
+What time buys: planning, fitting and refinement without labels. Each point is a run of its own on one thread.
+
+![Points of top-1 lost over minutes of one CPU thread](../img/accuracy_over_time.png)
+"""
 
 
 def write_report(results: Results) -> None:
@@ -88,6 +94,8 @@ def write_report(results: Results) -> None:
         raise SystemExit("there are no results yet: run some rows first")
     PAGE.write_text(page(results), encoding="utf-8")
     write_chart(results, FIGURE)
+    if timed_networks(results):
+        write_time_chart(results, TIME_FIGURE)
     peers = load_rows(results_file("peers"))
     README.write_text(with_tables(README.read_text(encoding="utf-8"), results, peers), encoding="utf-8")
     print(f"wrote {PAGE.name}, {FIGURE.name} and the tables of {README.name}")
@@ -95,7 +103,7 @@ def write_report(results: Results) -> None:
 
 def page(results: Results) -> str:
     """The text of docs/research/results.md."""
-    parts = [HEAD]
+    parts = [HEAD, OVER_TIME] if timed_networks(results) else [HEAD]
     for network, title in NETWORKS.items():
         own = {name: result for name, result in results.items() if result["network"] == network}
         if own:
@@ -155,6 +163,8 @@ def _part(name: str, row: Mapping[str, Any]) -> str:
     kind, part = name.split("/")[:2]
     if kind == "images":
         return f"{row['calibration_images']:,} calibration images"
+    if kind.startswith("refine-"):
+        return f"refined for {kind.removeprefix('refine-')} min without labels"
     return kind.replace("-", " ") if kind.startswith("seed") else part
 
 

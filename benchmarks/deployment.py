@@ -148,7 +148,7 @@ def files(
 ) -> tuple[dict[str, Run], dict[str, dict[str, Any]]]:
     """Files of the four forms with a dynamic batch, and how they compare with PyTorch.
 
-    What is done for int8 is measured, too: the compressed network with all layers in int8, and with unbalanced factors.
+    The steps for int8 are measured, too: the compressed network with all layers in int8, and with unbalanced factors.
     """
     runs, found = {}, {}
     for kind, model in (("dense", dense), ("low rank", small)):
@@ -203,7 +203,8 @@ def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The latency table and the table of sizes and accuracies."""
     rows = sorted(results.items(), key=lambda item: ROWS.index(item[0]))
     lines = [
-        "Latency of one forward pass on one thread in ms, and in brackets its ratio to dense float32:",
+        "Median latency of one forward pass on one thread in ms. In brackets is the median of its paired ratios to",
+        "dense float32:",
         "",
         f"| network | runtime | batch | {' | '.join(FORMS)} |",
         f"|---|---|---|{'---|' * len(FORMS)}",
@@ -218,7 +219,8 @@ def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
             lines.append(f"| {head} | {TITLES[runtime]} | {batch} | {' | '.join(shown)} |")
     lines += [
         "",
-        "Size of the file in MB and top-1 in per cent, on the same test images for all forms:",
+        "Size of the file in MB and top-1 in per cent. These are fewer test images than in the",
+        "[results](research/results.md), so compare within a row:",
         "",
         f"| network | runtime | images | {' | '.join(FORMS)} |",
         f"|---|---|---|{'---|' * len(FORMS)}",
@@ -231,10 +233,10 @@ def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
             lines.append(f"| {CASES[network].title} | {TITLES[runtime]} | {images} | {' | '.join(cells)} |")
     lines += [
         "",
-        "What is done for int8: divergence from the same network in float32 (nats) and top-1. In the last column,",
-        "low-rank layers that int8 harms stay in float32:",
+        "Effect of each step for int8: divergence from the same network in float32 (nats), and top-1. In the last",
+        "column, low-rank layers that int8 harms stay in float32:",
         "",
-        "| network | runtime | dense int8 | low rank int8 | and factors balanced | and layers in float32 (number) |",
+        "| network | runtime | dense int8 | low rank int8 | + balanced factors | + layers in float32 (number) |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in rows:
@@ -253,7 +255,8 @@ def _latency(form: Mapping[str, Any] | None, batch: int) -> tuple[float, str] | 
         return None
     timed = form["latency"][str(batch)]
     ratio = timed["ratio"]["median"]
-    return ratio, f"{timed['latency_ms']['median']:.3g} ({ratio:.2f})"
+    median = timed["latency_ms"]["median"]
+    return ratio, f"{median:,.0f} ({ratio:.2f})" if median >= 100 else f"{median:.3g} ({ratio:.2f})"
 
 
 def _size(form: Mapping[str, Any]) -> str:

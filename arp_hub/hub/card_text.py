@@ -148,7 +148,7 @@ def dense_layers(metrics: Mapping[str, Any]) -> str:
 def facts(metrics: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """How the numbers came about, as pairs of label and value."""
     if where := _data(metrics):
-        yield "data", where
+        yield "measured on", where
     if count := metrics.get("calibration_images"):
         copies = metrics.get("calibration_copies")
         more = f", each with {copies} augmented cop{'y' if copies == 1 else 'ies'}" if copies else ""
@@ -255,7 +255,7 @@ def _speed(metrics: Mapping[str, Any]) -> list[str]:
     if not timings:
         return [
             "Its latency was not measured. Fewer parameters do not always mean a lower latency: a chain of small "
-            "layers can be slower than one large layer, especially at large batch sizes on a GPU. Measure it on your "
+            "layers can be slower than one large layer, especially for single images on a GPU. Measure it on your "
             "device."
         ]
     found = []

@@ -13,13 +13,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_SMALL = 1e-9
-"""Gradients, and changes of the value, below which a problem is solved."""
-
 
 @torch.no_grad()
 def minimise(
-    function: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor, iterations: int, history: int = 20
+    function: Callable[[Tensor], tuple[Tensor, Tensor]],
+    start: Tensor,
+    iterations: int,
+    history: int = 20,
+    tolerance: float = 1e-9,
 ) -> Tensor:
     """Minimise smooth functions, one for each row of ``start``.
 
@@ -30,6 +31,7 @@ def minimise(
         start: Points to start from, ``(k, n)``.
         iterations: Steps of each problem at most. The functions are evaluated twice as often at most.
         history: Number of steps that a direction is made from.
+        tolerance: Gradients, and changes of the value, below which a problem is solved.
 
     Returns:
         The best points found, ``(k, n)``.
@@ -37,7 +39,7 @@ def minimise(
     point = start
     value, gradient = function(point)
     curvature, steps = _Curvature(point, history), torch.zeros_like(value)
-    direction, moving = -gradient, gradient.abs().amax(1) > _SMALL
+    direction, moving = -gradient, gradient.abs().amax(1) > tolerance
     # the length to try next, and lengths known to be too short and too long
     length = (1 / gradient.abs().sum(1)).clamp_max(1)
     short, long = torch.zeros_like(length), torch.full_like(length, math.inf)
@@ -61,8 +63,8 @@ def minimise(
         length = torch.where(long.isfinite(), (short + long) / 2, 2 * length).masked_fill(taken, 1)
         steps = steps + taken
         room = torch.where(long.isfinite(), long - short, length)  # a search without any comes to an end
-        moving &= (fall > _SMALL) & (gradient.abs().amax(1) > _SMALL) & (steps < iterations)
-        moving &= -room * (direction * gradient).sum(1) > _SMALL
+        moving &= (fall > tolerance) & (gradient.abs().amax(1) > tolerance) & (steps < iterations)
+        moving &= -room * (direction * gradient).sum(1) > tolerance
     return point
 
 

@@ -6,7 +6,8 @@
 
 A row is NETWORK/EFFORT: a network with half of its parameters kept (84 % of lite0, 67 % of the ViT), on one thread.
 Each term holds the CPU seconds of its functions, without those of the terms that they call, for `make_plan` and
-`decompose` apart. ResNet-50 has random weights and images of smooth noise, whose content does not change the time.
+`decompose` apart. ResNet-50 and ResNet-110 have random weights and images of smooth noise: neither changes
+the time.
 A row NETWORK/calls counts calls of torch's operators in the place of seconds: on a GPU, what has to be launched. There,
 planning fits like layers together, which is counted, too.
 `run` writes results/planning_profile.json; `table` prints it.
@@ -43,6 +44,8 @@ CALLS = {"resnet20": (0.5, 2048), "resnet110": (0.35, 64)}
 """The same for rows that count calls. Their number hardly depends on that of the images."""
 ROWS = [f"{network}/{effort}" for network in SETTINGS for effort in ("fast", "balanced")]
 ROWS += [f"{network}/calls" for network in CALLS]
+RANDOM = {"resnet50": ("resnet50", 224), "resnet110": ("cifar_resnet110", 32)}
+"""Architecture and side of the images of networks without a checkpoint: random weights and images of smooth noise."""
 TERMS = {
     "forward passes": (
         "decomposition.paired_moments",
@@ -56,7 +59,10 @@ TERMS = {
     ),
     "second moments": ("calibration.moments.Moments.update",),
     "regressions and metrics": ("calibration.layer_problem.LayerProblem.of",),
-    "starting points and fits": ("calibration.layer_problem.LayerProblem.fit",),
+    "starting points and fits": (
+        "calibration.layer_problem.fitted_together",
+        "planning.output_errors.fitted_together",
+    ),
     "errors of fits": ("calibration.layer_problem.LayerProblem.error",),
     "schemes by weight errors": ("planning.output_errors.shortlist",),
     "BatchNorm statistics": ("decomposition.renormalise",),
@@ -180,13 +186,14 @@ def _profile(model: nn.Module, images: Tensor, keep: float, effort: str, clock: 
 
 
 def _network(name: str, shared: Path, count: int) -> tuple[nn.Module, Tensor]:
-    if name != "resnet50":
+    if name not in RANDOM:
         model = load_network(name, shared)
         return model, calibration_of(name, model, shared, count, copies=0)
+    architecture, size = RANDOM[name]
     torch.manual_seed(SEED)
-    coarse = torch.randn(count, 3, 56, 56)
-    images = torch.nn.functional.interpolate(coarse, size=(224, 224), mode="bilinear")
-    return timm.create_model("resnet50").eval(), images
+    coarse = torch.randn(count, 3, size // 4, size // 4)
+    images = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
+    return timm.create_model(architecture).eval(), images
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
