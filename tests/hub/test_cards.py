@@ -97,7 +97,7 @@ def test_a_card_of_a_model_fitted_and_refined_on_images(tmp_path: Path, monkeypa
     arp(*words)
     card = read_card(tmp_path / "small")
     assert "on scikit-learn's digits, test split; the dense model reaches" in card
-    assert "- data: scikit-learn's digits, test split" in card
+    assert "- measured on: scikit-learn's digits, test split" in card
     assert "fitted to each layer's output on 32 unlabelled images" in card
     assert "calibration images: 32 without labels" in card
     assert re.search(r"fell from [\d.]+ to [\d.]+ nats on \d+ other images|the fit is unchanged", card)
@@ -244,4 +244,4 @@ def test_the_card_quotes_what_timm_says_without_the_import(tmp_path: Path, monke
     monkeypatch.delitem(timm.models._registry._model_entrypoints, "arp_lowrank")
     with pytest.raises(RuntimeError, match=r"^Unknown model \(arp_lowrank\)$") as raised:
         timm.create_model(f"local-dir:{folder}", pretrained=True)
-    assert f"If timm says `{raised.value}`" in read_card(folder)
+    assert f"Without it, timm says `{raised.value}`" in read_card(folder)
