@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import timm
@@ -150,6 +151,17 @@ def wide_plan() -> str:
 
 def test_several_processes_plan_wide_layers_as_one_does(tmp_path: Path) -> None:
     assert by_group(wide_plan, 2, tmp_path / "run") == [wide_plan()] * 2
+
+
+def plan_in_stacks() -> str:
+    """A plan of layers that are fitted four at a time, as on a GPU."""
+    kind = next(iter(NETWORKS))
+    with patch("arp_hub.planning.output_errors.stack_size", lambda weight: 4):
+        return make_plan(network(kind), keep_params=0.5, calibration=images(kind), effort=EFFORT).to_json()
+
+
+def test_several_processes_plan_stacks_of_layers_as_one_does(tmp_path: Path) -> None:
+    assert by_group(plan_in_stacks, 2, tmp_path / "run") == [plan_in_stacks()] * 2
 
 
 def test_failure_of_one_process_ends_all_with_its_message(tmp_path: Path) -> None:

@@ -129,27 +129,31 @@ def fitted_together(
         sweeps: Sweeps of alternating least squares for the starting point; by default until they settle.
     """
     metrics = [problem.metric.in_blocks(scheme.blocks) for problem in problems]
-    scaled = [metric.apply(problem.weight / problem.unit) for problem, metric in zip(problems, metrics, strict=True)]
-    moments, dtype = [problem.regression.moment for problem in problems], scaled[0].dtype
+    pairs, count = list(zip(problems, metrics, strict=True)), len(problems)
+    scaled = _joined([metric.apply(problem.weight / problem.unit) for problem, metric in pairs])
+    columns, dtype, solver = problems[0].regression.moment.shape[-1], scaled.dtype, scheme.stacked(count)
     features = scheme.convs(rank)[-1].weight_shape[1] * scheme.blocks
-    affordable = int(min(iterations, max(least, macs / (features * moments[0].shape[-1] ** 2))))
+    affordable = int(min(iterations, max(least, macs / (features * columns**2))))
     if affordable:
         working = torch.float32 if affordable < iterations else dtype
-        starts = [scheme.fit_start(weight, rank, sweeps) for weight in scaled]
-        start = [torch.cat(parts).to(working) for parts in zip(*starts, strict=True)]
-        pairs = zip(problems, metrics, strict=True)
-        target = torch.cat([metric.apply(problem.regression.target / problem.unit) for problem, metric in pairs])
-        count = len(problems)
-        solver = scheme if count == 1 else scheme.stacked(count)
-        together = solver.fit(target.to(working), torch.cat(moments).to(working), start, affordable, count)
-        fits = list(zip(*(factor.to(dtype).chunk(count) for factor in together), strict=True))
+        start = [factor.to(working) for factor in solver.fit_start(scaled, rank, sweeps)]
+        target = _joined(
+            [metric.apply(problem.regression.target / problem.unit).to(working) for problem, metric in pairs]
+        )
+        moment = _joined([problem.regression.moment.to(working) for problem in problems])
+        fit = tuple(factor.to(dtype) for factor in solver.fit(target, moment, start, affordable, count))
     else:
-        fits = [scheme.nearest(weight, rank, sweeps=sweeps) for weight in scaled]
+        fit = solver.nearest(scaled, rank, sweeps=sweeps)
     found = []
-    for problem, metric, factors in zip(problems, metrics, fits, strict=True):
+    for (problem, metric), factors in zip(pairs, zip(*(one.chunk(count) for one in fit), strict=True), strict=True):
         even = problem.unit ** (1 / len(factors))
         found.append(scheme.balance(tuple(one * even for one in (*factors[:-1], metric.undo(factors[-1])))))
     return found
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors one below the other; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def can_shift(layer: nn.Module, norm: BatchNorm | None) -> bool:

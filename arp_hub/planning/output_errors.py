@@ -38,21 +38,34 @@ class _RoughProblems:
         self.problems, self.effort = problems, effort
 
     def fit(self, scheme: Scheme, rank: int, names: Sequence[str]) -> dict[str, Factors]:
-        """Some of the layers roughly decomposed."""
+        """Some of the layers roughly decomposed: all in common calls, or one by one if one of them cannot be."""
+        try:
+            found = self._fit(scheme, rank, names)
+        except torch.linalg.LinAlgError:
+            found = []
+            for name in names:
+                with factorising(name):
+                    found += self._fit(scheme, rank, [name])
+        return dict(zip(names, found, strict=True))
+
+    def _fit(self, scheme: Scheme, rank: int, names: Sequence[str]) -> list[Factors]:
         problems, effort = [self.problems[name] for name in names], self.effort
         sweeps = rough_sweeps(scheme, problems[0].weight, rank)
-        found = fitted_together(problems, scheme, rank, effort.curve_iterations, effort.curve_macs, sweeps=sweeps)
-        return dict(zip(names, found, strict=True))
+        return fitted_together(problems, scheme, rank, effort.curve_iterations, effort.curve_macs, sweeps=sweeps)
 
     def curves(self, scheme: Scheme, names: Sequence[str]) -> dict[str, tuple[Floats, Factors | None]]:
         """The relative error at every rank, and the factors at the middle rank if they were fitted on the way."""
-        last, spectra = useful_rank(scheme), {}
+        last = useful_rank(scheme)
+        known: dict[str, tuple[Floats, Factors | None]] = {}
         for name in names:
             problem = self.problems[name]
-            rows = problem.metric.in_blocks(scheme.blocks).apply(problem.weight / problem.unit)
-            spectra[name] = scheme.spectrum(rows, problem.regression.moment)
-        if all(spectrum is not None for spectrum in spectra.values()):
-            return {name: (truncation_errors(cast(Tensor, spectra[name]))[:last], None) for name in names}
+            with factorising(name):
+                rows = problem.metric.in_blocks(scheme.blocks).apply(problem.weight / problem.unit)
+                spectrum = scheme.spectrum(rows, problem.regression.moment)
+            if spectrum is not None:
+                known[name] = truncation_errors(spectrum)[:last], None
+        if known:
+            return known
         ranks = sorted({rank_at(scheme, share) for share in self.effort.curve_shares})
         fits = [self.fit(scheme, rank, names) for rank in ranks]
         middle = ranks.index(self.middle_rank(scheme))
@@ -159,12 +172,8 @@ class OutputErrors:
         costs = {name: weight.numel() / len(weight) * weight.numel() for name, weight in weights.items()}
         stacks = {stack[0]: stack for stack in _stacks(weights, schemes)}
 
-        def measured(first: str) -> dict[str, _Measured]:
-            with factorising(first):
-                return self._measured(stacks[first], schemes)
-
         stack_costs = {first: sum(costs[name] for name in stack) for first, stack in stacks.items()}
-        for _, found in self._processes.shared_out(stack_costs, measured):
+        for _, found in self._processes.shared_out(stack_costs, lambda first: self._measured(stacks[first], schemes)):
             for name, (curves, middle) in found.items():
                 self._middle[name] = middle
                 yield name, [Candidate(schemes[name][place], errors) for place, errors in curves]
@@ -173,17 +182,15 @@ class OutputErrors:
 
     def _measured(self, names: Sequence[str], schemes: Mapping[str, Sequence[Scheme]]) -> dict[str, _Measured]:
         """What is measured of like layers, each with a choice of its own among their ``schemes``."""
-        problems = {}
+        problems, lists = {}, {}
         for name in names:
             # popped, because the moments of all layers together take much memory
             moments, gradients = self._moments.pop(name), self._gradients.pop(name, None)
             layer, norm = self._layers[name], self._norms.get(name)
-            problems[name] = LayerProblem.of(layer, moments, gradients, norm, torch.float32, len(names))
+            with factorising(name):
+                problems[name] = LayerProblem.of(layer, moments, gradients, norm, torch.float32, len(names))
+                lists[name] = shortlist(problems[name].weight, schemes[name], self._effort.schemes_measured)
         rough = _RoughProblems(problems, self._effort)
-        lists = {
-            name: shortlist(problem.weight, schemes[name], self._effort.schemes_measured)
-            for name, problem in problems.items()
-        }
         found: dict[str, list[tuple[int, Floats, Factors | None]]] = {name: [] for name in names}
         for place, scheme in enumerate(schemes[names[0]]):
             if chosen := [name for name in names if schemes[name][place] in lists[name]]:
@@ -219,13 +226,13 @@ def _best(
 
 def _stacks(weights: Mapping[str, Tensor], schemes: Mapping[str, Sequence[Scheme]]) -> list[list[str]]:
     """Names of layers that are fitted together: of one shape, with the same schemes, as many as the device suits."""
-    alike: dict[object, list[str]] = {}
+    stacks: list[list[str]] = []
+    filling: dict[object, list[str]] = {}
     for name, choices in schemes.items():
-        kind = weights[name].shape, weights[name].device, [(one.name, one.groups, one.shape.groups) for one in choices]
-        alike.setdefault(str(kind), []).append(name)
-    stacks = []
-    for names in alike.values():
-        size = max(1, stack_size(weights[names[0]]))
-        stacks += [names[start : start + size] for start in range(0, len(names), size)]
-    order = list(schemes)
-    return sorted(stacks, key=lambda stack: order.index(stack[0]))
+        weight, like = weights[name], tuple((one.name, one.groups, one.shape.groups) for one in choices)
+        kind = weight.shape, weight.device, like
+        if kind not in filling or len(filling[kind]) >= stack_size(weight):
+            filling[kind] = []
+            stacks.append(filling[kind])
+        filling[kind].append(name)
+    return stacks

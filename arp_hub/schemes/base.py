@@ -162,11 +162,17 @@ class Scheme(ABC):
             start: Factors to start from, the result of `fit_start`.
             iterations: L-BFGS iterations at most.
             layers: Number of layers in this one if it is `stacked`. Each has a search of its own, in common calls.
+
+        Raises:
+            torch.linalg.LinAlgError: If numbers are too large, too small or not finite.
         """
         problem = _Projected(self, target, moment, layers)
-        search = _search_one if layers == 1 else _search_many
+        search = _search_one if layers == 1 and not target.is_cuda else _search_many
         rest = search(problem, start[:-1], iterations)
-        return self.balance((*rest, problem.last(self.design(rest)).reshape(start[-1].shape)))
+        last = problem.last(self.design(rest)).reshape(start[-1].shape)
+        if not torch.isfinite(last).all():
+            raise torch.linalg.LinAlgError("the equations of its last factor have no solution")
+        return self.balance((*rest, last))
 
     def stacked(self, layers: int) -> Scheme:
         """This scheme for that many layers of its shape, one below the other: the groups of one layer."""
@@ -201,8 +207,10 @@ class _Projected:
 
     def _solve(self, design: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         design_moment = self.scheme.design_moment(design, self.moment)
-        cross = design @ self.target_moment.mT
-        last = solve_spd(design_moment @ design.mT, cross).mT
+        cross, gram = design @ self.target_moment.mT, design_moment @ design.mT
+        if self.layers > 1 or gram.is_cuda:
+            gram = gram.double()  # not asked whether it can be solved: the search rejects what is NaN
+        last = solve_spd(gram, cross).mT
         return last, design_moment, cross
 
     def last(self, design: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def minimise(
     Args:
         function: Takes points ``(k, n)``; returns their values ``(k,)``, of size 1 or so, and gradients ``(k, n)``.
         start: Points to start from, ``(k, n)``.
-        iterations: Steps of each problem at most. The functions are evaluated twice as often at most.
+        iterations: Steps of each problem at most. There are at most twice as many evaluations, and 20 more.
         history: Number of steps that a direction is made from.
         tolerance: Gradients, and changes of the value, below which a problem is solved.
 
@@ -43,11 +43,12 @@ def minimise(
     # the length to try next, and lengths known to be too short and too long
     length = (1 / gradient.abs().sum(1)).clamp_max(1)
     short, long = torch.zeros_like(length), torch.full_like(length, math.inf)
-    for evaluation in range(2 * iterations):
+    for evaluation in range(2 * iterations + 20):
         if evaluation % 8 == 0 and not moving.any():  # seldom asked: the answer of a GPU has to be waited for
             break
         slope = (direction * gradient).sum(1)
-        trial = point + length[:, None] * direction
+        # problems that have ended stay where they are: their lengths and directions mean nothing
+        trial = torch.where(moving[:, None], point + length[:, None] * direction, point)
         trial_value, trial_gradient = function(trial)
         too_long = ~(trial_value <= value + 1e-4 * length * slope)  # also where the value is not a number
         too_short = ~too_long & ((trial_gradient * direction).sum(1) < 0.9 * slope)
@@ -77,43 +78,32 @@ class _Curvature:
     """
 
     def __init__(self, points: Tensor, size: int) -> None:
-        count = len(points)
-        self._pairs = points.new_zeros(count, size, 2, points.shape[1])  # a step and its change of the gradient
-        self._products = points.new_zeros(count, size, 2, size, 2, dtype=torch.float64)
-        self._numbers = torch.zeros(count, size, dtype=torch.int64, device=points.device)  # of the steps; 0: none yet
-        self._steps = torch.zeros(count, dtype=torch.int64, device=points.device)
-        self._scale = torch.ones(count, 1, dtype=torch.float64, device=points.device)
-        self._rows = torch.arange(count, device=points.device)
+        self._pairs = points.new_zeros(len(points), size, 2, points.shape[1])  # the oldest first; zeros: none yet
 
     def add(self, taken: Tensor, step: Tensor, change: Tensor) -> None:
-        """Remember the steps of the problems that have ``taken (k,)`` one, in the place of their oldest."""
-        inner = (step * change).sum(1)
-        taken = taken & (inner > 0)  # rounding can hide that the curvature is positive
-        self._scale = torch.where(taken[:, None], (inner / change.square().sum(1))[:, None].double(), self._scale)
-        slot = self._steps % self._numbers.shape[1]
-        self._steps = self._steps + taken
-        self._numbers[self._rows, slot] = torch.where(taken, self._steps, self._numbers[self._rows, slot])
-        pair = torch.where(taken[:, None, None], torch.stack([step, change], 1), self._pairs[self._rows, slot])
-        self._pairs[self._rows, slot] = pair
-        products = (self._pairs.flatten(1, 2) @ pair.mT).double().unflatten(1, (-1, 2))
-        self._products[self._rows, :, :, slot] = products
-        self._products[self._rows, slot] = products.permute(0, 3, 1, 2)
+        """Remember the steps of the problems that have ``taken (k,)`` one, and forget their oldest."""
+        taken = taken & ((step * change).sum(1) > 0)  # rounding can hide that the curvature is positive
+        newer = torch.cat([self._pairs[:, 1:], torch.stack([step, change], 1)[:, None]], dim=1)
+        self._pairs = torch.where(taken[:, None, None, None], newer, self._pairs)
 
     def direction(self, gradient: Tensor) -> Tensor:
         """``-H g (k, n)``, with the inverse Hessian ``H`` and a gradient ``g``.
 
-        With steps ``S``, changes ``Y``, a scale ``c``, the entries ``R`` of ``S^T Y`` whose step is no later than their
-        change, and their diagonal ``D``::
+        With steps ``S``, changes ``Y``, the upper triangle ``R`` of ``S^T Y``, its diagonal ``D``, and a scale ``c`` by
+        the last pair::
 
             H g = c g + S v - c Y u,    u = R^-1 S^T g,    v = R^-T ((D + c Y^T Y) u - c Y^T g)
         """
-        pairs, scale = self._pairs.flatten(1, 2), self._scale[..., None]
+        pairs = self._pairs.flatten(1, 2)
+        steps, changes = self._pairs.unbind(2)
         along = (pairs @ gradient[..., None]).double().unflatten(1, (-1, 2))
-        mixed, squares = self._products[:, :, 0, :, 1], self._products[:, :, 1, :, 1]
-        none = torch.diag_embed((self._numbers == 0).double())
-        root = mixed * (self._numbers[:, :, None] <= self._numbers[:, None, :]) + none
-        u = torch.linalg.solve_ex(root, along[:, :, 0]).result
-        right = mixed.diagonal(dim1=1, dim2=2)[..., None] * u + scale * (squares @ u - along[:, :, 1])
-        v = torch.linalg.solve_ex(root.mT, right).result
+        root, squares = (steps @ changes.mT).double().triu(), (changes @ changes.mT).double()
+        diagonal = root.diagonal(dim1=1, dim2=2)
+        root = root + torch.diag_embed((diagonal == 0).double())  # no pair
+        newest = squares[:, -1:, -1:]
+        scale = torch.where(newest > 0, diagonal[:, -1:, None] / newest, 1.0)
+        u = torch.linalg.solve_triangular(root, along[:, :, 0], upper=True)
+        right = diagonal[..., None] * u + scale * (squares @ u - along[:, :, 1])
+        v = torch.linalg.solve_triangular(root.mT, right, upper=False)
         shares = torch.cat([v, -scale * u], dim=2).flatten(1).to(gradient.dtype)
-        return -self._scale.to(gradient.dtype) * gradient - (shares[:, None] @ pairs)[:, 0]
+        return -scale[:, 0].to(gradient.dtype) * gradient - (shares[:, None] @ pairs)[:, 0]

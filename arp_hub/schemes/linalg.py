@@ -55,9 +55,10 @@ def solving_device(weight: Tensor, layers: int = 1) -> torch.device:
 def stack_size(weight: Tensor) -> int:
     """How many layers with weights like this one are best fitted together: many narrow ones on a GPU, else one.
 
-    A GPU then has fewer launches. On a CPU it saves nothing (docs/research/experiments.md).
+    A GPU then has fewer launches. On a CPU it saves nothing (docs/research/experiments.md). A million weights bound the
+    memory of a stack: a fit takes some hundred times as much.
     """
-    return 2**22 // weight.numel() if weight.is_cuda and weight[0].numel() < _WIDE else 1
+    return max(1, 2**20 // weight.numel()) if weight.is_cuda and weight[0].numel() < _WIDE else 1
 
 
 def unit(weight: Tensor) -> float:
@@ -127,8 +128,8 @@ def solve_spd(gram: Tensor, right: Tensor) -> Tensor:
     """Solve ``gram x = right`` for a symmetric positive semi-definite ``gram``, with a ridge on its diagonal.
 
     The ridge is 1e-9 of the diagonal's mean, or 100 times the rounding error of ``right`` where that is more. A Gram
-    matrix in higher precision than ``right`` always factorises with it. Skip the success check there: it would
-    synchronise the GPU.
+    matrix in higher precision than ``right`` factorises with it. Its success is not asked for, which would synchronise
+    the GPU: the solution is NaN if it fails.
     """
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     share = max(1e-9, 100 * torch.finfo(right.dtype).eps)
@@ -138,7 +139,8 @@ def solve_spd(gram: Tensor, right: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(damped)
     if gram.dtype != right.dtype:
         half = torch.linalg.solve_triangular(factor, right.to(gram.dtype), upper=False)
-        return torch.linalg.solve_triangular(factor.mT, half, upper=True).to(right.dtype)
+        solution = torch.linalg.solve_triangular(factor.mT, half, upper=True).to(right.dtype)
+        return solution.masked_fill(info[..., None, None] > 0, math.nan)
     if info.any():  # numerically rank-deficient: a larger ridge
         ridge = torch.where(info[..., None] > 0, ridge * 1e4, 0.0)
         factor = torch.linalg.cholesky(damped + torch.diag_embed(ridge.expand_as(diagonal)))
@@ -190,25 +192,23 @@ def als(tensor: Tensor, outputs: Tensor, taps: Tensor, sweeps: int) -> list[Tens
     Two modes are enough to start, because the first update computes the third. At least one sweep is made.
 
     Each sweep starts from an extrapolation of the last two results, as in Nesterov's method. A sweep that raises the
-    error is rejected and restarts the extrapolation (Mitchell, Ye and De Sterck 2020). This needs about half the sweeps
-    of plain alternation.
+    error of a tensor is rejected for it and restarts its extrapolation (Mitchell, Ye and De Sterck 2020). This needs
+    about half the sweeps of plain alternation.
     """
     modes, error = _als_sweep(tensor, outputs, taps)
-    earlier, age = (outputs, taps), 2
+    earlier, age = (outputs, taps), torch.full_like(error, 2)
     for _ in range(sweeps - 1):
-        ahead, latest = (age - 1) / (age + 2), (modes[0], modes[2])
+        ahead, latest = ((age - 1) / (age + 2))[:, None, None].to(tensor.dtype), (modes[0], modes[2])
         start = [mode + ahead * (mode - old) for mode, old in zip(latest, earlier, strict=True)]
         found, found_error = _als_sweep(tensor, *start)
-        earlier = latest
-        if age > 1 and found_error > error:
-            age = 1
-        else:
-            modes, error, age = found, found_error, age + 1
+        earlier, rejected = latest, (age > 1) & (found_error > error)
+        modes = [torch.where(rejected[:, None, None], old, new) for old, new in zip(modes, found, strict=True)]
+        error, age = torch.where(rejected, error, found_error), torch.where(rejected, 1, age + 1)
     return modes
 
 
 def _als_sweep(tensor: Tensor, outputs: Tensor, taps: Tensor) -> tuple[list[Tensor], Tensor]:
-    """One sweep, and its squared error less the squared norm of the tensor.
+    """One sweep, and its squared errors ``(G,)`` less the squared norms of the tensors.
 
     The first two updates share the product of the tensor with the mode that neither changes. No intermediate is larger
     than ``(G, r, I, S)``.
@@ -222,7 +222,7 @@ def _als_sweep(tensor: Tensor, outputs: Tensor, taps: Tensor) -> tuple[list[Tens
     kernels = (inputs[..., None] * taps[..., None, :]).flatten(2)
     gram, products = inputs_gram * _mode_gram(taps), kernels @ tensor.flatten(2).mT
     outputs = solve_spd(gram, products)
-    error = (outputs * (gram.to(outputs.dtype) @ outputs - 2 * products)).sum(dtype=torch.float64)
+    error = (outputs * (gram.to(outputs.dtype) @ outputs - 2 * products)).sum((1, 2), dtype=torch.float64)
     return even_norms([outputs, inputs, taps]), error
 
 

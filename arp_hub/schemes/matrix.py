@@ -175,7 +175,8 @@ class GroupIn(MatrixScheme):
     def design(self, factors: Sequence[Tensor]) -> Tensor:
         # Block-diagonal: feature (j, r) reads the input channels of block j only.
         right = self.right(factors).unflatten(0, (self.shape.groups, self.groups))
-        return torch.stack([torch.block_diag(*group) for group in right])
+        apart = torch.eye(self.groups, dtype=right.dtype, device=right.device)
+        return torch.einsum("gbrd,bc->gbrcd", right, apart).flatten(1, 2).flatten(2)
 
     def design_moment(self, design: Tensor, moment: Tensor) -> Tensor:
         g = self.groups

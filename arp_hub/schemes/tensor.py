@@ -15,7 +15,8 @@ from .linalg import als, even_norms, leading_vectors, orthonormal, slice_triplet
 from .shapes import ConvSpec, LayerShape, Pair
 
 _SINGLE_WORK = 2e8
-"""Multiply-accumulates of a sweep of CP above which it is made in single precision, which costs no accuracy."""
+"""Multiply-accumulates of a sweep of CP for one group, above which it is made in single precision, which costs no
+accuracy."""
 
 
 class Cp(Scheme):
@@ -56,7 +57,7 @@ class Cp(Scheme):
     ) -> Factors:
         s = self.shape
         tensor = weight.reshape(s.groups, s.group_out, s.group_in, s.taps)
-        work = 2 * rank * weight.numel()
+        work = 2 * rank * tensor[0].numel()
         dtype = torch.float32 if work > _SINGLE_WORK and rank < self.max_rank else weight.dtype
         if start is None:
             cold, _ = self.cold_start(weight.to(dtype), rank)

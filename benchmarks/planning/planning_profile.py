@@ -161,7 +161,7 @@ def measure(row: str, shared: Path) -> dict[str, Any]:
     if effort == "calls":
         with Calls() as calls, watched(lambda: calls.count) as clock:
             found = _profile(model, images, keep, "balanced", clock) | {"read_back": calls.read_back}
-            with patch("arp_hub.planning.output_errors.stack_size", lambda weight: 2**22 // weight.numel()):
+            with patch("arp_hub.planning.output_errors.stack_size", lambda weight: max(1, 2**20 // weight.numel())):
                 arp_hub.make_plan(model, keep_params=keep, calibration=images)
             return facts | found | {"plan_together": clock.read()}
     before = resource.getrusage(resource.RUSAGE_SELF)

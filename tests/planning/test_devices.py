@@ -9,8 +9,11 @@ import timm
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from arp_hub import decompose, make_plan
+from arp_hub import ArpHubError, decompose, make_plan
+from arp_hub.planning.output_errors import _stacks
+from arp_hub.schemes import Scheme, make_scheme
 from arp_hub.schemes.linalg import solving_device, stack_size
+from arp_hub.schemes.shapes import LayerShape
 
 
 @pytest.mark.parametrize(
@@ -56,6 +59,38 @@ def test_like_layers_are_planned_together_as_one_by_one(monkeypatch):
             assert plan.layers[name].rank == pytest.approx(layer.rank, rel=0.03, abs=1)
     assert 0.7 * calls[0] > calls[2]  # a fourth of those that fits make, and all others
     assert calls[0] > calls[1] > calls[2]
+
+
+def test_layers_with_other_shapes_groups_or_schemes_are_not_planned_together(monkeypatch):
+    monkeypatch.setattr("arp_hub.planning.output_errors.stack_size", lambda weight: 2)
+    shapes = {
+        "a": LayerShape(16, 16, (3, 3)),
+        "b": LayerShape(16, 16, (3, 3), stride=(2, 2)),
+        "c": LayerShape(16, 32, (3, 3), groups=2),
+        "d": LayerShape(16, 16, (3, 3)),
+        "e": LayerShape(16, 16, (3, 3)),
+    }
+    schemes = {name: [make_scheme("cp", shape)] for name, shape in shapes.items()}
+    schemes["e"].append(make_scheme("spatial", shapes["e"]))
+    weights = {name: torch.empty(16, 16, 3, 3) for name in shapes}
+    assert _stacks(weights, schemes) == [["a", "b"], ["c"], ["d"], ["e"]]
+
+
+def test_a_layer_of_a_stack_that_cannot_be_factorised_is_named(monkeypatch):
+    monkeypatch.setattr("arp_hub.planning.output_errors.stack_size", lambda weight: 8)
+    original = Scheme.fit
+
+    def failing(self, target, *args, **kwargs):
+        if (target.flatten(1).std(1) < 1e-5).any():
+            raise torch.linalg.LinAlgError("singular")
+        return original(self, target, *args, **kwargs)
+
+    monkeypatch.setattr(Scheme, "fit", failing)
+    model = timm.create_model("cifar_resnet20").eval()
+    with torch.no_grad():
+        model.get_submodule("layer1.1.conv2").weight.fill_(0.1)
+    with pytest.raises(ArpHubError, match=r"layer 'layer1\.1\.conv2' cannot be factorised"):
+        make_plan(model, keep_params=0.5, calibration=torch.randn(16, 3, 32, 32), schemes=["cp"], effort="fast")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

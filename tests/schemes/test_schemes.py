@@ -169,13 +169,44 @@ def test_a_stack_is_fitted_as_its_layers_are_one_by_one(shape, name, groups):
     moments = roots @ roots.mT / columns * torch.tensor([1e-3, 1.0, 1e3])[:, None, None, None]
     starts = [scheme.fit_start(weight, rank) for weight in weights]
     stacked = scheme.stacked(layers)
-    start = [torch.cat(parts) for parts in zip(*starts, strict=True)]
+    start = stacked.fit_start(weights.flatten(0, 1), rank)
+    for parts, one in zip(zip(*(factor.chunk(layers) for factor in start), strict=True), starts, strict=True):
+        torch.testing.assert_close(scheme.compose(parts), scheme.compose(one))
     together = stacked.fit(weights.flatten(0, 1), moments.flatten(0, 1), start, 300, layers)
     apart = zip(*(factor.chunk(layers) for factor in together), strict=True)
     for weight, moment, one, found in zip(weights, moments, starts, apart, strict=True):
         alone = scheme.fit(weight, moment, one, 300)
         errors = [float(relative_error(weight, scheme.compose(factors), moment)) for factors in (found, alone)]
         assert errors[0] == pytest.approx(errors[1], rel=0.05)
+
+
+def test_a_layer_without_weights_does_not_end_the_fits_beside_it():
+    shape = LayerShape(8, 8, (3, 3))
+    scheme = make_scheme("cp", shape)
+    weights = torch.randn(3, 8, 8, 3, 3)
+    weights[1] = 0
+    start = scheme.stacked(3).fit_start(weights.flatten(0, 1), 4, 12)
+    moment = torch.eye(72).expand(3, 72, 72)
+    found = scheme.stacked(3).fit(weights.flatten(0, 1), moment, start, 200, layers=3)
+    for weight, factors in zip(weights, zip(*(factor.chunk(3) for factor in found), strict=True), strict=True):
+        alone = scheme.nearest(weight, 4)
+        assert (
+            float(relative_error(weight, scheme.compose(factors)))
+            <= float(relative_error(weight, scheme.compose(alone))) * 1.05
+        )
+
+
+def test_equations_that_cannot_be_solved_do_not_change_those_beside_them():
+    torch.manual_seed(0)
+    roots = torch.randn(2, 6, 12, dtype=torch.float64)
+    gram, right = roots @ roots.mT, torch.randn(2, 6, 3, dtype=torch.float64)
+    indefinite = gram.clone()
+    indefinite[1] -= 1e-6 * gram[1].trace() * torch.eye(6)
+    indefinite[1, 0] = indefinite[1, :, 0] = 0  # a dead feature, and a negative eigenvalue
+    indefinite[1, 0, 0] = -1e-7 * float(gram[1].trace())
+    torch.testing.assert_close(solve_spd(indefinite, right)[0], solve_spd(gram, right)[0], rtol=0, atol=0)
+    wide = solve_spd(indefinite, right.float())
+    torch.testing.assert_close(wide[0].double(), solve_spd(gram, right)[0], rtol=1e-3, atol=1e-4)
 
 
 @settings(max_examples=30)
