@@ -26,7 +26,7 @@ from ..layers.low_rank import effective_weight, low_rank_layer
 from ..plan import LayerPlan
 from ..processes import ALONE, Processes
 from ..schemes import Factors, Scheme
-from ..schemes.linalg import factorising, stack_size
+from ..schemes.linalg import factorising, solving_device, stack_size
 from .costs import Floats, rank_at, useful_rank
 from .error_curves import Candidate, interpolate, rough_sweeps, shortlist, truncation_errors
 
@@ -189,7 +189,9 @@ class OutputErrors:
             layer, norm = self._layers[name], self._norms.get(name)
             with factorising(name):
                 problems[name] = LayerProblem.of(layer, moments, gradients, norm, torch.float32, len(names))
-                lists[name] = shortlist(problems[name].weight, schemes[name], self._effort.schemes_measured)
+                weight = problems[name].weight
+                weight = weight.to(solving_device(weight))  # layer by layer
+                lists[name] = shortlist(weight, schemes[name], self._effort.schemes_measured)
         rough = _RoughProblems(problems, self._effort)
         found: dict[str, list[tuple[int, Floats, Factors | None]]] = {name: [] for name in names}
         for place, scheme in enumerate(schemes[names[0]]):
