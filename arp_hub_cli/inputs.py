@@ -220,7 +220,9 @@ class RefineChoice:
         if not self.wanted:
             return
         if data is None:
-            raise ArpHubError("--refine needs unlabelled images: give --data")
+            lengths = {"--refine-minutes": self.minutes, "--refine-steps": self.steps}
+            given = next((option for option, length in lengths.items() if length is not None), "--refine")
+            raise ArpHubError(f"{given} needs unlabelled images: give --data")
         if self.minutes is not None and self.steps is not None:
             raise ArpHubError("--refine-minutes and --refine-steps both bound the refinement: give one of them")
         if self.minutes is not None and not self.minutes > 0:

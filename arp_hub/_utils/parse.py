@@ -43,6 +43,9 @@ def parse_yaml(text: str) -> Any:
         return yaml.safe_load(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"{line}{error.problem or error}") from error
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
         # PyYAML raises the last four for tags and numbers that do not fit, such as `!!bool maybe`
         raise ValueError(str(error)) from error

@@ -126,6 +126,8 @@ def check_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> 
         raise ArpHubError(f"cannot look into '{folder}': {error}: choose another folder") from error
     strange = sorted(name for name in names if name not in _FILES and Path(name).suffix not in _PICTURES)
     if names and not overwrite and (strange or not is_saved_folder(folder)):
+        if not strange and CONFIG not in names:  # pictures alone
+            strange = names
         shown = f"'{strange[0]}'" if strange else "another model"
         raise ArpHubError(
             f"'{folder}' holds {shown}, which arp_hub did not save: choose another folder, or replace all of it with "

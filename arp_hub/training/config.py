@@ -164,6 +164,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
         ArpHubError: If the file cannot be read, or does not hold known settings.
     """
     path = checked_path(path, "config")
+    if not path.exists():
+        raise ArpHubError(f"there is no config '{path}': --print-config > {path} writes one with every setting")
     try:
         data = parse_yaml(read_text(path))
     except (OSError, ValueError) as error:
@@ -172,7 +174,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ArpHubError(f"the config '{path}' must be a list of 'setting: value' lines, got {type(data).__name__}")
     data = without_retired(data)
-    check_names(data)
+    try:
+        check_names(data)
+    except ArpHubError as error:
+        raise ArpHubError(f"the config '{path}': {error}") from error
     return data
 
 

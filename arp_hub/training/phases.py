@@ -92,9 +92,9 @@ def check_schedule(config: TrainConfig, data: ImageData) -> None:
     """
     steps = _phase_steps(config, data, config.epochs)
     if config.epochs and math.ceil(config.ramp * steps) >= steps:
-        raise ArpHubError(
-            f"ramp={config.ramp} leaves no step for the hold in {steps} steps: lower ramp, or raise epochs or max_steps"
-        )
+        count = f"{steps} step{'' if steps == 1 else 's'}"
+        more = "epochs or max_steps" if config.max_steps else "epochs"
+        raise ArpHubError(f"ramp={config.ramp} leaves no step for the hold in {count}: lower ramp, or raise {more}")
 
 
 def _phase_steps(config: TrainConfig, data: ImageData, epochs: int) -> int:

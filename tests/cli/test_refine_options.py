@@ -38,6 +38,7 @@ def test_compress_refines_and_says_so(tmp_path, capsys):
 
 REFUSED = {
     "no data": (["--refine"], "--refine needs unlabelled images: give --data"),
+    "no data for minutes": (["--refine-minutes", "1"], "--refine-minutes needs unlabelled images: give --data"),
     "two bounds": (["--data", "digits", "--refine-minutes", 1, "--refine-steps", 5], "give one of them"),
     "no time": (["--data", "digits", "--refine-minutes", 0], "--refine-minutes must be above 0, got 0"),
     "no step": (["--data", "digits", "--refine-steps", 0], "--refine-steps must be at least 1, got 0"),

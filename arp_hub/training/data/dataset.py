@@ -197,7 +197,10 @@ def _train_and_test(source: str, names: list[str], usable: list[str]) -> tuple[s
         usable: Those with labels, or all where no labels are required.
     """
     if not usable:
-        raise ArpHubError(f"data '{source}': no split has labels (splits: {', '.join(names) or 'none'})")
+        raise ArpHubError(
+            f"data '{source}': no split has labels (splits: {', '.join(names) or 'none'}): give a folder of images for "
+            "each class, or a column of labels"
+        )
     if "train" in names and "train" not in usable:
         raise ArpHubError(
             f"data '{source}': the images of split 'train' have no labels; those of {', '.join(usable)} do"
