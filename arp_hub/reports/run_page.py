@@ -78,15 +78,21 @@ def render(log: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], title: 
     try:
         return environment.get_template("report.html").render(
             title=title,
-            finished=bool(metrics),
+            state=_state(bool(log), bool(metrics)),
             sizes=_sizes(metrics),
-            charts=_charts(log, metrics) if can_draw() else None,
+            charts=[one for one in _charts(log, metrics) if log or one[2]] if can_draw() else None,
             scores=[(name.replace("_", " "), score) for name, score in metrics.get("scores", {}).items()],
             facts=_facts(metrics),
             command=metrics.get("command"),
         )
     except (AttributeError, LookupError, TemplateError, TypeError, ValueError) as error:
         raise ArpHubError(f"the numbers of '{title}' are not those of a run ({error!r}): run it again") from error
+
+
+def _state(trained: bool, finished: bool) -> str:
+    if not trained:
+        return "A model that was compressed without training."
+    return "A finished run." if finished else "The run is not finished. Its end adds the numbers of the finished model."
 
 
 def _charts(log: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> list[tuple[str, str, Markup | None]]:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+import timm
 
+import arp_hub
 from arp_hub import ArpHubError
 from arp_hub.reports.model_figures import decays_figure, ranks_figure
 from arp_hub.reports.plots import inline_svg
@@ -117,6 +119,16 @@ def test_a_run_under_way_has_its_curves(tmp_path, capsys):
     assert Page(text).tags.count("svg") == 4
     assert text.count("No values yet.") == 2  # ranks and spectra
     assert [file.name for file in sorted(tmp_path.iterdir())] == ["log.jsonl", "report.html"]
+
+
+def test_a_model_without_a_run_has_no_curves(tmp_path):
+    model = timm.create_model("test_resnet", num_classes=3)
+    arp_hub.decompose(model, arp_hub.make_plan(model, keep_params=0.6))
+    arp_hub.save_pretrained(model, tmp_path / "out")
+    page = write_report(tmp_path / "out").read_text()
+    assert "A model that was compressed without training." in page
+    for word in ("finished", "<h2>Loss", "<h2>Violations", "No values yet"):
+        assert word not in page
 
 
 @pytest.mark.parametrize(
