@@ -11,7 +11,6 @@ from .plots import (
     COLOURS,
     FLOOR,
     MUTED,
-    PALE,
     STRONG,
     blues,
     colour_scale,
@@ -75,7 +74,8 @@ def violations_figure(violations: Mapping[str, Mapping[int, Any]]) -> Any:
     )
     axes.set_xlabel("epoch")
     _whole_epochs(axes, epochs)
-    colour_scale(figure, image, axes, "violation, log scale", location="top", aspect=40, pad=0.01)
+    label = f"violation, log scale; the palest is {FLOOR:.0e} or less".replace("e-0", "e-")
+    colour_scale(figure, image, axes, label, location="top", aspect=40, pad=0.02)
     style(axes)
     name_rows(axes, list(violations))
     return figure
@@ -94,9 +94,8 @@ def rank_bars_figure(layers: Mapping[str, tuple[Any, str]]) -> Any:
     largest = max([1.0, *(rank for rank in ranks if rank > 0)])
     figure = new_figure(width=5.2, height=0.7 + 0.2 * len(ranks))
     axes = figure.subplots()
-    rest = axes.barh(range(len(ranks)), [largest] * len(ranks), height=0.75, color=PALE)
-    axes.barh(range(len(ranks)), ranks, height=0.75, color=STRONG)
-    axes.bar_label(rest, texts, padding=4, fontsize=9, color=MUTED, parse_math=False)
+    bars = axes.barh(range(len(ranks)), ranks, height=0.75, color=STRONG)
+    axes.bar_label(bars, texts, padding=4, fontsize=9, color=MUTED, parse_math=False)
     axes.set(xlabel="rank (of one group, where a layer has groups)", xlim=(0, largest), ylim=(len(ranks) - 0.5, -0.5))
     style(axes)
     name_rows(axes, list(layers))
