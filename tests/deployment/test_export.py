@@ -34,7 +34,7 @@ from arp_hub_cli.app import app
 from arp_hub_cli.commands import export as command
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "benchmarks" / "models" / "cifar_resnet20-keep50"
+FOLDER = ROOT / "benchmarks" / "models" / "cifar_resnet20-keep20"
 IMAGES = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 

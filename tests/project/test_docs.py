@@ -40,7 +40,7 @@ def commands() -> list[list[str]]:
     """Every command of every shell block, as words."""
     shell = [code.replace("\\\n", " ") for page in PAGES for code in blocks(page, "bash")]
     lines = [line for code in shell for line in code.splitlines() if line.strip()]
-    return [shlex.split(line, comments=True) for line in lines]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 @pytest.mark.parametrize("page", [name for name in PAGES if not name.startswith(("docs/research/", "docs/examples/"))])
