@@ -18,7 +18,7 @@ from ._utils.torch_utils import ambient_modes_off, evaluating
 from .calibration.batchnorm import following_norms, norms_with_statistics, renormalise
 from .calibration.gradients import gradient_moments
 from .calibration.images import LEAST_PIXELS, Images, batches, check_normalised, check_outputs, image_count, limited
-from .calibration.layer_problem import LayerProblem, can_shift
+from .calibration.layer_problem import LayerProblem, can_shift, fitted_together
 from .calibration.moments import Moments, images_needed
 from .calibration.passes import paired_moments
 from .calibration.resumption import ResumedPasses
@@ -275,7 +275,8 @@ def _fitted(problem: LayerProblem, scheme: Scheme | None, plan: LayerPlan | None
     if scheme is None or plan is None:
         weight = problem.regression.target
     else:
-        factors = problem.fit(scheme, plan.rank, effort.fit_iterations, effort.fit_macs, 5, effort.start_sweeps)
+        bounds = effort.fit_iterations, effort.fit_macs, 5, effort.start_sweeps
+        (factors,) = fitted_together([problem], scheme, plan.rank, *bounds)
         weight = scheme.compose(factors)
     bias = problem.bias(weight).cpu() if problem.can_shift else None
     return tuple(factor.cpu() for factor in factors), bias

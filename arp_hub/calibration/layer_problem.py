@@ -75,18 +75,6 @@ class LayerProblem:
         metric = _metric(moments, gradients, norm, weight)
         return cls(layer, weight, moments.regression(weight), metric, moments.centred)
 
-    def fit(
-        self,
-        scheme: Scheme,
-        rank: int,
-        iterations: int,
-        macs: float,
-        least: int = 0,
-        sweeps: int | None = None,
-    ) -> Factors:
-        """The factors that solve the problem: `fitted_together` of one."""
-        return fitted_together([self], scheme, rank, iterations, macs, least, sweeps)[0]
-
     def error(self, composed: Tensor) -> float:
         """Relative error of an approximation of the weight, ``(G * O, I, kh, kw)``."""
         lost = energy(self.metric.apply((self.weight - composed) / self.unit), self.regression.moment)

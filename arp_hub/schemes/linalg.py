@@ -56,7 +56,7 @@ def stack_size(weight: Tensor) -> int:
     """How many layers with weights like this one are best fitted together: many narrow ones on a GPU, else one.
 
     A GPU then has fewer launches. On a CPU it saves nothing (docs/research/experiments.md). A million weights bound the
-    memory of a stack: a fit takes some hundred times as much.
+    memory of a stack.
     """
     return max(1, 2**20 // weight.numel()) if weight.is_cuda and weight[0].numel() < _WIDE else 1
 

@@ -60,7 +60,7 @@ TERMS = {
     "second moments": ("calibration.moments.Moments.update",),
     "regressions and metrics": ("calibration.layer_problem.LayerProblem.of",),
     "starting points and fits": (
-        "calibration.layer_problem.fitted_together",
+        "decomposition.fitted_together",
         "planning.output_errors.fitted_together",
     ),
     "errors of fits": ("calibration.layer_problem.LayerProblem.error",),
