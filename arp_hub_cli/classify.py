@@ -1,4 +1,4 @@
-"""Classify image files with a model, as `arp_hub.training.evaluate` does."""
+"""Classify image files with a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from arp_hub.errors import ArpHubError
 from arp_hub.reports.tables import printable
-from arp_hub.training.data.decoding import SMALL_SIDE, ImageFiles, decoded
+from arp_hub.training.data.decoding import ImageFiles, decoded
 from arp_hub.training.data.images import StreamedImages
 from arp_hub.training.data.input_format import input_format
 
@@ -61,15 +61,13 @@ class Classifier:
         self.form = input_format(model)
 
     def read(self, file: Path) -> Tensor:
-        """An image as the model takes it. Small images are not cropped, as in training.
+        """An image, resized and cropped as the model's config says.
 
         Raises:
             Exception: Of any kind, if the image cannot be decoded.
         """
         rows = ImageFiles(file.parent, [file.name])
-        with rows.open(0) as image:
-            small = max(image.size) <= SMALL_SIDE
-        transform = StreamedImages(rows, self.form, crop=not small).eval_transform
+        transform = StreamedImages(rows, self.form).eval_transform
         return self.form.normalise(transform(decoded(rows, 0))[None].to(self.device))
 
     @torch.inference_mode()

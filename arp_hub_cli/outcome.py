@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from arp_hub.refinement import Refinement
 from arp_hub.reports.tables import printable
 from arp_hub.timing import Workload
 
@@ -47,8 +48,22 @@ def _share(before: int, after: int) -> str:
     return f"{100 * after / max(1, before):.1f} %"
 
 
+def refinement_effect(done: Refinement) -> str:
+    """One sentence: what a refinement did to the divergence from the dense model."""
+    where = f"nats on {done.held_out:,} held-out images"
+    if done.after < done.before:
+        return (
+            f"refined on {done.images:,} unlabelled images: divergence from the dense model {done.before:.3g} -> "
+            f"{done.after:.3g} {where}\n"
+        )
+    return (
+        f"refinement did not lower the divergence from the dense model ({done.before:.3g} {where}): the saved model is "
+        "the fit without it. Longer refinement or more images may help\n"
+    )
+
+
 def next_steps(folder: Path, data: Mapping[str, str | None], measured: bool, workload: Workload | None) -> str:
-    """Commands that can be copied: measure the saved model, publish it, load it.
+    """Commands that can be copied: measure the saved model, export it, publish it, load it.
 
     Args:
         folder: Where the model was saved.
@@ -68,6 +83,7 @@ def next_steps(folder: Path, data: Mapping[str, str | None], measured: bool, wor
         lines.append(_command("bench", *model, *timed, *["--channels-last"] * workload.channels_last))
     elif not measured:
         lines.append(_command("bench", *model))
+    lines.append(_command("export", str(folder), "--format", "onnx"))
     lines.append(_command("push", str(folder), "USER/NAME"))
     load = f"import timm, arp_hub; model = timm.create_model({f'local-dir:{folder}'!r}, pretrained=True)"
     shell = "\n".join(f"  {line}" for line in lines)

@@ -16,7 +16,7 @@ from ..planning.make_plan import check_plannable
 from .config import ARGUMENTS, TrainConfig
 from .data.augment import Augmentation
 from .data.dataset import ImageData, load_data
-from .data.input_format import input_format
+from .data.input_format import input_format, note_crop
 from .data.splits import StreamedSplit
 
 _logger = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ def load_data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
             )
         torch.manual_seed(config.seed)
         model = _dense_model(config, pretrained=pretrained, num_classes=data.num_classes)
+        note_crop(model, data.form)
     if config.train_img_size:
         _check_size(model, config.train_img_size, f"model '{config.model}'")
     if not checkpoint and not pretrained and not config.dense_epochs:

@@ -108,9 +108,9 @@ def compress(
     """
     from arp_hub._utils.progress import stage
     from arp_hub.decomposition import decompose
-    from arp_hub.errors import check_inputs_outside
+    from arp_hub.errors import ArpHubError, check_inputs_outside
     from arp_hub.hub.load import hub_dataset, published_name
-    from arp_hub.hub.save import check_folder, save_pretrained
+    from arp_hub.hub.save import check_folder, is_saved_folder, save_pretrained
     from arp_hub.layers.apply_plan import check_plan
     from arp_hub.plan import RankPlan
     from arp_hub.planning.make_plan import check_plannable, make_plan
@@ -128,7 +128,7 @@ def compress(
         plan_options,
         timed_workload,
     )
-    from ..outcome import before_after, next_steps, weight_bytes
+    from ..outcome import before_after, next_steps, refinement_effect, weight_bytes
 
     workload = timed_workload(batch_size, dtype, channels_last, runtime, precision)
     options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude, plan)
@@ -139,6 +139,8 @@ def compress(
     local = model if model.startswith("local-dir:") else None
     check_inputs_outside(output, {"--data": data, "--checkpoint": checkpoint, "--plan": plan, "--model": local})
     check_folder(output, overwrite=overwrite)
+    if is_saved_folder(output) and not overwrite:
+        raise ArpHubError(f"'{output}' already holds a model: choose another --output, or replace it with --overwrite")
     given = None if plan is None else RankPlan.load(plan)
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
     network, random_weights = open_model(choice)
@@ -158,10 +160,11 @@ def compress(
     made = given or make_plan(network, **options, calibration=images, effort=effort, progress=True)
     falls = spectra.decays(network, made) if is_first() else {}
     decompose(network, made, images, effort=effort, progress=True)
+    fit_seconds = time.perf_counter() - start
     refined = refinement.run(network, dense, found, output, seed, workers)
     if not is_first():
         return
-    seconds = time.perf_counter() - start
+    seconds = fit_seconds + (refined.seconds if refined else 0)  # a resumed refinement counts its earlier parts
     after, after_bytes = _figures(network, test, max_images, workers), weight_bytes(network)
     result: dict[str, Any] = {
         "model": model,
@@ -195,6 +198,8 @@ def compress(
     what = "refined without labels" if refined else "no training"
     figures = ({**before, "bytes": before_bytes}, {**after, "bytes": after_bytes})
     print_tables(before_after(f"{model}: {what}, {seconds:.0f} s", *figures, test.name if test else None))
+    if refined:
+        print(refinement_effect(refined))
     used = {
         "--data": data,
         "--image-key": image_key,

@@ -49,7 +49,8 @@ def test_compress_ends_with_a_summary_whose_commands_run(
     assert float(found["weights on disk"][1].removesuffix(" MB")) == pytest.approx(size / 1e6, rel=0.05)
     assert found["top-1 (test, 16 images)"] == [f"{metrics['dense']['top1']:.2f} %", f"{metrics['top1']:.2f} %"]
     assert "saved to my models/it's" in out
-    evaluate, push, load = (line.strip() for line in out.splitlines()[-4:] if line.startswith("  "))
+    evaluate, export, push, load = (line.strip() for line in out.splitlines()[-5:] if line.startswith("  "))
+    assert shlex.split(export) == ["arp-hub", "export", "my models/it's", "--format", "onnx"]
     assert shlex.split(push) == ["arp-hub", "push", "my models/it's", "USER/NAME"]
     code, again, err = call(*shlex.split(evaluate)[1:], "--max-images", "16", "--json")
     assert code == 0 and json.loads(again)["top1"] == metrics["top1"]
@@ -77,7 +78,18 @@ CASES = {
 def test_next_steps_follow_what_was_given(case: str) -> None:
     data, measured, workload, expected = CASES[case]
     text = next_steps(Path("out"), data, measured, workload)
-    assert re.findall(r"^  arp-hub (.*)$", text, re.M) == [*expected, "push out USER/NAME"]
+    assert re.findall(r"^  arp-hub (.*)$", text, re.M) == [*expected, "export out --format onnx", "push out USER/NAME"]
+
+
+def test_a_finished_model_is_not_replaced_by_accident(call: Any, tmp_path: Path) -> None:
+    words = [*COMPRESS[: COMPRESS.index("--data")], "--output", str(tmp_path / "out")]
+    assert call(*words)[0] == 0
+    card = tmp_path / "out" / "README.md"
+    card.write_text(card.read_text() + "\nMy notes.\n")
+    code, out, err = call(*words)
+    assert (code, out, len(err.splitlines())) == (2, "", 1) and "already holds a model" in err and "--overwrite" in err
+    assert card.read_text().endswith("My notes.\n")
+    assert call(*words, "--overwrite")[0] == 0
 
 
 def test_json_stays_one_object(call: Any, tmp_path: Path) -> None:

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from arp_hub.refinement import Refinement
 from arp_hub.refinement.steps import Steps
 from arp_hub.training import TrainConfig
 from arp_hub.training import run as train
 from arp_hub_cli.app import app
+from arp_hub_cli.outcome import refinement_effect
 
 COMPRESS = (
     "compress --model cifar_resnet20 --no-pretrained --keep-params 0.5 --schemes channel --effort fast --max-images 32"
@@ -75,7 +79,27 @@ def test_ctrl_c_says_how_to_go_on(steps, tmp_path, capsys, monkeypatch):
     resumes = f"interrupted. The same command resumes the refinement from '{state}'"
     assert last == (resumes if state.exists() else "interrupted")
     monkeypatch.undo()
+    if state.exists():
+        age(state, 5000)
     assert call(*words, "--output", out) == 0 and not state.exists()
+    title = next(line for line in capsys.readouterr().out.splitlines() if "refined without labels" in line)
+    seconds = int(title.split()[-2])
+    assert seconds > 5000 if steps == 40 else seconds < 5000
+
+
+def age(state: Path, seconds: float) -> None:
+    """Make a state one of a refinement that has worked for some time."""
+    with safe_open(state, "pt") as file:
+        text, tensors = json.loads(file.metadata()["refinement"]), {name: file.get_tensor(name) for name in file.keys()}
+    text["progress"]["seconds"] = seconds
+    save_file(tensors, state, metadata={"refinement": json.dumps(text)})
+
+
+@pytest.mark.parametrize("after", [0.1, 0.25], ids=["better", "no better"])
+def test_compress_says_what_refinement_did(after):
+    text = refinement_effect(Refinement(900, 100, 50, 60.0, 0.25, after))
+    assert "0.25 nats on 100 held-out images" in text or "0.25 -> 0.1 nats on 100 held-out images" in text
+    assert ("did not lower" in text) is (after == 0.25)
 
 
 def test_a_run_refines_its_fit(tmp_path):

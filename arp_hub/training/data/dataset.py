@@ -14,7 +14,7 @@ from torch import nn
 
 from ...errors import ArpHubError
 from .augment import Augmentation
-from .input_format import input_format
+from .input_format import InputFormat, input_format, note_crop
 from .sources import Table, Treatment, bind, open_tables, renamed
 from .splits import Split, StreamedSplit
 from .stream_sources import StreamTable, open_streams, timm_streams
@@ -48,6 +48,11 @@ class ImageData:
     val: Split | None
     test: Split | StreamedSplit
     others: Mapping[str, Split | StreamedSplit] = field(default_factory=dict)
+
+    @property
+    def form(self) -> InputFormat:
+        """Input format of the images."""
+        return self.train.images.form
 
     @property
     def shares_images(self) -> bool:
@@ -105,8 +110,9 @@ def load_data(
     """Open a data set for a model. Pixels are decoded when they are first used.
 
     Images of at most 96 pixels a side, judged by a fixed sample of all splits, are small: they are resized to the input
-    size without a crop. All other images are resized and cropped as the model's config says. Warnings name the files of
-    a folder that are not used.
+    size without a crop, and ``crop_pct`` and ``crop_mode`` of the model's pretrained_cfg are set to say so: they are
+    saved with the model. All other images are resized and cropped as that config says. Warnings name the files of a
+    folder that are not used.
 
     Args:
         source: ``digits``, the id of a Hub dataset, or a folder of class folders, parquet files or tar shards. Class
@@ -143,25 +149,30 @@ def load_data(
     timm_name = TimmName(source, data_dir, chosen, columns) if is_timm_source(source) else None
     if data_dir and not timm_name:
         raise ArpHubError(f"data_dir='{data_dir}' is for data sets of timm, such as timm:torch/cifar10: leave it out")
-    if not streaming and not (timm_name and timm_name.streams):
+    if streaming or (timm_name and timm_name.streams):
+        if val_fraction:
+            raise ArpHubError(
+                f"val_fraction={val_fraction} cannot be held out of a stream: set it to 0, or choose a split for "
+                "testing with test_split"
+            )
+        classes = getattr(model, "num_classes", 0)
+        if timm_name:
+            streams = timm_streams(timm_name, treatment, epoch_images, classes)
+        else:
+            opened = open_streams(source, columns, treatment, classes, counted=not epoch_images)
+            streams = renamed(source, opened, chosen)
+        data = _arrange_streams(source, streams, epoch_images, require_labels)
+    else:
         if epoch_images:
             raise ArpHubError(f"epoch_images={epoch_images} is for streams: set streaming, or leave it out")
         if timm_name:
             tables = bind(source, *open_timm(timm_name), treatment)
         else:
             tables = renamed(source, open_tables(source, columns, treatment), chosen)
-        return _arrange(source, tables, val_fraction, seed, require_labels)
-    if val_fraction:
-        raise ArpHubError(
-            f"val_fraction={val_fraction} cannot be held out of a stream: set it to 0, or choose a split for testing "
-            "with test_split"
-        )
-    classes = getattr(model, "num_classes", 0)
-    if timm_name:
-        streams = timm_streams(timm_name, treatment, epoch_images, classes)
-    else:
-        streams = renamed(source, open_streams(source, columns, treatment, classes, counted=not epoch_images), chosen)
-    return _arrange_streams(source, streams, epoch_images, require_labels)
+        data = _arrange(source, tables, val_fraction, seed, require_labels)
+    if data.form != form:
+        note_crop(model, data.form)
+    return data
 
 
 def _arrange(source: str, tables: dict[str, Table], val_fraction: float, seed: int, require_labels: bool) -> ImageData:

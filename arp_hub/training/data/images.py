@@ -188,8 +188,6 @@ class StreamedImages:
         form: Input format of the model.
         augmentation: How training images are varied, besides crops and flips.
         bad: Where images that cannot be decoded are recorded; by default the first one is an error.
-        crop: Whether evaluation resizes and crops as the model's config says. Otherwise the whole image is resized to
-            the input size, as in `DecodedImages`.
     """
 
     def __init__(
@@ -198,20 +196,19 @@ class StreamedImages:
         form: InputFormat,
         augmentation: Augmentation | str = "",
         bad: BadImages | None = None,
-        crop: bool = True,
     ) -> None:
         self.rows, self.form = rows, form
         self.bad = BadImages(len(rows)) if bad is None else bad
         self.augmentation = Augmentation.of(augmentation)
         self.train_transform = self.augmentation.transform(form)
-        sizes: dict[str, Any] = {"crop_pct": form.crop_pct} if crop else {"crop_pct": 1.0, "crop_mode": "squash"}
         self.eval_transform = create_transform(
             input_size=(3, *form.size),
             mean=form.mean,
             std=form.std,
             interpolation=form.interpolation,
+            crop_pct=form.crop_pct,
+            crop_mode=form.crop_mode,
             use_prefetcher=True,
-            **sizes,
         )
 
     def __len__(self) -> int:

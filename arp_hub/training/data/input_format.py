@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import timm.data
 import torch
@@ -13,13 +14,21 @@ from ...errors import ArpHubError
 
 @dataclass(frozen=True)
 class InputFormat:
-    """The input of a model: ``size`` is ``(height, width)``, ``mean`` and ``std`` are of pixels in 0..1."""
+    """The input of a model: ``size`` is ``(height, width)``, ``mean`` and ``std`` are of pixels in 0..1.
+
+    ``crop_pct`` and ``crop_mode`` say how evaluation resizes and crops an image, in timm's meaning.
+    """
 
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
+    crop_mode: str = "center"
+
+    def uncropped(self) -> InputFormat:
+        """The same for small images: the whole image is resized to the input size."""
+        return replace(self, crop_pct=1.0, crop_mode="squash")
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Bytes ``(N, 3, H, W)`` as normalised floats."""
@@ -40,8 +49,20 @@ def input_format(model: nn.Module) -> InputFormat:
     if channels != 3:
         raise ArpHubError(f"the model takes images of {channels} channels, the data has 3: build it with in_chans=3")
     return InputFormat(
-        (height, width), tuple(config["mean"]), tuple(config["std"]), config["interpolation"], config["crop_pct"]
+        (height, width),
+        tuple(config["mean"]),
+        tuple(config["std"]),
+        config["interpolation"],
+        config["crop_pct"],
+        config["crop_mode"],
     )
+
+
+def note_crop(model: nn.Module, form: InputFormat) -> None:
+    """Note in a model's pretrained_cfg how the images of its data are cropped, so that it is saved with the model."""
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    changes = {"crop_pct": form.crop_pct, "crop_mode": form.crop_mode, "test_crop_pct": None}
+    model.pretrained_cfg = model.default_cfg = {**cfg, **changes}  # type: ignore[assignment]  # a Module's attribute may be anything
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

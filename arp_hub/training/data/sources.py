@@ -74,7 +74,7 @@ def open_tables(source: str, columns: Columns, treatment: Treatment) -> dict[str
     if source == "digits":
         if columns.image or columns.label:
             raise ArpHubError("data 'digits' has no columns to choose from: leave out image_key and label_key")
-        return _digits(treatment.form, treatment.augmentation)
+        return _digits(treatment.form.uncropped(), treatment.augmentation)
     return bind(source, *_open(source, columns), treatment)
 
 
@@ -113,7 +113,7 @@ def _resized(source: str, splits: Mapping[str, Rows], treatment: Treatment) -> d
     seen = survey(splits.values())
     for kind, white in seen.white.items():
         _logger.warning("data '%s': %d is white in its grey images of type %s", source, white, kind)
-    form, augmentation = treatment.form, treatment.augmentation
+    form, augmentation = treatment.form.uncropped() if seen.small else treatment.form, treatment.augmentation
     height, width = form.size
     in_memory = seen.small and max(map(len, splits.values())) * 3 * height * width <= _MEMORY
     images: dict[str, Images] = {}
@@ -124,7 +124,7 @@ def _resized(source: str, splits: Mapping[str, Rows], treatment: Treatment) -> d
             decode = partial(decode_all, rows, form, bad)
             images[name] = DecodedImages(len(rows), decode, form, augmentation=augmentation, bad=bad)
         else:
-            images[name] = StreamedImages(rows, form, augmentation, bad, crop=not seen.small)
+            images[name] = StreamedImages(rows, form, augmentation, bad)
     return images
 
 

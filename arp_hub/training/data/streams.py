@@ -118,21 +118,21 @@ class ImageStream:
     """
 
     def __init__(self, source: str, samples: Samples, treatment: Treatment, classes: int) -> None:
-        self.source, self.samples, self.form, self.classes = source, samples, treatment.form, classes
+        self.source, self.samples, self.classes = source, samples, classes
         self.bad: BadImages = _NamedBad(treatment.max_bad_images)
         self.augmentation = treatment.augmentation
         head = Records(self._read(None, 16))  # enough to tell size and white: each may be a download
         if not len(head):
             raise ArpHubError(f"data '{source}' has no images in one of its splits: remove the split, or fill it")
         seen = survey([head])
-        self.white, self.crop = seen.white, not seen.small
+        self.white, self.form = seen.white, treatment.form.uncropped() if seen.small else treatment.form
         self.labelled = classes > 0 and any(sample.label not in (None, -1) for sample in head.samples)
         self.transforms = self.held([])
 
     def held(self, samples: Sequence[Sample]) -> StreamedImages:
         """Some samples as images in memory, with the transforms of this stream."""
         rows = Records(samples, self.white)
-        return StreamedImages(rows, self.form, self.augmentation, self.bad, crop=self.crop)
+        return StreamedImages(rows, self.form, self.augmentation, self.bad)
 
     def labels(self, samples: Sequence[Sample]) -> Tensor:
         """Class numbers of samples.
