@@ -23,6 +23,11 @@ class ArpHubError(ValueError):
         super().__init__(text)
 
 
+def cause(error: Exception) -> str:
+    """Why a file could not be written, without the name of a temporary one."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
 def checked_path(given: object, what: str) -> Path:
     """A path that a user gave, whether anything is there or not.
 

@@ -181,7 +181,9 @@ class RankPlan:
         """
         if not isinstance(data, Mapping):
             raise ArpHubError(f"a plan is a JSON object, got {shown(data)}")
-        version = data.get("format_version")
+        if "format_version" not in data:
+            raise ArpHubError("it holds no plan, because it has no format_version: `arp-hub plan` writes plans")
+        version = data["format_version"]
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
             raise ArpHubError(f"the plan's format_version must be a whole number from 1, got {shown(version)}")
         if version > FORMAT_VERSION:

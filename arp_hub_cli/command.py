@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 import sys
 import textwrap
@@ -55,6 +56,10 @@ class Command(HelpfulCommand):
         """Run the command."""
         plain = warnings.formatwarning
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("warning: %(message)s"))
+        handler.setLevel(logging.WARNING)
+        logging.getLogger("arp_hub").addHandler(handler)
         try:
             with joined(self.name or "", ctx.params.get("device")):
                 return super().invoke(ctx)
@@ -66,6 +71,7 @@ class Command(HelpfulCommand):
             raise
         finally:
             warnings.formatwarning = plain
+            logging.getLogger("arp_hub").removeHandler(handler)
 
 
 class ScriptCommand(HelpfulCommand):
@@ -186,8 +192,13 @@ def _about_value(usage: Any, message: str) -> str:
     """The message of a usage error, with the value that is wrong, or where to find what is missing."""
     if hasattr(usage.__cause__, "errors"):  # of pydantic, which typer converts values by
         given = usage.__cause__.errors()[0]
-        kind = {"float_parsing": "number, such as 0.5", "int_parsing": "whole number"}.get(given["type"])
-        return f"{message.partition(': ')[0]}: '{given['input']}' is no {kind}" if kind else message
+        wrong = {
+            "float_parsing": "is no number, such as 0.5",
+            "int_parsing": "is no whole number",
+            "greater_than_equal": f"is below {given.get('ctx', {}).get('ge')}",
+            "less_than_equal": f"is above {given.get('ctx', {}).get('le')}",
+        }.get(given["type"])
+        return f"{message.partition(': ')[0]}: '{given['input']}' {wrong}" if wrong else message
     return f"{message} --help names them." if message.endswith("arguments.") else message
 
 

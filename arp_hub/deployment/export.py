@@ -20,7 +20,7 @@ from .._utils.files import replacing
 from .._utils.progress import stage
 from .._utils.torch_utils import ambient_modes_off
 from ..calibration.images import Images, batches, check_normalised
-from ..errors import ArpHubError, checked_path
+from ..errors import ArpHubError, cause, checked_path
 from ..hub.load import load_model, with_prefix
 from ..hub.save import is_saved_folder
 from ..hub.staging import refresh_card
@@ -163,7 +163,7 @@ def export(
             text = json.dumps({**record, **facts}, indent=2) + "\n"
             (new / RECORD).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ArpHubError(f"cannot write to '{output}': {error} (the earlier content is unchanged)") from error
+        raise ArpHubError(f"cannot write to '{output}': {cause(error)} (the earlier content is unchanged)") from error
     if is_saved_folder(folder.parent):
         _list_in_card(folder.parent)
     return Export(folder, folder / exported.file.name, exported.parity, latency, {**record, **facts})

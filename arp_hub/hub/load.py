@@ -283,7 +283,7 @@ def _create_saved(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Mod
     else:
         weights = Path(download_from_hf(place, "model.safetensors", cache_dir=cache))
     if not weights.is_file():
-        raise ArpHubError(f"no weights in '{place}': it holds no model.safetensors")
+        raise ArpHubError(f"no weights in '{place}': it holds no model.safetensors: save or download the model again")
     header = read_header(weights)
     own = {key: value for key, value in cfg.items() if key not in OF_THE_WEIGHTS}  # the input size is in it
     built = {"num_classes": cfg.get("num_classes"), "pretrained_cfg": own or None, **args}

@@ -16,7 +16,7 @@ from .._utils.environment import environment
 from .._utils.files import replacing
 from .._utils.parse import parse_json, read_json
 from .._utils.secrets import redact
-from ..errors import ArpHubError, checked_path
+from ..errors import ArpHubError, cause, checked_path
 from ..layers.model import check_model
 from ..layers.trace import input_size_of
 from ..reports.run_page import REPORT
@@ -95,7 +95,7 @@ def save_pretrained(
             save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
             (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode)  # safetensors gives only the owner read access
     except FAILED_WRITES as error:
-        raise ArpHubError(f"cannot save in '{folder}': {error} (the earlier content is unchanged)") from error
+        raise ArpHubError(f"cannot save in '{folder}': {cause(error)} (the earlier content is unchanged)") from error
     return folder
 
 

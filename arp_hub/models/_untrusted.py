@@ -81,7 +81,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         found = read_json(path, LIMITS.config_bytes)
     except (OSError, ValueError) as error:
-        raise ArpHubError(f"cannot read '{path}': {error}") from error
+        raise ArpHubError(f"cannot read '{path}': {error}: save or download the model again") from error
     if not isinstance(found, dict) or not isinstance(found.get("architecture"), str):
         raise ArpHubError(f"'{path}' is not a timm model config: it names no architecture")
     for key in ("model_args", "pretrained_cfg"):

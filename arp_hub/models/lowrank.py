@@ -141,7 +141,11 @@ def arp_lowrank(
     except RuntimeError as error:
         if not pretrained:
             raise
-        raise ArpHubError(f"the weights in '{adapter.source}' do not fit {backbone} with its plan: {error}") from error
+        mismatch = str(error).strip().splitlines()[-1].strip(" \t.")  # torch lists all of them, each on a line
+        raise ArpHubError(
+            f"the weights in '{adapter.source}' do not fit {backbone} with its plan: {mismatch}: leave out "
+            "arguments that change the model, or save or download it again"
+        ) from error
     name_factors(model)
     return model
 
@@ -202,7 +206,9 @@ def _weights_file(cfg: Mapping[str, Any], cache_dir: Any) -> dict[str, Any]:
     if cfg.get("source") == "local-dir":
         file = Path(cfg["file"]) / "model.safetensors"
         if not file.is_file():
-            raise ArpHubError(f"no weights in '{cfg['file']}': it holds no model.safetensors")
+            raise ArpHubError(
+                f"no weights in '{cfg['file']}': it holds no model.safetensors: save or download the model again"
+            )
         return {"source": None, "file": str(file)}
     if cfg.get("source") == "hf-hub":
         file = download_from_hf(cfg["hf_hub_id"], "model.safetensors", cache_dir=cache_dir)

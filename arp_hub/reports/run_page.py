@@ -229,7 +229,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         found = read_json(path)
     except (OSError, ValueError) as error:
-        raise ArpHubError(f"cannot read '{path}': {error}") from error
+        raise ArpHubError(f"cannot read '{path}': {error}: mend or delete the file") from error
     if not isinstance(found, dict):
         raise ArpHubError(f"'{path}' holds no metrics: it is not a JSON object")
     return found

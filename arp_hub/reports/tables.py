@@ -82,7 +82,7 @@ def latency_table(found: Iterable[Benchmark], title: str | None = None) -> Table
     table = _table(title, ("device", "numbers"), columns)
     for one in found:
         kind = one.workload.where + (", channels last" if one.workload.channels_last else "")
-        threads = f", {one.threads} threads" if one.device == "cpu" else ""
+        threads = f", {one.threads} thread{'s' if one.threads > 1 else ''}" if one.device == "cpu" else ""
         _add(
             table,
             one.device + threads + (", compiled" if one.compiled else ""),

@@ -10,6 +10,7 @@ from torch import nn
 
 from .._utils.torch_utils import evaluating
 from ..errors import ArpHubError
+from ..hub.client import FAILURES
 from ..hub.load import is_saved_model, load_model, set_input_size
 from ..models.arguments import unknown_argument
 from ..planning.make_plan import check_plannable
@@ -95,6 +96,8 @@ def _dense_model(config: TrainConfig, **arguments: Any) -> nn.Module:
     try:
         model = load_model(config.model, config.checkpoint or None, **given)
     except ArpHubError as error:
+        if isinstance(error.__cause__, FAILURES) and given.get("pretrained") and not is_saved_model(config.model):
+            raise ArpHubError(f"{error}; or give a checkpoint, or leave out pretrained") from error
         unknown = unknown_argument(error.__cause__, given) if error.__cause__ else None
         if unknown == "img_size" and unknown in named:  # the model takes images of any size
             del given["img_size"]

@@ -42,8 +42,8 @@ def predict(
 ) -> None:
     """Print the most probable classes of images, with their probabilities.
 
-    A path that does not exist is an error before any work. A file that cannot be decoded is one line on stderr; the others
-    are still classified, and the exit code is 2.
+    A path that does not exist is an error before any work. A file that cannot be decoded is one line on stderr; the
+    others are still classified, and the exit code is 2.
 
     Names are those saved with the model, or those of ImageNet for a model with its classes.
 

@@ -180,7 +180,8 @@ def test_overwrite(run, trained, tmp_path):
     assert refused.code == 2
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
     assert run(*words, "--overwrite").code == 0
-    assert run(*words).code == 0, "a folder that arp-hub saved is replaced without --overwrite"
+    again = run(*words)  # the card may hold notes by hand
+    assert again.code == 2 and "already holds a model" in again.err
 
 
 FINE = "--model test_resnet --input-size 3 32 32 --num-classes 10 --checkpoint {checkpoint}"

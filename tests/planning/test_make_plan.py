@@ -42,6 +42,23 @@ def test_budget_is_met_from_below_on_the_model_itself(name, share, cost):
     assert named <= set(plan.layers) | set(plan.dense)
 
 
+@pytest.mark.parametrize("rank", [2, None], ids=["of rank 2", "of full rank"])
+def test_a_plan_says_that_it_leaves_budget_unspent(rank, recwarn):
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit").eval()
+    for module in model.modules():
+        if rank and isinstance(module, torch.nn.Linear):
+            rows, columns = module.weight.shape
+            module.weight.data = 0.02 * torch.randn(rows, rank) @ torch.randn(rank, columns)
+    before = count_params(model)
+    plan = make_plan(model, keep_params=0.9)
+    decompose(model, plan)
+    said = [str(warning.message) for warning in recwarn if "keep_params" in str(warning.message)]
+    assert len(said) == (1 if rank else 0)
+    if rank:
+        assert said[0].startswith(f"keep_params=0.9, but the plan keeps {count_params(model) / before:.3f}: ")
+
+
 def test_rank_multiple_exclude_and_schemes():
     model = timm.create_model("resnet18", num_classes=10)
     plan = make_plan(
