@@ -129,6 +129,7 @@ def decays_figure(spectra: Mapping[str, Mapping[str, Any]], cuts: Mapping[str, t
             if of == scheme:
                 _draw_cut(axes, spectra[name], number(rank), colours.to_rgba(depth))
         axes.set(yscale="log", xlim=(0, 1.01), ylim=(_SMALLEST * 0.8, 1.5), xlabel="rank / full rank")
+        axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))  # longer labels touch those of the next panel
         style(axes, f"{scheme}: {_SENSES[scheme]}" if scheme in _SENSES else scheme)
     for axes in panels[len(schemes) :]:
         axes.set_visible(False)

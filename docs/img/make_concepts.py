@@ -111,12 +111,12 @@ def draw_schemes() -> None:
         (
             f"3x3 convolution, 64 to 64 channels: {LAYER.params:,} parameters",
             LAYER,
-            ("channel", "spatial", "cp", "tucker2"),
+            ("channel", "spatial", "group_in", "group_out", "cp", "tucker2"),
         ),
         (
             f"1x1 convolution, 64 to 256 channels: {LINEAR.params:,} parameters",
             LINEAR,
-            ("channel", "group_in", "group_out"),
+            ("channel",),
         ),
     ):
         scale = unit * LAYER.params / shape.params

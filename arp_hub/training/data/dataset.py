@@ -110,9 +110,8 @@ def load_data(
     """Open a data set for a model. Pixels are decoded when they are first used.
 
     Images of at most 96 pixels a side, judged by a fixed sample of all splits, are small: they are resized to the input
-    size without a crop, and ``crop_pct`` and ``crop_mode`` of the model's pretrained_cfg are set to say so: they are
-    saved with the model. All other images are resized and cropped as that config says. Warnings name the files of a
-    folder that are not used.
+    size without a crop, and ``crop_pct`` and ``crop_mode`` in the model's pretrained_cfg are set to say so. All other
+    images are resized and cropped as that config says. Warnings name the files of a folder that are not used.
 
     Args:
         source: ``digits``, the id of a Hub dataset, or a folder of class folders, parquet files or tar shards. Class
