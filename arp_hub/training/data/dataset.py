@@ -109,7 +109,7 @@ def load_data(
 ) -> ImageData:
     """Open a data set for a model. Pixels are decoded when they are first used.
 
-    Images of at most 96 pixels a side, judged by a fixed sample of all splits, are small: they are resized to the input
+    Images of at most 96 pixels a side, judged by a fixed sample of all splits, are small. They are resized to the input
     size without a crop, and ``crop_pct`` and ``crop_mode`` in the model's pretrained_cfg are set to say so. All other
     images are resized and cropped as that config says. Warnings name the files of a folder that are not used.
 
