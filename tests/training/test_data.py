@@ -396,5 +396,5 @@ def test_a_recipe_saves_that_small_images_are_not_cropped(tmp_path):
         output=str(tmp_path / "out"),
     )  # fmt: skip
     data, model = load_data_and_model(config)
-    assert model.num_classes == data.num_classes == 10  # it was built anew for the data
+    assert model.num_classes == data.num_classes == 10  # it was built a second time, for the data
     assert (model.pretrained_cfg["crop_pct"], model.pretrained_cfg["crop_mode"]) == (1.0, "squash")
