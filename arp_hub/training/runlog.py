@@ -74,7 +74,7 @@ class RunLog:
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         words = [f"{entry['phase']} epoch {entry['epoch']}/{entry['epochs']}", f"loss {entry['loss']:.4f}"]
-        words.append(f"top-1 {entry['top1']:.2f}")
+        words.append(f"train top-1 {entry['top1']:.2f}")
         if "val" in entry:
             words.append(f"held-out top-1 {entry['val']['top1']:.2f}")
         if "violation" in entry:
