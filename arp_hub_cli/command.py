@@ -8,7 +8,7 @@ import re
 import sys
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import typer
@@ -24,6 +24,22 @@ _UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
 
 class _Interrupted(Exception):  # not an error
     """Ctrl-C ended a command. The message says how to go on, if there is more to say than to start again."""
+
+
+class _WarningHandler(logging.Handler):
+    """Writes warnings to stderr, as it is at that moment: of several processes only the first one has one.
+
+    Args:
+        line: Makes a line of a message.
+    """
+
+    def __init__(self, line: Callable[[str], str]) -> None:
+        super().__init__(logging.WARNING)
+        self._line = line
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one warning."""
+        print(self._line(record.getMessage()), file=sys.stderr)
 
 
 class HelpfulCommand(TyperCommand):
@@ -55,10 +71,8 @@ class Command(HelpfulCommand):
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         plain = warnings.formatwarning
-        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("warning: %(message)s"))
-        handler.setLevel(logging.WARNING)
+        warnings.formatwarning = lambda message, *_, **__: self._warning(ctx, str(message)) + "\n"
+        handler = _WarningHandler(lambda message: self._warning(ctx, message))
         logging.getLogger("arp_hub").addHandler(handler)
         try:
             with joined(self.name or "", ctx.params.get("device")):
@@ -72,6 +86,12 @@ class Command(HelpfulCommand):
         finally:
             warnings.formatwarning = plain
             logging.getLogger("arp_hub").removeHandler(handler)
+
+    def _warning(self, ctx: Any, message: str) -> str:
+        """One line for a warning of the library, in the options of this command."""
+        from arp_hub.reports.tables import printable  # here, because `arp_hub` imports torch
+
+        return printable(f"warning: {in_options(message, self.get_params(ctx))}")
 
 
 class ScriptCommand(HelpfulCommand):

@@ -213,14 +213,15 @@ def shared_command(folder: Path, *words: str) -> list[dict[str, Any]]:
 
 def test_command_shares_its_work_and_prints_once(picture_folder: Path, tmp_path: Path) -> None:
     options = ["--model", "test_vit", "--num-classes", "2", "--model-kwargs", "img_size=32", "--keep-params", "0.5"]
-    options += ["--data", str(picture_folder), "--calibration-images", "16", "--effort", "fast", "--device", "cpu"]
-    options += ["--no-pretrained", "--refine-steps", "4", "--refine-images", "20"]
+    options += ["--data", str(picture_folder / "train"), "--calibration-images", "16", "--effort", "fast"]  # one split
+    options += ["--device", "cpu", "--no-pretrained", "--refine-steps", "4", "--refine-images", "20"]
     options += ["--output", str(tmp_path / "out"), "--json"]
     first, second = shared_command(tmp_path, "compress", *options)
     for one in (first, second):
         assert not one["code"], one["stderr"]
         assert not [thread for thread in one["threads"] if "gloo" in thread]  # they would abort Python at its end
     assert second["stdout"] == second["stderr"] == ""
+    assert first["stderr"].count("\nwarning: data '") == 1 and "has one usable split" in first["stderr"]
     figures = json.loads(first["stdout"])
     small = timm.create_model(f"local-dir:{tmp_path / 'out'}")
     assert figures["params"] == sum(parameter.numel() for parameter in small.parameters())

@@ -73,6 +73,8 @@ def model_card(
     Returns:
         Markdown with a YAML head, in the Hub's format.
     """
+    if config["num_classes"] <= 5:  # top-5 is always 100
+        metrics = {key: value for key, value in metrics.items() if key != "top5"}
     args = config.get("model_args", {})
     plan = args.get("plan")
     backbone = args.get("backbone", config["architecture"])

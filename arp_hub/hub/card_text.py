@@ -67,8 +67,6 @@ def numbers(metrics: Mapping[str, Any], decomposed: bool, exported: Mapping[str,
     """
     dense, rows = metrics.get("dense", {}), []
     for key, (label, form) in _ROWS.items():
-        if key == "top5" and metrics.get(key) == dense.get(key, 100) == 100:  # as it is with at most five classes
-            continue
         if key in metrics:
             before = dense.get(key)
             share = _percent(metrics[key], before) if before and key in ("params", "macs", "bytes") else ""

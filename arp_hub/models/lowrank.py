@@ -143,7 +143,7 @@ def arp_lowrank(
             raise
         mismatch = str(error).strip().splitlines()[-1].strip(" \t.")  # torch lists all of them, each on a line
         raise ArpHubError(
-            f"the weights in '{adapter.source}' do not fit {backbone} with its plan: {mismatch}: leave out "
+            f"the weights in '{adapter.source}' do not fit {backbone} with its plan: {mismatch:.300}: leave out "
             "arguments that change the model, or save or download it again"
         ) from error
     name_factors(model)

@@ -14,7 +14,6 @@ Every layer has ``n`` options, the dense one first: ``costs (n,)`` and ``losses 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -66,16 +65,21 @@ class CountedBudget:
         lowest = sum(layer.costs.min() for layer in options)
         if lowest > budget:
             self._refuse(self.share + (lowest - budget) / self.total)
-        chosen = allocate(options, budget)
-        unspent = (budget - sum(layer.costs[k] for layer, k in zip(options, chosen, strict=True))) / self.total
-        if unspent > self.share / 10:
-            warnings.warn(
-                f"keep_{self.cost}={self.share:g}, but the plan keeps {self.share - unspent:.3f}: no larger rank that "
-                "fits lowers the estimated error. More, or more varied, calibration images or a smaller rank_multiple "
-                "may change that",
-                stacklevel=3,
-            )
-        return chosen_plan(options, chosen, self.dense)
+        return chosen_plan(options, allocate(options, budget), self.dense)
+
+    def kept(self, plan: RankPlan, schemes: Mapping[str, Sequence[Scheme]]) -> float:
+        """The share of the total that a plan keeps.
+
+        Args:
+            plan: The plan.
+            schemes: The schemes that each of its layers could take.
+        """
+        saved = 0.0
+        for name, layer in plan.layers.items():
+            scheme = next(one for one in schemes[name] if (one.name, one.groups) == (layer.scheme, layer.groups))
+            costs = self.costs(name, scheme)
+            saved += float(costs[0] - costs[layer.rank])
+        return 1 - saved / self.total
 
     def _refuse(self, lowest: float) -> None:
         names = ", ".join(f"'{name}'" for name in list(self.dense)[:5]) + (", ..." if len(self.dense) > 5 else "")

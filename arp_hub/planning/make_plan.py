@@ -155,7 +155,15 @@ def make_plan(
         losses = weight_losses(model, layers, progress)
     else:
         losses = output_losses(model, layers, calibration, traced.macs, settings, processes, progress)
-    return made_for(model, processes.of_first(lambda: budget.plan(losses)))
+    plan = processes.of_first(lambda: budget.plan(losses))
+    if isinstance(budget, CountedBudget) and (kept := budget.kept(plan, layers)) < 0.9 * share:
+        more = "" if calibration is None else ". More, or more varied, calibration images may change that"
+        warnings.warn(
+            f"keep_{cost}={share:g}, but the plan keeps {kept:.3f}: no larger rank that fits lowers the estimated "
+            f"error{more}",
+            stacklevel=2,
+        )
+    return made_for(model, plan)
 
 
 def check_plannable(model: nn.Module, exclude: Sequence[str] | None) -> None:

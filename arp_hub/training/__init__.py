@@ -4,6 +4,7 @@ from .command import main
 from .config import TrainConfig
 from .data.dataset import ImageData, load_data
 from .data.excerpts import calibration_images, refinement_images
+from .data.input_format import note_crop
 from .data.splits import Split, StreamedSplit
 from .evaluate import Scores, evaluate
 from .trainer import run
@@ -18,6 +19,7 @@ __all__ = [
     "evaluate",
     "load_data",
     "main",
+    "note_crop",
     "refinement_images",
     "run",
 ]

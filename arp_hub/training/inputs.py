@@ -76,7 +76,9 @@ def load_data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
             )
         torch.manual_seed(config.seed)
         model = _dense_model(config, pretrained=pretrained, num_classes=data.num_classes)
-        note_crop(model, data.form)
+    if config.crop_pct not in (None, data.form.crop_pct):
+        _logger.warning("crop_pct=%g has no effect: images as small as these are not cropped", config.crop_pct)
+    note_crop(model, data.form)
     if config.train_img_size:
         _check_size(model, config.train_img_size, f"model '{config.model}'")
     if not checkpoint and not pretrained and not config.dense_epochs:

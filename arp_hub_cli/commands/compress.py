@@ -58,7 +58,12 @@ if TYPE_CHECKING:
 def compress(
     model: Model,
     output: Annotated[
-        Path, output_option(metavar="FOLDER", help="Folder to save the compressed model in.", show_default=False)
+        Path,
+        output_option(
+            metavar="FOLDER",
+            help="Folder to save the compressed model in. A model that it holds is replaced only with --overwrite.",
+            show_default=False,
+        ),
     ],
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = None,
@@ -116,6 +121,7 @@ def compress(
     from arp_hub.planning.make_plan import check_plannable, make_plan
     from arp_hub.reports import spectra
     from arp_hub.runtimes.timed import check_installed
+    from arp_hub.training import note_crop
     from arp_hub.training.data.excerpts import calibration_counts
 
     from ..inputs import (
@@ -190,6 +196,8 @@ def compress(
         "plan": made.to_dict(),
         "spectra": falls,
     }
+    if found and test:
+        note_crop(network, found.form)
     with stage("save"):
         save_pretrained(network, output, metrics=metrics, label_names=names or None, overwrite=overwrite)
     if as_json:

@@ -42,6 +42,8 @@ def predict(
 ) -> None:
     """Print the most probable classes of images, with their probabilities.
 
+    Images are resized and cropped as the model's config says.
+
     A path that does not exist is an error before any work. A file that cannot be decoded is one line on stderr; the
     others are still classified, and the exit code is 2.
 

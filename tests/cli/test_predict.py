@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 import arp_hub
-from arp_hub.training import load_data
+from arp_hub.training import load_data, note_crop
 from arp_hub_cli.app import app
 
 
@@ -83,10 +83,13 @@ def test_a_saved_model_prepares_images_as_those_it_was_measured_on(
         for path in paths:
             shard.add(path, path.name)
     source = str(tmp_path / "train-{0000..0000}.tar") if streaming else str(tmp_path / "photos")
-    split = load_data(source, model, require_labels=False, streaming=streaming).test.measured(3)
+    data = load_data(source, model, require_labels=False, streaming=streaming)
+    assert model.pretrained_cfg["crop_pct"] == share  # opening data leaves the model as it is
+    split = data.test.measured(3)
     pixels = torch.cat(list(split.images.evaluation(split.indices, 8, torch.device("cpu"), 0)))
     with torch.no_grad():
         measured = model(pixels).softmax(1)
+    note_crop(model, data.form)
     saved = arp_hub.save_pretrained(model, tmp_path / "out")
     cfg = json.loads((saved / "config.json").read_text())["pretrained_cfg"]
     assert (cfg["crop_mode"], cfg["crop_pct"]) == expected
@@ -138,3 +141,36 @@ def test_a_model_without_classes_is_refused(call: Any, tmp_path: Path) -> None:
     (path,) = images(tmp_path / "photos", 1, 150)
     code, out, err = call("predict", "test_resnet", path, "--no-pretrained", "--num-classes", 0)
     assert (code, out) == (2, "") and "the model has no classifier" in err
+
+
+COMPRESSED = {  # side of the images, with labels or without, crop that is saved
+    "small images with labels": (40, True, ("squash", 1.0)),
+    "small images without labels": (40, False, ("center", 0.95)),
+    "large images with labels": (150, True, ("center", 0.95)),
+}
+
+
+@pytest.mark.parametrize("case", COMPRESSED)
+def test_compress_saves_the_crop_of_the_images_that_it_measured(call: Any, tmp_path: Path, case: str) -> None:
+    side, labelled, expected = COMPRESSED[case]
+    for split, name in (("train", "cat"), ("train", "dog"), ("test", "cat"), ("test", "dog")):
+        images(tmp_path / "data" / split / name if labelled else tmp_path / "data", 4, side)
+    out = tmp_path / "out"
+    words = ("--model", "test_resnet", "--no-pretrained", "--num-classes", 2, "--keep-params", 0.6, "--effort", "fast")
+    code, _, err = call("compress", *words, "--schemes", "channel", "--data", tmp_path / "data", "--output", out)
+    assert code == 0, err
+    cfg = json.loads((out / "config.json").read_text())["pretrained_cfg"]
+    assert (cfg["crop_mode"], cfg["crop_pct"]) == expected
+    if expected[0] == "squash":  # a size for testing would be another input than the measured one
+        assert cfg.get("test_input_size") is cfg.get("test_crop_pct") is None
+
+
+def test_a_warning_of_the_library_is_one_plain_line(call: Any, saved: Path, tmp_path: Path) -> None:
+    for split, name in (("train", "cat"), ("train", "dog"), ("train", "[owl]"), ("test", "cat"), ("test", "dog")):
+        images(tmp_path / "data" / split / name, 2, 40)
+    (tmp_path / "data" / "train" / "cat" / "\x1b[31mnotes.txt").write_text("no image")
+    code, _, err = call("compress", "--model", saved, "--keep-params", 0.9, "--schemes", "channel", "--effort", "fast",
+                        "--data", tmp_path / "data", "--output", tmp_path / "small")  # fmt: skip
+    warned = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert code == 0 and "\x1b" not in err, err
+    assert any("notes.txt" in line for line in warned)

@@ -43,6 +43,7 @@ TRAINING = [
     "evaluate",
     "load_data",
     "main",
+    "note_crop",
     "refinement_images",
     "run",
 ]

@@ -16,13 +16,12 @@ from PIL import Image
 
 from arp_hub.errors import ArpHubError
 from arp_hub.hub.load import load_model
-from arp_hub.training import TrainConfig, calibration_images, evaluate, load_data
+from arp_hub.training import calibration_images, evaluate, load_data
 from arp_hub.training.data.augment import crop_and_flip
 from arp_hub.training.data.batches import epoch_batches
 from arp_hub.training.data.decoding import ImageFiles
 from arp_hub.training.data.images import StreamedImages, TrainBatch
 from arp_hub.training.data.input_format import InputFormat
-from arp_hub.training.inputs import load_data_and_model
 
 CPU = torch.device("cpu")
 
@@ -388,13 +387,3 @@ def test_an_unknown_augmentation_is_refused(model):
         pass
     with pytest.raises(ArpHubError, match="auto_augment: timm knows no augmentation 'sometimes'"):
         load_data("digits", model, augmentation="sometimes")
-
-
-def test_a_recipe_saves_that_small_images_are_not_cropped(tmp_path):
-    config = TrainConfig(
-        model="test_resnet", data="digits", keep_params=0.5, pretrained=False, dense_epochs=1, crop_pct=0.9,
-        output=str(tmp_path / "out"),
-    )  # fmt: skip
-    data, model = load_data_and_model(config)
-    assert model.num_classes == data.num_classes == 10  # it was built a second time, for the data
-    assert (model.pretrained_cfg["crop_pct"], model.pretrained_cfg["crop_mode"]) == (1.0, "squash")

@@ -130,8 +130,8 @@ def test_links_are_followed_but_not_in_a_circle(tmp_path, model):
         ([*TWO, "cat/.ipynb_checkpoints/1.png"], "1 of 4 files are not used: cat/.ipynb_checkpoints/1.png"),
         ([*under("train", TWO), *under("test", TWO), "extra/cat/9.png"], "1 of 7 files are not used: extra/cat/9.png"),
         ([*TWO, "README.md", "cat/.DS_Store"], None),
-        ([*under("train", TWO), "val/cat/1.png"], "split 'validation' has no images of 1 classes: dog"),
-        ([*under("train", TWO), *under("test", ["Cat/1.png", "dog/2.png"])], "'train' has no images of 1 classes: Cat"),
+        ([*under("train", TWO), "val/cat/1.png"], "split 'validation' has no images of 1 class: dog"),
+        ([*under("train", TWO), *under("test", ["Cat/1.png", "dog/2.png"])], "'train' has no images of 1 class: Cat"),
         (["images/1.png", "images/2.png"], "has one class, 'images': is there a folder for each class?"),
     ],
 )

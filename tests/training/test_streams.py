@@ -19,6 +19,7 @@ from shards import CLASSES, png, seen, write_shards, write_tar
 from arp_hub.errors import ArpHubError
 from arp_hub.hub.load import load_model
 from arp_hub.training import calibration_images, evaluate, load_data, refinement_images
+from arp_hub.training.data.input_format import input_format
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -217,3 +218,12 @@ def test_two_processes_train_on_unequal_shards_and_resume_exactly(tmp_path):
     middle = next(path for path in middle.iterdir() if path.name.startswith("compress") and path.name.endswith("6"))
     again = trained(folder, tmp_path / "out", "--resume", str(middle))
     assert again == pytest.approx(whole, rel=1e-6)
+
+
+def test_splits_of_a_stream_are_resized_alike(tmp_path):
+    for split, size in (("train", 40), ("test", 150)):
+        write_tar(tmp_path / f"{split}-0000.tar", [{"png": png(9, size), "cls": b"0"}])
+    model = load_model("test_resnet", pretrained=False, num_classes=CLASSES)
+    for streaming in (False, True):
+        data = load_data(str(tmp_path), model, streaming=streaming)
+        assert data.train.images.form == data.test.images.form == input_format(model)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ...errors import ArpHubError
 from .augment import Augmentation
-from .input_format import InputFormat, input_format, note_crop
+from .input_format import InputFormat, input_format
 from .sources import Table, Treatment, bind, open_tables, renamed
 from .splits import Split, StreamedSplit
 from .stream_sources import StreamTable, open_streams, timm_streams
@@ -109,9 +109,10 @@ def load_data(
 ) -> ImageData:
     """Open a data set for a model. Pixels are decoded when they are first used.
 
-    Images of at most 96 pixels a side, judged by a fixed sample of all splits, are small. They are resized to the input
-    size without a crop, and ``crop_pct`` and ``crop_mode`` in the model's pretrained_cfg are set to say so. All other
-    images are resized and cropped as that config says. Warnings name the files of a folder that are not used.
+    Images of at most 96 pixels a side, judged by a fixed sample of all splits, are small: they are resized to the input
+    size without a crop. All other images are resized and cropped as the model's config says. Before you save a model,
+    ``note_crop(model, data.form)`` notes in its config what holds here. Warnings name the files of a folder that are
+    not used.
 
     Args:
         source: ``digits``, the id of a Hub dataset, or a folder of class folders, parquet files or tar shards. Class
@@ -160,18 +161,14 @@ def load_data(
         else:
             opened = open_streams(source, columns, treatment, classes, counted=not epoch_images)
             streams = renamed(source, opened, chosen)
-        data = _arrange_streams(source, streams, epoch_images, require_labels)
+        return _arrange_streams(source, streams, epoch_images, require_labels)
+    if epoch_images:
+        raise ArpHubError(f"epoch_images={epoch_images} is for streams: set streaming, or leave it out")
+    if timm_name:
+        tables = bind(source, *open_timm(timm_name), treatment)
     else:
-        if epoch_images:
-            raise ArpHubError(f"epoch_images={epoch_images} is for streams: set streaming, or leave it out")
-        if timm_name:
-            tables = bind(source, *open_timm(timm_name), treatment)
-        else:
-            tables = renamed(source, open_tables(source, columns, treatment), chosen)
-        data = _arrange(source, tables, val_fraction, seed, require_labels)
-    if data.form != form:
-        note_crop(model, data.form)
-    return data
+        tables = renamed(source, open_tables(source, columns, treatment), chosen)
+    return _arrange(source, tables, val_fraction, seed, require_labels)
 
 
 def _arrange(source: str, tables: dict[str, Table], val_fraction: float, seed: int, require_labels: bool) -> ImageData:

@@ -216,8 +216,9 @@ def _warn_of_missing(source: str, labels: Mapping[str, list[int] | None], classe
     for split, numbers in labels.items():
         missing = set(classes).difference(classes[number] for number in numbers or ())
         if numbers and missing:
-            text = "data '%s': split '%s' has no images of %d classes: %s"
-            _logger.warning(text, source, split, len(missing), _first(missing))
+            text = "data '%s': split '%s' has no images of %d %s: %s"
+            noun = "class" if len(missing) == 1 else "classes"
+            _logger.warning(text, source, split, len(missing), noun, _first(missing))
 
 
 def parquet_splits(source: str, root: Path, config: str | None) -> tuple[dict[str, list[str]], Any]:

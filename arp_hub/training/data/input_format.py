@@ -59,9 +59,20 @@ def input_format(model: nn.Module) -> InputFormat:
 
 
 def note_crop(model: nn.Module, form: InputFormat) -> None:
-    """Note in a model's pretrained_cfg how the images of its data are cropped, so that it is saved with the model."""
+    """Note in a model's pretrained_cfg how the images of its accuracy are cropped, so that it is saved with the model.
+
+    Args:
+        model: A timm model. If its config asks for the same crop, nothing changes.
+        form: The format of the images, such as ``data.form``.
+
+    Example:
+        >>> note_crop(model, load_data("digits", model).form)  # doctest: +SKIP
+    """
+    ours = input_format(model)
+    if (ours.crop_pct, ours.crop_mode) == (form.crop_pct, form.crop_mode):
+        return
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
-    changes = {"crop_pct": form.crop_pct, "crop_mode": form.crop_mode, "test_crop_pct": None}
+    changes = {"crop_pct": form.crop_pct, "crop_mode": form.crop_mode, "test_crop_pct": None, "test_input_size": None}
     model.pretrained_cfg = model.default_cfg = {**cfg, **changes}  # type: ignore[assignment]  # a Module's attribute may be anything
 
 

@@ -100,6 +100,7 @@ def open_streams(
             known = (len(names) or classes) if found.label_key else 0
             images = ImageStream(source, samples, treatment, known)
             splits[str(name)] = StreamTable(images, counts.get(str(name)), names)
+        ImageStream.treat_alike([split.images for split in splits.values()])
     return splits
 
 
@@ -117,13 +118,15 @@ def timm_streams(wanted: TimmName, treatment: Treatment, epoch_images: int, clas
 
     train, test = wanted.splits
     tables = {"train": opened(train or "train", epoch_images or None)}
-    if test:
-        return tables | {"test": opened(test, None)}
-    for name in ("validation", "test"):
+    for name in (test,) if test else ("validation", "test"):
         try:
-            return tables | {"test": opened(name, None)}
-        except ArpHubError:  # timm cannot tell which splits there are
-            continue
+            tables["test"] = opened(name, None)
+            break
+        except ArpHubError:
+            if test:
+                raise
+            # timm cannot tell which splits there are
+    ImageStream.treat_alike([table.images for table in tables.values()])
     return tables
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from ..preemption import outlast_sigterm
 from ..seeds import keyed_seed
 from .decoding import survey
 from .images import BadImages, StreamedImages, rgb, seeds_of_image, worker_errors
-from .input_format import sent
+from .input_format import InputFormat, sent
 from .sources import Treatment
 
 Chunk = tuple[Tensor, Tensor]
@@ -117,17 +117,28 @@ class ImageStream:
         classes: Number of classes, to check labels; 0 without labels.
     """
 
+    white: Mapping[str, int]
+    form: InputFormat
+    transforms: StreamedImages
+
     def __init__(self, source: str, samples: Samples, treatment: Treatment, classes: int) -> None:
-        self.source, self.samples, self.classes = source, samples, classes
+        self.source, self.samples, self.classes, self._form = source, samples, classes, treatment.form
         self.bad: BadImages = _NamedBad(treatment.max_bad_images)
         self.augmentation = treatment.augmentation
-        head = Records(self._read(None, 16))  # enough to tell size and white: each may be a download
-        if not len(head):
+        self.head = Records(self._read(None, 16))  # enough to tell size and white: each may be a download
+        if not len(self.head):
             raise ArpHubError(f"data '{source}' has no images in one of its splits: remove the split, or fill it")
-        seen = survey([head])
-        self.white, self.form = seen.white, treatment.form.uncropped() if seen.small else treatment.form
-        self.labelled = classes > 0 and any(sample.label not in (None, -1) for sample in head.samples)
-        self.transforms = self.held([])
+        self.labelled = classes > 0 and any(sample.label not in (None, -1) for sample in self.head.samples)
+        self.treat_alike([self])
+
+    @staticmethod
+    def treat_alike(streams: Collection[ImageStream]) -> None:
+        """Decide for all splits together how images are resized, and which value is white in grey ones."""
+        seen = survey([stream.head for stream in streams])
+        for stream in streams:
+            stream.white = seen.white
+            stream.form = stream._form.uncropped() if seen.small else stream._form
+            stream.transforms = stream.held([])
 
     def held(self, samples: Sequence[Sample]) -> StreamedImages:
         """Some samples as images in memory, with the transforms of this stream."""
