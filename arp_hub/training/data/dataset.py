@@ -110,9 +110,9 @@ def load_data(
     """Open a data set for a model. Pixels are decoded when they are first used.
 
     Images of at most 96 pixels a side, judged by a fixed sample of all splits, are small: they are resized to the input
-    size without a crop. All other images are resized and cropped as the model's config says. Before you save a model,
-    ``note_crop(model, data.form)`` notes in its config what holds here. Warnings name the files of a folder that are
-    not used.
+    size without a crop. All other images are resized and cropped as the model's config says. Call
+    ``note_crop(model, data.form)`` before you save a model that was measured on small images. Warnings name the files
+    of a folder that are not used.
 
     Args:
         source: ``digits``, the id of a Hub dataset, or a folder of class folders, parquet files or tar shards. Class
