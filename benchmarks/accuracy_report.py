@@ -76,8 +76,8 @@ run of its network and budget in which the dense network is the teacher. The `ch
 held-out training images; the test images chose nothing. Rows were recorded at different commits and on different
 processors: each entry names its own, and `git log benchmarks/results/accuracy.json` the commit.
 
-Training rows have a pull of the penalty every eighth step. `long/resnet110/0.35` was trained on a GPU, the dense network
-first, and all other rows on one CPU thread.
+Training rows have a pull of the penalty every eighth step. `long/resnet110/0.35` was trained on a GPU, the dense
+network first, and all other rows on one CPU thread.
 
 ![Points of top-1 lost over the share of parameters kept](../img/accuracy.png)
 """

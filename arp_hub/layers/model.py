@@ -24,6 +24,23 @@ _CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 
 
+def check_bare(model: object) -> nn.Module:
+    """The model, if it is a module that is neither compiled nor wrapped to be shared among devices.
+
+    Raises:
+        ArpHubError: The message says what to pass.
+    """
+    if not isinstance(model, nn.Module):
+        shown = f"{type(model).__name__} {model!r}" if isinstance(model, str) else type(model).__name__
+        raise ArpHubError(f"model must be a torch.nn.Module, as timm.create_model returns it, got {shown:.100}")
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    if "_orig_mod" in model._modules:
+        raise ArpHubError("the model is compiled: pass model._orig_mod, and call torch.compile on the result")
+    if wrapper := kinds.intersection(_PARALLEL):
+        raise ArpHubError(f"the model is wrapped in {min(wrapper)}: pass it unwrapped, as model.module")
+    return model
+
+
 def check_model(model: object, *, mergeable: bool = False, sharded: bool = False) -> None:
     """Check that a model is a bare, uncompiled module.
 
@@ -35,17 +52,10 @@ def check_model(model: object, *, mergeable: bool = False, sharded: bool = False
     Raises:
         ArpHubError: If it is something else, or wrapped: the message says what to pass.
     """
-    if not isinstance(model, nn.Module):
-        shown = f"{type(model).__name__} {model!r}" if isinstance(model, str) else type(model).__name__
-        raise ArpHubError(f"model must be a torch.nn.Module, as timm.create_model returns it, got {shown:.100}")
-    kinds = {kind.__name__ for kind in type(model).__mro__}
-    if "_orig_mod" in model._modules:
-        raise ArpHubError("the model is compiled: pass model._orig_mod, and call torch.compile on the result")
-    if wrapper := kinds.intersection(_PARALLEL):
-        raise ArpHubError(f"the model is wrapped in {min(wrapper)}: pass it unwrapped, as model.module")
+    model = check_bare(model)
     if hasattr(model, "peft_config") and hasattr(model, "base_model"):
         raise ArpHubError("the model is wrapped by PEFT: pass model.merge_and_unload()")
-    if "ScriptModule" in kinds:
+    if "ScriptModule" in {kind.__name__ for kind in type(model).__mro__}:
         raise ArpHubError("the model is a TorchScript module: pass the Python model that it was made from")
     if not sharded:
         check_unsharded(model)

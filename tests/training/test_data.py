@@ -387,3 +387,13 @@ def test_an_unknown_augmentation_is_refused(model):
         pass
     with pytest.raises(ArpHubError, match="auto_augment: timm knows no augmentation 'sometimes'"):
         load_data("digits", model, augmentation="sometimes")
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [(torch.nn.DataParallel, "wrapped in DataParallel.*model.module"), (torch.compile, "compiled.*_orig_mod")],
+    ids=["parallel", "compiled"],
+)
+def test_a_wrapped_model_hides_its_config_and_is_refused(model, wrap, message):
+    with pytest.raises(ArpHubError, match=message):
+        load_data("digits", wrap(model))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ArpHubError
+from ...layers.model import check_bare
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ def input_format(model: nn.Module) -> InputFormat:
     """Input size and normalisation of a model, by its pretrained_cfg.
 
     Raises:
-        ArpHubError: If the model does not take images of three channels.
+        ArpHubError: If the model does not take images of three channels, or is compiled or wrapped.
     """
+    check_bare(model)
     config = timm.data.resolve_data_config({}, model=model)
     channels, height, width = config["input_size"]
     if channels != 3:
