@@ -149,7 +149,9 @@ Schemes = Annotated[
         show_default=False,
     ),
 ]
-RankMultiple = Annotated[int, fit_option(metavar="N", help="Ranks are multiples of this, to suit the hardware.")]
+RankMultiple = Annotated[
+    int, fit_option(metavar="N", help="Ranks are multiples of this; with --keep-latency, 1 means 8.")
+]
 Exclude = Annotated[
     str | None,
     fit_option(

@@ -24,13 +24,19 @@ PAGE = Path(__file__).with_name("command-line.md")
 MARK = "<!-- The text below is generated: python docs/_command_line.py -->"
 
 
+OF_RECIPES = (
+    "All recipes but `custom_loop.py` take these options, and `--config FILE` and `--print-config`: "
+    "`python recipes/any_backbone.py --help`."
+)
+
+
 def reference() -> str:
     """All commands and options, and all options of recipes."""
     group = typer.main.get_command(app)
     parts = ["## Commands"]
     for name, command in group.commands.items():  # type: ignore[attr-defined]  # an app of several commands is a group
         parts += _command(name, command)
-    parts += ["## Options of recipes", "Every recipe takes these options: `python recipes/any_backbone.py --help`."]
+    parts += ["## Options of recipes", OF_RECIPES]
     for heading in GROUPS:
         rows = [
             (f"`--{setting.name.replace('_', '-')}`", setting_help(setting, setting.default))

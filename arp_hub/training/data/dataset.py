@@ -111,8 +111,8 @@ def load_data(
 
     Images of at most 96 pixels a side, judged by a fixed sample of all splits, are small: they are resized to the input
     size without a crop. All other images are resized and cropped as the model's config says. Call
-    ``note_crop(model, data.form)`` before you save a model that was measured on small images. Warnings name the files
-    of a folder that are not used.
+    ``note_crop(model, data.form)`` before you save a model, so that others crop its images alike. Warnings name the
+    files of a folder that are not used.
 
     Args:
         source: ``digits``, the id of a Hub dataset, or a folder of class folders, parquet files or tar shards. Class
