@@ -96,5 +96,6 @@ def test_what_only_looks_like_an_input_does_not_matter(tmp: Path, monkeypatch: p
     monkeypatch.chdir(tmp)
     (tmp / "work" / "saved").rename("test_resnet")
     with pytest.raises(SystemExit) as stop:
-        app(["compress", *MODEL.split(), "--keep-params", "0.6", "--schemes", "channel", "--output", "test_resnet"])
+        app(["compress", *MODEL.split(), "--keep-params", "0.6", "--schemes", "channel", "--output", "test_resnet",
+             "--overwrite"])  # fmt: skip
     assert not stop.value.code

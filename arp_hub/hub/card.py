@@ -73,7 +73,7 @@ def model_card(
     Returns:
         Markdown with a YAML head, in the Hub's format.
     """
-    if config["num_classes"] <= 5:  # top-5 is always 100
+    if config["num_classes"] <= 5 and metrics.get("top5") == 100:  # as it always is
         metrics = {key: value for key, value in metrics.items() if key != "top5"}
     args = config.get("model_args", {})
     plan = args.get("plan")
