@@ -294,7 +294,8 @@ def measure_trained(name: str, row: Row, shared: Path, cuda_graphs: bool = False
         _copy_model(output, kept, shared)
         write_card(kept)
         metrics["model_folder"] = f"benchmarks/models/{kept.name}"
-    return {key: metrics[key] for key in metrics if key not in ("command", "data", "layers", "history")}
+    result = {key: metrics[key] for key in metrics if key not in ("command", "data", "layers", "history")}
+    return json.loads(without_folder(json.dumps(result), shared))
 
 
 def _copy_model(source: Path, target: Path, shared: Path) -> None:
