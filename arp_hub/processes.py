@@ -66,12 +66,6 @@ class Processes:
                 )
         return found
 
-    def share(self, things: Iterable[_Thing]) -> Iterator[tuple[int, _Thing]]:
-        """This process's share of some things, each with its number among all of them."""
-        for number, thing in enumerate(things):
-            if number % self.count == self.index:
-                yield number, thing
-
     def together(self, things: Iterable[_Thing]) -> Iterator[_Thing]:
         """All things, in every process. A failure to make one of them is that of all processes."""
         left, done = iter(things), object()

@@ -153,6 +153,26 @@ def test_several_processes_plan_wide_layers_as_one_does(tmp_path: Path) -> None:
     assert by_group(wide_plan, 2, tmp_path / "run") == [wide_plan()] * 2
 
 
+def images_seen() -> list[int]:
+    """Images of each pass that this process makes to plan and fit a network, with and without gradients."""
+    model, seen = network("depthwise convolutions"), [0, 0]
+
+    def count(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        seen[output.requires_grad] += len(args[0])
+
+    model.get_submodule("conv_stem").register_forward_hook(count)
+    torch.manual_seed(1)
+    large = torch.randn(24, 3, 224, 224)  # batches of six, which are back-propagated in five and one
+    decompose(model, make_plan(model, keep_params=0.5, calibration=large, effort=EFFORT), large, effort=EFFORT)
+    return seen
+
+
+def test_processes_see_as_many_images_each(tmp_path: Path) -> None:
+    first, second = by_group(images_seen, 2, tmp_path / "run")
+    assert first == second
+    assert first[1] == 36  # half of 24 images for each of three passes
+
+
 def plan_in_stacks() -> str:
     """A plan of layers that are fitted four at a time, as on a GPU."""
     kind = next(iter(NETWORKS))

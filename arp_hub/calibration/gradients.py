@@ -162,7 +162,7 @@ def _visit_gradients(
     done = True
     try:
         with processes.agreed():
-            for part, some in processes.share(_parts(batches(images, Place.of(model, images), most=most))):
+            for part, some in _shared_parts(batches(images, Place.of(model, images), most=most), processes):
                 size = len(some)
                 try:
                     _back_propagate(model, some, part)
@@ -180,10 +180,18 @@ def _visit_gradients(
     return all(processes.gather(done))
 
 
-def _parts(found: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Batches in parts whose activations memory can keep."""
-    for batch in found:
-        yield from batch.split(max(1, _PIXELS // math.prod(batch.shape[2:])))
+def _shared_parts(found: Iterable[Tensor], processes: Processes) -> Iterator[tuple[int, Tensor]]:
+    """One process's batches in parts whose activations memory can keep, each with its number among those of all.
+
+    Whole batches are shared out: in a batch of six images, split into five and one, a process that got every other
+    part would get five times as many images as its neighbour.
+    """
+    part = 0
+    for number, batch in enumerate(found):
+        for some in batch.split(max(1, _PIXELS // math.prod(batch.shape[2:]))):
+            if number % processes.count == processes.index:
+                yield part, some
+            part += 1
 
 
 def _back_propagate(model: nn.Module, images: Tensor, number: int) -> None:

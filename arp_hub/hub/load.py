@@ -110,6 +110,12 @@ def set_input_size(model: nn.Module, size: InputSize) -> None:
     changes: dict[str, Any] = {"input_size": tuple(size), "test_input_size": None}
     if tuple(cfg.get("input_size") or ())[1:] != tuple(size)[1:]:
         changes["pool_size"] = None
+    change_config(model, changes)
+
+
+def change_config(model: nn.Module, changes: Mapping[str, Any]) -> None:
+    """Change entries of a model's pretrained_cfg, which is saved with it. timm reads it under two names."""
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     model.pretrained_cfg = model.default_cfg = {**cfg, **changes}  # type: ignore[assignment]  # a Module's attribute may be anything
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from .._utils.torch_utils import evaluating
 from ..errors import ArpHubError
 from ..hub.client import FAILURES
-from ..hub.load import is_saved_model, load_model, set_input_size
+from ..hub.load import change_config, is_saved_model, load_model, set_input_size
 from ..models.arguments import unknown_argument
 from ..planning.make_plan import check_plannable
 from .config import ARGUMENTS, TrainConfig
@@ -114,8 +114,7 @@ def _dense_model(config: TrainConfig, **arguments: Any) -> nn.Module:
     if config.img_size:
         set_input_size(model, (3, config.img_size, config.img_size))
     if config.crop_pct:
-        cfg: Any = {**cast("dict[str, Any]", model.pretrained_cfg), "crop_pct": config.crop_pct}
-        model.pretrained_cfg = model.default_cfg = cfg
+        change_config(model, {"crop_pct": config.crop_pct})
     return model
 
 

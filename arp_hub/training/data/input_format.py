@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import timm.data
 import torch
 from torch import Tensor, nn
 
 from ...errors import ArpHubError
+from ...hub.load import change_config
 from ...layers.model import check_bare
 
 
@@ -73,9 +73,8 @@ def note_crop(model: nn.Module, form: InputFormat) -> None:
     ours = input_format(model)
     if (ours.crop_pct, ours.crop_mode) == (form.crop_pct, form.crop_mode):
         return
-    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     changes = {"crop_pct": form.crop_pct, "crop_mode": form.crop_mode, "test_crop_pct": None, "test_input_size": None}
-    model.pretrained_cfg = model.default_cfg = {**cfg, **changes}  # type: ignore[assignment]  # a Module's attribute may be anything
+    change_config(model, changes)
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
