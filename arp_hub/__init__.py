@@ -2,6 +2,7 @@
 
 from . import models  # registers the architectures with timm
 from ._version import __version__  # noqa: F401 - a name of the package, which `import *` leaves out
+from .compression import compress
 from .decomposition import decompose, to_dense
 from .deployment.export import export
 from .errors import ArpHubError
@@ -23,6 +24,7 @@ __all__ = [
     "Refinement",
     "Workload",
     "benchmark",
+    "compress",
     "decompose",
     "download",
     "export",

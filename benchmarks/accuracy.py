@@ -127,11 +127,10 @@ def _rows() -> dict[str, Row]:
         rows[f"train/resnet56/{keep}"] = Row("resnet56", keep, train=TRAIN | {"epochs": 2})
         rows[f"factors/resnet56/{keep}"] = Row("resnet56", keep, train=TRAIN | FACTORS | {"finetune_epochs": 2})
         rows[f"long/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | LONG)
+        rows[f"long/resnet56/{keep}"] = Row("resnet56", keep, train=TRAIN | LONG | {"epochs": 10})
         rows[f"long-teacher/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | {"epochs": 20} | TEACHER)
     for teacher, settings in CHOICES.items():
         rows[f"choose-{teacher}/resnet20/0.2"] = Row("resnet20", 0.2, train=TRAIN | CHOOSE | settings)
-    rows["long/resnet56/0.35"] = Row("resnet56", 0.35, train=TRAIN | LONG | {"epochs": 25})
-    rows["long/resnet56/0.2"] = Row("resnet56", 0.2, train=TRAIN | LONG | {"epochs": 10})
     rows["long/resnet110/0.35"] = Row("resnet110", 0.35, train=TRAIN | FROM_NOTHING)
     return rows
 

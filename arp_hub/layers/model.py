@@ -21,11 +21,15 @@ _SEPARATE = "qkv_bias_separate"
 _MERGING = ("fuse", "reparameterize", "switch_to_deploy")
 """Methods that ``timm.utils.reparameterize_model`` calls to merge a module's layers."""
 _CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+_WRAPPERS = (
+    *("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"),
+    *("ModelEma", "ModelEmaV2", "ModelEmaV3", "AveragedModel"),  # moving averages of timm and torch
+)
+"""Classes that hold a model as ``module``."""
 
 
 def check_bare(model: object) -> nn.Module:
-    """The model, if it is a module that is neither compiled nor wrapped to be shared among devices.
+    """The model, if it is a module that is neither compiled nor wrapped, to be shared among devices or averaged.
 
     Raises:
         ArpHubError: The message says what to pass.
@@ -36,7 +40,7 @@ def check_bare(model: object) -> nn.Module:
     kinds = {kind.__name__ for kind in type(model).__mro__}
     if "_orig_mod" in model._modules:
         raise ArpHubError("the model is compiled: pass model._orig_mod, and call torch.compile on the result")
-    if wrapper := kinds.intersection(_PARALLEL):
+    if wrapper := kinds.intersection(_WRAPPERS):
         raise ArpHubError(f"the model is wrapped in {min(wrapper)}: pass it unwrapped, as model.module")
     return model
 

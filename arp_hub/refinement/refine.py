@@ -104,11 +104,13 @@ def refine(
     """
     check_model(model)
     check_model(dense)
-    _check(model, dense, minutes, steps, batch_size)
+    check_amount(minutes, steps, batch_size)
+    check_dense(dense)
+    _check_pair(model, dense)
     for given in (images, held_out):
         if given is not None:
             check_normalised(given, dense)
-    learnt, measured = _split(images, held_out, seed)
+    learnt, measured = split_images(images, held_out, seed)
     processes = Processes.meeting(
         "refine",
         lambda: {
@@ -138,29 +140,54 @@ def refine(
     return Refinement(len(learnt), len(measured), *result)
 
 
-def _check(model: nn.Module, dense: nn.Module, minutes: float | None, steps: int | None, batch_size: int) -> None:
-    if not low_rank_layers(model):
-        raise ArpHubError("the model has no low-rank layer to refine: decompose it first")
-    if low_rank_layers(dense):
-        raise ArpHubError("`dense` is decomposed itself: pass the dense model that the decomposed one was made from")
+def check_amount(minutes: float | None, steps: int | None, batch_size: int = 1) -> None:
+    """Check how long a refinement is to work for.
+
+    Raises:
+        ArpHubError: If both are given, or one is no number above 0.
+    """
     if minutes is not None and steps is not None:
         raise ArpHubError("give minutes or steps, not both")
     for name, value in {"minutes": minutes, "steps": steps, "batch_size": batch_size}.items():
         if value is not None and not (isinstance(value, (int, float)) and value > 0 and math.isfinite(value)):
             raise ArpHubError(f"{name} must be a number above 0, got {value!r}")
+
+
+def check_dense(model: nn.Module) -> None:
+    """Check that a refinement can bring a decomposed model closer to this one.
+
+    Raises:
+        ArpHubError: If it is decomposed itself, or not in float32.
+    """
+    if low_rank_layers(model):
+        raise ArpHubError("`dense` is decomposed itself: pass the dense model that the decomposed one was made from")
+    _check_precision(model)
+
+
+def _check_precision(model: nn.Module) -> None:
+    if (dtype := next(model.parameters()).dtype) != torch.float32:
+        raise ArpHubError(f"refinement needs weights in float32, got {dtype}: call .float()")
+
+
+def _check_pair(model: nn.Module, dense: nn.Module) -> None:
+    if not low_rank_layers(model):
+        raise ArpHubError("the model has no low-rank layer to refine: decompose it first")
+    _check_precision(model)
     ours, theirs = next(model.parameters()), next(dense.parameters())
     if ours.device != theirs.device:
         raise ArpHubError(f"the model is on {ours.device}, the dense model on {theirs.device}: move them together")
-    if ours.dtype != torch.float32 or theirs.dtype != torch.float32:
-        raise ArpHubError(f"refinement needs weights in float32, got {ours.dtype} and {theirs.dtype}: call .float()")
     known = dict(weight_layers(dense))
     for name, layer in low_rank_layers(model).items():
         if name not in known or layer_shape(known[name]) != layer_shape(layer):
             raise ArpHubError(f"`dense` has no layer '{name}' of the model's shape: pass the model it was made from")
 
 
-def _split(images: Images, held_out: Images | None, seed: int) -> tuple[Tensor, Tensor]:
-    """The images to learn from, and those that only measure."""
+def split_images(images: Images, held_out: Images | None, seed: int) -> tuple[Tensor, Tensor]:
+    """The images to learn from, and those that only measure: ``held_out``, or else a random tenth.
+
+    Raises:
+        ArpHubError: If they are too few, or of several shapes.
+    """
     learnt = _tensor(images)
     if held_out is not None:
         measured = _tensor(held_out)
@@ -181,7 +208,12 @@ def _split(images: Images, held_out: Images | None, seed: int) -> tuple[Tensor, 
 
 
 def _tensor(images: Images) -> Tensor:
-    return images if isinstance(images, Tensor) else torch.cat([batch.cpu() for batch in batches(images)])
+    if isinstance(images, Tensor):
+        return images
+    found = [batch.cpu() for batch in batches(images)]
+    if len(shapes := {tuple(batch.shape[1:]) for batch in found}) > 1:
+        raise ArpHubError(f"refinement needs images of one shape, got {sorted(shapes)}: resize them")
+    return torch.cat(found)
 
 
 def _run(

@@ -6,8 +6,10 @@ import socket
 import pytest
 import timm
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.optim.swa_utils import AveragedModel
 
 from arp_hub import (
     AdaptiveRankPenalty,
@@ -276,6 +278,11 @@ MODELS = {
     "nothing": (lambda: None, "got NoneType"),
     "compiled": (lambda: torch.compile(timm.create_model("cifar_resnet20")), r"pass model\._orig_mod"),
     "partly compiled": (lambda: nn.Sequential(torch.compile(nn.Sequential(nn.Linear(8, 8)))), "part '0' is compiled"),
+    "moving average of timm": (lambda: ModelEmaV3(timm.create_model("cifar_resnet20")), r"unwrapped, as model\.module"),
+    "moving average of torch": (
+        lambda: AveragedModel(timm.create_model("cifar_resnet20")),
+        r"unwrapped, as model\.module",
+    ),
     "data parallel": (lambda: nn.DataParallel(timm.create_model("cifar_resnet20")), r"unwrapped, as model\.module"),
     "scripted": (lambda: torch.jit.script(nn.Sequential(nn.Linear(8, 8))), "TorchScript"),
 }

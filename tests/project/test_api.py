@@ -21,6 +21,7 @@ SURFACE = {
     "Refinement": "images held_out steps seconds before after",
     "Workload": "batch_size dtype channels_last",
     "benchmark": "model workload dense input_size compiled seconds",
+    "compress": "model keep_params keep_macs keep_latency schemes exclude calibration effort refine minutes steps seed",
     "decompose": "model plan calibration factors",
     "download": "repo_id revision",
     "export": "model output format int8 images test_images test_labels opset dynamic_batch overwrite",

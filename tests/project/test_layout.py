@@ -14,6 +14,7 @@ FLOORS = (
     {"layers"},
     {"calibration", "runtimes"},
     {"planning", "decomposition", "penalty", "refinement"},
+    {"compression"},
     {"models"},
     {"reports"},
     {"hub"},
