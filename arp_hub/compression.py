@@ -42,7 +42,7 @@ def compress(
     Call the three functions yourself for the plan, for the figures of the refinement, or to decompose in place.
 
     Args:
-        model: A dense model, on the device to work on. It stays as it is.
+        model: A dense model, on the device to work on. It is not changed.
         keep_params: Share of the model's parameters to keep, between 0 and 1.
         keep_macs: Share of its multiply-accumulates to keep.
         keep_latency: Share of the time of its forward pass to keep. Give exactly one of the three.

@@ -333,6 +333,12 @@ def _load(
         )
 
 
+def check_data_options(data: str | None, **given: Any) -> None:
+    """Refuse options about the data where there are no data, before any work."""
+    if data is None and (names := [_option(name) for name, value in given.items() if value]):
+        raise ArpHubError(f"{names[0]} is about images, and there are none: give --data, or leave {names[0]} out")
+
+
 def open_images(
     data: ImageData | None, count: int | None, copies: int | None, seed: int, workers: int
 ) -> Tensor | None:
@@ -340,4 +346,7 @@ def open_images(
     if data is None:
         return None
     with stage("read calibration images"):
-        return calibration_images(data, count, copies=copies, seed=seed, workers=workers)
+        images = calibration_images(data, count, copies=copies, seed=seed, workers=workers)
+    if 0 < len(images) < 32:
+        note(f"warning: plan and fit rest on {len(images)} calibration images, and a few hundred are far more accurate")
+    return images

@@ -94,6 +94,8 @@ def command(metrics: Mapping[str, Any]) -> str:
         elif any(_is_local(value) for value in values):
             return ""
         kept += [option, *values]
+    if (count := metrics.get("processes", 1)) != 1 and printed.startswith("python "):
+        printed = printed.replace("python", f"python -m torch.distributed.run --nproc_per_node {count}", 1)
     return f"{printed} {shlex.join(word for word in kept if word)}".rstrip()
 
 

@@ -172,7 +172,7 @@ def recipe(metrics: Mapping[str, Any]) -> str:
     config, refined = metrics.get("config"), _refined(metrics.get("refinement"))
     if metrics.get("trained") is False:
         count = metrics.get("calibration_images")
-        how = f"fitted to each layer's output on {count:,d} unlabelled images" if count else "computed from the weights"
+        how = f"fitted to each layer's output on {_unlabelled(count)}" if count else "computed from the weights"
         begin = "No labels were used" if refined else "No training"
         return f"{begin}: the factors were {how}.{refined}"
     return f"{_trained(config)}{refined} All settings are in `metrics.json`." if isinstance(config, Mapping) else ""
@@ -197,6 +197,10 @@ def _trained(config: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
+def _unlabelled(count: int) -> str:
+    return f"{count:,d} unlabelled image{'' if count == 1 else 's'}"
+
+
 def _epochs(count: Any) -> str:
     return f"{count} epoch{'' if count == 1 else 's'}"
 
@@ -207,7 +211,7 @@ def _refined(refinement: Any) -> str:
         return ""
     before, after = refinement["before"], refinement["after"]
     where = f"on {refinement['held_out']:,d} other images"
-    done = f" The fit was refined on {refinement['images']:,d} unlabelled images for {_duration(refinement['seconds'])}"
+    done = f" The fit was refined on {_unlabelled(refinement['images'])} for {_duration(refinement['seconds'])}"
     if after >= before:
         return f"{done}, but no step brought it closer to the dense model's predictions {where}: the fit is unchanged."
     digits = next((n for n in range(3, 7) if round(before, n) != round(after, n)), 6)

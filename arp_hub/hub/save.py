@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,11 @@ def check_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> 
     """
     folder = checked_path(folder, "folder")
     above = next(place for place in folder.absolute().parents if place.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ArpHubError(f"cannot save in '{folder}': '{above}' is a file or read-only: choose another folder")
+    try:  # the folder is put together beside its place, and some file systems refuse what their modes allow
+        Path(tempfile.mkdtemp(prefix=".arp_hub-", dir=above)).rmdir()
+    except OSError as error:
+        what = f"'{above}' is a file or read-only: choose another folder"
+        raise ArpHubError(f"cannot save in '{folder}': {what}") from error
     try:
         str(folder.absolute()).encode()
     except UnicodeEncodeError as error:
@@ -130,7 +134,7 @@ def check_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> 
             strange = names
         shown = f"'{strange[0]}'" if strange else "another model"
         raise ArpHubError(
-            f"'{folder}' holds {shown}, which arp_hub did not save: choose another folder, or replace all of it with "
+            f"'{folder}' holds {shown}, no file of a saved model: choose another folder, or replace all of it with "
             "overwrite=True"
         )
 
@@ -187,6 +191,10 @@ def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
         ) from error
     if not isinstance(plain.get("dense", {}), dict):
         raise ArpHubError(f"metrics['dense'] must hold the dense model's metrics by name, got {plain['dense']!r:.100}")
+    for name in ("top1", "top5"):
+        for where, scores in (("metrics", plain), ("metrics['dense']", plain.get("dense", {}))):
+            if isinstance(value := scores.get(name), (int, float)) and not 0 <= value <= 100:
+                raise ArpHubError(f"{where}['{name}'] must lie between 0 and 100 (per cent), got {value!r}")
     plan = plain.get("plan") or {}
     if not isinstance(plan, dict) or not isinstance(plan.get("dense", {}), dict):
         raise ArpHubError(f"metrics['plan'] must be a plan as RankPlan.to_dict gives it, got {plan!r:.100}")

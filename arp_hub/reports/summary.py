@@ -142,7 +142,7 @@ def _layer_reports(model: nn.Module, plan: RankPlan, before: Trace) -> list[Laye
                 )
             )
         else:
-            reason = plan.dense.get(name) or refusal(module) or "the plan does not name it"
+            reason = plan.dense.get(name) or refusal(module) or "not decomposed"
             layers.append(_dense_report(name, module, reason, sizes))
     for name, parameter in other_parameters(model):
         reason = plan.dense.get(name, "no layer's weight")

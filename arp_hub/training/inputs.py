@@ -99,7 +99,7 @@ def _dense_model(config: TrainConfig, **arguments: Any) -> nn.Module:
         model = load_model(config.model, config.checkpoint or None, **given)
     except ArpHubError as error:
         if isinstance(error.__cause__, FAILURES) and given.get("pretrained") and not is_saved_model(config.model):
-            raise ArpHubError(f"{error}; or give a checkpoint, or leave out pretrained") from error
+            raise ArpHubError(f"{error}; or give a checkpoint, or pretrained=False for random weights") from error
         unknown = unknown_argument(error.__cause__, given) if error.__cause__ else None
         if unknown == "img_size" and unknown in named:  # the model takes images of any size
             del given["img_size"]

@@ -127,6 +127,7 @@ def compress(
     from ..inputs import (
         ModelChoice,
         RefineChoice,
+        check_data_options,
         check_effort,
         open_data,
         open_images,
@@ -142,6 +143,16 @@ def compress(
     check_effort(effort)
     refinement = RefineChoice(refine, refine_minutes, refine_steps, refine_images)
     refinement.check(data)
+    check_data_options(
+        data,
+        image_key=image_key,
+        label_key=label_key,
+        streaming=streaming,
+        calibration_images=calibration,
+        calibration_copies=copies,
+        max_images=max_images,
+        workers=workers,
+    )
     local = model if model.startswith("local-dir:") else None
     check_inputs_outside(output, {"--data": data, "--checkpoint": checkpoint, "--plan": plan, "--model": local})
     check_folder(output, overwrite=overwrite)

@@ -117,11 +117,12 @@ def export(
     from arp_hub.runtimes.formats import runtime_of
     from arp_hub.training import calibration_images
 
-    from ..inputs import ModelChoice, open_data, open_model
+    from ..inputs import ModelChoice, check_data_options, open_data, open_model
 
     runtime_of(format).require(int8)
     if int8 and data is None:
         raise ArpHubError("--int8 needs images to calibrate on: give --data")
+    check_data_options(data, image_key=image_key, label_key=label_key, streaming=streaming, workers=workers)
     kind = f"{format}-int8" if int8 else format
     target = output or Path(f"{model.removeprefix('local-dir:').rpartition('hub:')[2].rstrip('/')}-{kind}")
     check_inputs_outside(target, {"--data": data, "--checkpoint": checkpoint})

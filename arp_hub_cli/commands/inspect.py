@@ -73,11 +73,12 @@ def inspect(
     from arp_hub.reports.model_figures import spectra_figure
     from arp_hub.reports.plots import check_picture_path, save_figure
 
-    from ..inputs import ModelChoice, open_data, open_images, open_model
+    from ..inputs import ModelChoice, check_data_options, open_data, open_images, open_model
 
     given = None if plan is None else RankPlan.load(plan)
     if plot is not None:
         check_picture_path(plot)
+    check_data_options(data, image_key=image_key, streaming=streaming, workers=workers)
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
     network, random_weights = open_model(choice)
     schemes = {} if given is None else check_plan(network, given)

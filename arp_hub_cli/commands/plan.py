@@ -85,6 +85,7 @@ def plan(
 
     from ..inputs import (
         ModelChoice,
+        check_data_options,
         check_effort,
         check_plan_file,
         open_data,
@@ -98,6 +99,15 @@ def plan(
     options = plan_options(keep_params, keep_macs, keep_latency, workload, schemes, rank_multiple, exclude)
     check_installed(workload)
     check_effort(effort)
+    check_data_options(
+        data,
+        image_key=image_key,
+        label_key=label_key,
+        streaming=streaming,
+        calibration_images=calibration,
+        calibration_copies=copies,
+        workers=workers,
+    )
     check_inputs_outside(output, {"--data": data, "--checkpoint": checkpoint})
     check_plan_file(output, overwrite)
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)

@@ -109,7 +109,8 @@ def main() -> None:
         "amortised_seconds": round(amortised, 5),
         "penalty_share_of_step": round(amortised / spread["step"].median, 4),
         "nuclear_norm_share_of_step": nuclear_share(spread),
-        "torchao_share_of_step": torchao_share(spread),
+        "torchao_share_of_step": torchao_share(spread, "torchao"),
+        "min_rank_share_of_step": torchao_share(spread, "min_rank"),
         "bases_share_of_weights": round(bases / sum(weight.nbytes for weight in weights), 4),
         "energy_gap": None if args.alone else captured(args.model, args.every, device),
         **in_training,
@@ -148,18 +149,27 @@ def share_in_training(
 
 
 def torchao_steps(model: nn.Module, names: list[str]) -> dict[str, Callable[[], object]]:
-    """Optimiser steps with and without torchao's proximal nuclear norm (prototype/pat); none without torchao."""
+    """Optimiser steps with torchao's penalties (prototype/pat), and without one; none without torchao.
+
+    They are the proximal nuclear norm, and `MinRankConstraint` at half of each layer's rank.
+    """
     try:
         from torchao.prototype.pat.optim import PruneOptimizer
     except ImportError:
         return {}
-    weights = [model.get_submodule(name).weight for name in names]
-    for weight in weights:
-        weight.grad = torch.zeros_like(weight)
-    group = {"params": weights, "group_type": "SVDGrouper", "prox_type": "ProxNuclearNorm", "reg_lambda": 1e-6}
-    pruner = PruneOptimizer(torch.optim.SGD([group], lr=0.01, momentum=0.9))
-    plain = torch.optim.SGD([{"params": weights}], lr=0.01, momentum=0.9)
-    return {"torchao": pruner.step, "sgd": plain.step}
+    rules: dict[str, dict[str, object]] = {
+        "torchao": {"group_type": "SVDGrouper", "prox_type": "ProxNuclearNorm", "reg_lambda": 1e-6},
+        "min_rank": {"group_type": "SVDGrouper", "prox_type": "MinRankConstraint", "min_sparsity": 0.5},
+        "sgd": {},
+    }
+    steps: dict[str, Callable[[], object]] = {}
+    for name, rule in rules.items():
+        weights = [nn.Parameter(model.get_submodule(layer).weight.detach().clone()) for layer in names]
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        plain = torch.optim.SGD([{"params": weights, **rule}], lr=0.01, momentum=0.9)
+        steps[name] = (PruneOptimizer(plain) if rule else plain).step
+    return steps
 
 
 def nuclear_share(spread: dict[str, Spread]) -> float | None:
@@ -167,11 +177,11 @@ def nuclear_share(spread: dict[str, Spread]) -> float | None:
     return round(spread["nuclear"].median / spread["step"].median, 4) if "nuclear" in spread else None
 
 
-def torchao_share(spread: dict[str, Spread]) -> float | None:
-    """Time that torchao's step adds to the plain one, over that of a training step."""
-    if "torchao" not in spread:
+def torchao_share(spread: dict[str, Spread], penalty: str) -> float | None:
+    """Time that one of torchao's penalties adds to a plain optimiser step, over that of a training step."""
+    if penalty not in spread:
         return None
-    return round((spread["torchao"].median - spread["sgd"].median) / spread["step"].median, 4)
+    return round((spread[penalty].median - spread["sgd"].median) / spread["step"].median, 4)
 
 
 def captured(name: str, every: int, device: torch.device, steps: int = 20) -> float:

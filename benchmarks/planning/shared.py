@@ -143,7 +143,7 @@ def table() -> str:
         same = "yes" if row["same_plan"] else "no"
         lines.append(
             f"| {NETWORKS[name].title} | {row['images']:,} | {one:.0f} s | {two:.0f} s | {one / two:.2f} | {more} | "
-            f"{same} | {row['difference']:.0e} |"
+            f"{same} | {row['difference']:.1e} |"
         )
     return "\n".join(lines)
 

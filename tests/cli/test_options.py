@@ -94,6 +94,24 @@ def test_a_saved_folder_needs_no_prefix_and_a_timm_name_keeps_its_meaning(
     assert "the weights of 'test_resnet' are random" in said("test_resnet", *own)
 
 
+ABOUT_IMAGES = {
+    "plan": ("--image-key x", "--label-key x", "--streaming", "--calibration-images 8", "--workers 1"),
+    "compress": ("--calibration-copies 1", "--max-images 8", "--streaming", "--calibration-images 8"),
+    "inspect": ("--image-key x", "--streaming", "--workers 1"),
+    "export": ("--image-key x", "--label-key x", "--streaming", "--workers 1"),
+}
+
+
+@pytest.mark.parametrize(("command", "options"), [(k, one) for k, every in ABOUT_IMAGES.items() for one in every])
+def test_options_about_images_are_refused_without_images(call: Any, tmp_path: Path, command: str, options: str) -> None:
+    words = COMMANDS.get(command, "export --format torch-export --output {tmp}/file").format(tmp=tmp_path).split()
+    name = ["test_resnet"] if command == "export" else ["--model", "test_resnet"]
+    code, out, err = call(*words, *name, "--no-pretrained", *options.split())
+    assert (code, out, len(err.splitlines())) == (2, "", 1), err
+    assert f"{options.split()[0]} is about images, and there are none: give --data" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 REFUSED = {
     "an argument that the model lacks": ("--model-kwargs magic=1", "'test_resnet' takes no argument 'magic'"),
     "an argument without a value": ("--model-kwargs magic", "--model-kwargs takes NAME=VALUE"),

@@ -7,10 +7,13 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from timm.data import create_transform, resolve_data_config
 
 import arp_hub
@@ -99,6 +102,35 @@ def test_a_saved_model_prepares_images_as_those_it_was_measured_on(
     given = sorted([{one["index"]: one["probability"] for one in found["classes"]}[0] for found in listed])
     assert given == pytest.approx(sorted(measured[:, 0].tolist()), rel=1e-5)  # a stream has an order of its own
     assert given[2] - given[0] > 1e-4  # the images differ by more
+
+
+def test_a_model_measured_on_digits_classifies_their_files_alike(
+    call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ARP_HUB_PICTURES", "0")
+    torch.manual_seed(0)
+    bilinear = {"interpolation": "bilinear", "crop_pct": 0.875}  # not what digits are enlarged by
+    model = timm.create_model("test_resnet", num_classes=10, pretrained_cfg_overlay=bilinear).eval()
+    with torch.no_grad():  # a random classifier hardly tells images apart
+        model.get_classifier().weight.mul_(30)
+    data = load_data("digits", model)
+    split = data.test.measured(20)
+    pixels = torch.cat(list(split.images.evaluation(split.indices, 20, torch.device("cpu"), 0)))
+    with torch.no_grad():
+        measured = model(pixels).softmax(1)[:, 0]
+    note_crop(model, data.form)
+    saved = arp_hub.save_pretrained(model, tmp_path / "out")
+    digits = load_digits()
+    _, test = train_test_split(np.arange(1797), test_size=0.2, stratify=digits.target, random_state=0)
+    (tmp_path / "photos").mkdir()
+    for place, index in enumerate(np.sort(test)[split.indices]):
+        levels = (digits.images[index] * 255 / 16).round().astype(np.uint8)
+        Image.fromarray(levels).save(tmp_path / "photos" / f"{place:02}.png")
+    code, out, _ = call("predict", f"local-dir:{saved}", tmp_path / "photos", "--json", "--top-k", 10)
+    listed = json.loads(out)["predictions"]
+    given = [{one["index"]: one["probability"] for one in found["classes"]}[0] for found in listed]
+    assert code == 0 and given == pytest.approx(measured.tolist(), rel=1e-2)
+    assert measured.std() > 0.1 * measured.mean()  # the digits differ by more
 
 
 def test_a_broken_image_is_one_line_and_the_others_are_classified(call: Any, saved: Path, tmp_path: Path) -> None:

@@ -290,7 +290,7 @@ def test_the_card_names_the_teacher(folder: Path) -> None:
 def test_the_card_shows_what_became_of_every_layer(folder: Path) -> None:
     card = card_of(folder)
     assert re.search(r"\| `layer1.0.conv1` \| 32 -> 32, 3x3, cp \| \d+ \| 9,216 \| [\d,]+ \| \d+ % \|", card.text)
-    assert "| the plan does not name it | `conv1.0`," in card.text
+    assert "| not decomposed | `conv1.0`," in card.text
     assert "![Rank and parameters of each decomposed layer](ranks.png)" in card.text
 
 

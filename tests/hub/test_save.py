@@ -278,6 +278,8 @@ def test_a_merged_standardised_model_would_load_as_another(tmp_path: Path) -> No
         (lambda: small_model().to("meta"), {}, "meta device"),
         (small_model, {"metrics": {"top1": float("nan")}}, "finite numbers"),
         (small_model, {"metrics": {"model": object()}}, "what JSON holds"),
+        (small_model, {"metrics": {"top1": 250.0}}, "metrics\\['top1'\\] must lie between 0 and 100"),
+        (small_model, {"metrics": {"dense": {"top5": -1}}}, "metrics\\['dense'\\]\\['top5'\\] must lie"),
         (small_model, {"metrics": {"dense": 3}}, "metrics\\['dense'\\]"),
         (small_model, {"label_names": ["cat", "dog"]}, "all 10 classes"),
         (small_model, {"model_args": {"num_classes": 3}}, "num_classes"),
@@ -316,6 +318,9 @@ def test_folders_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     other.mkdir()
     check_folder(other)
     check_folder(tmp_path / "new")
+    if Path("/proc").is_dir():  # its modes allow what the system refuses
+        with pytest.raises(arp_hub.ArpHubError, match="'/proc' is a file or read-only"):
+            check_folder("/proc/new")
     (other / "config.json").write_text('{"architecture": "resnet18"}')
     with pytest.raises(arp_hub.ArpHubError, match="another model"):
         check_folder(other)

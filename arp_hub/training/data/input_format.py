@@ -61,20 +61,19 @@ def input_format(model: nn.Module) -> InputFormat:
 
 
 def note_crop(model: nn.Module, form: InputFormat) -> None:
-    """Note in a model's pretrained_cfg how the images of its accuracy are cropped, so that it is saved with the model.
+    """Note in a model's pretrained_cfg how the images of its accuracy are resized, so that it is saved with the model.
 
     Args:
-        model: A timm model. If its config asks for the same crop, nothing changes.
+        model: A timm model. If its config asks for the same, nothing changes.
         form: The format of the images, such as ``data.form``.
 
     Example:
         >>> note_crop(model, load_data("digits", model).form)  # doctest: +SKIP
     """
     ours = input_format(model)
-    if (ours.crop_pct, ours.crop_mode) == (form.crop_pct, form.crop_mode):
-        return
-    changes = {"crop_pct": form.crop_pct, "crop_mode": form.crop_mode, "test_crop_pct": None, "test_input_size": None}
-    change_config(model, changes)
+    noted = {name: getattr(form, name) for name in ("interpolation", "crop_pct", "crop_mode")}
+    if any(getattr(ours, name) != value for name, value in noted.items()):
+        change_config(model, {**noted, "test_crop_pct": None, "test_input_size": None})
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,7 +74,7 @@ def open_tables(source: str, columns: Columns, treatment: Treatment) -> dict[str
     if source == "digits":
         if columns.image or columns.label:
             raise ArpHubError("data 'digits' has no columns to choose from: leave out image_key and label_key")
-        return _digits(treatment.form.uncropped(), treatment.augmentation)
+        return _digits(replace(treatment.form.uncropped(), interpolation=_ENLARGED_BY), treatment.augmentation)
     return bind(source, *_open(source, columns), treatment)
 
 
@@ -128,6 +128,10 @@ def _resized(source: str, splits: Mapping[str, Rows], treatment: Treatment) -> d
     return images
 
 
+_ENLARGED_BY = "bicubic"
+"""Interpolation that enlarges the digits, whatever that of the model."""
+
+
 def _digits(form: InputFormat, augmentation: Augmentation) -> dict[str, Table]:
     """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; one fixed, stratified fifth is for testing."""
     digits = load_digits()
@@ -136,7 +140,8 @@ def _digits(form: InputFormat, augmentation: Augmentation) -> dict[str, Table]:
     parts = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=digits.target, random_state=0)
 
     def enlarge(chosen: Tensor) -> Tensor:
-        pixels = F.interpolate(grey[chosen], size=form.size, mode="bicubic", align_corners=False)
+        # with antialias the kernel is that of Pillow, with which images of files are resized
+        pixels = F.interpolate(grey[chosen], size=form.size, mode=_ENLARGED_BY, align_corners=False, antialias=True)
         return pixels.round_().clamp_(0, 255).byte().expand(-1, 3, -1, -1).contiguous()
 
     tables = {}
