@@ -130,7 +130,7 @@ def test_a_model_measured_on_digits_classifies_their_files_alike(
     listed = json.loads(out)["predictions"]
     given = [{one["index"]: one["probability"] for one in found["classes"]}[0] for found in listed]
     assert code == 0 and given == pytest.approx(measured.tolist(), rel=1e-2)
-    assert measured.std() > 0.1 * measured.mean()  # the digits differ by more
+    assert measured.std() > 0.04 * measured.mean()  # the digits differ by more
 
 
 def test_a_broken_image_is_one_line_and_the_others_are_classified(call: Any, saved: Path, tmp_path: Path) -> None:
