@@ -11,9 +11,10 @@ from .calibration.images import Images
 from .decomposition import decompose
 from .effort import Effort
 from .errors import ArpHubError
+from .layers.model import check_model
 from .layers.trace import InputSize
-from .planning.make_plan import make_plan
-from .refinement.refine import check_amount, check_dense, split_images
+from .planning.make_plan import check_plannable, make_plan
+from .refinement.refine import check_amount, check_refinable, split_images
 from .refinement.refine import refine as refine_model
 from .timing import Workload
 
@@ -40,6 +41,7 @@ def compress(
     """Compress a copy of a model: `make_plan`, `decompose` and, with ``refine=True``, `refine` in one call.
 
     Call the three functions yourself for the plan, for the figures of the refinement, or to decompose in place.
+    Where ``torch.distributed`` is initialised, every process calls this with the same arguments and shares the work.
 
     Args:
         model: A dense model, on the device to work on. It is not changed.
@@ -51,8 +53,8 @@ def compress(
         rank_multiple: Ranks are multiples of this, see `make_plan`.
         exclude: Names or glob patterns of layers that stay dense, see `make_plan`.
         calibration: Unlabelled images, normalised as the model expects: a tensor ``(N, C, H, W)`` or batches. With
-            ``refine``, a tenth of them is held out: neither the fit nor the refinement sees them, and what raises the
-            divergence of their predictions is undone.
+            ``refine``, a tenth of them is held out: no weight is fitted to them. They choose the learning rates, and a
+            half of the refinement that raises the divergence of their predictions is undone.
         input_size: ``(channels, height, width)``; by default that of the images, or the model's own.
         effort: ``"fast"``, ``"balanced"``, ``"thorough"``, or an `arp_hub.effort.Effort`.
         refine: Whether optimiser steps on the calibration images follow the fit. They need no labels, and at least 20
@@ -76,7 +78,9 @@ def compress(
         if calibration is None:
             raise ArpHubError("refine=True needs images: pass calibration=, unlabelled images of the model's data")
         check_amount(minutes, steps)
-        check_dense(model)
+        check_model(model)
+        check_plannable(model, exclude)
+        check_refinable(model)
         calibration, held_out = split_images(calibration, None, seed)
     elif minutes is not None or steps is not None:
         raise ArpHubError("minutes and steps are for the refinement: pass refine=True, or leave them out")

@@ -1,6 +1,7 @@
 """The exception that arp_hub raises for every error that a user can correct, and checks of paths that raise it."""
 
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,6 +27,28 @@ class ArpHubError(ValueError):
 def cause(error: Exception) -> str:
     """Why a file could not be written, without the name of a temporary one."""
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def check_writable(folder: Path, given: object) -> None:
+    """Make a file in a folder, or in the first folder above it that exists, and delete it.
+
+    Modes do not tell: some file systems refuse what they allow.
+
+    Args:
+        folder: The folder.
+        given: What is to be written there, for messages.
+
+    Raises:
+        ArpHubError: If no file can be made, such as below a file, in a read-only folder or on a full disk.
+    """
+    above = next(place for place in (folder, *folder.parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=above) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise ArpHubError(
+            f"cannot write '{given}': nothing can be written in '{above}' ({cause(error)}): choose another place"
+        ) from error
 
 
 def checked_path(given: object, what: str) -> Path:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from arp_hub._utils.progress import stage, watched
 from arp_hub.effort import EFFORTS
-from arp_hub.errors import ArpHubError
+from arp_hub.errors import ArpHubError, check_writable
 from arp_hub.hub.client import FAILURES
 from arp_hub.hub.load import is_saved_model, load_model, set_input_size
 from arp_hub.layers.trace import InputSize
@@ -24,6 +24,7 @@ from arp_hub.refinement import LEAST_IMAGES, Refinement, refine
 from arp_hub.schemes import SCHEMES
 from arp_hub.timing import DTYPES, PRECISIONS, RUNTIMES, Workload
 from arp_hub.training import ImageData, calibration_images, load_data, refinement_images
+from arp_hub.training.data.excerpts import calibration_counts
 
 from .terminal import note
 
@@ -107,6 +108,7 @@ def check_plan_file(path: Path, overwrite: bool) -> None:
     """Refuse to overwrite a file that is not a plan."""
     if not path.parent.is_dir():
         raise ArpHubError(f"cannot write '{path}': there is no folder '{path.parent}'")
+    check_writable(path.parent, path)
     if path.is_dir():
         raise ArpHubError(f"cannot write the plan '{path}': it is a folder")
     if path.exists() and not overwrite:
@@ -335,7 +337,7 @@ def _load(
 
 def check_data_options(data: str | None, **given: Any) -> None:
     """Refuse options about the data where there are no data, before any work."""
-    if data is None and (names := [_option(name) for name, value in given.items() if value]):
+    if data is None and (names := [_option(name) for name, value in given.items() if value not in (None, False)]):
         raise ArpHubError(f"{names[0]} is about images, and there are none: give --data, or leave {names[0]} out")
 
 
@@ -346,7 +348,11 @@ def open_images(
     if data is None:
         return None
     with stage("read calibration images"):
-        images = calibration_images(data, count, copies=copies, seed=seed, workers=workers)
-    if 0 < len(images) < 32:
-        note(f"warning: plan and fit rest on {len(images)} calibration images, and a few hundred are far more accurate")
-    return images
+        return calibration_images(data, count, copies=copies, seed=seed, workers=workers)
+
+
+def warn_of_few_images(data: ImageData | None, count: int | None, copies: int | None) -> None:
+    """Warn where the images are too few for a good plan and fit."""
+    images = calibration_counts(data, count, copies)[0] if data else 0
+    if 0 < images < 32:
+        note(f"warning: calibration images: {images} in all. A few hundred make plan and fit more accurate")

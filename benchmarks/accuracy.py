@@ -165,7 +165,6 @@ KEPT = (
     "long/resnet20/0.2",
     "long/resnet56/0.35",
     "long/resnet56/0.2",
-    "long/resnet110/0.35",
 )
 """Rows whose trained models are stored in models/: the longest one that is taught by the dense network, of each network
 and budget. The `choose-*` rows chose that teacher."""

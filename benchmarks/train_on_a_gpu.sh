@@ -27,6 +27,7 @@ case $row in
         ;;
 esac
 out=runs/gpu/$row
+case " $* " in *" --max-steps "*) out+=-trial ;; esac  # a trial is no row
 if [ -e "$out/metrics.json" ]; then
     echo "done: $out"
     exit

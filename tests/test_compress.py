@@ -70,7 +70,8 @@ def test_refinement_is_measured_on_images_that_the_fit_has_not_seen(data):
     ids=["no budget", "no images", "few images", "two shapes", "two amounts", "no time", "no refinement"],
 )
 def test_bad_arguments_are_refused_before_any_work(options, said, monkeypatch):
-    monkeypatch.setattr("arp_hub.compression.decompose", lambda *_, **__: pytest.fail("work has begun"))
+    for work in ("decompose", "make_plan") if options else ("decompose",):  # the plan refuses a missing budget
+        monkeypatch.setattr(f"arp_hub.compression.{work}", lambda *_, **__: pytest.fail("work has begun"))
     with pytest.raises(ArpHubError, match=said):
         compress(network(), **options)
 
@@ -80,5 +81,9 @@ def test_models_that_cannot_be_refined_are_refused_before_any_work(monkeypatch):
     with pytest.raises(ArpHubError, match=r"call \.float\(\)"):
         compress(network().half(), keep_params=0.6, calibration=images(), refine=True)
     decomposed = decompose(network(), make_plan(network(), keep_params=0.6))
-    with pytest.raises(ArpHubError, match="decomposed itself"):
+    with pytest.raises(ArpHubError, match="decomposed already"):
         compress(decomposed, keep_params=0.6, calibration=images(), refine=True)
+    with pytest.raises(ArpHubError, match="all parameters are frozen"):
+        compress(network().requires_grad_(False), keep_params=0.6, calibration=images(), refine=True)
+    with pytest.raises(ArpHubError, match="model must be a torch.nn.Module"):
+        compress("resnet18", keep_params=0.6, calibration=images(), refine=True)

@@ -181,17 +181,17 @@ def _visit_gradients(
 
 
 def _shared_parts(found: Iterable[Tensor], processes: Processes) -> Iterator[tuple[int, Tensor]]:
-    """One process's batches in parts whose activations memory can keep, each with its number among those of all.
+    """One process's parts of the batches, as memory can keep their activations, each with its number among all parts.
 
-    Whole batches are shared out: in a batch of six images, split into five and one, a process that got every other
-    part would get five times as many images as its neighbour.
+    Each part goes to the process with the fewest images so far: parts of five and one take turns in batches of six.
     """
-    part = 0
-    for number, batch in enumerate(found):
-        for some in batch.split(max(1, _PIXELS // math.prod(batch.shape[2:]))):
-            if number % processes.count == processes.index:
-                yield part, some
-            part += 1
+    images = [0] * processes.count
+    parts = (some for batch in found for some in batch.split(max(1, _PIXELS // math.prod(batch.shape[2:]))))
+    for number, some in enumerate(parts):
+        owner = images.index(min(images))
+        images[owner] += len(some)
+        if owner == processes.index:
+            yield number, some
 
 
 def _back_propagate(model: nn.Module, images: Tensor, number: int) -> None:

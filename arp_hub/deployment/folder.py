@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..errors import ArpHubError, checked_path
+from ..errors import ArpHubError, check_writable, checked_path
 
 RECORD = "export.json"
 """File that describes the exported one."""
@@ -24,9 +24,7 @@ def check_output(output: str | os.PathLike[str], model: str | None, overwrite: b
         ArpHubError: If it is a file, read-only, or holds other files, the current directory or the saved model.
     """
     folder = checked_path(output, "output").absolute()
-    above = next(place for place in folder.parents if place.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ArpHubError(f"cannot write to '{output}': '{above}' is a file or read-only: choose another folder")
+    check_writable(folder.resolve().parent, output)
     if folder.exists() and not folder.is_dir():
         raise ArpHubError(f"'{output}' is a file: choose a folder for the export")
     source = Path(model.removeprefix("local-dir:")) if model and model.startswith("local-dir:") else None

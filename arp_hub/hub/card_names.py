@@ -94,7 +94,7 @@ def command(metrics: Mapping[str, Any]) -> str:
         elif any(_is_local(value) for value in values):
             return ""
         kept += [option, *values]
-    if (count := metrics.get("processes", 1)) != 1 and printed.startswith("python "):
+    if isinstance(count := metrics.get("processes"), int) and count > 1 and printed.startswith("python "):
         printed = printed.replace("python", f"python -m torch.distributed.run --nproc_per_node {count}", 1)
     return f"{printed} {shlex.join(word for word in kept if word)}".rstrip()
 
@@ -124,9 +124,7 @@ def _is_local(word: str) -> bool:
         return False
     if colon and kind == "local-dir":
         return True
-    return (
-        word.endswith((".safetensors", ".pth", ".pt", ".bin", ".json", ".yaml", ".yml")) or "/" in word or "\\" in word
-    )
+    return word.endswith(_FILES) or "/" in word or "\\" in word
 
 
 def _last_part(path: Any) -> str:

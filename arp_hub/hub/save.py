@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from .._utils.environment import environment
 from .._utils.files import replacing
 from .._utils.parse import parse_json, read_json
 from .._utils.secrets import redact
-from ..errors import ArpHubError, cause, checked_path
+from ..errors import ArpHubError, cause, check_writable, checked_path
 from ..layers.model import check_model
 from ..layers.trace import input_size_of
 from ..reports.run_page import REPORT
@@ -108,12 +107,7 @@ def check_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> 
             Unless ``overwrite``, also if it holds files that `save_pretrained` did not write.
     """
     folder = checked_path(folder, "folder")
-    above = next(place for place in folder.absolute().parents if place.exists())
-    try:  # the folder is put together beside its place, and some file systems refuse what their modes allow
-        Path(tempfile.mkdtemp(prefix=".arp_hub-", dir=above)).rmdir()
-    except OSError as error:
-        what = f"'{above}' is a file or read-only: choose another folder"
-        raise ArpHubError(f"cannot save in '{folder}': {what}") from error
+    check_writable(folder.resolve().parent, folder)  # the folder is put together beside its place
     try:
         str(folder.absolute()).encode()
     except UnicodeEncodeError as error:
@@ -132,11 +126,8 @@ def check_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> 
     if names and not overwrite and (strange or not is_saved_folder(folder)):
         if not strange and CONFIG not in names:  # pictures alone
             strange = names
-        shown = f"'{strange[0]}'" if strange else "another model"
-        raise ArpHubError(
-            f"'{folder}' holds {shown}, no file of a saved model: choose another folder, or replace all of it with "
-            "overwrite=True"
-        )
+        shown = f"'{strange[0]}', no file of a saved model" if strange else "another model, not saved by arp_hub"
+        raise ArpHubError(f"'{folder}' holds {shown}: choose another folder, or replace all of it with overwrite=True")
 
 
 def is_saved_folder(folder: Path) -> bool:

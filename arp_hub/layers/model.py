@@ -23,13 +23,13 @@ _MERGING = ("fuse", "reparameterize", "switch_to_deploy")
 _CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WRAPPERS = (
     *("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"),
-    *("ModelEma", "ModelEmaV2", "ModelEmaV3", "AveragedModel"),  # moving averages of timm and torch
+    *("ModelEmaV2", "ModelEmaV3", "AveragedModel"),  # moving averages of timm and torch
 )
 """Classes that hold a model as ``module``."""
 
 
 def check_bare(model: object) -> nn.Module:
-    """The model, if it is a module that is neither compiled nor wrapped, to be shared among devices or averaged.
+    """The model, if it is a module that is neither compiled nor wrapped for several devices or for averaging.
 
     Raises:
         ArpHubError: The message says what to pass.

@@ -105,7 +105,7 @@ def refine(
     check_model(model)
     check_model(dense)
     check_amount(minutes, steps, batch_size)
-    check_dense(dense)
+    check_refinable(model)
     _check_pair(model, dense)
     for given in (images, held_out):
         if given is not None:
@@ -153,26 +153,25 @@ def check_amount(minutes: float | None, steps: int | None, batch_size: int = 1) 
             raise ArpHubError(f"{name} must be a number above 0, got {value!r}")
 
 
-def check_dense(model: nn.Module) -> None:
-    """Check that a refinement can bring a decomposed model closer to this one.
+def check_refinable(model: nn.Module) -> None:
+    """Check that a refinement can change a model, or what it will be decomposed to.
 
     Raises:
-        ArpHubError: If it is decomposed itself, or not in float32.
+        ArpHubError: If it is not in float32, or all of its parameters are frozen.
     """
-    if low_rank_layers(model):
-        raise ArpHubError("`dense` is decomposed itself: pass the dense model that the decomposed one was made from")
-    _check_precision(model)
-
-
-def _check_precision(model: nn.Module) -> None:
     if (dtype := next(model.parameters()).dtype) != torch.float32:
         raise ArpHubError(f"refinement needs weights in float32, got {dtype}: call .float()")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ArpHubError("all parameters are frozen, so that nothing can be refined: call model.requires_grad_(True)")
 
 
 def _check_pair(model: nn.Module, dense: nn.Module) -> None:
     if not low_rank_layers(model):
         raise ArpHubError("the model has no low-rank layer to refine: decompose it first")
-    _check_precision(model)
+    if low_rank_layers(dense):
+        raise ArpHubError("`dense` is decomposed itself: pass the dense model that the decomposed one was made from")
+    if (dtype := next(dense.parameters()).dtype) != torch.float32:
+        raise ArpHubError(f"refinement needs a dense model in float32, got {dtype}: call .float()")
     ours, theirs = next(model.parameters()), next(dense.parameters())
     if ours.device != theirs.device:
         raise ArpHubError(f"the model is on {ours.device}, the dense model on {theirs.device}: move them together")

@@ -39,6 +39,7 @@ def learning(student: nn.Module, dense: nn.Module) -> Iterator[list[nn.Parameter
     finally:
         for parameter, before in zip(every, needed, strict=True):
             parameter.requires_grad_(before)
+        for parameter in chosen:
             parameter.grad = None
 
 

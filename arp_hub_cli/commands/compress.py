@@ -134,6 +134,7 @@ def compress(
         open_model,
         plan_options,
         timed_workload,
+        warn_of_few_images,
     )
     from ..outcome import before_after, next_steps, refinement_effect, weight_bytes
 
@@ -151,7 +152,7 @@ def compress(
         calibration_images=calibration,
         calibration_copies=copies,
         max_images=max_images,
-        workers=workers,
+        workers=workers or None,
     )
     local = model if model.startswith("local-dir:") else None
     check_inputs_outside(output, {"--data": data, "--checkpoint": checkpoint, "--plan": plan, "--model": local})
@@ -167,6 +168,7 @@ def compress(
         check_plan(network, given)
     found = open_data(data, network, image_key, label_key, streaming)
     images = open_images(found, calibration, copies, seed, workers)
+    warn_of_few_images(found, calibration, copies)
     counts = calibration_counts(found, calibration, copies) if found else (0, 0)
     test = _test_split(network, found)
     # of several processes the first one measures and saves

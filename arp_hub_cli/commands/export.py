@@ -122,7 +122,7 @@ def export(
     runtime_of(format).require(int8)
     if int8 and data is None:
         raise ArpHubError("--int8 needs images to calibrate on: give --data")
-    check_data_options(data, image_key=image_key, label_key=label_key, streaming=streaming, workers=workers)
+    check_data_options(data, image_key=image_key, label_key=label_key, streaming=streaming, workers=workers or None)
     kind = f"{format}-int8" if int8 else format
     target = output or Path(f"{model.removeprefix('local-dir:').rpartition('hub:')[2].rstrip('/')}-{kind}")
     check_inputs_outside(target, {"--data": data, "--checkpoint": checkpoint})

@@ -78,7 +78,7 @@ def inspect(
     given = None if plan is None else RankPlan.load(plan)
     if plot is not None:
         check_picture_path(plot)
-    check_data_options(data, image_key=image_key, streaming=streaming, workers=workers)
+    check_data_options(data, image_key=image_key, streaming=streaming, workers=workers or None)
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
     network, random_weights = open_model(choice)
     schemes = {} if given is None else check_plan(network, given)

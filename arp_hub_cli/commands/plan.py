@@ -93,6 +93,7 @@ def plan(
         open_model,
         plan_options,
         timed_workload,
+        warn_of_few_images,
     )
 
     workload = timed_workload(batch_size, dtype, channels_last, runtime, precision)
@@ -106,14 +107,16 @@ def plan(
         streaming=streaming,
         calibration_images=calibration,
         calibration_copies=copies,
-        workers=workers,
+        workers=workers or None,
     )
     check_inputs_outside(output, {"--data": data, "--checkpoint": checkpoint})
     check_plan_file(output, overwrite)
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
     network, random_weights = open_model(choice, meta=data is None)
     check_plannable(network, options["exclude"])
-    images = open_images(open_data(data, network, image_key, label_key, streaming), calibration, copies, seed, workers)
+    found = open_data(data, network, image_key, label_key, streaming)
+    images = open_images(found, calibration, copies, seed, workers)
+    warn_of_few_images(found, calibration, copies)
     made = make_plan(network, **options, calibration=images, effort=effort, progress=True)
     if not is_first():
         return

@@ -108,9 +108,9 @@ def main() -> None:
         "rounds": len(samples["step"]),
         "amortised_seconds": round(amortised, 5),
         "penalty_share_of_step": round(amortised / spread["step"].median, 4),
-        "nuclear_norm_share_of_step": nuclear_share(spread),
-        "torchao_share_of_step": torchao_share(spread, "torchao"),
-        "min_rank_share_of_step": torchao_share(spread, "min_rank"),
+        "nuclear_norm_share_of_step": share(spread, "nuclear"),
+        "torchao_share_of_step": share(spread, "torchao", without="sgd"),
+        "min_rank_share_of_step": share(spread, "min_rank", without="sgd"),
         "bases_share_of_weights": round(bases / sum(weight.nbytes for weight in weights), 4),
         "energy_gap": None if args.alone else captured(args.model, args.every, device),
         **in_training,
@@ -172,16 +172,12 @@ def torchao_steps(model: nn.Module, names: list[str]) -> dict[str, Callable[[], 
     return steps
 
 
-def nuclear_share(spread: dict[str, Spread]) -> float | None:
-    """Time of the nuclear norm over that of a training step."""
-    return round(spread["nuclear"].median / spread["step"].median, 4) if "nuclear" in spread else None
-
-
-def torchao_share(spread: dict[str, Spread], penalty: str) -> float | None:
-    """Time that one of torchao's penalties adds to a plain optimiser step, over that of a training step."""
-    if penalty not in spread:
+def share(spread: dict[str, Spread], rival: str, without: str = "") -> float | None:
+    """Time of a rival over that of a training step, less the time ``without`` it; None if it was not timed."""
+    if rival not in spread:
         return None
-    return round((spread[penalty].median - spread["sgd"].median) / spread["step"].median, 4)
+    less = spread[without].median if without else 0.0
+    return round((spread[rival].median - less) / spread["step"].median, 4)
 
 
 def captured(name: str, every: int, device: torch.device, steps: int = 20) -> float:

@@ -112,6 +112,15 @@ def test_options_about_images_are_refused_without_images(call: Any, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_few_images_are_warned_of(call: Any, tmp_path: Path) -> None:
+    words = ["--model", "test_resnet", "--no-pretrained", "--keep-params", "0.9", "--data", "digits"]
+    for count, warned in ((8, True), (32, False)):
+        output = tmp_path / str(count)
+        code, _, err = call("compress", *words, "--calibration-images", count, "--max-images", 8, "--output", output)
+        assert code == 0, err
+        assert ("warning: calibration images: 8 in all" in err) == warned
+
+
 REFUSED = {
     "an argument that the model lacks": ("--model-kwargs magic=1", "'test_resnet' takes no argument 'magic'"),
     "an argument without a value": ("--model-kwargs magic", "--model-kwargs takes NAME=VALUE"),
@@ -218,7 +227,7 @@ def test_a_place_below_a_file_is_refused_before_any_work(call: Any, tmp_path: Pa
         "compress", "--model", "nosuch", "--keep-params", "0.5", "--output", tmp_path / "file" / "out"
     )
     assert (code, out, len(err.splitlines())) == (2, "", 1), err
-    assert "is a file or read-only" in err
+    assert "nothing can be written in" in err
 
 
 @pytest.mark.parametrize(("name", "fixed"), [("test_resnet", False), ("vit_tiny_patch16_224", True)])

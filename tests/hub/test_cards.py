@@ -237,9 +237,10 @@ def test_a_command_is_printed_where_a_reader_can_run_it(recorded: Any, dataset: 
 
 def test_a_command_of_several_processes_starts_as_many() -> None:
     recorded = {"command": "resnet50.py --cpu --epochs 3", "processes": 2}
-    assert (
-        command(recorded) == "python -m torch.distributed.run --nproc_per_node 2 recipes/resnet50.py --cpu --epochs 3"
-    )
+    launched = "python -m torch.distributed.run --nproc_per_node 2 recipes/resnet50.py --cpu --epochs 3"
+    assert command(recorded) == launched
+    assert "in a clone of" in rendered(**recorded)
+    assert command(recorded | {"processes": None}) == "python recipes/resnet50.py --cpu --epochs 3"
 
 
 def test_recipes_whose_commands_are_printed_exist() -> None:

@@ -111,7 +111,7 @@ def load_data(
 
     Images of at most 96 pixels a side, judged by a fixed sample of all splits, are small: they are resized to the input
     size without a crop. All other images are resized and cropped as the model's config says. Call
-    ``note_crop(model, data.form)`` before you save a model, so that others crop its images alike. Warnings name the
+    ``note_crop(model, data.form)`` before you save a model, so that others resize its images alike. Warnings name the
     files of a folder that are not used.
 
     Args:
