@@ -39,12 +39,11 @@ def check_writable(folder: Path, given: object) -> None:
         given: What is to be written there, for messages.
 
     Raises:
-        ArpHubError: If no file can be made, such as below a file, in a read-only folder or on a full disk.
+        ArpHubError: If no file can be made, such as below a file or in a read-only folder.
     """
     above = next(place for place in (folder, *folder.parents) if place.exists())
     try:
-        with tempfile.TemporaryFile(dir=above) as file:
-            file.write(b"0")
+        tempfile.TemporaryFile(dir=above).close()
     except OSError as error:
         raise ArpHubError(
             f"cannot write '{given}': nothing can be written in '{above}' ({cause(error)}): choose another place"
