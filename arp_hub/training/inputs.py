@@ -86,6 +86,18 @@ def load_data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
     return data, model
 
 
+def _loaded(config: TrainConfig, given: dict[str, Any]) -> nn.Module:
+    """The model with some arguments. Where its weights cannot be had, the error says how to do without them."""
+    try:
+        return load_model(config.model, config.checkpoint or None, **given)
+    except ArpHubError as error:
+        cause = error.__cause__
+        named = cause and unknown_argument(cause, given)
+        if isinstance(cause, FAILURES) and not named and given.get("pretrained") and not is_saved_model(config.model):
+            raise ArpHubError(f"{error}; or give a checkpoint, or pretrained=False for random weights") from cause
+        raise
+
+
 def _dense_model(config: TrainConfig, **arguments: Any) -> nn.Module:
     """The dense model with the arguments that the settings give it.
 
@@ -96,14 +108,12 @@ def _dense_model(config: TrainConfig, **arguments: Any) -> nn.Module:
     given = {argument: getattr(config, setting) for argument, setting in named.items()}
     given |= {**(config.model_kwargs or {}), **arguments}
     try:
-        model = load_model(config.model, config.checkpoint or None, **given)
+        model = _loaded(config, given)
     except ArpHubError as error:
-        if isinstance(error.__cause__, FAILURES) and given.get("pretrained") and not is_saved_model(config.model):
-            raise ArpHubError(f"{error}; or give a checkpoint, or pretrained=False for random weights") from error
         unknown = unknown_argument(error.__cause__, given) if error.__cause__ else None
         if unknown == "img_size" and unknown in named:  # the model takes images of any size
             del given["img_size"]
-            model = load_model(config.model, config.checkpoint or None, **given)
+            model = _loaded(config, given)
         elif unknown in named:
             raise ArpHubError(
                 f"{named[unknown]}={given[unknown]}: the model '{config.model}' takes no argument '{unknown}': leave "

@@ -5,7 +5,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from arp_hub.errors import ArpHubError
-from arp_hub.training import TrainConfig
+from arp_hub.training import TrainConfig, inputs, run
 from arp_hub.training.command import parse_command
 from arp_hub.training.config import read_config
 from arp_hub.training.config_fields import GROUPS
@@ -165,3 +165,18 @@ def test_help_shows_defaults_of_the_recipe(capsys, monkeypatch):
 def test_mixing_needs_pairs(mixing, parts):
     with pytest.raises(ArpHubError, match="odd number: choose a multiple"):
         TrainConfig(model="resnet18", keep_params=0.5, **mixing, **parts)
+
+
+@pytest.mark.parametrize("size", [0, 32], ids=["its own size", "a size that is no argument of the model"])
+def test_weights_that_cannot_be_had_name_the_ways_without_them(size, tmp_path, monkeypatch):
+    load = inputs.load_model
+
+    def offline(name, checkpoint, **arguments):
+        if "img_size" in arguments:  # refused before any download
+            return load(name, checkpoint, **{**arguments, "pretrained": False})
+        raise ArpHubError("cannot load it") from OSError("the network is gone")
+
+    monkeypatch.setattr(inputs, "load_model", offline)
+    given = {"model": "resnet18", "data": "digits", "keep_params": 0.5, "pretrained": True, "img_size": size or None}
+    with pytest.raises(ArpHubError, match="cannot load it; or give a checkpoint, or pretrained=False"):
+        run(TrainConfig(**given, output=str(tmp_path / "out")))
