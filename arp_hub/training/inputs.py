@@ -87,7 +87,7 @@ def load_data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
 
 
 def _loaded(config: TrainConfig, given: dict[str, Any]) -> nn.Module:
-    """The model with some arguments. Where its weights cannot be had, the error says how to do without them."""
+    """The model with some arguments. If its weights cannot be loaded, the error says how to start without them."""
     try:
         return load_model(config.model, config.checkpoint or None, **given)
     except ArpHubError as error:
