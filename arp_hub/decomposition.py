@@ -205,10 +205,9 @@ def _decompose_by_data(
                 found = paired_moments(*pupils, model, passes, partial(_no_moments, norms, passes, effort, most), most)
 
                 def fit(found: dict[str, Moments], name: str) -> _Fit:
-                    # popped, so that the memory of a layer's moments is free once it is fitted
-                    teacher, moments, gradient = teachers[name], found.pop(name), gradients.pop(name, None)
-                    with factorising(name):
-                        problem = LayerProblem.of(teacher, moments, gradient, norms.get(name))
+                    norm = norms.get(name)
+                    with factorising(name):  # popped, so that the memory of a layer's moments is free when it is fitted
+                        problem = LayerProblem.of(teachers[name], found.pop(name), gradients.pop(name, None), norm)
                         return _fitted(problem, schemes.get(name), plan.layers.get(name), effort)
 
                 costs = {name: _fit_cost(teachers[name], plan.layers.get(name)) for name in names}

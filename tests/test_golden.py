@@ -101,9 +101,9 @@ def fitted_by_images(shared: Path, plan: arp_hub.RankPlan) -> Tensor:
     return outputs(arp_hub.decompose(model, plan, calibration(shared), effort="fast"))
 
 
-def recorded() -> tuple[Path, bool]:
-    """The folder of outputs to compare with, and whether a machine like this one made them: then every bit counts."""
-    folders = sorted(path.parent for path in GOLDEN.glob("*/machine.json"))
+def recorded(file: str) -> tuple[Path, bool]:
+    """The folder with a file to compare with, and whether a machine like this one made it: then every bit counts."""
+    folders = sorted(path.parent for path in GOLDEN.glob(f"*/{file}"))
     for folder in folders:
         if json.loads((folder / "machine.json").read_text()).items() <= machine().items():
             return folder, True
@@ -111,7 +111,7 @@ def recorded() -> tuple[Path, bool]:
 
 
 def same(found: Tensor, key: str) -> bool:
-    folder, exactly = recorded()
+    folder, exactly = recorded("outputs.safetensors")
     expected = load_file(folder / "outputs.safetensors")
     if key not in expected:  # the model is newer than what this machine recorded
         exactly = False
@@ -157,7 +157,7 @@ def test_plans_by_weights(name: str, shared: Path) -> None:
 
 
 def test_plan_and_fit_by_images(shared: Path) -> None:
-    folder, exactly = recorded()
+    folder, exactly = recorded("cifar_resnet20-images.json")
     stored = arp_hub.RankPlan.load(folder / "cifar_resnet20-images.json")
     plan, found = by_images(shared)
     if exactly:

@@ -28,6 +28,7 @@ from torch import Tensor
 from ..processes import Processes
 from ..schemes.shapes import LayerShape, Pair
 from .regression import Regression
+from .symmetric_sum import SymmetricSum
 
 SAMPLES = 16
 """Patches for each column of a moment, over all images: more patches do not improve the fit."""
@@ -127,9 +128,8 @@ class Moments:
         square = shape.groups * self.columns**2
         enough = math.inf if images is None else SAMPLES * self.columns / images
         self._positions = max(LEAST_POSITIONS, int(min(positions_macs / square, enough)))
-        # double precision: else the order of the parts, which the number of processes decides, would change the plan
+        self._xx = SymmetricSum(shape.groups, self.columns, device)
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        self._xx = zeros(shape.groups, self.columns, self.columns)
         self._yx = zeros(shape.groups, shape.group_out, self.columns) if paired else None
         self._x, self._y = zeros(shape.groups, self.columns), zeros(shape.groups, shape.group_out)
         self._squares = zeros(shape.groups)
@@ -185,26 +185,20 @@ class Moments:
     def add_up(self, processes: Processes) -> None:
         """Sum over processes, each of which has counted its share of the batches."""
         counts = torch.tensor([self._count, self._count_squares], dtype=torch.float64, device=self._x.device)
-        sums = (self._xx, self._x, self._y, self._squares, counts, *(() if self._yx is None else (self._yx,)))
-        processes.add(sums)
+        sums = (self._x, self._y, self._squares, counts, *(() if self._yx is None else (self._yx,)))
+        processes.add((*self._xx.blocks, *sums))
         self._count, self._count_squares = (int(count) for count in counts)
 
-    def _add(self, parts: Sequence[tuple[Tensor, Tensor]], rows: int = 1024) -> None:
+    def _add(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Add parts, each of patches ``(G, D, n)`` and outputs ``(G, O, n)``, by one product of all of them.
 
         For ``n < D`` writing ``D x D`` sums takes longer than computing them, so parts are not summed one by one.
-
-        Args:
-            parts: The parts.
-            rows: Rows of the product at a time. The memory of larger blocks goes back to the system after each use.
         """
         columns, y = (torch.cat(tensors, -1) if len(parts) > 1 else tensors[0] for tensors in zip(*parts, strict=True))
-        for total, some in zip(self._xx.split(rows, 1), columns.split(rows, 1), strict=True):
-            product = some @ columns.mT
-            total += product
-            if len(parts) == 1:
-                self._squares += product.square().sum((1, 2))
-        if len(parts) > 1:
+        squares = self._xx.add(columns)
+        if len(parts) == 1:
+            self._squares += squares
+        else:
             for part, _ in parts:  # X X^T and X^T X have one norm
                 self._squares += (part.mT @ part).square().sum((1, 2))
         if self._yx is not None:
@@ -216,6 +210,7 @@ class Moments:
 
     def to(self, device: torch.device) -> None:
         """Move the sums to a device."""
+        self._xx.to(device)
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value.to(device))
@@ -227,7 +222,7 @@ class Moments:
 
     def moment(self, dtype: torch.dtype) -> Tensor:
         """The shrunk second moment ``(G, D, D)``, positive definite."""
-        return self._shrunk(self._xx.to(dtype))[0]
+        return self._shrunk(self._xx.matrix(dtype))[0]
 
     def regression(self, weight: Tensor) -> Regression:
         """The least-squares problem that these moments pose, shrunk towards ``weight`` if the images are few.
@@ -237,7 +232,7 @@ class Moments:
         """
         count = max(self._count, 1)
         x, y = (self._x / count).to(weight), (self._y / count).to(weight)
-        moment, ridge, share = self._shrunk(self._xx.to(weight))
+        moment, ridge, share = self._shrunk(self._xx.matrix(weight.dtype))
         x_mean = x if self._shift is None else x + self._shift[..., 0].to(x)
         if self._yx is None:  # the outputs are the layer's own, so its weight solves the problem
             return Regression(weight, moment, x_mean, y)
@@ -255,15 +250,15 @@ class Moments:
         return Regression((target.reshape(weight.shape) + weight) / 2, moment, x_mean, y)
 
     def _shrunk(self, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The moment by the sum of all patches' moments, with the ridge and the share that shrank it."""
+        """The moment by the sum of all patches' moments, in its place; with the ridge and the share that shrank it."""
         count = max(self._count, 1)
-        moment, x = total / count, (self._x / count).to(total)
+        moment, x = total.div_(count), (self._x / count).to(total)
         variance = self._variance(moment)
         level = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
         if self._shift is not None:
             level = level + self._shift.square().mean((1, 2)).to(level)
         if self.centred:
-            moment = moment - x[:, :, None] * x[:, None, :]
+            moment.addcmul_(x[:, :, None], x[:, None, :], value=-1)
         # inputs that are zero, or vary by no more than the rounding of single precision, leave the weight to decide
         single = torch.finfo(torch.float32)
         tiny = (single.eps * level).clamp_min(max(torch.finfo(moment.dtype).tiny ** 0.5, single.tiny))
@@ -290,5 +285,5 @@ class Moments:
 
 
 def _energy(moment: Tensor) -> Tensor:
-    """Squared norm of every matrix, summed in double precision."""
-    return moment.square().sum(-1).sum(-1, dtype=torch.float64)
+    """Squared norm of every matrix, its rows summed in double precision."""
+    return torch.linalg.vector_norm(moment, dim=-1).square().sum(-1, dtype=torch.float64)

@@ -166,8 +166,10 @@ class ResumedPasses:
         last = self._chain[inside[0] - 1]
         stored: dict[int, list[Tensor]] = {}
         with self.processes.agreed():
-            for number, batch, _ in self.batches(None):
+            for number, batch, counted in self.batches(None):
                 stored[number] = [self._output(model, batch, number, last) for model in self._models]
+                if counted:
+                    self._stored.pop(number, None)  # both blocks together would take twice the memory
         self._stored, self._behind = stored, inside[0]
 
     def batches(self, most: int | None) -> Iterator[tuple[int, Tensor, bool]]:

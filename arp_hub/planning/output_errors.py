@@ -184,11 +184,11 @@ class OutputErrors:
         """What is measured of like layers, each with a choice of its own among their ``schemes``."""
         problems, lists = {}, {}
         for name in names:
-            # popped, because the moments of all layers together take much memory
-            moments, gradients = self._moments.pop(name), self._gradients.pop(name, None)
-            layer, norm = self._layers[name], self._norms.get(name)
-            with factorising(name):
-                problems[name] = LayerProblem.of(layer, moments, gradients, norm, torch.float32, len(names))
+            layer, norm, gradients = self._layers[name], self._norms.get(name), self._gradients
+            with factorising(name):  # popped, because the moments of all layers together take much memory
+                problems[name] = LayerProblem.of(
+                    layer, self._moments.pop(name), gradients.pop(name, None), norm, torch.float32, len(names)
+                )
                 weight = problems[name].weight
                 weight = weight.to(solving_device(weight))  # layer by layer
                 lists[name] = shortlist(weight, schemes[name], self._effort.schemes_measured)

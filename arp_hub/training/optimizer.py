@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,8 +38,8 @@ def check_optimizer(config: TrainConfig) -> None:
     for argument, taken in (("betas", info.has_betas), ("eps", info.has_eps)):
         if argument in (config.opt_kwargs or ()) and not taken:  # timm would drop it without a word
             raise ArpHubError(f"opt_kwargs={config.opt_kwargs}: optimizer '{name}' takes no '{argument}': leave it out")
-    try:
-        make_optimizer(nn.Linear(1, 1), config, config.lr)
+    try:  # without layer decay, which means nothing for one layer
+        make_optimizer(nn.Linear(1, 1), dataclasses.replace(config, layer_decay=None), config.lr)
     except bad as error:
         raise ArpHubError(f"opt_kwargs={config.opt_kwargs}: optimizer '{name}' refuses them ({error})") from error
     if info.second_order:

@@ -4,8 +4,9 @@
     python -m benchmarks.planning.shared table
 
 A row alternates between one and two processes. It holds the seconds of both, and the bytes that each of two processes
-sends into sums and exchanges. Three processes run once. The largest relative difference of a weight is that of two and
-of three processes from one. ``table`` prints the speed-up, and an estimate for more processes::
+sends into sums and exchanges. Three processes run once. The largest relative difference of a tensor is that of two and
+of three processes from one. A BatchNorm's mean counts in standard deviations of its input. ``table`` prints the
+speed-up, and an estimate for more processes::
 
     seconds(P) = serial + shared / min(P, batches) + 2 * bytes / bandwidth
 
@@ -87,11 +88,16 @@ def launched(name: str, shared: Path, count: int, output: Path) -> dict[str, Any
 
 
 def difference(one: Path, other: Path) -> float:
-    """The largest relative difference of a tensor of two models."""
+    """The largest relative difference of a tensor of two models; of means of BatchNorms in standard deviations."""
     first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+
+    def scale(name: str) -> torch.Tensor:
+        stem, _, kind = name.rpartition(".")  # means are often near zero, and what they are taken from is not
+        return first[f"{stem}.running_var"].sqrt() if kind == "running_mean" else first[name]
+
     return max(
-        float((value - second[key]).norm() / value.norm().clamp_min(1e-12))
-        for key, value in first.items()
+        float((value - second[name]).norm() / scale(name).norm().clamp_min(1e-12))
+        for name, value in first.items()
         if value.is_floating_point()
     )
 

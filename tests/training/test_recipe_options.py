@@ -240,10 +240,11 @@ def test_large_images_are_augmented_in_the_workers(shared):
     assert not torch.equal(plain, batch(train_crop_mode="rkrc"))
 
 
-def test_a_run_with_nearly_all_options_resumes_to_the_same_weights(tmp_path):
+def test_a_run_with_nearly_all_options_resumes_to_the_same_weights(tmp_path, caplog):
     changes = MANY | {"finetune_epochs": 1, "checkpoint_every": 1, "keep_checkpoints": 99}
     settings = config(tmp_path, **changes)
     run(settings)
+    assert "layer-wise lr decay has no effect" not in caplog.text.lower()
     whole = weights(settings)
     assert all(torch.isfinite(tensor).all() for tensor in whole.values())
     checkpoints = list_checkpoints(settings.run_folder / "checkpoints")
