@@ -6,6 +6,8 @@ import argparse
 import fnmatch
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -137,25 +139,32 @@ def one_thread_command(
 ) -> None:
     """`row_command` for rows that are measured on one thread, from the networks of ``--shared``; it prints the table.
 
+    Each row is measured in a process of its own, whose peak memory is that of the row.
+
     Args:
         doc: Docstring of the script, as the description.
         rows: Names of all rows.
         path: Results file.
-        measure: Measures one row, from its name and the shared folder.
+        measure: Measures one row, from its name and the shared folder: a function of the script.
         number: A result in a few words.
         table: The results as a Markdown table.
     """
     parser, runner = row_parser(doc, table="print the results as a table")
     runner.add_argument("--shared", type=Path, required=True, help="folder with weights/ and data/")
-    torch.set_num_threads(1)
     row_command(
         parser,
         rows,
         path,
-        lambda row, args: measure(row, args.shared),
+        lambda row, args: _measured_alone(measure, row, args.shared),
         number,
         lambda: print(table(load_results(path)), end=""),
     )
+
+
+def _measured_alone(measure: Callable[[str, Path], Mapping[str, Any]], row: str, shared: Path) -> Mapping[str, Any]:
+    """Measure a row on one thread of a new process."""
+    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        return pool.submit(measure, row, shared).result()
 
 
 def print_rows(rows: Iterable[str], found: Results, number: Callable[[dict[str, Any]], str]) -> None:

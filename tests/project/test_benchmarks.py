@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from arp_hub._utils.environment import environment
 from arp_hub.hub.card import TEMPLATE
 from benchmarks import accuracy, accuracy_report, deployment
 from benchmarks.penalty import ablations
-from benchmarks.rows import load_results, load_rows, results_file
+from benchmarks.rows import load_results, load_rows, one_thread_command, results_file
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -43,6 +45,23 @@ def test_every_benchmark_starts(script, monkeypatch, capsys):
     doc = ast.get_docstring(ast.parse(Path(ROOT, *script.split(".")).with_suffix(".py").read_text(encoding="utf-8")))
     assert doc.splitlines()[0] in capsys.readouterr().out
     assert script in doc or script.replace(".", "/") in doc
+
+
+def whereabouts(row: str, shared: Path) -> dict[str, object]:
+    """A row that tells where it is measured."""
+    return {"row": row, "folder": str(shared), "process": os.getpid(), "threads": torch.get_num_threads()}
+
+
+def test_rows_on_one_thread_each_have_a_process_of_their_own(monkeypatch, tmp_path):
+    """The peak memory of a process is that of its largest row so far."""
+    monkeypatch.setattr(sys, "argv", ["script", "run", "*", "--shared", str(tmp_path)])
+    results = tmp_path / "results.json"
+    one_thread_command("", ["a", "b"], results, whereabouts, str, str)
+    found = load_results(results)
+    assert {name: (row["row"], row["folder"], row["threads"]) for name, row in found.items()} == {
+        name: (name, str(tmp_path), 1) for name in ("a", "b")
+    }
+    assert len({os.getpid(), *(row["process"] for row in found.values())}) == 3
 
 
 def test_folders_are_those_of_the_package():
