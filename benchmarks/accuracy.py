@@ -86,7 +86,7 @@ IMAGE_COUNTS = (
     ("vit", 0.67, (64, 1024)),
 )
 """Networks and budgets that are also measured with other numbers of calibration images than those of `fit` rows."""
-MANY_IMAGES = [(network, keep) for network in ("resnet20", "resnet56") for keep in BUDGETS[network]]
+MANY_IMAGES = [(network, keep) for network in ("resnet20", "resnet56", "vit") for keep in BUDGETS[network]]
 """Networks and budgets that are also refined on ten times as many images as in `refine` rows."""
 TIMED = {"resnet20": 0.2, "lite0": 0.7, "mobilenetv2": 0.7, "vit": 0.5}
 """Networks and budgets that are also refined for other times than the 15 minutes of `refine` rows."""
