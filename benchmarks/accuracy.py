@@ -55,7 +55,7 @@ class Row:
         uniform: Scheme for all k x k layers at the same share of parameters, instead of a plan by error.
         peer: Rank rule of a plain activation-aware SVD, which is measured in place of our plan and fit; empty for ours.
         refine: Minutes of refinement after the fit.
-        refine_images: Unlabelled images of the refinement; None: 1,000.
+        refine_images: Unlabelled images of the refinement, a tenth of them held out; None: 1,000.
         seed: Seed of the choice of calibration images, and of the refinement.
         train: Settings of the recipe, if the row trains.
     """

@@ -24,7 +24,7 @@ SUMMARY = (("resnet20", 0.5), ("resnet20", 0.35), ("resnet56", 0.35), ("lite0", 
 """Networks and budgets in the table of the README."""
 METHODS = {
     "fit": "data-aware fit, no training",
-    "refine": "the fit, refined for 15 minutes without labels",
+    "refine": "the fit, refined for 15 minutes on 1,000 unlabelled images",
     "unlabelled-10000": "the fit, refined for 15 minutes on 10,000 unlabelled images",
     "activation-svd-energy": "plain activation-aware SVD, ranks by energy per parameter",
     "activation-svd-threshold": "plain activation-aware SVD, one share of energy everywhere",

@@ -145,7 +145,7 @@ def one_thread_command(
         doc: Docstring of the script, as the description.
         rows: Names of all rows.
         path: Results file.
-        measure: Measures one row, from its name and the shared folder: a function of the script.
+        measure: Measures one row, from its name and the shared folder: a top-level function, which the process imports.
         number: A result in a few words.
         table: The results as a Markdown table.
     """

@@ -195,8 +195,8 @@ class Moments:
         For ``n < D`` writing ``D x D`` sums takes longer than computing them, so parts are not summed one by one.
         """
         columns, y = (torch.cat(tensors, -1) if len(parts) > 1 else tensors[0] for tensors in zip(*parts, strict=True))
-        squares = self._xx.add(columns)
-        if len(parts) == 1:
+        squares = self._xx.add(columns, norm=len(parts) == 1)
+        if squares is not None:
             self._squares += squares
         else:
             for part, _ in parts:  # X X^T and X^T X have one norm
@@ -250,7 +250,7 @@ class Moments:
         return Regression((target.reshape(weight.shape) + weight) / 2, moment, x_mean, y)
 
     def _shrunk(self, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The moment by the sum of all patches' moments, in its place; with the ridge and the share that shrank it."""
+        """Turn the sum over patches into the shrunk moment, in place; with the ridge, and the identity's share."""
         count = max(self._count, 1)
         moment, x = total.div_(count), (self._x / count).to(total)
         variance = self._variance(moment)
@@ -285,5 +285,5 @@ class Moments:
 
 
 def _energy(moment: Tensor) -> Tensor:
-    """Squared norm of every matrix, its rows summed in double precision."""
+    """Squared norm of every matrix: norms of rows in its own precision, their sum in double."""
     return torch.linalg.vector_norm(moment, dim=-1).square().sum(-1, dtype=torch.float64)

@@ -1,16 +1,18 @@
-"""A running sum of symmetric products, in half of the memory and, of wide ones, half of the work."""
+"""A running sum of symmetric products. Wide ones take about half of the memory and of the work."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 _ROWS = 256
-"""Rows of a block. Narrower blocks save little more, and their products are slower."""
+"""Rows of a block. A sum of 4,608 columns takes 53 % of its matrix, one of 576 columns 70 %."""
 
 
 class SymmetricSum:
-    """The sum of ``X X^T`` over matrices ``X (G, D, n)``, of which only blocks up to the diagonal are held.
+    """The sum of ``X X^T`` over matrices ``X (G, D, n)``. It holds only the blocks up to the diagonal.
 
     The sum is in double precision: else the order of its terms, which the number of processes decides, would change a
     plan.
@@ -25,28 +27,29 @@ class SymmetricSum:
     """
 
     def __init__(self, groups: int, side: int, device: torch.device) -> None:
-        ends = [*range(_ROWS, side, _ROWS), side]
         self.blocks = [
             torch.zeros(groups, end - start, end, dtype=torch.float64, device=device)
-            for start, end in zip([0, *ends], ends, strict=False)
+            for start, end in pairwise((*range(0, side, _ROWS), side))
         ]
 
-    def add(self, columns: Tensor) -> Tensor:
+    def add(self, columns: Tensor, *, norm: bool = False) -> Tensor | None:
         """Add ``X X^T``.
 
         Args:
             columns: ``X (G, D, n)``.
+            norm: Compute the norm of the product, too.
 
         Returns:
-            The squared norm of the product, ``(G,)``.
+            The squared norm of the product, ``(G,)``, if it is asked for.
         """
-        squares = columns.new_zeros(len(columns))
+        squares = columns.new_zeros(len(columns)) if norm else None
         for block in self.blocks:
             rows, end = block.shape[1:]
             product = columns[:, end - rows : end] @ columns[:, :end].mT
             block += product
-            left, diagonal = product.split([end - rows, rows], -1)
-            squares += 2 * left.square().sum((1, 2)) + diagonal.square().sum((1, 2))
+            if squares is not None:
+                left, diagonal = product.split([end - rows, rows], -1)
+                squares += 2 * left.square().sum((1, 2)) + diagonal.square().sum((1, 2))
         return squares
 
     def matrix(self, dtype: torch.dtype) -> Tensor:

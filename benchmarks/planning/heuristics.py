@@ -17,7 +17,6 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -142,7 +141,6 @@ def _measure(name: str, off: str, shared: Path, seed: int) -> dict[str, float]:
     }
 
 
-@lru_cache(maxsize=3)  # a data set for each seed
 def _dense(name: str, shared: Path, seed: int) -> tuple[nn.Module, list[Tensor], Tensor, Tensor]:
     """A dense network, held-out training images in batches, their labels, and its log-probabilities."""
     model = load_network(name, shared)

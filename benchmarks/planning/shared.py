@@ -92,7 +92,7 @@ def difference(one: Path, other: Path) -> float:
     first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
 
     def scale(name: str) -> torch.Tensor:
-        stem, _, kind = name.rpartition(".")  # means are often near zero, and what they are taken from is not
+        stem, _, kind = name.rpartition(".")  # means are often near zero: the spread of the input is their scale
         return first[f"{stem}.running_var"].sqrt() if kind == "running_mean" else first[name]
 
     return max(

@@ -24,7 +24,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -141,7 +140,6 @@ def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT
 
 
-@lru_cache(maxsize=1)
 def _dense(shared: Path) -> tuple[nn.Module, dict[str, Inputs], list[Tensor], Tensor, Tensor]:
     """The dense ViT, its moments, held-out images in batches, their labels, and its log-probabilities."""
     model = load_network("vit", shared)

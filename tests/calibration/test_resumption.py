@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from arp_hub import decompose, make_plan
 from arp_hub.calibration import resumption
-from arp_hub.calibration.resumption import block_chain
+from arp_hub.calibration.resumption import ResumedPasses, block_chain
 
 
 class Skipping(nn.Module):
@@ -72,3 +72,22 @@ def test_stored_activations_change_nothing(monkeypatch, name, size):
         found.append(decompose(copy.deepcopy(model), plan, x)(x))
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_activations_of_one_block_make_room_for_those_of_the_next(monkeypatch):
+    """Tensors that exist at the same time: those of one block at most, and those of one batch more."""
+    model = timm.create_model("cifar_resnet20").eval()
+    passes = ResumedPasses([model], torch.randn(5, 3, 32, 32).split(1), 5)
+    compute, held = passes._output, []
+
+    def output(*args):
+        found = compute(*args)
+        held.append(sum(len(outputs) for outputs in passes._stored.values()))
+        return found
+
+    monkeypatch.setattr(passes, "_output", output)
+    passes.advance("layer1.1.conv1")
+    assert set(held) == {0}  # batch 0 is seen twice
+    held.clear()
+    passes.advance("layer1.2.conv1")
+    assert held == [5, 5, 4, 3, 2, 1]

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from arp_hub._utils.environment import environment
 from arp_hub.hub.card import TEMPLATE
 from benchmarks import accuracy, accuracy_report, deployment
 from benchmarks.penalty import ablations
+from benchmarks.planning import shared
 from benchmarks.rows import load_results, load_rows, one_thread_command, results_file
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +64,17 @@ def test_rows_on_one_thread_each_have_a_process_of_their_own(monkeypatch, tmp_pa
         name: (name, str(tmp_path), 1) for name in ("a", "b")
     }
     assert len({os.getpid(), *(row["process"] for row in found.values())}) == 3
+
+
+def test_models_differ_relative_to_the_scale_of_each_tensor(tmp_path):
+    """A BatchNorm's mean near zero is compared with the spread of its input."""
+    tensors = {"norm.running_mean": torch.tensor([1e-3]), "norm.running_var": torch.tensor([4.0])}
+    for name, mean in (("one", 1e-3), ("other", 3e-3)):
+        (tmp_path / name).mkdir()
+        save_file({**tensors, "norm.running_mean": torch.tensor([mean])}, tmp_path / name / "model.safetensors")
+    assert shared.difference(tmp_path / "one", tmp_path / "other") == pytest.approx(1e-3)
+    save_file({**tensors, "norm.running_var": torch.tensor([4.4])}, tmp_path / "other" / "model.safetensors")
+    assert shared.difference(tmp_path / "one", tmp_path / "other") == pytest.approx(0.1)
 
 
 def test_folders_are_those_of_the_package():
