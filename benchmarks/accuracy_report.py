@@ -140,23 +140,17 @@ def _libraries(peers: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _summary(results: Results) -> str:
-    """Top-1 of the dense network, of the fit, of the refined fit, and of the trained model that is stored.
-
-    A column that most rows lack is left out.
-    """
+    """Top-1 of the dense network, of the fit, and of the trained model that is stored."""
     rows = []
     for network, keep in SUMMARY:
         fit = results.get(f"fit/{network}/{keep}")
         if fit is None:
             continue
-        refined = results.get(f"refine/{network}/{keep}")
         stored = [row for row in results.values() if (row["network"], row["keep"]) == (network, keep)]
         trained = next((row for row in stored if "model_folder" in row), None)
-        shown = ["" if row is None else f"{row['top1']:.1f}" for row in (fit["dense"], fit, refined, trained)]
+        shown = ["" if row is None else f"{row['top1']:.1f}" for row in (fit["dense"], fit, trained)]
         rows.append([NETWORKS[network], f"{100 * keep:.0f} %", *shown])
-    head = ["network, data", "parameters kept", "dense", "fit, no training", "refined, no labels", "penalty training"]
-    filled = [place for place in range(len(head)) if sum(row[place] != "" for row in rows) > len(rows) / 2]
-    return _table([head[place] for place in filled], [[row[place] for place in filled] for row in rows])
+    return _table(["network, data", "parameters kept", "dense", "fit, no training", "penalty training"], rows)
 
 
 def _part(name: str, row: Mapping[str, Any]) -> str:

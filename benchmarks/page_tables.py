@@ -65,16 +65,16 @@ def _ratios(found: Mapping[str, Any], row: str, batches: Sequence[int], end: str
 
 
 def planning(all_models: bool) -> str:
-    """Time and memory of planning and decomposing on a CPU."""
+    """Time and memory of planning and decomposing on one thread of a CPU."""
     rows = [row for row in load_rows(results_file("planning_time")) if row["device"] == "cpu"]
+    rows = [row for row in rows if row["hardware"]["threads"] == 1]
     rows = [row for row in rows if all_models or row["model"] in NAMES]
     rows.sort(key=lambda row: (row["images"], row["model"] not in NAMES, row["params"]))
     return _table(("model", "images", "planning", "decomposing", "memory"), map(_planned, rows))
 
 
 def _planned(row: Mapping[str, Any]) -> list[str]:
-    threads = ", one thread" if row["hardware"]["threads"] == 1 else ""
-    times = [f"{row[key]['wall']:.1f} s{threads}" for key in ("plan_seconds", "decompose_seconds")]
+    times = [f"{row[key]['wall']:.1f} s" for key in ("plan_seconds", "decompose_seconds")]
     name = NAMES.get(row["model"], f"{row['model']}, {row['params'] / 1e6:.0f} M parameters")
     return [
         name,

@@ -7,9 +7,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-_ROWS = 256
-"""Rows of a block. A sum of 4,608 columns takes 53 % of its matrix, one of 576 columns 70 %."""
-
 
 class SymmetricSum:
     """The sum of ``X X^T`` over matrices ``X (G, D, n)``. It holds only the blocks up to the diagonal.
@@ -21,15 +18,16 @@ class SymmetricSum:
         groups: ``G``.
         side: ``D``.
         device: Where the sum is held.
+        rows: Rows of a block at most. With 256, a sum of 4,608 columns takes 53 % of its matrix, one of 576 takes 70 %.
 
     Attributes:
         blocks: Rows of the sum, ``(G, rows, columns up to the end of its diagonal block)`` each.
     """
 
-    def __init__(self, groups: int, side: int, device: torch.device) -> None:
+    def __init__(self, groups: int, side: int, device: torch.device, rows: int = 256) -> None:
         self.blocks = [
             torch.zeros(groups, end - start, end, dtype=torch.float64, device=device)
-            for start, end in pairwise((*range(0, side, _ROWS), side))
+            for start, end in pairwise((*range(0, side, rows), side))
         ]
 
     def add(self, columns: Tensor, *, norm: bool = False) -> Tensor | None:
