@@ -44,8 +44,12 @@ class Calls(TorchDispatchMode):
 def test_like_layers_are_planned_together_as_one_by_one(monkeypatch):
     torch.manual_seed(0)
     model = timm.create_model("cifar_resnet32").eval()
-    for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
-        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+        elif isinstance(module, torch.nn.Conv2d):  # spectra that fall, as trained ones do: rounding hardly moves ranks
+            outputs, inputs = (0.9 ** torch.arange(side) for side in module.weight.shape[:2])
+            module.weight.data *= outputs[:, None, None, None] * inputs[:, None, None]
     images, plans, calls = torch.randn(32, 3, 32, 32), [], []
     for size in (1, 3, 32):
         monkeypatch.setattr("arp_hub.planning.output_errors.stack_size", lambda weight, size=size: size)
@@ -56,8 +60,7 @@ def test_like_layers_are_planned_together_as_one_by_one(monkeypatch):
         assert plan.dense == plans[0].dense
         for name, layer in plans[0].layers.items():
             assert (plan.layers[name].scheme, plan.layers[name].groups) == (layer.scheme, layer.groups)
-            # rounding, which rough fits amplify, moves the ranks of random weights by up to 5 % over five seeds
-            assert plan.layers[name].rank == pytest.approx(layer.rank, rel=0.05, abs=1)
+            assert plan.layers[name].rank == pytest.approx(layer.rank, rel=0.03, abs=1)
     assert 0.7 * calls[0] > calls[2]  # a fourth of those that fits make, and all others
     assert calls[0] > calls[1] > calls[2]
 
