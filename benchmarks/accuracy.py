@@ -137,6 +137,10 @@ def _rows() -> dict[str, Row]:
         rows[f"long-teacher/resnet20/{keep}"] = Row("resnet20", keep, train=TRAIN | {"epochs": 20} | TEACHER)
     for teacher, settings in CHOICES.items():
         rows[f"choose-{teacher}/resnet20/0.2"] = Row("resnet20", 0.2, train=TRAIN | CHOOSE | settings)
+    rows["train-20000/vit/0.5"] = Row("vit", 0.5, train=PART | {"ramp": 0.0, "epochs": 10, "lr": 5e-5})
+    rows["factors-20000/vit/0.5"] = Row(
+        "vit", 0.5, train=PART | {"epochs": 0, "finetune_epochs": 10, "finetune_lr": 5e-5}
+    )
     rows["long/resnet110/0.35"] = Row("resnet110", 0.35, train=TRAIN | FROM_NOTHING)
     return rows
 
@@ -164,6 +168,20 @@ CHOICES: dict[str, dict[str, Any]] = {"own": {}, "teacher": TEACHER}
 """Teachers to choose from: the dense network itself, or a larger one."""
 FACTORS: dict[str, Any] = {"epochs": 0, "finetune_epochs": 10, "finetune_lr": 0.003}
 """Settings that fine-tune the factors of the fit, without a penalty, at a rate at which they converge."""
+PART: dict[str, Any] = {
+    "streaming": True,
+    "epoch_images": 2000,
+    "workers": 1,
+    "calibration_images": 256,
+    "batch_size": 64,
+    "optimizer": "adamw",
+    "layer_decay": 0.75,
+    "weight_decay": 0.05,
+    "clip_grad": 1.0,
+    "distill": 0.5,
+    "mixed_precision": "bf16",
+}
+"""Settings that fine-tune a transformer on a part of CIFAR-10, which a CPU can do."""
 ROWS = _rows()
 KEPT = (
     "train/resnet20/0.5",
@@ -276,6 +294,10 @@ def measure_trained(name: str, row: Row, shared: Path, cuda_graphs: bool = False
     network = NETWORKS[row.network]
     output = Path("runs") / "accuracy" / name.replace("/", "-")
     settings = {"checkpoint_every": 100, **row.train}
+    # small images are taken whole, whatever the crop of the overlay
+    arguments = {name: value for name, value in network.args.items() if name != "pretrained_cfg_overlay"}
+    if arguments:
+        settings["model_kwargs"] = arguments
     if "teacher_checkpoint" in settings:
         settings["teacher_checkpoint"] = str(shared / settings["teacher_checkpoint"])
     config = TrainConfig(

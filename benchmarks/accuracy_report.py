@@ -34,6 +34,8 @@ METHODS = {
     "svd": "plain SVD, weights alone",
     "factors": "the fit, its factors fine-tuned, no penalty",
     "train": "penalty training",
+    "factors-20000": "the fit, its factors fine-tuned on 20,000 images in ten epochs, no penalty",
+    "train-20000": "penalty training on 20,000 images in ten epochs",
     "ramp": "penalty training from the dense network",
     "teacher": "penalty training, ResNet-56 as the teacher",
     "long": "penalty training, three to five times as long",
