@@ -295,7 +295,7 @@ def measure_trained(name: str, row: Row, shared: Path, cuda_graphs: bool = False
     output = Path("runs") / "accuracy" / name.replace("/", "-")
     settings = {"checkpoint_every": 100, **row.train}
     # small images are taken whole, whatever the crop of the overlay
-    arguments = {name: value for name, value in network.args.items() if name != "pretrained_cfg_overlay"}
+    arguments = {key: value for key, value in network.args.items() if key != "pretrained_cfg_overlay"}
     if arguments:
         settings["model_kwargs"] = arguments
     if "teacher_checkpoint" in settings:
