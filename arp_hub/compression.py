@@ -53,12 +53,12 @@ def compress(
         rank_multiple: Ranks are multiples of this, see `make_plan`.
         exclude: Names or glob patterns of layers that stay dense, see `make_plan`.
         calibration: Unlabelled images, normalised as the model expects: a tensor ``(N, C, H, W)`` or batches. With
-            ``refine``, a tenth of them is held out: no weight is fitted to them. They choose the learning rates, and a
-            half of the refinement that raises the divergence of their predictions is undone.
+            ``refine``, a tenth of them, at most 256, is held out: no weight is fitted to them. They choose the learning
+            rates, and a phase of the refinement that raises the divergence of their predictions is undone.
         input_size: ``(channels, height, width)``; by default that of the images, or the model's own.
         effort: ``"fast"``, ``"balanced"``, ``"thorough"``, or an `arp_hub.effort.Effort`.
         refine: Whether optimiser steps on the calibration images follow the fit. They need no labels, and at least 20
-            images of one size; about 1,000 are useful.
+            images of one size; use 1,000 or more.
         minutes: Time to refine for. Give this or ``steps``; by default 10 minutes.
         steps: Optimiser steps to refine for.
         seed: Seed of the images that are held out, and of the order and the augmentation of the others.

@@ -200,13 +200,13 @@ class RefineChoice:
         given: Whether ``--refine`` is given.
         minutes: ``--refine-minutes``.
         steps: ``--refine-steps``.
-        images: ``--refine-images``.
+        images: ``--refine-images``; None for the usual number.
     """
 
     given: bool
     minutes: float | None
     steps: int | None
-    images: int
+    images: int | None
 
     @property
     def wanted(self) -> bool:
@@ -231,7 +231,7 @@ class RefineChoice:
             raise ArpHubError(f"--refine-minutes must be above 0, got {self.minutes:g}")
         if self.steps is not None and self.steps < 1:
             raise ArpHubError(f"--refine-steps must be at least 1, got {self.steps}")
-        if self.images < LEAST_IMAGES:
+        if self.images is not None and self.images < LEAST_IMAGES:
             raise ArpHubError(f"--refine-images must be at least {LEAST_IMAGES}, got {self.images}")
 
     def run(

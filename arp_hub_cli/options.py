@@ -179,7 +179,14 @@ RefineSteps = Annotated[
     int | None,
     refine_option(metavar="N", help="Optimiser steps of --refine, in place of minutes.", show_default=False),
 ]
-RefineImages = Annotated[int, refine_option(metavar="N", help="Training images to refine on, without labels.")]
+RefineImages = Annotated[
+    int | None,
+    refine_option(
+        metavar="N",
+        help="Training images to refine on, without labels; by default 10,000 small or 1,000 large.",
+        show_default=False,
+    ),
+]
 
 Workers = Annotated[int, machine_option(metavar="N", help="Processes that decode large images.", min=0)]
 Device = Annotated[

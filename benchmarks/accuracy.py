@@ -55,7 +55,7 @@ class Row:
         uniform: Scheme for all k x k layers at the same share of parameters, instead of a plan by error.
         peer: Rank rule of a plain activation-aware SVD, which is measured in place of our plan and fit; empty for ours.
         refine: Minutes of refinement after the fit.
-        refine_images: Unlabelled images of the refinement, a tenth of them held out; None: 1,000.
+        refine_images: Unlabelled images of the refinement, those held out included; None: as by default.
         seed: Seed of the choice of calibration images, and of the refinement.
         train: Settings of the recipe, if the row trains.
     """
@@ -86,8 +86,8 @@ IMAGE_COUNTS = (
     ("vit", 0.67, (64, 1024)),
 )
 """Networks and budgets that are also measured with other numbers of calibration images than those of `fit` rows."""
-MANY_IMAGES = [(network, keep) for network in ("resnet20", "resnet56", "vit") for keep in BUDGETS[network]]
-"""Networks and budgets that are also refined on ten times as many images as in `refine` rows."""
+REFINE_IMAGES = (("resnet20", 0.35, 1000), ("resnet20", 0.2, 1000), ("vit", 0.67, 10_000))
+"""Networks and budgets that are also refined on another number of images than in `refine` rows."""
 TIMED = {"resnet20": 0.2, "lite0": 0.7, "mobilenetv2": 0.7, "vit": 0.5}
 """Networks and budgets that are also refined for other times than the 15 minutes of `refine` rows."""
 SCHEME_SETS = {
@@ -112,8 +112,8 @@ def _rows() -> dict[str, Row]:
     for network, keep, counts in IMAGE_COUNTS:
         for count in counts:
             rows[f"images/{network}/{count}"] = Row(network, keep, images=count)
-    for network, keep in MANY_IMAGES:
-        rows[f"unlabelled-10000/{network}/{keep}"] = Row(network, keep, refine=15, refine_images=10_000)
+    for network, keep, count in REFINE_IMAGES:
+        rows[f"unlabelled-{count}/{network}/{keep}"] = Row(network, keep, refine=15, refine_images=count)
     for network, keep in TIMED.items():
         for minutes in (1, 3, 10):
             rows[f"refine-{minutes}/{network}/{keep}"] = Row(network, keep, refine=minutes)
@@ -268,7 +268,7 @@ def measure_fit(row: Row, shared: Path) -> dict[str, Any]:
 def refine_without_labels(row: Row, dense: nn.Module, small: nn.Module, shared: Path) -> dict[str, Any]:
     """Refine a decomposed model in place, on images that the fit has not seen as far as the data has enough."""
     data = load_data(str(shared / "data" / NETWORKS[row.network].data), dense, seed=SEED)
-    images, held_out = refinement_images(data, row.refine_images or 1000, seed=row.seed)
+    images, held_out = refinement_images(data, row.refine_images, seed=row.seed)
     done = arp_hub.refine(small, dense, images, held_out=held_out, minutes=row.refine, seed=row.seed)
     return dataclasses.asdict(done)
 

@@ -24,7 +24,8 @@ SUMMARY = (("resnet20", 0.5), ("resnet20", 0.35), ("resnet56", 0.35), ("lite0", 
 """Networks and budgets in the table of the README."""
 METHODS = {
     "fit": "data-aware fit, no training",
-    "refine": "the fit, refined for 15 minutes on 1,000 unlabelled images",
+    "refine": "the fit, refined for 15 minutes on unlabelled images",
+    "unlabelled-1000": "the fit, refined for 15 minutes on 1,000 unlabelled images",
     "unlabelled-10000": "the fit, refined for 15 minutes on 10,000 unlabelled images",
     "activation-svd-energy": "plain activation-aware SVD, ranks by energy per parameter",
     "activation-svd-threshold": "plain activation-aware SVD, one share of energy everywhere",
@@ -72,7 +73,8 @@ python -m benchmarks.accuracy run ROW --again --shared ../shared
 
 CIFAR-10: calibration on 1,024 training images without their labels (256 for the ViT), top-1 on all 10,000 test images
 (the first 2,000 for the ViT). ImageNet: calibration on 256 training images, top-1 on 900 images of the validation set;
-compare a network only with its own dense form.
+compare a network only with its own dense form. Refinement: on 10,000 unlabelled training images for CIFAR ResNets, on
+1,000 for the others.
 
 Every row is the last epoch of one run, seed 0. A model that is stored in `benchmarks/models/` is that of the longest
 run of its network and budget in which the dense network is the teacher. The `choose-*` rows chose that teacher on

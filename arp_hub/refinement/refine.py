@@ -1,8 +1,8 @@
 """Refine a decomposed model on unlabelled images: first block by block, then as a whole.
 
 Both phases minimise the errors of `arp_hub.refinement.losses` with Adam. Within a phase the learning rate rises, then
-falls to zero; short trials find its height. A tenth of the images is held out: a phase that raises the divergence of
-their predictions is undone.
+falls to zero; short trials find its height. Some images are held out: a phase that raises the divergence of their
+predictions is undone.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def refine(
     """Refine a decomposed model in place, without labels, to the predictions of its dense form.
 
     Factors, biases and norms learn; dense weights, statistics of BatchNorms and frozen parameters stay. In the first
-    half of the time each block learns to give the dense block's output from the inputs that it gets. In the second half
-    the whole model learns the dense model's predictions, or its features if it has no classifier. Images are cropped
-    and mirrored at random. On a GPU that supports bfloat16, forward passes compute in it. Where ``torch.distributed``
+    fifth of the time each block learns to give the dense block's output from the inputs that it gets. In the rest the
+    whole model learns the dense model's predictions, or its features if it has no classifier. Images are cropped and
+    mirrored at random. On a GPU that supports bfloat16, forward passes compute in it. Where ``torch.distributed``
     is initialised, every process calls this with the same arguments and works on its share of each batch.
 
     Args:
@@ -82,8 +82,8 @@ def refine(
         dense: The dense model that it was made from, on the same device.
         images: Unlabelled images, normalised as for the model: a tensor ``(N, C, H, W)`` or batches of one size, at
             least 20 together with ``held_out``. They are held in memory.
-        held_out: Unlabelled images that only measure; by default a tenth of ``images``, chosen at random. Pass images
-            that the fit has not seen: on its own calibration images it errs less than on all others.
+        held_out: Unlabelled images that only measure; by default a tenth of ``images``, at most 256, chosen at random.
+            Pass images that the fit has not seen: on its own calibration images it errs less than on all others.
         minutes: Time to work for. Give this or ``steps``; by default 10 minutes.
         steps: Optimiser steps to make. With the same seed, they give the same model on the same machine.
         batch_size: Images of a step, over all processes.
@@ -181,8 +181,16 @@ def _check_pair(model: nn.Module, dense: nn.Module) -> None:
             raise ArpHubError(f"`dense` has no layer '{name}' of the model's shape: pass the model it was made from")
 
 
+def held_out_count(images: int, most: int = 256) -> int:
+    """Images that a refinement holds out by default: a tenth, at least 2 and at most 256.
+
+    They are measured after every trial of a learning rate, so that more of them would take much of the time.
+    """
+    return min(max(2, images // 10), most)
+
+
 def split_images(images: Images, held_out: Images | None, seed: int) -> tuple[Tensor, Tensor]:
-    """The images to learn from, and those that only measure: ``held_out``, or else a random tenth.
+    """The images to learn from, and those that only measure: ``held_out``, or else some at random.
 
     Raises:
         ArpHubError: If they are too few, or of several shapes.
@@ -197,7 +205,7 @@ def split_images(images: Images, held_out: Images | None, seed: int) -> tuple[Te
             raise ArpHubError(f"images and held_out have images of shapes {shapes}: pass images of one shape")
     else:
         order = torch.randperm(len(learnt), generator=torch.Generator().manual_seed(seed % 2**63))
-        count = max(2, len(learnt) // 10)
+        count = held_out_count(len(learnt))
         learnt, measured = learnt[order[count:]], learnt[order[:count]]
     if len(learnt) + len(measured) < LEAST_IMAGES:
         raise ArpHubError(
@@ -231,7 +239,8 @@ def _run(
     else:
         progress.before = progress.least = work.divergence()
     best = tensors.get("best", work.vector())
-    phases = [(True, 0.5), (False, 1.0)] if work.blocks else [(False, 1.0)]
+    # longer phases of blocks leave a ViT and mobile networks further from the dense network
+    phases = [(True, 0.2), (False, 1.0)] if work.blocks else [(False, 1.0)]
     for number, (by_blocks, end) in list(enumerate(phases))[progress.phase :]:
         if clock.share() >= end:
             continue

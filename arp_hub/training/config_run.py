@@ -115,7 +115,9 @@ class PhaseSettings:
     refine_minutes: float = setting(
         "phases", 0.0, "minutes of refining the fit on unlabelled images, before the penalty; 0: none", low=0
     )
-    refine_images: int = setting("phases", 1000, "training images to refine the fit on", low=20)
+    refine_images: int | None = setting(
+        "phases", None, "training images to refine the fit on; by default 10,000 small or 1,000 large", low=20
+    )
     finetune_epochs: int = setting("phases", 0, "epochs of fine-tuning the factors after decomposition", low=0)
     start_from: str = setting(
         "phases",

@@ -92,7 +92,7 @@ def compress(
     refine: Refine = False,
     refine_minutes: RefineMinutes = None,
     refine_steps: RefineSteps = None,
-    refine_images: RefineImages = 1000,
+    refine_images: RefineImages = None,
     max_images: MaxImages = None,
     workers: Workers = 0,
     device: Device = None,

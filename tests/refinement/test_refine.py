@@ -14,6 +14,7 @@ from several_processes import by_group
 from torch import Tensor, nn
 
 from arp_hub import ArpHubError, LayerPlan, RankPlan, decompose, make_plan, refine
+from arp_hub.refinement.steps import Steps
 from arp_hub.training import calibration_images, load_data, refinement_images
 
 
@@ -110,16 +111,20 @@ def test_images_held_out_by_the_caller_measure():
     assert found.after == pytest.approx(float((wanted.exp() * (wanted - given)).sum(-1).mean()), rel=1e-4)
 
 
-@pytest.mark.parametrize("count", [20, 300, 5000])
-def test_the_fit_has_not_seen_the_images_held_out(count):
+@pytest.mark.parametrize(("count", "measure"), [(20, 2), (300, 30), (5000, 143), (None, 143)])
+def test_the_fit_has_not_seen_the_images_held_out(count, measure):
     data = load_data("digits", timm.create_model("cifar_resnet20"))
     seen = {image.numpy().tobytes() for image in calibration_images(data, 1024, copies=0, seed=3)}
     learnt, held_out = refinement_images(data, count, seed=3)
-    assert (
-        len(learnt) + len(held_out) == min(count, len(data.train))
-        and len(held_out) == (len(learnt) + len(held_out)) // 10
-    )
+    assert len(learnt) + len(held_out) == min(count or 10_000, len(data.train))
+    assert len(held_out) == measure
     assert not seen & {image.numpy().tobytes() for image in held_out}
+
+
+def test_many_images_hold_out_no_more_than_256():
+    model, dense, _ = pair("resnet")
+    found = refine(model, dense, pixels(2600, side=8), steps=1)
+    assert (found.images, found.held_out) == (2344, 256)
 
 
 def test_what_makes_it_worse_is_undone():
@@ -154,7 +159,20 @@ def test_too_little_work_for_all_phases_ends(bound):
     assert found.after <= found.before and found.steps <= bound.get("steps", 1)
 
 
-@pytest.mark.parametrize("stop", [3, 13, 25, 38], ids=["trial of rates", "blocks", "second trial", "whole model"])
+def test_blocks_learn_for_a_fifth_of_the_time(monkeypatch):
+    model, dense, images = pair("resnet")
+    phases, step = [], Steps.step
+
+    def spy(self: Steps, optimizer: torch.optim.Optimizer, rate: float, number: int, by_blocks: bool) -> None:
+        phases.append(by_blocks)
+        step(self, optimizer, rate, number, by_blocks)
+
+    monkeypatch.setattr(Steps, "step", spy)
+    refine(model, dense, images, steps=40, batch_size=8)
+    assert phases == [True] * 8 + [False] * 32
+
+
+@pytest.mark.parametrize("stop", [3, 7, 10, 25], ids=["trial of rates", "blocks", "second trial", "whole model"])
 def test_a_stopped_refinement_goes_on_as_if_it_had_not_been_stopped(stop, tmp_path):
     model, dense, images = pair("resnet")
     whole, state, calls = copy.deepcopy(model), tmp_path / "state.safetensors", 0

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ArpHubError
+from ...refinement import held_out_count
 from ..seeds import keyed_seed
 from .dataset import ImageData
 from .images import DecodedImages
@@ -64,22 +65,26 @@ def calibration_images(
     return torch.stack(versions, dim=1).flatten(0, 1)
 
 
-def refinement_images(data: ImageData, count: int, *, seed: int = 0, workers: int = 0) -> tuple[Tensor, Tensor]:
-    """Normalised training images without labels, for `refine`: to learn from, and a tenth to hold out.
+def refinement_images(
+    data: ImageData, count: int | None = None, *, seed: int = 0, workers: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Normalised training images without labels, for `refine`: to learn from, and a tenth, at most 256, to hold out.
 
     With the same seed, `calibration_images` takes its images from the other end of the same order. So the fit has not
     seen the images held out, unless nearly all training images calibrate it.
 
     Args:
         data: The data.
-        count: Number of images, at most all training images.
+        count: Number of images, at most all training images. By default 10,000 images held in memory, or 1,000 others.
         seed: Seed of the choice.
         workers: DataLoader workers, for large data.
 
     Returns:
         Images to learn from, and held-out images: ``(N, 3, H, W)`` on the CPU.
     """
+    if count is None:  # small networks learn a thousand images by heart
+        count = 10_000 if isinstance(data.train.images, DecodedImages) else 1000
     part = data.train.excerpt(count, seed, from_end=True)
     images = torch.cat(list(part.images.evaluation(part.indices, 128, torch.device("cpu"), workers)))
-    held_out = min(len(images), max(2, len(images) // 10))
+    held_out = min(len(images), held_out_count(len(images)))
     return images[:-held_out], images[-held_out:]
