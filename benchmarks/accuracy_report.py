@@ -72,7 +72,7 @@ python -m benchmarks.accuracy run ROW --again --shared ../shared
 ```
 
 CIFAR-10: calibration on 1,024 training images without their labels (256 for the ViT), top-1 on all 10,000 test images
-(the first 2,000 for the ViT). ImageNet: calibration on 256 training images, top-1 on 900 images of the validation set;
+(some rows of the ViT: the first 2,000). ImageNet: calibration on 256 training images, top-1 on 900 images of the validation set;
 compare a network only with its own dense form. Refinement: on 10,000 unlabelled training images for CIFAR ResNets, on
 1,000 for the others.
 
@@ -168,7 +168,7 @@ def _part(name: str, row: Mapping[str, Any]) -> str:
 
 
 def _network(network: str, title: str, results: Results) -> str:
-    dense = next(iter(results.values()))["dense"]
+    dense = max((result["dense"] for result in results.values()), key=lambda scores: scores["images"])
     lines = [f"## {title}\n", f"Dense: top-1 {dense['top1']:.2f} on {dense['images']:,} images, {_size(dense)}.\n"]
     main = [name for name in results if name.split("/")[0] in METHODS]
     order = list(METHODS)

@@ -32,7 +32,6 @@ class Network:
         data: Folder under ``data/`` with the calibration images.
         images: Number of unlabelled calibration images.
         test: Folder under ``data/`` with the test images; ``data`` if empty.
-        test_images: Number of test images, the first ones; None for all.
         args: Arguments of the model.
     """
 
@@ -42,7 +41,6 @@ class Network:
     data: str = "cifar10"
     images: int = 1024
     test: str = ""
-    test_images: int | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -66,7 +64,6 @@ NETWORKS = {
         "vit_small_patch14_dinov2_cifar10_112",
         "ViT-S/14, CIFAR-10 at 112 px",
         images=256,
-        test_images=2000,
         args={
             "img_size": 112,
             "num_classes": 10,
@@ -104,6 +101,6 @@ def test_images_of(name: str, model: nn.Module, shared: Path, count: int | None 
     """Labelled test images, which nothing is chosen on."""
     network = NETWORKS[name]
     split = load_data(str(shared / "data" / (network.test or network.data)), model, seed=SEED).test
-    count = count or network.test_images or len(split)
+    count = count or len(split)
     labels = None if split.labels is None else split.labels[:count]
     return dataclasses.replace(split, labels=labels, indices=split.indices[:count])
