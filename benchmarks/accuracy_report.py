@@ -72,9 +72,9 @@ python -m benchmarks.accuracy run ROW --again --shared ../shared
 ```
 
 CIFAR-10: calibration on 1,024 training images without their labels (256 for the ViT), top-1 on all 10,000 test images
-(some rows of the ViT: the first 2,000). ImageNet: calibration on 256 training images, top-1 on 900 images of the validation set;
-compare a network only with its own dense form. Refinement: on 10,000 unlabelled training images for CIFAR ResNets, on
-1,000 for the others.
+(some rows of the ViT: the first 2,000). ImageNet: calibration on 256 training images, top-1 on 900 images of the
+validation set; compare a network only with its own dense form. Refinement: on 10,000 unlabelled training images for
+CIFAR ResNets, on 1,000 for the others.
 
 Every row is the last epoch of one run, seed 0. A model that is stored in `benchmarks/models/` is that of the longest
 run of its network and budget in which the dense network is the teacher. The `choose-*` rows chose that teacher on
