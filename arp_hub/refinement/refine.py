@@ -7,10 +7,12 @@ predictions is undone.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +20,12 @@ from torch import Tensor, nn
 from .._utils.progress import stage
 from .._utils.torch_utils import ambient_modes_off, evaluating
 from ..calibration.images import Images, batches, check_normalised
-from ..errors import ArpHubError
+from ..errors import ArpHubError, check_writable, checked_path
 from ..layers.low_rank import layer_shape
 from ..layers.model import check_model, low_rank_layers, weight_layers
 from ..processes import Processes
 from .clock import Clock
-from .state import Progress, StateFile, moments_of, restore_moments
+from .state import Progress, StateFile, digest_of, moments_of, restore_moments
 from .steps import Steps, learning
 
 LEAST_IMAGES = 20
@@ -89,7 +91,8 @@ def refine(
         batch_size: Images of a step, over all processes.
         seed: Seed of the split, the order and the augmentation.
         state: A file that keeps the state once a minute. If it exists, the refinement goes on from there; it is deleted
-            at the end. Of several processes the first one reads and writes it.
+            at the end. A file of other images, ranks, dense weights or settings is refused. Of several processes the
+            first one reads and writes it.
         progress: Show a progress bar.
 
     Returns:
@@ -127,7 +130,8 @@ def refine(
         made = {"minutes": minutes, "steps": steps, "batch_size": batch_size, "seed": seed, "images": len(learnt)}
         made["parameters"] = sum(parameter.numel() for parameter in parameters)
         first = processes.index == 0
-        file = StateFile(Path(state) if state is not None and first else None, made)
+        with processes.agreed():
+            file = _state_file(state if first else None, made, model, dense, (learnt, measured))
         with stage("refine", 100, progress and first) as advance:
             shown = 0
 
@@ -221,6 +225,24 @@ def _tensor(images: Images) -> Tensor:
     if len(shapes := {tuple(batch.shape[1:]) for batch in found}) > 1:
         raise ArpHubError(f"refinement needs images of one shape, got {sorted(shapes)}: resize them")
     return torch.cat(found)
+
+
+def _state_file(
+    path: str | Path | None, made: Mapping[str, Any], model: nn.Module, dense: nn.Module, images: tuple[Tensor, Tensor]
+) -> StateFile:
+    """The file of a refinement's state. What is not the same in every run of one command is not compared."""
+    if path is None:
+        return StateFile(None, made)
+    path = checked_path(path, "state")
+    check_writable(path.parent.absolute(), path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ranks = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    digests = {
+        "dense weights": digest_of(dense.state_dict().values()),
+        "ranks": hashlib.sha256(str(ranks).encode()).hexdigest(),
+        "images": digest_of(images),
+    }
+    return StateFile(path, made, digests)
 
 
 def _run(

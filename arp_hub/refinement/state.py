@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._utils.files import atomic_path
-from ..errors import ArpHubError
+from ..errors import ArpHubError, cause
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -47,11 +51,18 @@ class StateFile:
     Args:
         path: The file.
         settings: What the state depends on; a file with other settings is refused.
+        digests: Digests of larger things that it depends on, by their name in a message.
         seconds: Time between saves.
     """
 
-    def __init__(self, path: Path | None, settings: Mapping[str, Any], seconds: float = 60.0) -> None:
-        self._path, self._settings, self._seconds = path, dict(settings), seconds
+    def __init__(
+        self,
+        path: Path | None,
+        settings: Mapping[str, Any],
+        digests: Mapping[str, str] | None = None,
+        seconds: float = 60.0,
+    ) -> None:
+        self._path, self._settings, self._digests, self._seconds = path, dict(settings), dict(digests or {}), seconds
         self._saved = time.monotonic()
 
     def load(self) -> tuple[Progress, dict[str, Tensor]] | None:
@@ -67,7 +78,8 @@ class StateFile:
             with safe_open(self._path, "pt") as file:
                 saved = json.loads((file.metadata() or {})["refinement"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-            progress, settings = Progress(**saved["progress"]), dict(saved["settings"])
+            progress = Progress(**saved["progress"])
+            settings, digests = dict(saved["settings"]), dict(saved.get("digests", {}))
             if missing := {"parameters", "best"} - tensors.keys():
                 raise KeyError(min(missing))
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -76,6 +88,9 @@ class StateFile:
             if settings.get(name) != value:
                 found = settings.get(name)
                 raise ArpHubError(f"'{self._path}' is of a refinement with {name}={found}, not {value}: {way_out}")
+        for name, digest in self._digests.items():
+            if digests.get(name) != digest:
+                raise ArpHubError(f"'{self._path}' is of a refinement with other {name}: {way_out}")
         return progress, tensors
 
     def due(self) -> bool:
@@ -83,19 +98,30 @@ class StateFile:
         return self._path is not None and time.monotonic() - self._saved > self._seconds
 
     def save(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the file, in one step."""
+        """Replace the file, in one step. If it cannot be written, a warning says so and the refinement goes on."""
         if self._path is None:
             return
-        text = json.dumps({"progress": asdict(progress), "settings": self._settings})
+        text = json.dumps({"progress": asdict(progress), "settings": self._settings, "digests": self._digests})
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        with atomic_path(self._path) as new:
-            save_file(plain, new, metadata={"refinement": text})
+        try:
+            with atomic_path(self._path) as new:
+                save_file(plain, new, metadata={"refinement": text})
+        except (OSError, SafetensorError) as error:
+            _logger.warning("cannot save the state of the refinement in '%s': %s", self._path, cause(error))
         self._saved = time.monotonic()
 
     def remove(self) -> None:
         """Delete the file, once the refinement is complete."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
+
+
+def digest_of(tensors: Iterable[Tensor]) -> str:
+    """A digest of the values of tensors, the same on all devices."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def moments_of(optimizer: torch.optim.Adam, parameters: Sequence[nn.Parameter]) -> dict[str, Tensor]:

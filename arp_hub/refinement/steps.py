@@ -127,6 +127,8 @@ class Steps:
     def _measure(self, by_blocks: bool) -> float:
         total = torch.zeros(2, dtype=torch.float64)
         for part in self._held_out[self._processes.index :: self._processes.count].split(self._batch_size):
+            if not len(part):  # fewer images than processes
+                continue
             images = part.to(self._place.device, self._place.dtype, memory_format=self._place.layout)
             loss = self._losses(images, by_blocks, learn=False)
             total += torch.tensor([float(loss) * len(part), len(part)], dtype=torch.float64)

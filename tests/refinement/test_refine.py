@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -239,9 +241,37 @@ def test_a_file_that_is_no_state_is_refused(content, tmp_path):
     assert state.read_bytes() == content
 
 
-def test_a_state_of_other_settings_is_refused(tmp_path):
-    model, dense, images = pair("resnet")
-    state, calls = tmp_path / "state.safetensors", 0
+def of_ranks(dense: nn.Module, one: int, two: int) -> nn.Module:
+    """A model with two decomposed layers of one shape."""
+    ranks = {"layer1.0.conv1": one, "layer1.0.conv2": two}
+    plan = RankPlan({name: LayerPlan("channel", rank) for name, rank in ranks.items()}, {})
+    return decompose(copy.deepcopy(dense), plan)
+
+
+def other_weights(dense: nn.Module) -> nn.Module:
+    found = copy.deepcopy(dense)
+    with torch.no_grad():
+        next(found.parameters())[0, 0, 0, 0] += 1e-3
+    return found
+
+
+def full_disk(*args: object, **kwargs: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+OTHER_STATES: dict[str, tuple[Callable[[nn.Module, nn.Module, Tensor], Any], str]] = {
+    "steps": (lambda m, d, x: (m, d, x, 30), "steps=20, not 30"),
+    "dense model": (lambda m, d, x: (m, other_weights(d), x, 20), "other dense weights"),
+    "images": (lambda m, d, x: (m, d, x.flip(0), 20), "other images"),
+    "ranks": (lambda m, d, x: (of_ranks(d, 8, 4), d, x, 20), "other ranks"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_STATES)
+def test_a_state_of_another_refinement_is_refused(case, tmp_path):
+    change, message = OTHER_STATES[case]
+    _, dense, images = pair("resnet")
+    model, state, calls = of_ranks(dense, 4, 8), tmp_path / "new" / "state.safetensors", 0
 
     def interrupt(module: nn.Module, args: Any) -> None:
         nonlocal calls
@@ -253,8 +283,22 @@ def test_a_state_of_other_settings_is_refused(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         refine(model, dense, images, steps=20, batch_size=8, state=state)
     hook.remove()
-    with pytest.raises(ArpHubError, match="is of a refinement with steps=20, not 30: delete it"):
-        refine(model, dense, images, steps=30, batch_size=8, state=state)
+    kept = state.read_bytes()
+    model, dense, images, steps = change(model, dense, images)
+    with pytest.raises(ArpHubError, match=f"is of a refinement with {message}: delete it"):
+        refine(model, dense, images, steps=steps, batch_size=8, state=state)
+    assert state.read_bytes() == kept
+
+
+def test_a_state_that_cannot_be_written(tmp_path, monkeypatch, caplog):
+    """A place that cannot be written is refused before any work; a disk that fills up later ends nothing."""
+    model, dense, images = pair("resnet")
+    (tmp_path / "file").touch()
+    with pytest.raises(ArpHubError, match="cannot write '.*file/state': nothing can be written"):
+        refine(model, dense, images, steps=2, state=tmp_path / "file" / "state")
+    monkeypatch.setattr("arp_hub.refinement.state.save_file", full_disk)
+    assert refine(model, dense, images, steps=4, batch_size=8, state=tmp_path / "state").steps == 4
+    assert "cannot save the state of the refinement" in caplog.text and "No space left" in caplog.text
 
 
 def refined() -> tuple[float, float, list[Tensor]]:
@@ -262,6 +306,17 @@ def refined() -> tuple[float, float, list[Tensor]]:
     model, dense, images = pair("resnet")
     found = refine(model, dense, images, steps=30, batch_size=8)
     return found.before, found.after, [parameter.detach() for parameter in model.parameters()]
+
+
+def refined_by_few_held_out() -> tuple[float, float]:
+    model, dense, images = pair("vit")
+    found = refine(model, dense, images, held_out=pixels(2, 64), steps=4, batch_size=8)
+    return found.before, found.after
+
+
+def test_more_processes_than_held_out_images(tmp_path):
+    found = by_group(refined_by_few_held_out, 3, tmp_path / "run")
+    assert found[0] == found[1] == found[2] and 0 < found[0][1] <= found[0][0]
 
 
 def test_two_processes_share_the_work(tmp_path):
