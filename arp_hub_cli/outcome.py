@@ -83,7 +83,7 @@ def next_steps(folder: Path, data: Mapping[str, str | None], measured: bool, wor
         lines.append(_command("bench", *model, *timed, *["--channels-last"] * workload.channels_last))
     elif not measured:
         lines.append(_command("bench", *model))
-    lines.append(_command("export", str(folder), "--format", "onnx"))
+    lines.append(_command("export", f"local-dir:{folder}", "--format", "onnx"))
     lines.append(_command("push", str(folder), "USER/NAME"))
     load = f"import timm, arp_hub; model = timm.create_model({f'local-dir:{folder}'!r}, pretrained=True)"
     shell = "\n".join(f"  {line}" for line in lines)

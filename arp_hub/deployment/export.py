@@ -21,6 +21,7 @@ from .._utils.progress import stage
 from .._utils.torch_utils import ambient_modes_off
 from ..calibration.images import Images, batches, check_normalised
 from ..errors import ArpHubError, cause, checked_path
+from ..hub.card import EXPORT
 from ..hub.load import load_model, with_prefix
 from ..hub.save import is_saved_folder
 from ..hub.staging import refresh_card
@@ -29,7 +30,7 @@ from ..layers.trace import InputSize, input_size_of
 from ..runtimes.capture import Captured
 from ..runtimes.formats import runtime_of
 from ..runtimes.runtime import INPUT, OUTPUT
-from .folder import RECORD, check_output
+from .folder import check_output
 from .job import Job
 from .latency import FileLatency
 from .parity import Check, Parity
@@ -161,7 +162,7 @@ def export(
             facts = environment()
             facts["versions"] |= runtime.versions(int8)
             text = json.dumps({**record, **facts}, indent=2) + "\n"
-            (new / RECORD).write_text(text, encoding="utf-8")
+            (new / EXPORT).write_text(text, encoding="utf-8")
     except OSError as error:
         raise ArpHubError(f"cannot write to '{output}': {cause(error)} (the earlier content is unchanged)") from error
     if is_saved_folder(folder.parent):

@@ -19,6 +19,8 @@ from .card_names import command, plain_data_name
 
 TEMPLATE = Path(__file__).with_name("templates") / "card.md"
 EXPORT = "export.json"
+EXPORT_FILES = frozenset({EXPORT, "model.onnx", "model.xml", "model.bin", "model.pt2"})
+"""Files of an export: the first describes the others."""
 PICTURES = {
     "ranks.png": "Rank and parameters of each decomposed layer",
     "spectra.png": "Singular values of each dense layer in its scheme: the plan keeps the coloured part",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .._utils.secrets import remember
 from ..errors import ArpHubError
-from .card import PICTURES
+from .card import EXPORT, EXPORT_FILES, PICTURES
 from .client import FAILURES, ODD_ANSWERS, HubFailure, call, explain, plain_uploads, uses_xet
 from .save import CARD, WEIGHTS
 from .staging import MAIN, Upload
@@ -149,14 +149,14 @@ class Repository:
         ))  # fmt: skip
 
     def _commit(self, upload: Upload, message: str, *, create_pr: bool) -> Any:
-        """Commit all files of a branch, and delete generated pictures that this push lacks.
+        """Commit all files of a branch, and delete generated ones that this push lacks.
 
         A retry after a lost answer finds the files in place and changes nothing.
         """
 
         def commit() -> Any:
             listed = self.api.list_repo_files(self.repo_id, revision=upload.branch)
-            gone = [name for name in listed if name in PICTURES and name not in upload.files]
+            gone = [name for name in _generated(listed) if name not in upload.files]
             return self.api.create_commit(
                 self.repo_id,
                 [*_additions(upload.files), *(CommitOperationDelete(name) for name in gone)],
@@ -242,6 +242,13 @@ def check_name(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except FAILURES as error:
         raise ArpHubError(f"'{repo_id}' is not a valid name for a repository: {explain(error)}") from None
+
+
+def _generated(listed: Collection[str]) -> list[str]:
+    """The files of a repository that arp_hub may have written beside a model: pictures, and files of exports."""
+    exports = [place for name in listed for place, _, file in [name.rpartition("/")] if place and file == EXPORT]
+    generated = {*PICTURES, *(f"{place}/{file}" for place in exports for file in EXPORT_FILES)}
+    return [name for name in listed if name in generated]
 
 
 def _additions(files: Mapping[str, Path]) -> list[CommitOperationAdd]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ..layers.model import check_model
 from ..layers.trace import input_size_of
 from ..reports.run_page import REPORT
 from ..reports.summary import model_sizes
-from .card import UNFIT, draw_pictures, model_card
+from .card import PICTURES, UNFIT, draw_pictures, keep_by_hand, model_card
 from .config import check_rebuilds, write_config
 
 CONFIG, WEIGHTS, CARD, METRICS = "config.json", "model.safetensors", "README.md", "metrics.json"
@@ -50,7 +51,7 @@ def save_pretrained(
 
     Args:
         model: A timm model, decomposed or dense, bare (``accelerator.unwrap_model(model)``).
-        folder: Where to save. An earlier saved model is replaced.
+        folder: Where to save. An earlier saved model is replaced; the owner's text in its card and other pictures stay.
         metrics: Numbers for ``metrics.json`` and the card. This model's are at the top level (``top1`` and ``top5`` in
             per cent, ``loss`` in nats), the dense model's under ``dense``. Say how they were measured with ``data``,
             ``split``, ``images``, ``seed`` and ``command``. The card also shows ``base_model`` and ``dataset`` (ids on
@@ -59,7 +60,7 @@ def save_pretrained(
         label_names: Names of the classes, in order.
         backbone: timm name of the dense model, if ``timm.create_model`` did not create the model.
         model_args: Arguments of the model that add to or replace those that timm stored on it.
-        overwrite: Replace the folder even if it holds other files. They are deleted.
+        overwrite: Replace all of the folder, even if it holds other files. They are deleted.
 
     Returns:
         The folder.
@@ -92,11 +93,25 @@ def save_pretrained(
                 reason = f"{type(error).__name__}: {error}"
                 raise ArpHubError(f"metrics hold entries that the card cannot show ({reason}): mend them") from error
             write_card(new / CARD, card)
+            if not overwrite:
+                _keep_of_the_owner(folder, new)
             save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
             (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode)  # safetensors gives only the owner read access
     except FAILED_WRITES as error:
         raise ArpHubError(f"cannot save in '{folder}': {cause(error)} (the earlier content is unchanged)") from error
     return folder
+
+
+def _keep_of_the_owner(folder: Path, new: Path) -> None:
+    """Copy into a new saved folder what the owner has added to the earlier one: pictures, and edits of the card."""
+    if not folder.is_dir():
+        return
+    for picture in folder.iterdir():
+        if picture.suffix in _PICTURES and picture.name not in PICTURES:
+            shutil.copy2(picture, new, follow_symlinks=False)
+    if (folder / CARD).is_file():
+        earlier = (folder / CARD).read_text(encoding="utf-8", errors="replace")
+        write_card(new / CARD, keep_by_hand((new / CARD).read_text(encoding="utf-8"), earlier))
 
 
 def check_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:

@@ -131,14 +131,20 @@ def test_one_commit_on_each_branch_and_no_pickle(hub: HubServer, client: Client,
 def test_a_second_push_refreshes_and_keeps_what_was_written_by_hand(
     hub: HubServer, client: Client, folder: Path, tmp_path: Path
 ) -> None:
+    export = {"onnx/export.json": b"{}", "onnx/model.onnx": b"of the first weights"}
+    for name, content in export.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
     push(client, folder, NAME, "--tag", "v1")
     repo = hub.repos[NAME]
+    assert export.items() <= repo.files().items()
     by_hand = repo.files()["README.md"].decode()
     by_hand = by_hand.replace(
         "between these two lines -->\n", "between these two lines -->\nAsk Ann | <b>about</b> \\1 cats."
     )
     by_hand = by_hand.replace("\ntags:\n", "\nlanguage: en\nco2: small\ntags:\n- cats\n")
-    repo.commit("refs/heads/main", {**repo.files(), "README.md": by_hand.encode(), "notes.txt": b"mine"}, "by hand")
+    mine = {"notes.txt": b"mine", "onnx/notes.txt": b"mine", "other/model.onnx": b"mine"}
+    repo.commit("refs/heads/main", {**repo.files(), "README.md": by_hand.encode(), **mine}, "by hand")
     model = low_rank_model("test_resnet", {"layer4.0.conv2": "channel"}, num_classes=5)
     again = arp_hub.save_pretrained(model, tmp_path / "again", metrics={"top1": 59.5, "data": "someone/pets"})
     assert not (again / "ranks.png").exists()
@@ -146,7 +152,7 @@ def test_a_second_push_refreshes_and_keeps_what_was_written_by_hand(
     files = repo.files()
     assert files["model.safetensors"] == (again / "model.safetensors").read_bytes()
     assert json.loads(files["metrics.json"])["top1"] == 59.5
-    assert "ranks.png" not in files and files["notes.txt"] == b"mine"
+    assert not files.keys() & {"ranks.png", *export} and mine.items() <= files.items()
     card = ModelCard(files["README.md"].decode())
     assert "Ask Ann | <b>about</b> \\1 cats." in card.text and "| top-1, % |  | 59.50 |" in card.text
     assert "61.25" not in card.content and card.data.datasets is None and card.data.base_model is None

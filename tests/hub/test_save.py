@@ -313,6 +313,21 @@ def test_an_earlier_model_is_replaced_and_anything_else_is_not(tmp_path: Path) -
     assert names_in(folder) == PICTURED and names_in(tmp_path) == ["out"]
 
 
+def test_what_the_owner_added_stays(tmp_path: Path) -> None:
+    folder = arp_hub.save_pretrained(small_model(), tmp_path / "out")
+    card = folder / "README.md"
+    text = card.read_text().replace("<!-- /owner -->", "Made for cats.\n<!-- /owner -->")
+    card.write_text(text.replace("\ntags:\n", "\nlanguage: en\ntags:\n- cats\n"))
+    (folder / "mine.png").write_bytes(b"a picture of a cat")
+    arp_hub.save_pretrained(timm.create_model("cifar_resnet20", num_classes=2), folder)
+    kept = card.read_text()
+    assert read(folder)["num_classes"] == 2 and (folder / "mine.png").read_bytes() == b"a picture of a cat"
+    assert all(words in kept for words in ("Made for cats.", "language: en", "- cats", "cifar_resnet20"))
+
+    arp_hub.save_pretrained(small_model(), folder, overwrite=True)
+    assert not (folder / "mine.png").exists() and "cats" not in card.read_text()
+
+
 def test_folders_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "other"
     other.mkdir()
