@@ -257,7 +257,7 @@ def _words(numbers: Sequence[int]) -> str:
 
 
 def open_model(choice: ModelChoice, meta: bool = False) -> tuple[nn.Module, bool]:
-    """The model on its device, and whether its weights are random.
+    """The model on its device, and whether weights of it are random: all of them, or those of a new classifier.
 
     Args:
         choice: The options that name it.
@@ -294,7 +294,18 @@ def open_model(choice: ModelChoice, meta: bool = False) -> tuple[nn.Module, bool
     random = checkpoint is None and (pretrained is False or not has_own)
     if random:
         note(f"warning: the weights of '{name}' are random: give --checkpoint FILE, or a model that has weights")
+    elif checkpoint is None and (classes := _classes_of_weights(network)) is not None:
+        random = True
+        note(f"warning: the classifier is random, because the weights of '{name}' have {classes} classes, not "
+             f"{network.num_classes}: give --checkpoint FILE")  # fmt: skip
     return network.to(place), random
+
+
+def _classes_of_weights(network: nn.Module) -> int | None:
+    """The number of classes of a model's own weights, if it has another one itself."""
+    cfg: Any = getattr(network, "pretrained_cfg", None) or {}
+    known, own = cfg.get("num_classes"), getattr(network, "num_classes", None)
+    return known if own and known is not None and known != own else None
 
 
 def _device(name: str | None) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import tempfile
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from .balance import balance_factors
 from .int8_errors import int8_divergences
 from .latency import FileLatency, time_files
 from .parity import TOLERANCE, Check, Parity
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,8 @@ class Job:
         """Time a file; if the model has low-rank layers, in turns with its dense form, written in the same way.
 
         Returns:
-            The latency, None if ``seconds`` is 0; and the dense file, which is deleted, None if the model is dense.
+            The latency, None if ``seconds`` is 0; and the dense file, which is deleted, None if the model is dense or
+            its dense form cannot be written, such as one of more than 2 GiB in ONNX.
         """
         count = captured.batch_size
         images = check.images[torch.arange(count) % len(check.images)].contiguous()
@@ -123,6 +127,9 @@ class Job:
         with tempfile.TemporaryDirectory() as folder:
             if low_rank_layers(captured.model):
                 merged = replace(captured, model=to_dense(copy.deepcopy(captured.model)))
-                dense = self.write(merged, Path(folder), check)
-                runs["dense"] = dense.run
+                try:
+                    dense = self.write(merged, Path(folder), check)
+                    runs["dense"] = dense.run
+                except ArpHubError as error:  # the file of the compressed model is whole
+                    _logger.warning("the dense form cannot be written and is not compared: %s", error)
             return time_files(runs, images, seconds) if seconds else None, dense

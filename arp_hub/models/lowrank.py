@@ -101,7 +101,8 @@ def arp_lowrank(
     if channels[0] != channels[1]:
         dense |= first_convs
     same_shapes = _same_as_saved(kwargs, _SAME_SHAPES) or reparameterized
-    if not same_shapes:
+    no_classifier = bool(cfg["num_classes"]) and kwargs.get("num_classes") == 0  # some heads lose more than that layer
+    if not same_shapes or no_classifier:
         dense |= _removed(rank_plan, entrypoint, cfg, kwargs)
     kept = RankPlan({name: layer for name, layer in rank_plan.layers.items() if name not in dense})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -69,13 +70,13 @@ def load_data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
             "stream: set aug_repeats=0"
         )
     if data.num_classes != model.num_classes:
-        if checkpoint or (pretrained and not config.dense_epochs):
+        if (checkpoint or pretrained) and not config.dense_epochs:
             raise ArpHubError(
                 f"data '{config.data}' has {data.num_classes} classes, model '{config.model}' has "
                 f"{model.num_classes}: set dense_epochs to train a new classifier, or choose the right model"
             )
         torch.manual_seed(config.seed)
-        model = _dense_model(config, pretrained=pretrained, num_classes=data.num_classes)
+        model = _with_classes(config, model, data.num_classes, pretrained)
     if config.crop_pct not in (None, data.form.crop_pct):
         _logger.warning("crop_pct=%g has no effect: images as small as these are not cropped", config.crop_pct)
     note_crop(model, data.form)
@@ -84,6 +85,17 @@ def load_data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
     if not checkpoint and not pretrained and not config.dense_epochs:
         _logger.warning("no trained weights and dense_epochs=0: penalty training starts from random weights")
     return data, model
+
+
+def _with_classes(config: TrainConfig, model: nn.Module, classes: int, pretrained: bool) -> nn.Module:
+    """The model with another number of classes. Only its classifier is new where the weights are trained ones."""
+    if not config.checkpoint:
+        return _dense_model(config, pretrained=pretrained, num_classes=classes)
+    found = _dense_model(dataclasses.replace(config, checkpoint=""), pretrained=False, num_classes=classes)
+    own = found.state_dict()
+    trained = {key: value for key, value in model.state_dict().items() if value.shape == own[key].shape}
+    found.load_state_dict(trained, strict=False)
+    return found
 
 
 def _loaded(config: TrainConfig, given: dict[str, Any]) -> nn.Module:

@@ -376,6 +376,18 @@ def test_random_weights_are_reported(run, trained, tmp_path, line, random):
     assert result.json["random_weights"] is random
 
 
+@pytest.mark.parametrize(("classes", "random"), [(3, False), (5, True)])
+def test_a_random_classifier_is_reported(run, tmp_path, classes, random):
+    model = timm.create_model("test_resnet", num_classes=3)
+    folder = save_pretrained(model, tmp_path / "saved")
+    choice = ("--model", f"local-dir:{folder}", "--num-classes", classes, *SIZE)
+    result = run("compress", *choice, "--keep-params", 0.5, "--output", tmp_path / "out", "--json")
+    assert result.code == 0, result.err
+    warning = f"the classifier is random, because the weights of 'local-dir:{folder}' have 3 classes, not 5"
+    assert (warning in result.err) is random and result.json["random_weights"] is random
+    assert ("random weights" in (tmp_path / "out/README.md").read_text()) is random
+
+
 def test_help_tells_the_exit_codes(run):
     result = run("--help")
     assert result.code == 0

@@ -78,7 +78,11 @@ CASES = {
 def test_next_steps_follow_what_was_given(case: str) -> None:
     data, measured, workload, expected = CASES[case]
     text = next_steps(Path("out"), data, measured, workload)
-    assert re.findall(r"^  arp-hub (.*)$", text, re.M) == [*expected, "export local-dir:out --format onnx", "push out USER/NAME"]
+    assert re.findall(r"^  arp-hub (.*)$", text, re.M) == [
+        *expected,
+        "export local-dir:out --format onnx",
+        "push out USER/NAME",
+    ]
 
 
 def test_a_finished_model_is_not_replaced_by_accident(call: Any, tmp_path: Path) -> None:

@@ -90,6 +90,24 @@ def test_a_folder_in_int8_for_onnxruntime(tmp_path: Path) -> None:
     assert files_naming(tmp_path / "out", str(ROOT)) == []
 
 
+def test_a_dense_form_that_is_too_large_is_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    largest = sum(tensor.nbytes for tensor in vit().state_dict().values()) + 1000
+    monkeypatch.setattr("arp_hub.runtimes.onnx_runtime._LARGEST", largest)
+    done = arp_hub.export(vit(), tmp_path / "out", seconds=0.2)
+    assert done.latency is not None and done.latency.dense is None and done.file.stat().st_size > 0
+    assert "dense" not in done.record and "verdict" not in done.record
+    assert "the dense form cannot be written and is not compared: the weights take" in caplog.text
+
+
+def test_names_of_other_classes_are_left_out(tmp_path: Path) -> None:
+    model = arp_hub.load_model(FOLDER, num_classes=5)
+    done = arp_hub.export(model, tmp_path / "out", format="torch-export", seconds=0)
+    assert done.record["num_classes"] == 5 and "label_names" not in done.record
+
+
 def test_a_vit_in_float32_for_onnxruntime(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     model = vit()

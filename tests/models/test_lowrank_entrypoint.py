@@ -93,6 +93,17 @@ def test_arguments_mean_what_they_mean_for_the_dense_backbone(saved: tuple[Path,
             assert low_rank_layers(ours)
 
 
+def test_a_head_that_loses_more_than_the_classifier(tmp_path: Path) -> None:
+    """Without classes, CAFormer has neither layer of its head."""
+    layers = {"stages.0.blocks.0.mlp.fc1": "channel", "head.fc.fc1": "channel", "head.fc.fc2": "channel"}
+    model = low_rank_model("caformer_s18", layers)
+    folder = arp_hub.save_pretrained(model, tmp_path / "out")
+    bare, x = load(folder, num_classes=0), torch.randn(2, 3, 64, 64)
+    assert low_rank_layers(bare).keys() == {"stages.0.blocks.0.mlp.fc1"}
+    with torch.no_grad():
+        torch.testing.assert_close(bare(x), model.eval().forward_head(model.forward_features(x), pre_logits=True))
+
+
 @pytest.mark.parametrize(
     ("backbone", "layers", "arguments", "side"),
     [
