@@ -238,7 +238,8 @@ def limits(metrics: Mapping[str, Any], decomposed: bool) -> list[str]:
         found.append(f"It is {lost:.2f} points of top-1 less accurate than the dense model on the images measured.")
     if metrics.get("random_weights"):
         found.append(
-            "The dense model or its classifier had random weights: the numbers show sizes and timings, not a useful accuracy."
+            "The dense model or its classifier had random weights: the numbers show sizes and timings, not a useful "
+            "accuracy."
         )
     config = metrics.get("config")
     if isinstance(config, Mapping) and (steps := config.get("max_steps")):

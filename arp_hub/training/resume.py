@@ -1,4 +1,4 @@
-"""The settings that a resumed run must share with the run that it continues."""
+"""What a resumed run must share with the run that it continues."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
+from ..errors import ArpHubError
 from .checkpoint import Checkpoint, check_same
 from .config import TrainConfig, without_retired
 from .data.dataset import ImageData
@@ -25,6 +27,21 @@ def fixed_settings(config: TrainConfig, accelerator: Accelerator, data: ImageDat
     if isinstance(data.train, StreamedSplit):
         settings["workers of the stream"] = config.workers  # they decide its order
     return settings | {"processes": accelerator.num_processes, "training images": len(data.train)}
+
+
+def check_found(found: Path | None, accelerator: Accelerator, folder: Path) -> None:
+    """Refuse to resume where only some of the processes find the checkpoint, as on machines without a shared disk.
+
+    Raises:
+        ArpHubError: Naming a process that finds another one.
+    """
+    names = gather_object([found.name if found else "no checkpoint"])
+    for number, name in enumerate(names):
+        if name != names[0]:
+            raise ArpHubError(
+                f"process 0 finds {names[0]} in '{folder}', process {number} finds {name}: to resume, put the output "
+                "on a disk that all machines share"
+            )
 
 
 def check_settings(start: Checkpoint, settings: Mapping[str, Any], path: Path) -> None:

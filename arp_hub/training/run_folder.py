@@ -20,7 +20,9 @@ LOCK = "run.lock"
 """Name of the file that the main process locks while the run lasts."""
 REFINEMENT = "refinement.safetensors"
 """Name of the file that holds the state of an unfinished refinement of the fit."""
-_WRITTEN = {"checkpoints", "config.yaml", "dense.safetensors", "log.jsonl", "metrics.json", "report.html", "tracker"}
+DENSE = "dense.safetensors"
+"""Name of the file that holds the dense model, once it is trained."""
+_WRITTEN = {"checkpoints", "config.yaml", DENSE, "log.jsonl", "metrics.json", "report.html", "tracker"}
 """What else a run writes in its folder. A new run keeps all other files, unless it may overwrite the folder."""
 
 
@@ -70,18 +72,25 @@ class RunFolder:
         Raises:
             ArpHubError: Naming the folder or repository.
         """
-        config, output = self.config, Path(self.config.output)
+        config, output, stranger = self.config, Path(self.config.output), self._is_of_another(start)
         inputs = {"--data": config.data, "--checkpoint": config.checkpoint}
         inputs["--teacher-checkpoint"] = config.teacher_checkpoint
         for folder in (output, self.path) if config.overwrite else (output,):
             check_inputs_outside(folder, inputs)
         check_folder(output, overwrite=config.overwrite)
+        if start is not None and start.phase != "dense":
+            dense_of(start, self.path / DENSE)
         if config.push_to_hub and self.accelerator.is_main_process:
             check_push(config.push_to_hub)
-        if not config.overwrite and start is None:
+        if not config.overwrite and (start is None or stranger):
             if output.exists() and any(output.iterdir()):
                 raise ArpHubError(
                     f"'{output}' already holds a model: choose another output, or replace it with --overwrite"
+                )
+            if stranger and self.checkpoints.is_dir():
+                raise ArpHubError(
+                    f"'{self.path}' holds an unfinished run, and resume='{config.resume}' is a checkpoint of another "
+                    "one: choose another output, or replace the run with --overwrite"
                 )
             if self.checkpoints.is_dir() and not config.resume:
                 raise ArpHubError(
@@ -104,12 +113,19 @@ class RunFolder:
                 remove_unfinished(Path(config.output))
                 if start is None:
                     self._clear()
+                elif self._is_of_another(start):
+                    shutil.rmtree(self.checkpoints, ignore_errors=True)
                 for folder in (self.path, self.checkpoints):
                     remove_unfinished_checkpoints(folder)
                 if start is not None:
                     remove_later_checkpoints(self.checkpoints, start.phase, start.step)
                 config.save(self.path / "config.yaml")
         self.accelerator.wait_for_everyone()
+
+    def _is_of_another(self, start: Checkpoint | None) -> bool:
+        """Whether a checkpoint lies outside the folder of this run."""
+        path = start and start.path
+        return path is not None and path.parent.resolve() != self.checkpoints.resolve()
 
     def _check_owner(self) -> None:
         """Refuse a folder that is a file, or that holds files which no run wrote."""
@@ -135,6 +151,22 @@ class RunFolder:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+def dense_of(start: Checkpoint, kept: Path) -> Path:
+    """The file of the dense model that a checkpoint belongs to: in its own run, or else in the folder of this one.
+
+    Args:
+        start: The checkpoint.
+        kept: The file in the folder of this run.
+
+    Raises:
+        ArpHubError: If there is none.
+    """
+    for path in (start.path.parent.parent / DENSE, kept) if start.path else (kept,):
+        if path.is_file():
+            return path
+    raise ArpHubError(f"checkpoint '{start.path}' needs '{kept}', which is missing: resume in the folder of its run")
 
 
 def _is_run_folder(folder: Path) -> bool:

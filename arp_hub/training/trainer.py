@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -35,8 +36,8 @@ from .phases import Phase, Run, check_schedule
 from .preemption import Preempted, Sigterm
 from .processes import shared_factors, shared_plan
 from .results import all_numbers, publish, save
-from .resume import check_settings, fixed_settings
-from .run_folder import REFINEMENT, RunFolder
+from .resume import check_found, check_settings, fixed_settings
+from .run_folder import DENSE, REFINEMENT, RunFolder, dense_of
 from .runlog import RunLog
 
 
@@ -70,6 +71,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
 def _run(config: TrainConfig, accelerator: Accelerator, folder: RunFolder, sigterm: Sigterm) -> dict[str, Any]:
     """The story, inside the locked folder: check everything, train, save, publish."""
     found = find_checkpoint(config.resume, folder.checkpoints)
+    check_found(found, accelerator, folder.checkpoints)
     start = load_checkpoint(found) if found else None
     folder.check(start)
     data, model = load_data_and_model(config)
@@ -95,10 +97,13 @@ def _run(config: TrainConfig, accelerator: Accelerator, folder: RunFolder, sigte
 
 def _dense_model(run: Run, model: nn.Module, start: Checkpoint | None) -> nn.Module:
     """The dense model, trained if the settings ask for it, measured, and stored in the run's folder for resuming."""
-    config, kept = run.config, run.config.run_folder / "dense.safetensors"
+    config, kept = run.config, run.config.run_folder / DENSE
     model.to(run.accelerator.device)
     if start and start.phase != "dense":
-        load_weights(model, kept)
+        source = dense_of(start, kept)
+        load_weights(model, source)
+        if source != kept:
+            _keep_dense(run, model, kept)
         return model.eval()
     if config.dense_epochs:
         _check_budget(run, model)
@@ -108,10 +113,15 @@ def _dense_model(run: Run, model: nn.Module, start: Checkpoint | None) -> nn.Mod
         model = train(run, phase, start)
     model.eval()
     run.scores["dense"] = _score(run, model, "dense model")
-    if run.accelerator.is_main_process:
-        with writing(kept):
-            save_tensors(kept, model.state_dict())
+    _keep_dense(run, model, kept)
     return model
+
+
+def _keep_dense(run: Run, model: nn.Module, path: Path) -> None:
+    """Store the dense model in the run's folder, for resuming."""
+    if run.accelerator.is_main_process:
+        with writing(path):
+            save_tensors(path, model.state_dict())
 
 
 def _compressed_model(
@@ -144,6 +154,8 @@ def _penalised_model(
     factors = None
     if start:
         plan = RankPlan.from_dict(start.plan)
+        if config.start_from == "fit":  # the fit has made plain convolutions of weight-standardised ones
+            to_dense(apply_plan(model, plan))
         start.load_into(model, "model")
     else:
         plan, factors = _plan_and_fit(run, model)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from several_processes import by_processes
 from tiny_run import STATE, config
 
 from arp_hub.errors import ArpHubError
@@ -46,6 +52,78 @@ def test_a_second_run_on_one_output_is_refused_until_the_first_has_ended_or_cras
     assert f"process {holder.pid}" in lock.read_text()  # the file stays, the lock does not
     with pytest.raises(ArpHubError, match="holds an unfinished run.*--resume auto"):
         run(config(tmp_path))
+
+
+def test_a_checkpoint_of_another_output_brings_its_dense_model(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    checkpoint, dense = (tmp_path / "out-run" / name for name in ("checkpoints/compress-00000000", "dense.safetensors"))
+    again = {"dense_lr": 1e-3, "lr": 3e38, "resume": str(checkpoint)}
+    with pytest.raises(ArpHubError, match="NaN or infinite at step 1 of phase 'compress'"):
+        run(config(tmp_path / "new", **again))
+    assert (tmp_path / "new/out-run/dense.safetensors").read_bytes() == dense.read_bytes()
+    dense.unlink()
+    with pytest.raises(ArpHubError, match="compress-00000000' needs '.*other/out-run/dense.safetensors', which is"):
+        run(config(tmp_path / "other", **again))
+
+
+def test_a_checkpoint_of_another_output_does_not_replace_an_unfinished_run(stopped, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(stopped, tmp_path / name)
+    mine = tmp_path / "two" / "out-run"
+    before = {path.relative_to(mine) for path in mine.rglob("*")}
+    again = {"dense_lr": 1e-3, "lr": 3e38, "resume": str(tmp_path / "one/out-run/checkpoints/compress-00000000")}
+    with pytest.raises(ArpHubError, match="two/out-run' holds an unfinished run, and resume='.*one/.*--overwrite"):
+        run(config(tmp_path / "two", **again))
+    assert {path.relative_to(mine) for path in mine.rglob("*")} == before
+    with pytest.raises(ArpHubError, match="NaN or infinite at step 1 of phase 'compress'"):
+        run(config(tmp_path / "two", **again, overwrite=True))
+    assert load_file(mine / "dense.safetensors") and not list((mine / "checkpoints").glob("dense-*"))
+
+
+def test_a_network_with_standardised_weights_resumes(tmp_path):
+    """The fit makes plain convolutions of weight-standardised ones, before the penalty."""
+    changes = {"model": "test_nfnet", "start_from": "fit", "calibration_images": 8, "ramp": 0.0, "lr": 1e-4}
+    settings = config(tmp_path, **changes)
+    run(settings)
+    whole = load_file(tmp_path / "out/model.safetensors")
+    checkpoint = settings.run_folder / "checkpoints" / "compress-00000001"
+    run(config(tmp_path, **changes, resume=str(checkpoint), overwrite=True))
+    again = load_file(tmp_path / "out/model.safetensors")
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_checkpoint_of_other_classes_gets_a_new_classifier(tmp_path):
+    torch.manual_seed(7)
+    model = timm.create_model("test_vit", num_classes=3)
+    save_file(model.state_dict(), tmp_path / "three.safetensors")
+    given = {"checkpoint": str(tmp_path / "three.safetensors"), "model_kwargs": {"num_classes": 3}}
+    with pytest.raises(ArpHubError, match="data 'digits' has 10 classes, .* has 3: set dense_epochs to train a new"):
+        run(config(tmp_path, **given, dense_epochs=0))
+    settings = config(tmp_path, **given, dense_lr=1e-9)
+    run(settings)
+    dense = load_file(settings.run_folder / "dense.safetensors")
+    assert dense["head.weight"].shape[0] == 10
+    same = {name for name, tensor in model.state_dict().items() if name in dense and tensor.shape == dense[name].shape}
+    assert same == dense.keys() - {"head.weight", "head.bias"}
+    assert all((dense[name] - model.state_dict()[name]).abs().max() < 1e-4 for name in same)
+
+
+def resumed_on_a_machine(tmp_path: Path, port: int, rank: int, world: int, folder: Path) -> str:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with pytest.raises(ArpHubError) as raised:
+        run(config(tmp_path / f"machine{rank}", resume="auto"))
+    return str(raised.value)
+
+
+def test_machines_without_a_shared_disk_do_not_resume(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "machine0")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for message in by_processes(functools.partial(resumed_on_a_machine, tmp_path, port), 2, tmp_path / "answers"):
+        assert "process 0 finds compress-00000000" in message and "process 1 finds no checkpoint" in message
+        assert message.endswith("put the output on a disk that all machines share")
 
 
 FOREIGN = {
