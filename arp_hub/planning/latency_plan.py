@@ -22,7 +22,7 @@ from torch import nn
 from .._utils.progress import counted
 from ..errors import ArpHubError
 from ..layers.apply_plan import apply_plan
-from ..layers.model import low_rank_layers
+from ..layers.model import layers_called, low_rank_layers
 from ..layers.trace import InputSize
 from ..plan import RankPlan
 from ..runtimes.timed import Call, model_call
@@ -63,7 +63,8 @@ class Stopwatch:
             table: Times of single layers.
         """
         if self.workload.in_torch:
-            return layer_shares(self._model, list(layers), self._images, self.workload, self._seconds)
+            with layers_called(self._model):
+                return layer_shares(self._model, list(layers), self._images, self.workload, self._seconds)
         seconds = {
             name: sum(table.dense_seconds(schemes[0], size) for size in sizes[name]) for name, schemes in layers.items()
         }

@@ -65,6 +65,11 @@ class TrainConfig(
             raise ArpHubError(
                 "start_from='fit' needs calibration images: set calibration_images, or start_from='dense'"
             )
+        if self.calibration_copies and self.calibration_images == 0:
+            raise ArpHubError(
+                f"calibration_copies={self.calibration_copies} has no effect with calibration_images=0: set "
+                "calibration_images, or leave calibration_copies out"
+            )
         if self.teacher and not self.distill:
             raise ArpHubError(f"teacher='{self.teacher}' has no effect with distill=0: set distill, for example 0.9")
         if self.teacher_checkpoint and not self.teacher:
@@ -73,10 +78,16 @@ class TrainConfig(
             raise ArpHubError(
                 "epochs=0 means no penalty training, which needs start_from='fit': set it, or raise epochs"
             )
-        if self.refine_minutes and self.start_from == "dense":
+        if self.refine_minutes and self.refine_steps:
             raise ArpHubError(
-                f"refine_minutes={self.refine_minutes:g} refines the fit, and start_from='dense' makes none: set "
-                "refine_minutes=0, or start_from='fit'"
+                f"refine_minutes={self.refine_minutes:g} and refine_steps={self.refine_steps} both bound the "
+                "refinement: set one of them"
+            )
+        if (self.refine_minutes or self.refine_steps) and self.start_from == "dense":
+            name = "refine_minutes" if self.refine_minutes else "refine_steps"
+            raise ArpHubError(
+                f"{name}={getattr(self, name):g} refines the fit, and start_from='dense' makes none: set {name}=0, or "
+                "start_from='fit'"
             )
         for name, argument in ARGUMENTS.items():
             if getattr(self, name) and argument in (self.model_kwargs or {}):

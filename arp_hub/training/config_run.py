@@ -115,8 +115,13 @@ class PhaseSettings:
     refine_minutes: float = setting(
         "phases", 0.0, "minutes of refining the fit on unlabelled images, before the penalty; 0: none", low=0
     )
+    refine_steps: int = setting("phases", 0, "optimiser steps of that refinement, in place of minutes", low=0)
     refine_images: int | None = setting(
-        "phases", None, "training images to refine the fit on; by default 10,000 small or 1,000 large", low=20
+        "phases",
+        None,
+        "training images to refine the fit on; by default 10,000 small or 1,000 large",
+        low=20,
+        needs=("refine_minutes", "refine_steps"),
     )
     finetune_epochs: int = setting("phases", 0, "epochs of fine-tuning the factors after decomposition", low=0)
     start_from: str = setting(
@@ -144,7 +149,7 @@ class RunSettings:
     )
     overwrite: bool = setting("run", False, "replace a finished model and start a new run")
     push_to_hub: str = setting("run", "", "USER/NAME to publish the finished model as; checked before training")
-    hub_private: bool = setting("run", False, "make a new repository on the Hub private")
+    hub_private: bool = setting("run", False, "make a new repository on the Hub private", needs=("push_to_hub",))
     seed: int = setting("run", 0, "seed of every random choice", low=0, high=2**32 - 1)
     checkpoint_every: int = setting("run", 0, "steps between checkpoints; 0: one per epoch", low=0)
     keep_checkpoints: int = setting("run", 2, "checkpoints to keep", low=1)

@@ -23,9 +23,11 @@ class OptimisationSettings:
         "optimisation", None, "further arguments of the optimiser, such as betas=(0.9,0.95) eps=1e-6"
     )
     lr: float = setting("optimisation", 0.05, "learning rate of penalty training", above=0)
-    dense_lr: float | None = setting("optimisation", None, "learning rate of dense training; by default lr", above=0)
+    dense_lr: float | None = setting(
+        "optimisation", None, "learning rate of dense training; by default lr", above=0, needs=("dense_epochs",)
+    )
     finetune_lr: float | None = setting(
-        "optimisation", None, "learning rate of fine-tuning; by default lr / 10", above=0
+        "optimisation", None, "learning rate of fine-tuning; by default lr / 10", above=0, needs=("finetune_epochs",)
     )
     layer_decay: float | None = setting(
         "optimisation",
@@ -139,7 +141,7 @@ class LossSettings:
         low=0,
         high=1,
     )
-    temperature: float = setting("loss and averaging", 4.0, "temperature of distillation", above=0)
+    temperature: float = setting("loss and averaging", 4.0, "temperature of distillation", above=0, needs=("distill",))
     teacher: str = setting(
         "loss and averaging", "", "another model to distil from: a timm name, a saved folder or hf-hub:USER/NAME"
     )

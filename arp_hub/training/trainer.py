@@ -190,7 +190,7 @@ def _plan_and_fit(run: Run, model: nn.Module) -> tuple[RankPlan, dict[str, Facto
     dense = copy.deepcopy(model)
     decompose(model, plan, calibration=images, effort=config.effort, progress=show)
     run.scores["fit"] = _score(run, model, "data-aware fit, untrained")
-    if config.refine_minutes:
+    if config.refine_minutes or config.refine_steps:
         _refine(run, model, dense, show)
     return plan, shared_factors(run.accelerator, model)
 
@@ -199,7 +199,8 @@ def _refine(run: Run, model: nn.Module, dense: nn.Module, progress: bool) -> Non
     """Refine the fit on unlabelled images; a stopped run goes on from the state in its folder."""
     config = run.config
     images, held_out = refinement_images(run.data, config.refine_images, seed=config.seed, workers=config.workers)
-    bound: dict[str, Any] = {"steps": config.max_steps} if config.max_steps else {"minutes": config.refine_minutes}
+    steps = config.max_steps or config.refine_steps
+    bound: dict[str, Any] = {"steps": steps} if steps else {"minutes": config.refine_minutes}
     state = config.run_folder / REFINEMENT
     done = refine(model, dense, images, held_out=held_out, seed=config.seed, state=state, progress=progress, **bound)
     # with the scores, because checkpoints hold these

@@ -102,11 +102,11 @@ def test_compress_says_what_refinement_did(after):
     assert ("did not lower" in text) is (after == 0.25)
 
 
-def test_a_run_refines_its_fit(tmp_path):
+@pytest.mark.parametrize("bound", [{"refine_minutes": 1, "max_steps": 4}, {"refine_steps": 4}], ids=str)
+def test_a_run_refines_its_fit(tmp_path, bound):
     config = TrainConfig(
-        model="cifar_resnet20", data="digits", keep_params=0.5, schemes=("channel",), effort="fast", max_steps=4,
-        epochs=0, refine_minutes=1, refine_images=40, batch_size=8, cpu=True, tracker="none",
-        output=str(tmp_path / "out"),
+        model="cifar_resnet20", data="digits", keep_params=0.5, schemes=("channel",), effort="fast",
+        epochs=0, refine_images=40, batch_size=8, cpu=True, tracker="none", output=str(tmp_path / "out"), **bound,
     )  # fmt: skip
     metrics = train(config)
     assert metrics["refinement"]["steps"] == 4 and metrics["top1"] == metrics["scores"]["refined"]["top1"]

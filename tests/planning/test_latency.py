@@ -11,8 +11,9 @@ import torch
 import arp_hub
 from arp_hub import ArpHubError, LayerPlan, RankPlan, Workload, benchmark, make_plan
 from arp_hub.layers.apply_plan import apply_plan
+from arp_hub.layers.low_rank import layer_shape
 from arp_hub.layers.model import low_rank_layers
-from arp_hub.planning.latency_plan import LatencyBudget
+from arp_hub.planning.latency_plan import LatencyBudget, Stopwatch
 from arp_hub.planning.latency_table import LatencyTable
 from arp_hub.schemes import make_scheme
 from arp_hub.schemes.shapes import LayerShape
@@ -75,6 +76,17 @@ def test_a_model_is_timed_against_its_own_dense_form_and_left_alone(workload):
     if workload.dtype == "float32":  # bfloat16 is emulated on some CPUs
         assert found.ratio.median < 0.9
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_layers_whose_weights_are_read_without_a_call_are_timed():
+    """BEiT's attention reads the weight of qkv, unless that layer is decomposed."""
+    torch.manual_seed(0)
+    model = timm.models.beit.Beit(img_size=64, patch_size=8, embed_dim=192, depth=2, num_heads=3, num_classes=10)
+    names = [f"blocks.{k}.{name}" for k in range(2) for name in ("attn.qkv", "mlp.fc1")]
+    schemes = {name: [make_scheme("channel", layer_shape(model.get_submodule(name)))] for name in names}
+    watch = Stopwatch(model.eval(), Workload(), (3, 64, 64), seconds=0.2)
+    shares = watch.shares(schemes, {}, LatencyTable(Workload(), CPU))
+    assert all(shares[name] > 0.01 for name in names)
 
 
 def test_a_dense_model_is_timed_alone():

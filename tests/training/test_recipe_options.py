@@ -317,6 +317,7 @@ def test_sizes_of_training_and_test_images(tmp_path, caplog):
             "train_img_size=64: model 'vit_.*dynamic_img_size=True",
         ),
         ({"drop_path": 0.1, "model": "vgg11_bn"}, "drop_path=0.1: the model 'vgg11_bn' takes no argument"),
+        ({"optimizer": "adamw", "momentum": 0.5}, "momentum=0.5 has no effect with optimizer 'adamw': leave"),
         ({"opt_kwargs": {"betas": [0.9, 0.9]}}, "opt_kwargs={'betas': .*optimizer 'sgd' takes no 'betas'"),
         ({"opt_kwargs": {"size": 3}}, "opt_kwargs={'size': 3}: optimizer 'sgd' refuses them"),
         ({"opt_kwargs": {"lr": 3}}, "opt_kwargs must not hold 'lr'.*set lr"),
