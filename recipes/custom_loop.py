@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from timm.utils import ParseKwargs
+from timm.utils import ParseKwargs, distribute_bn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
@@ -65,6 +65,8 @@ for x, y in tqdm(batches, total=steps, disable=None if accelerator.is_main_proce
     schedule.step()
     penalty.step()  # (2) after every optimiser step; exactly low-rank at the end
 
+if accelerator.num_processes > 1:
+    distribute_bn(plain, accelerator.num_processes, reduce=True)  # each process has statistics of its own images
 before = evaluate(plain, data.test, accelerator=accelerator)
 arp_hub.decompose(plain, plan, factors=penalty.factors())  # (3) leaves the outputs unchanged
 after = evaluate(plain, data.test, accelerator=accelerator)

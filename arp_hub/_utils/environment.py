@@ -14,6 +14,13 @@ import torch
 
 from .secrets import redact
 
+RECIPES = (
+    "any_backbone.py cifar_resnet110.py cifar_resnet20.py cifar_resnet56.py cifar_vgg16.py custom_loop.py "
+    "quickstart.py resnet50.py vit.py"
+).split()
+"""Scripts under ``recipes/`` of the repository."""
+MODULE = "__main__.py"
+"""Recorded name of ``python -m arp_hub``."""
 _PACKAGES = ("arp-hub", "torch", "timm", "accelerate", "safetensors")
 
 
@@ -35,10 +42,20 @@ def environment() -> dict[str, Any]:
 
 def _command() -> str | None:
     """The command line without tokens, and without the folders of this machine: it may be published."""
-    program = Path(sys.argv[0]).name if sys.argv else ""
-    if program in ("", "-c", "-m") or hasattr(sys, "ps1") or "ipykernel" in program:
+    path = Path(sys.argv[0] if sys.argv else "")
+    if path.name in ("", "-c", "-m") or hasattr(sys, "ps1") or "ipykernel" in path.name:
         return None
-    return redact(shlex.join([program, *(_without_machine(word) for word in sys.argv[1:])]))
+    return redact(shlex.join([_program(path), *(_without_machine(word) for word in sys.argv[1:])]))
+
+
+def _program(path: Path) -> str:
+    """The name of the running script. One of ours stands for itself, so others of these names get their folder."""
+    folder = path.absolute().parent
+    if path.name == MODULE:
+        ours = folder.resolve() == Path(__file__).resolve().parents[1]
+    else:
+        ours = path.name not in RECIPES or (folder.name == "recipes" and (folder / RECIPES[0]).is_file())
+    return path.name if ours else f"{folder.name}/{path.name}"
 
 
 def _without_machine(word: str) -> str:

@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from .._utils.environment import MODULE, RECIPES
+
 _DATA = {
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
@@ -18,13 +20,8 @@ _DATA = {
     "mnist": "MNIST",
 }
 """Names that readers know, by the last part of a folder's or a Hub id's name."""
-_PROGRAMS = {"arp-hub": "arp-hub", "__main__.py": "python -m arp_hub"}
-"""Programs of the package by their recorded name."""
-_RECIPES = (
-    "any_backbone.py cifar_resnet110.py cifar_resnet20.py cifar_resnet56.py cifar_vgg16.py custom_loop.py "
-    "quickstart.py resnet50.py vit.py"
-).split()
-"""Scripts under ``recipes/`` of the repository."""
+_PROGRAMS = {"arp-hub": "arp-hub", MODULE: "python -m arp_hub"} | {name: f"python recipes/{name}" for name in RECIPES}
+"""Programs of the project by their recorded name."""
 _OWN_OPTIONS = {
     "--checkpoint-every": 1,
     "--hub-private": 0,
@@ -77,7 +74,7 @@ def command(metrics: Mapping[str, Any]) -> str:
         program, *words = shlex.split(recorded)
     except ValueError:
         return ""
-    printed = _PROGRAMS.get(program) or (f"python recipes/{program}" if program in _RECIPES else "")
+    printed = _PROGRAMS.get(program)
     options = _options(words)
     if not printed or options is None:
         return ""

@@ -14,8 +14,9 @@ import torch
 from helpers import low_rank_model
 
 import arp_hub
+from arp_hub._utils.environment import RECIPES
 from arp_hub.hub.card import model_card
-from arp_hub.hub.card_names import _RECIPES, command
+from arp_hub.hub.card_names import command
 from arp_hub.training import TrainConfig, run
 from arp_hub_cli.app import app
 
@@ -226,6 +227,8 @@ def test_the_folder_of_an_exported_model_gives_the_column(tmp_path: Path) -> Non
         ("arp-hub compress --model a --data pets", None, ""),
         ("accuracy.py run train/resnet20/0.5 --shared ../shared", None, ""),
         ("mine.py --fast", None, ""),
+        ("work/vit.py --fast", None, ""),
+        ("mytrainer/__main__.py --epochs 3", None, ""),
         ("arp-hub 'unbalanced", None, ""),
         (None, None, ""),
     ],
@@ -244,7 +247,7 @@ def test_a_command_of_several_processes_starts_as_many() -> None:
 
 
 def test_recipes_whose_commands_are_printed_exist() -> None:
-    assert sorted(_RECIPES) == sorted(path.name for path in (ROOT / "recipes").glob("*.py"))
+    assert sorted(RECIPES) == sorted(path.name for path in (ROOT / "recipes").glob("*.py"))
 
 
 def test_the_card_quotes_what_timm_says_without_the_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
