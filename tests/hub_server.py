@@ -334,7 +334,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer()
 
     def tag(self, namespace: str, name: str, revision: str) -> None:
-        repo, ref = self.repo(namespace, name, write=True), f"refs/tags/{self.json()['tag']}"
+        repo = self.repo(namespace, name, write=True)
+        if self.command == "DELETE":
+            del repo.refs[f"refs/tags/{revision}"]
+            return self.answer()
+        ref = f"refs/tags/{self.json()['tag']}"
         if ref in repo.refs:
             raise _Refused(409, "Tag reference exists already")
         repo.refs[ref] = self.at(repo, revision)
@@ -383,7 +387,7 @@ _ROUTES = [
     ("POST", rf"/api/models/{_NAME}/commit/{_REV}", "commit"),
     ("GET", rf"/api/models/{_NAME}/refs", "refs"),
     ("POST DELETE", rf"/api/models/{_NAME}/branch/{_REV}", "branch"),
-    ("POST", rf"/api/models/{_NAME}/tag/{_REV}", "tag"),
+    ("POST DELETE", rf"/api/models/{_NAME}/tag/{_REV}", "tag"),
     ("GET", rf"/api/models/{_NAME}", "info"),
     ("GET", rf"/api/models/{_NAME}/revision/{_REV}", "info"),
     ("GET", rf"/api/models/{_NAME}/tree/{_REV}", "tree"),

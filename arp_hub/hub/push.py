@@ -40,8 +40,8 @@ def push_to_hub(
     """Publish a model with its card, so that ``timm.create_model("hf-hub:USER/NAME", pretrained=True)`` loads it.
 
     Each branch gets one commit with config, safetensors, card, metrics and pictures. Bad input raises an error before
-    any upload, and transient failures are retried. If the push fails, new repositories and branches are removed. A
-    second push replaces all files, but keeps the owner's text between the two marks of the card.
+    any upload, and transient failures are retried. If the push fails, new repositories, branches and tags are removed.
+    A second push replaces all files, but keeps the owner's text between the two marks of the card.
 
     Args:
         model_or_folder: A timm model, decomposed or dense, or a folder written by `save_pretrained`.
@@ -71,6 +71,7 @@ def push_to_hub(
     with open_repository(repo_id, token, create_pr) as target:
         target.check(branch, [tag, *([dense_name(tag, dense)] if dense else [])] if tag else [], create_pr)
         options = _options(private, revision, tag, create_pr, dense_revision)
+        options += _about(metrics or {}, commit_message)
         with _folder_of(model_or_folder, target.repo_id, metrics) as folder:
             with _next_step(folder, target, options, kept=isinstance(model_or_folder, nn.Module)):
                 uploads = call(
@@ -190,6 +191,14 @@ def _options(
         words += [option, value] if value else []
     words += ["--create-pr"] if create_pr else []
     return words + ([] if dense == "dense" else ["--dense-revision", dense] if dense else ["--no-dense"])
+
+
+def _about(metrics: Mapping[str, Any], message: str | None) -> list[str]:
+    """The options of ``arp-hub push`` for what a card says beside the numbers, and for the title of the commit."""
+    words = ["--message", message] if message else []
+    for option, key in (("--base-model", "base_model"), ("--dataset", "dataset"), ("--license", "license")):
+        words += [option, str(metrics[key])] if metrics.get(key) else []
+    return words + (["--bench"] if metrics.get("latency") else [])
 
 
 @contextmanager

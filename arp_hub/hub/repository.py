@@ -119,9 +119,10 @@ class Repository:
                 self._commit(upload, message, create_pr=False)
             info = self._commit(main, message, create_pr=create_pr)
         url = info.pr_url or f"{self.api.endpoint}/{self.repo_id}"
-        for upload in uploads:
-            if upload.tag:
-                self._set_tag(upload.tag, self.heads[upload.branch])
+        with ExitStack() as made:  # the next attempt may set all of them
+            for upload in uploads:
+                if upload.tag and self._set_tag(upload.tag, self.heads[upload.branch]):
+                    made.push(_on_error(self._remove_tag, upload.tag))
         where = info.pr_revision or main.branch
         return Published(self.repo_id, url, info.oid, where, others[0].branch if others else None, main.tag)
 
@@ -132,13 +133,19 @@ class Repository:
         self.heads[branch] = head
         return made
 
-    def _set_tag(self, tag: str, commit: str) -> None:
-        """Tag a commit of this push. It is an error if another push has set the tag first."""
+    def _set_tag(self, tag: str, commit: str) -> bool:
+        """Tag a commit of this push. It is an error if another push has set the tag first.
+
+        Returns:
+            Whether this push has certainly set it.
+        """
         what = f"set the tag '{tag}' on '{self.repo_id}'"
-        if not call(what, _unless_there(self.api.create_tag), self.repo_id, tag=tag, revision=commit):
+        made = call(what, _unless_there(self.api.create_tag), self.repo_id, tag=tag, revision=commit)
+        if not made:
             self.look()
             if self.tags.get(tag) != commit:
                 raise HubFailure(f"cannot {what}: somebody else set it during the push: choose another tag")
+        return made
 
     def _send_weights(self, upload: Upload) -> None:
         """Upload the weights. They stay invisible until a commit names them."""
@@ -191,6 +198,10 @@ class Repository:
         ):
             self.api.delete_repo(self.repo_id)
             self.changed.clear()
+
+    def _remove_tag(self, tag: str) -> None:
+        """Remove a tag that this push has set."""
+        self.api.delete_tag(self.repo_id, tag=tag)
 
     def _remove_branch(self, branch: str) -> None:
         """Remove a branch that this push created, unless somebody else has committed to it."""

@@ -178,6 +178,15 @@ ROWS = {
         ("cannot set the tag 'v9'", "Changed on the Hub: branch 'main'", NEXT, "--tag v9"),
         "complete", (("POST .*/tag/", 500),), ("--no-dense", "--tag", "v9"),
     ),
+    "the second of two tags cannot be set": Row(
+        ("cannot set the tag 'v9-dense'", "Changed on the Hub: branch 'dense', branch 'main'", NEXT, "--tag v9$"),
+        "no tag", (("POST .*/tag/", lambda: None, 1), ("POST .*/tag/", 500)), ("--tag", "v9"),
+    ),
+    "options are repeated": Row(
+        ("cannot commit", NEXT, "--no-dense --message 'my model' --dataset ann/pets --license mit$"), "nothing",
+        ((COMMIT, 403),),
+        ("--no-dense", "--message", "my model", "--license", "mit", "--dataset", "ann/pets"),
+    ),
     "branch cannot be made": Row(("cannot create the branch 'dense'", *UNTOUCHED), "nothing", (("/branch/", 500),), ()),
     "no Xet on this Hub": Row(("load it with",), "complete", before=WITH_XET, code=0),
     "Hub repeats the token": Row(("401",), "nothing", token="hf_nobodyKnowsThis0000000"),
@@ -256,6 +265,8 @@ def check_state(row: Row, hub: HubServer, earlier: Repo, here: dict[str, bytes])
         assert list(repo.files()) == [".gitattributes"]
     elif row.then == "theirs":
         assert repo.files() == {**earlier.files(), "notes.txt": b"mine"}
+    elif row.then == "no tag":
+        assert not [ref for ref in repo.refs if ref.startswith("refs/tags/")] and "refs/heads/dense" in repo.refs
     elif row.then == "dense only":
         assert repo.files() == earlier.files()
         assert repo.files("dense")["model.safetensors"] != earlier.files("dense")["model.safetensors"]
