@@ -8,7 +8,7 @@ layer can be fitted on inputs that all earlier layers disturb, for the cost of a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -30,8 +30,9 @@ class Halt(Exception):  # not an error: it ends a forward pass early
 
 @torch.no_grad()
 def block_chain(model: nn.Module, image: Tensor) -> dict[str, int]:
-    """Consecutive modules, each of which takes the output of the one before and nothing else.
+    """Consecutive modules, each of which takes the output of the one before.
 
+    Further arguments, such as rotary embeddings, may come from elsewhere, but not from earlier modules of the chain.
     Every boundary is checked: the model gives the same output when it starts there.
 
     Args:
@@ -39,7 +40,7 @@ def block_chain(model: nn.Module, image: Tensor) -> dict[str, int]:
         image: One image as the model takes it, ``(1, C, H, W)``.
 
     Returns:
-        Bytes of each module's output for the image, by name. Empty if the model is no chain.
+        Bytes of each module's output for the image, by name. Empty if no chain holds half of the model's parameters.
     """
     called: dict[str, list[str]] = {}
     counts: Counter[str] = Counter()
@@ -49,13 +50,13 @@ def block_chain(model: nn.Module, image: Tensor) -> dict[str, int]:
     kept: list[Tensor] = []  # so that no other tensor gets the id of one of them
 
     def enter(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if len(args) == 1 and isinstance(args[0], Tensor):
+        if args and isinstance(args[0], Tensor):
             starts[name] = id(args[0]), args[0]._version
             kept.append(args[0])
 
-    def leave(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+    def leave(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         counts[name] += 1
-        if name in starts and not kwargs and isinstance(output, Tensor):
+        if name in starts and isinstance(output, Tensor):
             ends[name] = id(output), output._version
             kept.append(output)
             values[name] = output.clone()  # a module behind it may change it in place
@@ -65,7 +66,7 @@ def block_chain(model: nn.Module, image: Tensor) -> dict[str, int]:
     for name, module in model.named_modules():
         if name and not isinstance(module, nn.Identity):
             hooks.append(module.register_forward_pre_hook(partial(enter, name)))
-            hooks.append(module.register_forward_hook(partial(leave, name), with_kwargs=True))
+            hooks.append(module.register_forward_hook(partial(leave, name)))
     try:
         exact = model(image)
     finally:
@@ -97,6 +98,8 @@ def block_chain(model: nn.Module, image: Tensor) -> dict[str, int]:
     longest = max(parts, key=parameters, default=[])
     chain = [inner for name in longest for inner in finest(name)]
     if len(chain) < 2 or not isinstance(exact, Tensor):
+        return {}
+    if 2 * parameters(longest) < sum(p.numel() for p in model.parameters()):
         return {}
     modules = [model.get_submodule(name) for name in chain]
     for place, name in enumerate(chain):

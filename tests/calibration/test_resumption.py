@@ -39,9 +39,25 @@ class InPlace(nn.Module):
         return self.two(x).mean((2, 3))
 
 
+TWO = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 64}
+
+
+def small(name: str) -> nn.Module:
+    """A network of timm, with two blocks where it is a large transformer."""
+    sizes = {"vit_small_patch16_dinov3": TWO, "eva02_tiny_patch14_224": {**TWO, "patch_size": 8}}
+    sizes["naflexvit_base_patch16_gap"] = {"embed_dim": 192, "depth": 2, "num_heads": 3}
+    sizes["cait_xxs24_224"] = {**TWO, "num_heads": 4, "depth": 6}
+    return timm.create_model(name, num_classes=10, **sizes.get(name, {})).eval()
+
+
 @pytest.mark.parametrize(
     ("name", "size", "inside"),
     [
+        ("vit_small_patch16_dinov3", 64, {"blocks.0", "blocks.1"}),  # rotary embeddings beside the activations
+        ("eva02_tiny_patch14_224", 64, {"blocks.0", "blocks.1"}),
+        ("naflexvit_base_patch16_gap", 64, {"blocks.0", "blocks.1"}),
+        ("cait_xxs24_224", 64, {"blocks.0", "blocks.1"}),
+        ("pvt_v2_b0", 64, {"stages.0", "stages.3"}),
         ("cifar_resnet20", 32, {"conv1", "bn1", "layer2.1", "fc"}),
         ("test_resnet", 64, {"layer1", "layer4", "fc"}),
         ("test_vit", 160, {"blocks.0", "blocks.5", "norm"}),
@@ -50,12 +66,42 @@ class InPlace(nn.Module):
     ],
 )
 def test_blocks_of_networks_are_found(name, size, inside):
-    chain = block_chain(timm.create_model(name).eval(), torch.randn(1, 3, size, size))
+    chain = block_chain(small(name), torch.randn(1, 3, size, size))
     assert inside <= set(chain)
     assert all(size > 0 for size in chain.values())
 
 
-@pytest.mark.parametrize("network", [Skipping, InPlace])
+class ByFurtherArguments(nn.Module):
+    """A network whose last block also takes what the first one gives, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), Sum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = self.one(x)
+        return self.three(self.two(one), other=one).mean((2, 3))
+
+
+class Sum(nn.Module):
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return x + other.mean(1, keepdim=True)
+
+
+class Mostly(nn.Module):
+    """A chain of two small layers beside a large one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.large = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(8, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.mean((2, 3))
+        x = torch.cat([x, x], 1)[:, :4]
+        return self.large(torch.cat([self.small(x), x], 1))
+
+
+@pytest.mark.parametrize("network", [Skipping, InPlace, ByFurtherArguments, Mostly])
 def test_a_network_that_is_no_chain_has_no_blocks(network):
     assert block_chain(network().eval(), torch.randn(1, 3, 8, 8)) == {}
 
