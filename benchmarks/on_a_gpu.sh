@@ -15,7 +15,7 @@ row() {
     timeout "$((left < 120 ? left : 120))" python -m "$@" || echo "== failed: $*"
 }
 
-row pytest -q tests/planning/test_devices.py tests/test_penalty.py -k "gpu or device"
+row pytest -q tests/planning/test_devices.py tests/test_penalty.py tests/refinement -k "gpu or device"
 for model in cifar_resnet110 resnet50 vit_base_patch16_224; do
     row benchmarks.planning.planning_time "$model" --images 1024 --device "$device"
 done

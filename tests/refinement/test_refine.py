@@ -308,6 +308,14 @@ def refined() -> tuple[float, float, list[Tensor]]:
     return found.before, found.after, [parameter.detach() for parameter in model.parameters()]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu():
+    model, dense, images = pair("vit")
+    found = refine(model.cuda(), dense.cuda(), images, steps=60, batch_size=8)
+    assert found.steps == 60 and found.after < found.before
+    assert all(parameter.isfinite().all() and parameter.is_cuda for parameter in model.parameters())
+
+
 def refined_by_few_held_out() -> tuple[float, float]:
     model, dense, images = pair("vit")
     found = refine(model, dense, images, held_out=pixels(2, 64), steps=4, batch_size=8)
