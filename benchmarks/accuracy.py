@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Mapping
@@ -229,18 +230,17 @@ def _short(row: dict[str, Any]) -> str:
 
 def measure_fit(row: Row, shared: Path) -> dict[str, Any]:
     """Plan and decompose without training, and evaluate on the test images."""
+    dense = _dense(row.network, shared)
     torch.manual_seed(row.seed)
     model, images = load_network(row.network, shared), None
     test = test_images_of(row.network, model, shared)
     used = NETWORKS[row.network].images if row.images is None else row.images
     if used:
         images = calibration_of(row.network, model, shared, used, copies=0 if row.peer else None, seed=row.seed)
-    scores, counts = evaluate(model, test), _counts(model)
-    dense = {**scores, **counts}
     began = time.perf_counter()
     if row.peer and images is not None:
         peer = activation_svd(model, row.keep, images, row.peer)
-        measured = {"params": peer.params, "macs": counts["macs"] - peer.saved_macs, "calibration_images": used}
+        measured = {"params": peer.params, "macs": dense["macs"] - peer.saved_macs, "calibration_images": used}
         seconds = round(time.perf_counter() - began, 1)
         return {**evaluate(peer.model, test), **measured, "seconds_decompose": seconds, "dense": dense}
     if row.uniform:
@@ -263,6 +263,13 @@ def measure_fit(row: Row, shared: Path) -> dict[str, Any]:
         "dense": dense,
         "plan": plan.to_dict(),
     }
+
+
+@functools.cache
+def _dense(network: str, shared: Path) -> dict[str, Any]:
+    """Accuracy and size of a dense network, the same for all of its rows."""
+    model = load_network(network, shared)
+    return {**evaluate(model, test_images_of(network, model, shared)), **_counts(model)}
 
 
 def refine_without_labels(row: Row, dense: nn.Module, small: nn.Module, shared: Path) -> dict[str, Any]:

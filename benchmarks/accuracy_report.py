@@ -29,6 +29,7 @@ METHODS = {
     "unlabelled-10000": "the fit, refined for 15 minutes on 10,000 unlabelled images",
     "activation-svd-energy": "plain activation-aware SVD, ranks by energy per parameter",
     "activation-svd-threshold": "plain activation-aware SVD, one share of energy everywhere",
+    "activation-svd-inside": "plain activation-aware SVD, one share of parameters in all but the first and the last",
     "activation-svd-share": "plain activation-aware SVD, one share of parameters everywhere",
     "uniform-cp": "CP at one share everywhere, data-aware, no training",
     "weights": "weights alone, no images",

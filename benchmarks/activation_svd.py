@@ -22,9 +22,10 @@ from torch.nn import functional
 
 from arp_hub.layers.model import count_params
 
-RANK_RULES = ("share", "energy", "threshold")
-"""How ranks are chosen: each layer keeps the same share of its parameters; ranks go where the energy per parameter is
-highest; or each layer keeps the same share of its energy, and stays dense where that saves no parameters."""
+RANK_RULES = ("share", "inside", "energy", "threshold")
+"""How ranks are chosen: each layer keeps the same share of its parameters; all but the first and the last layer do;
+ranks go where the energy per parameter is highest; or each layer keeps the same share of its energy, and stays dense
+where that saves no parameters."""
 BATCH = 32
 """Images in a forward pass."""
 RIDGE = 1e-6
@@ -70,7 +71,8 @@ def activation_svd(model: nn.Module, keep: float, images: Tensor, rule: str) -> 
     """
     layers = _layers(model, images)
     budget = keep * count_params(model) - (count_params(model) - sum(a.weight.numel() for a in layers.values()))
-    ranks = {"share": _share_ranks, "energy": _energy_ranks, "threshold": _threshold_ranks}[rule](layers, budget)
+    rules = {"share": _share_ranks, "inside": _inside_ranks, "energy": _energy_ranks, "threshold": _threshold_ranks}
+    ranks = rules[rule](layers, budget)
     small = copy.deepcopy(model)
     for name, layer in layers.items():
         if layer.params(ranks[name]) < layer.weight.numel():
@@ -84,6 +86,13 @@ def activation_svd(model: nn.Module, keep: float, images: Tensor, rule: str) -> 
 
 def _share_ranks(layers: Mapping[str, _Layer], budget: float) -> dict[str, int]:
     return _largest(lambda share, layer: max(1, int(share * layer.weight.numel() / layer.cost)), layers, budget)
+
+
+def _inside_ranks(layers: Mapping[str, _Layer], budget: float) -> dict[str, int]:
+    first, *inside, last = layers
+    whole = {name: min(layers[name].weight.shape) for name in (first, last)}
+    left = budget - sum(layers[name].weight.numel() for name in whole)
+    return _share_ranks({name: layers[name] for name in inside}, left) | whole
 
 
 def _threshold_ranks(layers: Mapping[str, _Layer], budget: float) -> dict[str, int]:
