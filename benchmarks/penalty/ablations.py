@@ -145,6 +145,9 @@ VARIANTS = {
     "minrank-10": Variant(
         "torchao's MinRankConstraint, ten epochs, bfloat16", minrank="plan, scheduled", epochs=10, **MINRANK
     ),
+    "channel-10": Variant(
+        "channel alone, ramp 0.65, ten epochs, bfloat16", schemes=("channel",), every=8, epochs=10, bf16=True
+    ),
     "fit-10": Variant("the fit, then the hold, ten epochs, bfloat16", every=8, epochs=10, bf16=True, **FIT),
 }
 ROWS = {f"{keep}/{name}": (keep, name) for keep in (0.35, 0.2) for name in VARIANTS}
