@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import yaml
 from .._utils.files import read_text, write_atomically
 from .._utils.parse import parse_yaml, shown
 from ..errors import ArpHubError, checked_path
-from .config_fields import check_needs, checked, nearest
+from .config_fields import check_needs, checked, nearest, without_effect
 from .config_run import BudgetSettings, DataSettings, PhaseSettings, RunSettings
 from .config_training import AugmentationSettings, LossSettings, OptimisationSettings
 
@@ -151,7 +151,8 @@ class TrainConfig(
         """Build a config from dictionaries. Later ones take precedence.
 
         A budget replaces an earlier budget of the other kind. Trained weights replace earlier ``dense_epochs``. A
-        dictionary that sets both keeps both.
+        dictionary that sets both keeps both. What turns a setting off also drops earlier ones that need it, such as
+        ``dense_lr``.
 
         Raises:
             ArpHubError: If a key is unknown, with the nearest right one, or a value is bad.
@@ -165,6 +166,9 @@ class TrainConfig(
             if (layer.get("checkpoint") or layer.get("pretrained")) and "dense_epochs" not in layer:
                 merged.pop("dense_epochs", None)
             merged.update(layer)
+            for name in idle_settings(merged):
+                if name not in layer:
+                    del merged[name]
         return cls(**merged)
 
 
@@ -190,6 +194,17 @@ def read_config(path: str | Path) -> dict[str, Any]:
     except ArpHubError as error:
         raise ArpHubError(f"the config '{path}': {error}") from error
     return data
+
+
+def idle_settings(settings: Mapping[str, Any]) -> Collection[str]:
+    """The names of settings that have no effect beside the others; those that are missing have their default.
+
+    Raises:
+        ArpHubError: If a value is bad.
+    """
+    hints, fields = typing.get_type_hints(TrainConfig), dataclasses.fields(TrainConfig)
+    values = {field.name: checked(field, hints, settings.get(field.name, field.default)) for field in fields}
+    return without_effect(values, fields)
 
 
 def without_retired(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,19 +54,27 @@ def checked(field: dataclasses.Field[Any], hints: Mapping[str, Any], value: Any)
     return value
 
 
+def without_effect(values: Mapping[str, Any], fields: tuple[dataclasses.Field[Any], ...]) -> dict[str, tuple[str, ...]]:
+    """Settings that are not at their default, and whose needs are all off: their needs, by name."""
+    found = {}
+    for field in fields:
+        needs = field.metadata.get("needs", ())
+        if needs and values[field.name] != field.default and not any(values[name] for name in needs):
+            found[field.name] = needs
+    return found
+
+
 def check_needs(values: Mapping[str, Any], fields: tuple[dataclasses.Field[Any], ...]) -> None:
     """Refuse a setting that has no effect because the settings that it needs are off.
 
     Raises:
         ArpHubError: Naming both.
     """
-    for field in fields:
-        needs, value = field.metadata.get("needs", ()), values[field.name]
-        if needs and value != field.default and not any(values[name] for name in needs):
-            off = " and ".join(f"{name}={values[name]}" for name in needs)
-            raise ArpHubError(
-                f"{field.name}={value} has no effect with {off}: set {' or '.join(needs)}, or leave {field.name} out"
-            )
+    for name, needs in without_effect(values, fields).items():
+        off = " and ".join(f"{need}={values[need]}" for need in needs)
+        raise ArpHubError(
+            f"{name}={values[name]} has no effect with {off}: set {' or '.join(needs)}, or leave {name} out"
+        )
 
 
 def _parsed(name: str, kind: Any, optional: bool, value: Any) -> Any:

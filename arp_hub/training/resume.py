@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 
 from ..errors import ArpHubError
 from .checkpoint import Checkpoint, check_same
-from .config import TrainConfig, without_retired
+from .config import TrainConfig, idle_settings, without_retired
 from .data.dataset import ImageData
 from .data.splits import StreamedSplit
 
@@ -47,8 +47,13 @@ def check_found(found: Path | None, accelerator: Accelerator, folder: Path) -> N
 def check_settings(start: Checkpoint, settings: Mapping[str, Any], path: Path) -> None:
     """Refuse to resume from a checkpoint of other settings. Settings that it lacks had their defaults.
 
+    Settings that have no effect beside the others do not count.
+
     Raises:
         ArpHubError: Naming each setting that differs, with both values.
     """
     defaults = {item.name: item.default for item in dataclasses.fields(TrainConfig) if item.name not in _FREE}
-    check_same({**defaults, **without_retired(start.settings)}, settings, path)
+    saved = {**defaults, **without_retired(start.settings)}
+    for name in idle_settings({name: saved[name] for name in defaults}):
+        saved[name] = defaults[name]
+    check_same(saved, settings, path)

@@ -1,7 +1,10 @@
 import dataclasses
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 from torch.distributed.run import get_args_parser
 
 from arp_hub.errors import ArpHubError
@@ -10,6 +13,7 @@ from arp_hub.training.command import parse_command
 from arp_hub.training.config import read_config
 from arp_hub.training.config_fields import GROUPS
 
+ROOT = Path(__file__).parents[2]
 BASE = {"model": "cifar_resnet20", "keep_params": 0.5}
 
 
@@ -99,6 +103,40 @@ def test_launchers_do_not_take_our_options_for_theirs():
     for setting in dataclasses.fields(TrainConfig):
         ours = f"--{setting.name.replace('_', '-')}"
         assert sum(name.startswith(ours) for name in theirs) <= 1, ours
+
+
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py") if path.stem != "custom_loop")
+GIVEN = {
+    "trained weights": ["--checkpoint", "w.safetensors"],
+    "weights of timm": ["--pretrained"],
+    "no dense training": ["--dense-epochs", "0"],
+    "no distillation": ["--distill", "0"],
+    "no fine-tuning": ["--finetune-epochs", "0"],
+    "no warm-up": ["--warmup-epochs", "0"],
+    "no clipping": ["--clip-grad", "0"],
+    "no mixing": ["--mixup", "0", "--cutmix", "0"],
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("recipe", [*RECIPES, "rsb_a2", "deit3"])
+def test_what_is_switched_off_takes_what_needs_it_along(recipe, given, monkeypatch, capsys):
+    """A recipe's or a file's own rate of dense training is no error where weights are given."""
+    file = ROOT / "recipes" / "configs" / f"{recipe}.yaml"
+    words = ["--config", str(file)] if file.exists() else []
+    words += ["--model", "resnet18"] if recipe in ("any_backbone", "rsb_a2", "deit3") else []
+    name = "any_backbone" if file.exists() else recipe
+    monkeypatch.setattr("sys.argv", [name, *words, *GIVEN[given], "--print-config"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
+    assert ended.value.code in (0, None)
+    settings = yaml.safe_load(capsys.readouterr().out)
+    assert settings["dense_epochs"] or settings["dense_lr"] is None
+
+
+def test_what_is_set_beside_it_is_refused_still():
+    with pytest.raises(ArpHubError, match="dense_lr=0.1 has no effect with dense_epochs=0"):
+        parse_command("", {**BASE, "dense_epochs": 90}, ["--pretrained", "--dense-lr", "0.1"])
 
 
 def test_later_layers_win_and_budgets_replace_each_other(tmp_path):

@@ -16,6 +16,7 @@ CASES = {
         "model": "test_vit", "keep_macs": 0.5, "model_kwargs": {"img_size": [32, 32], "act": "gelu: #1", "x": None},
         "schemes": ("cp", "channel"), "exclude": (), "data": "a folder/with: 'quotes' # and more", "lr": 1e-5,
         "image_key": "null", "label_key": "yes", "output": "1e3", "push_to_hub": "me/naïve", "dense_lr": 3e7,
+        "dense_epochs": 1,
     },
 }  # fmt: skip
 
