@@ -49,13 +49,13 @@ def _command() -> str | None:
 
 
 def _program(path: Path) -> str:
-    """The name of the running script. One of ours stands for itself, so others of these names get their folder."""
+    """The name of the running script, after ``./`` if it only shares its name with a program of the project."""
     folder = path.absolute().parent
     if path.name == MODULE:
         ours = folder.resolve() == Path(__file__).resolve().parents[1]
     else:
         ours = path.name not in RECIPES or (folder.name == "recipes" and (folder / RECIPES[0]).is_file())
-    return path.name if ours else f"{folder.name}/{path.name}"
+    return path.name if ours else f"./{path.name}"
 
 
 def _without_machine(word: str) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from ..errors import ArpHubError
+from ..processes import Processes
 from .checkpoint import Checkpoint, check_same
 from .config import TrainConfig, idle_settings, without_retired
 from .data.dataset import ImageData
@@ -29,18 +29,18 @@ def fixed_settings(config: TrainConfig, accelerator: Accelerator, data: ImageDat
     return settings | {"processes": accelerator.num_processes, "training images": len(data.train)}
 
 
-def check_found(found: Path | None, accelerator: Accelerator, folder: Path) -> None:
+def check_found(found: Path | None, resume: str, processes: Processes) -> None:
     """Refuse to resume where only some of the processes find the checkpoint, as on machines without a shared disk.
 
     Raises:
         ArpHubError: Naming a process that finds another one.
     """
-    names = gather_object([found.name if found else "no checkpoint"])
+    names = processes.gather(found.name if found else "no checkpoint")
     for number, name in enumerate(names):
         if name != names[0]:
             raise ArpHubError(
-                f"process 0 finds {names[0]} in '{folder}', process {number} finds {name}: to resume, put the output "
-                "on a disk that all machines share"
+                f"resume='{resume}': process 0 finds {names[0]}, process {number} finds {name}: to resume, put the "
+                "output on a disk that all machines share"
             )
 
 

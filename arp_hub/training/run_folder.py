@@ -75,11 +75,13 @@ class RunFolder:
         config, output, stranger = self.config, Path(self.config.output), self._is_of_another(start)
         inputs = {"--data": config.data, "--checkpoint": config.checkpoint}
         inputs["--teacher-checkpoint"] = config.teacher_checkpoint
+        if stranger:
+            inputs["--resume"] = config.resume
         for folder in (output, self.path) if config.overwrite else (output,):
             check_inputs_outside(folder, inputs)
         check_folder(output, overwrite=config.overwrite)
         if start is not None and start.phase != "dense":
-            dense_of(start, self.path / DENSE)
+            dense_of(start)
         if config.push_to_hub and self.accelerator.is_main_process:
             check_push(config.push_to_hub)
         if not config.overwrite and (start is None or stranger):
@@ -90,14 +92,13 @@ class RunFolder:
             if stranger and self.checkpoints.is_dir():
                 raise ArpHubError(
                     f"'{self.path}' holds an unfinished run, and resume='{config.resume}' is a checkpoint of another "
-                    "one: choose another output, or replace the run with --overwrite"
+                    "one: continue the run with --resume auto, choose another output, or replace it with --overwrite"
                 )
             if self.checkpoints.is_dir() and not config.resume:
                 raise ArpHubError(
                     f"'{self.path}' holds an unfinished run: continue it with --resume auto, or start a new run with "
                     "--overwrite"
                 )
-        self.accelerator.wait_for_everyone()  # the main process must not change the folder while others check it
 
     def begin(self, config: TrainConfig, start: Checkpoint | None) -> None:
         """Remove what the run will write, and save its settings.
@@ -111,10 +112,8 @@ class RunFolder:
         if self.accelerator.is_main_process:
             with writing(self.path):
                 remove_unfinished(Path(config.output))
-                if start is None:
+                if start is None or self._is_of_another(start):
                     self._clear()
-                elif self._is_of_another(start):
-                    shutil.rmtree(self.checkpoints, ignore_errors=True)
                 for folder in (self.path, self.checkpoints):
                     remove_unfinished_checkpoints(folder)
                 if start is not None:
@@ -153,20 +152,20 @@ class RunFolder:
                 path.unlink()
 
 
-def dense_of(start: Checkpoint, kept: Path) -> Path:
-    """The file of the dense model that a checkpoint belongs to: in its own run, or else in the folder of this one.
-
-    Args:
-        start: The checkpoint.
-        kept: The file in the folder of this run.
+def dense_of(start: Checkpoint) -> Path:
+    """The file of the dense model that a checkpoint belongs to, in the folder of its run.
 
     Raises:
-        ArpHubError: If there is none.
+        ArpHubError: If it is missing.
     """
-    for path in (start.path.parent.parent / DENSE, kept) if start.path else (kept,):
-        if path.is_file():
-            return path
-    raise ArpHubError(f"checkpoint '{start.path}' needs '{kept}', which is missing: resume in the folder of its run")
+    assert start.path is not None  # only a checkpoint that was not read has no path
+    path = start.path.parent.parent / DENSE
+    if not path.is_file():
+        raise ArpHubError(
+            f"checkpoint '{start.path}' needs the dense model of its run, and '{path}' is missing: resume from the "
+            "whole folder of a run"
+        )
+    return path
 
 
 def _is_run_folder(folder: Path) -> bool:

@@ -22,6 +22,7 @@ from ..layers.model import count_params
 from ..penalty import AdaptiveRankPenalty
 from ..plan import RankPlan
 from ..planning.make_plan import make_plan
+from ..processes import Processes
 from ..refinement import refine
 from ..schemes import Factors
 from .checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_tensors, writing
@@ -70,10 +71,13 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
 def _run(config: TrainConfig, accelerator: Accelerator, folder: RunFolder, sigterm: Sigterm) -> dict[str, Any]:
     """The story, inside the locked folder: check everything, train, save, publish."""
-    found = find_checkpoint(config.resume, folder.checkpoints)
-    check_found(found, accelerator, folder.checkpoints)
-    start = load_checkpoint(found) if found else None
-    folder.check(start)
+    processes = Processes(accelerator.process_index, accelerator.num_processes)
+    with processes.agreed():
+        found = find_checkpoint(config.resume, folder.checkpoints)
+    check_found(found, config.resume, processes)
+    with processes.agreed():  # the main process must not change the folder while others check it
+        start = load_checkpoint(found) if found else None
+        folder.check(start)
     data, model = load_data_and_model(config)
     teacher = load_teacher(config, data, model)
     config = affordable(config, accelerator, data)
@@ -100,7 +104,7 @@ def _dense_model(run: Run, model: nn.Module, start: Checkpoint | None) -> nn.Mod
     config, kept = run.config, run.config.run_folder / DENSE
     model.to(run.accelerator.device)
     if start and start.phase != "dense":
-        source = dense_of(start, kept)
+        source = dense_of(start)
         load_weights(model, source)
         if source != kept:
             _keep_dense(run, model, kept)

@@ -128,9 +128,9 @@ def test_results_name_no_folder_of_a_machine(path):
         ("/opt/bin/arp-hub", "arp-hub"),
         (str(ROOT / "arp_hub/__main__.py"), "__main__.py"),
         (str(ROOT / "recipes/vit.py"), "vit.py"),
-        ("/home/ann/mytrainer/__main__.py", "mytrainer/__main__.py"),
-        ("/home/ann/work/vit.py", "work/vit.py"),
-        ("/home/ann/recipes/resnet50.py", "recipes/resnet50.py"),
+        ("/home/ann/mytrainer/__main__.py", "./__main__.py"),
+        ("/home/ann/work/vit.py", "./vit.py"),
+        ("/home/ann/recipes/resnet50.py", "./resnet50.py"),
         ("/home/ann/train.py", "train.py"),
     ],
 )

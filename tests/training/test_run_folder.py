@@ -62,7 +62,7 @@ def test_a_checkpoint_of_another_output_brings_its_dense_model(stopped, tmp_path
         run(config(tmp_path / "new", **again))
     assert (tmp_path / "new/out-run/dense.safetensors").read_bytes() == dense.read_bytes()
     dense.unlink()
-    with pytest.raises(ArpHubError, match="compress-00000000' needs '.*other/out-run/dense.safetensors', which is"):
+    with pytest.raises(ArpHubError, match="compress-00000000' needs the dense model of its run, and '.*' is missing"):
         run(config(tmp_path / "other", **again))
 
 
@@ -70,6 +70,8 @@ def test_a_checkpoint_of_another_output_does_not_replace_an_unfinished_run(stopp
     for name in ("one", "two"):
         shutil.copytree(stopped, tmp_path / name)
     mine = tmp_path / "two" / "out-run"
+    (mine / "dense.safetensors").write_bytes(b"of this run")
+    (mine / "log.jsonl").write_text('{"phase": "dense", "step": 1, "violation": 9.0}\n')
     before = {path.relative_to(mine) for path in mine.rglob("*")}
     again = {"dense_lr": 1e-3, "lr": 3e38, "resume": str(tmp_path / "one/out-run/checkpoints/compress-00000000")}
     with pytest.raises(ArpHubError, match="two/out-run' holds an unfinished run, and resume='.*one/.*--overwrite"):
@@ -77,7 +79,9 @@ def test_a_checkpoint_of_another_output_does_not_replace_an_unfinished_run(stopp
     assert {path.relative_to(mine) for path in mine.rglob("*")} == before
     with pytest.raises(ArpHubError, match="NaN or infinite at step 1 of phase 'compress'"):
         run(config(tmp_path / "two", **again, overwrite=True))
-    assert load_file(mine / "dense.safetensors") and not list((mine / "checkpoints").glob("dense-*"))
+    dense = (tmp_path / "one/out-run/dense.safetensors").read_bytes()
+    assert (mine / "dense.safetensors").read_bytes() == dense and not list((mine / "checkpoints").glob("dense-*"))
+    assert "9.0" not in (mine / "log.jsonl").read_text()
 
 
 def test_a_network_with_standardised_weights_resumes(tmp_path):

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -532,8 +533,10 @@ RESUMED = {
 def test_from_every_checkpoint_the_end_is_the_same_to_the_bit(tmp_path, changes, pattern):
     settings = config(tmp_path, **RESUMED, **changes)
     scores = run(settings)["scores"]
-    kept = tmp_path / "kept"
+    kept = tmp_path / "kept" / "checkpoints"
+    kept.parent.mkdir()
     (settings.run_folder / "checkpoints").rename(kept)
+    shutil.copy(settings.run_folder / "dense.safetensors", kept.parent)
     log = (settings.run_folder / "log.jsonl").read_text()
     before = weights(settings.output)
     checkpoints = [path for path in list_checkpoints(kept) if path.match(pattern)]
