@@ -42,7 +42,9 @@ _LISTED_LICENSES = frozenset(
     odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib""".split()
 )
 """Values that the Hub accepts for ``license:`` (https://huggingface.co/docs/hub/repositories-licenses)."""
-_GENERATED = frozenset(ModelCardData(model_name="").__dict__) - {"language", "license_name", "license_link"}
+_OF_OTHER = {"license_name", "license_link"}
+"""Keys of the card's head that name a license which the Hub does not list."""
+_GENERATED = frozenset(ModelCardData(model_name="").__dict__) - {"language", *_OF_OTHER}
 """Keys of the card's head that every push writes; keys that an owner adds are kept."""
 
 
@@ -184,7 +186,8 @@ def keep_by_hand(card: str, earlier: str) -> str:
     if (notes := by_hand(earlier)) and (place := _owner_place(card)):
         card = f"{card[: place.start]}{notes}\n{card[place.stop :]}"
     before, head = _head(earlier), _head(card)
-    kept = {key: value for key, value in before.items() if key not in head and key not in _GENERATED}
+    written = _GENERATED | (_OF_OTHER if head.get("license", "other") != "other" else set())
+    kept = {key: value for key, value in before.items() if key not in head and key not in written}
     extra = [tag for tag in _tags(before) if tag not in _tags(head)]
     if not kept and not extra:
         return card

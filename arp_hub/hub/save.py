@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._utils.environment import environment
-from .._utils.files import replacing
+from .._utils.files import read_text, replacing
 from .._utils.parse import parse_json, read_json
 from .._utils.secrets import redact
 from ..errors import ArpHubError, cause, check_writable, checked_path
@@ -108,9 +108,9 @@ def _keep_of_the_owner(folder: Path, new: Path) -> None:
         return
     for picture in folder.iterdir():
         if picture.suffix in _PICTURES and picture.name not in PICTURES:
-            shutil.copy2(picture, new, follow_symlinks=False)
+            shutil.copyfile(picture, new / picture.name)
     if (folder / CARD).is_file():
-        earlier = (folder / CARD).read_text(encoding="utf-8", errors="replace")
+        earlier = read_text(folder / CARD, errors="replace")
         write_card(new / CARD, keep_by_hand((new / CARD).read_text(encoding="utf-8"), earlier))
 
 
@@ -137,12 +137,16 @@ def check_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> 
         names = [entry.name for entry in folder.iterdir()]
     except OSError as error:
         raise ArpHubError(f"cannot look into '{folder}': {error}: choose another folder") from error
-    strange = sorted(name for name in names if name not in _FILES and Path(name).suffix not in _PICTURES)
+    strange = sorted(name for name in names if name not in _FILES and not _is_picture(folder / name))
     if names and not overwrite and (strange or not is_saved_folder(folder)):
         if not strange and CONFIG not in names:  # pictures alone
             strange = names
         shown = f"'{strange[0]}', no file of a saved model" if strange else "another model, not saved by arp_hub"
         raise ArpHubError(f"'{folder}' holds {shown}: choose another folder, or replace all of it with overwrite=True")
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix in _PICTURES and path.is_file()
 
 
 def is_saved_folder(folder: Path) -> bool:

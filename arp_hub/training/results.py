@@ -66,7 +66,7 @@ def save(run: Run, dense: nn.Module, model: nn.Module, metrics: dict[str, Any]) 
             "history": [entry for entry in read_log(run.log.path) if "violation" in entry],
         }
         label_names = names if len(names) == model.num_classes else None
-        save_pretrained(model, output, metrics=metrics, label_names=label_names, overwrite=True)
+        save_pretrained(model, output, metrics=metrics, label_names=label_names, overwrite=config.overwrite)
         text = (Path(output) / METRICS).read_text(encoding="utf-8")
         with writing(config.run_folder):
             write_atomically(config.run_folder / METRICS, text)

@@ -324,6 +324,16 @@ def test_what_the_owner_added_stays(tmp_path: Path) -> None:
     assert read(folder)["num_classes"] == 2 and (folder / "mine.png").read_bytes() == b"a picture of a cat"
     assert all(words in kept for words in ("Made for cats.", "language: en", "- cats", "cifar_resnet20"))
 
+    (folder / "mine.png").chmod(0o444)
+    arp_hub.save_pretrained(small_model(), folder, metrics={"license": "made-up-nc"})
+    arp_hub.save_pretrained(small_model(), folder, metrics={"license": "mit"})
+    assert (folder / "mine.png").exists() and ModelCard.load(card).data.to_dict().keys().isdisjoint({"license_name"})
+    for make in (lambda path: path.mkdir(), lambda path: path.symlink_to(tmp_path / "gone")):
+        make(folder / "b.png")
+        with pytest.raises(arp_hub.ArpHubError, match="holds 'b.png', no file of a saved model"):
+            arp_hub.save_pretrained(small_model(), folder)
+        (folder / "b.png").unlink() if (folder / "b.png").is_symlink() else (folder / "b.png").rmdir()
+
     arp_hub.save_pretrained(small_model(), folder, overwrite=True)
     assert not (folder / "mine.png").exists() and "cats" not in card.read_text()
 

@@ -112,6 +112,15 @@ def test_a_checkpoint_of_other_classes_gets_a_new_classifier(tmp_path):
     assert all((dense[name] - model.state_dict()[name]).abs().max() < 1e-4 for name in same)
 
 
+def test_a_finished_run_that_is_resumed_keeps_what_the_owner_added(tmp_path):
+    run(config(tmp_path))
+    card, picture = tmp_path / "out/README.md", tmp_path / "out/mine.png"
+    card.write_text(card.read_text().replace("<!-- /owner -->", "Made for cats.\n<!-- /owner -->"))
+    picture.write_bytes(b"a cat")
+    run(config(tmp_path, resume="auto"))
+    assert "Made for cats." in card.read_text() and picture.exists()
+
+
 def resumed_on_a_machine(tmp_path: Path, port: int, rank: int, world: int, folder: Path) -> str:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
