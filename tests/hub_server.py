@@ -355,10 +355,12 @@ class _Handler(BaseHTTPRequestHandler):
     def tree(self, namespace: str, name: str, revision: str) -> None:
         repo = self.repo(namespace, name)
         files = repo.commits[self.at(repo, revision)]
-        entries = [
-            {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-            for path, data in files.items()
-        ]
+        entries = []
+        for path, data in files.items():
+            entry = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            if path.endswith(".safetensors"):
+                entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+            entries.append(entry)
         self.answer(entries)
 
     def resolve(self, namespace: str, name: str, rest: str) -> None:

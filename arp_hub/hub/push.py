@@ -41,7 +41,8 @@ def push_to_hub(
 
     Each branch gets one commit with config, safetensors, card, metrics and pictures. Bad input raises an error before
     any upload, and transient failures are retried. If the push fails, new repositories, branches and tags are removed.
-    A second push replaces all files, but keeps the owner's text between the two marks of the card.
+    A second push replaces what arp_hub writes; the owner's files stay, and the text between the two marks of the card.
+    Exports of other weights are deleted.
 
     Args:
         model_or_folder: A timm model, decomposed or dense, or a folder written by `save_pretrained`.

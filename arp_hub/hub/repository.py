@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from .._utils.secrets import remember
@@ -158,15 +159,20 @@ class Repository:
     def _commit(self, upload: Upload, message: str, *, create_pr: bool) -> Any:
         """Commit all files of a branch, and delete generated ones that this push lacks.
 
+        Exports stay if the weights are those that they were made of.
+
         A retry after a lost answer finds the files in place and changes nothing.
         """
 
         def commit() -> Any:
-            listed = self.api.list_repo_files(self.repo_id, revision=upload.branch)
-            gone = [name for name in _generated(listed) if name not in upload.files]
+            tree = self.api.list_repo_tree(self.repo_id, revision=upload.branch, recursive=True)
+            listed = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+            additions = _additions(upload.files)
+            generated = set(PICTURES) if _holds_weights(listed, additions) else {*PICTURES, *_exports(listed)}
+            gone = [name for name in listed if name in generated and name not in upload.files]
             return self.api.create_commit(
                 self.repo_id,
-                [*_additions(upload.files), *(CommitOperationDelete(name) for name in gone)],
+                [*additions, *(CommitOperationDelete(name) for name in gone)],
                 commit_message=message,
                 revision=upload.branch,
                 parent_commit=None if create_pr else self.heads[upload.branch],
@@ -255,11 +261,17 @@ def check_name(repo_id: str) -> None:
         raise ArpHubError(f"'{repo_id}' is not a valid name for a repository: {explain(error)}") from None
 
 
-def _generated(listed: Collection[str]) -> list[str]:
-    """The files of a repository that arp_hub may have written beside a model: pictures, and files of exports."""
-    exports = [place for name in listed for place, _, file in [name.rpartition("/")] if place and file == EXPORT]
-    generated = {*PICTURES, *(f"{place}/{file}" for place in exports for file in EXPORT_FILES)}
-    return [name for name in listed if name in generated]
+def _holds_weights(listed: Mapping[str, RepoFile], additions: Sequence[CommitOperationAdd]) -> bool:
+    """Whether a repository has the very weights that are to be uploaded."""
+    there = listed[WEIGHTS].lfs if WEIGHTS in listed else None
+    new = [addition.upload_info.sha256.hex() for addition in additions if addition.path_in_repo == WEIGHTS]
+    return there is not None and new == [there.sha256]
+
+
+def _exports(listed: Collection[str]) -> set[str]:
+    """The paths that files of exports in a repository may have: in folders that hold an ``export.json``."""
+    places = [place for name in listed for place, _, file in [name.rpartition("/")] if place and file == EXPORT]
+    return {f"{place}/{file}" for place in places for file in EXPORT_FILES}
 
 
 def _additions(files: Mapping[str, Path]) -> list[CommitOperationAdd]:

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,9 @@ def test_a_second_push_refreshes_and_keeps_what_was_written_by_hand(
     push(client, folder, NAME, "--tag", "v1")
     repo = hub.repos[NAME]
     assert export.items() <= repo.files().items()
+    shutil.rmtree(folder / "onnx")
+    push(client, folder, NAME, "--tag", "v1.1", "--license", "mit")
+    assert export.items() <= repo.files().items()  # they are of these weights
     by_hand = repo.files()["README.md"].decode()
     by_hand = by_hand.replace(
         "between these two lines -->\n", "between these two lines -->\nAsk Ann | <b>about</b> \\1 cats."
