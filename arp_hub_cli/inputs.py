@@ -219,6 +219,8 @@ class RefineChoice:
         Raises:
             ArpHubError: In the words of the options.
         """
+        if self.images is not None and not self.wanted:
+            raise ArpHubError(f"--refine-images {self.images} has no effect without --refine: give it, too")
         if not self.wanted:
             return
         if data is None:
@@ -235,9 +237,26 @@ class RefineChoice:
             raise ArpHubError(f"--refine-images must be at least {LEAST_IMAGES}, got {self.images}")
 
     def run(
-        self, model: nn.Module, dense: nn.Module, data: ImageData | None, output: Path, seed: int, workers: int
+        self,
+        model: nn.Module,
+        dense: nn.Module,
+        data: ImageData | None,
+        output: Path,
+        seed: int,
+        workers: int,
+        timed: RankPlan | None = None,
     ) -> Refinement | None:
-        """Refine the model in place; None if no refinement is wanted. Ctrl-C says how to resume it."""
+        """Refine the model in place; None if no refinement is wanted. Ctrl-C says how to resume it.
+
+        Args:
+            model: The decomposed model.
+            dense: Its dense form.
+            data: The data.
+            output: Folder of the finished model; the state lies beside it.
+            seed: Seed of the choice of images, and of the refinement.
+            workers: DataLoader workers.
+            timed: The plan, if timings made it, so that the same command would make another.
+        """
         if data is None or not self.wanted:
             return None
         with stage("read images to refine on"):
@@ -249,15 +268,21 @@ class RefineChoice:
         except KeyboardInterrupt as stop:
             if not state.exists():
                 raise
-            raise KeyboardInterrupt(f"The same command resumes the refinement from '{state}'") from stop
+            if timed is None:
+                raise KeyboardInterrupt(f"The same command resumes the refinement from '{state}'") from stop
+            file = output.with_name(f"{output.name}-plan.json")
+            timed.save(file)
+            raise KeyboardInterrupt(
+                f"The same command with --plan {file}, in place of the budget, resumes the refinement from '{state}'"
+            ) from stop
 
 
 def _words(numbers: Sequence[int]) -> str:
     return " ".join(map(str, numbers))
 
 
-def open_model(choice: ModelChoice, meta: bool = False) -> tuple[nn.Module, bool]:
-    """The model on its device, and whether weights of it are random: all of them, or those of a new classifier.
+def open_model(choice: ModelChoice, meta: bool = False) -> tuple[nn.Module, dict[str, bool]]:
+    """The model on its device, and whether its weights or only those of a new classifier are random.
 
     Args:
         choice: The options that name it.
@@ -283,7 +308,7 @@ def open_model(choice: ModelChoice, meta: bool = False) -> tuple[nn.Module, bool
         with place:
             network = load_model(name, pretrained=False, **arguments)
         choice.take_input_size(network)
-        return network, False
+        return network, {"random_weights": False, "random_classifier": False}
     try:
         network = load_model(name, checkpoint, pretrained=pretrained, **arguments)
     except ArpHubError as error:
@@ -294,11 +319,11 @@ def open_model(choice: ModelChoice, meta: bool = False) -> tuple[nn.Module, bool
     random = checkpoint is None and (pretrained is False or not has_own)
     if random:
         note(f"warning: the weights of '{name}' are random: give --checkpoint FILE, or a model that has weights")
-    elif checkpoint is None and (classes := _classes_of_weights(network)) is not None:
-        random = True
+    classes = None if random or checkpoint is not None else _classes_of_weights(network)
+    if classes is not None:
         note(f"warning: the classifier is random, because the weights of '{name}' have {classes} classes, not "
              f"{network.num_classes}: give --checkpoint FILE")  # fmt: skip
-    return network.to(place), random
+    return network.to(place), {"random_weights": random, "random_classifier": classes is not None}
 
 
 def _classes_of_weights(network: nn.Module) -> int | None:

@@ -237,10 +237,9 @@ def limits(metrics: Mapping[str, Any], decomposed: bool) -> list[str]:
     elif "top1" in dense and (lost := round(dense["top1"], 2) - round(metrics["top1"], 2)) > 0.005:
         found.append(f"It is {lost:.2f} points of top-1 less accurate than the dense model on the images measured.")
     if metrics.get("random_weights"):
-        found.append(
-            "The dense model or its classifier had random weights: the numbers show sizes and timings, not a useful "
-            "accuracy."
-        )
+        found.append("The dense model had random weights: the numbers show sizes and timings, not a useful accuracy.")
+    if metrics.get("random_classifier"):
+        found.append("Its classifier has random weights: train it before you rely on the classes.")
     config = metrics.get("config")
     if isinstance(config, Mapping) and (steps := config.get("max_steps")):
         found.append(f"It comes from a trial run of at most {steps} steps in each phase.")

@@ -73,7 +73,7 @@ class StateFile:
         """
         if self._path is None or not self._path.exists():
             return None
-        way_out = "delete it, or name another state file"
+        way_out = "delete it to start from the beginning"
         try:
             with safe_open(self._path, "pt") as file:
                 saved = json.loads((file.metadata() or {})["refinement"])
@@ -112,8 +112,12 @@ class StateFile:
 
     def remove(self) -> None:
         """Delete the file, once the refinement is complete."""
-        if self._path is not None:
+        if self._path is None:
+            return
+        try:
             self._path.unlink(missing_ok=True)
+        except OSError as error:
+            _logger.warning("cannot delete '%s', which is of no use any more: %s", self._path, cause(error))
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:

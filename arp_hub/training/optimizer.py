@@ -38,8 +38,7 @@ def check_optimizer(config: TrainConfig) -> None:
     for argument, taken in (("betas", info.has_betas), ("eps", info.has_eps)):
         if argument in (config.opt_kwargs or ()) and not taken:  # timm would drop it without a word
             raise ArpHubError(f"opt_kwargs={config.opt_kwargs}: optimizer '{name}' takes no '{argument}': leave it out")
-    default = {field.name: field.default for field in dataclasses.fields(config)}["momentum"]
-    if config.momentum != default and not info.has_momentum:
+    if config.momentum != type(config).momentum and not info.has_momentum:
         raise ArpHubError(f"momentum={config.momentum} has no effect with optimizer '{name}': leave momentum out")
     try:  # without layer decay, which means nothing for one layer
         make_optimizer(nn.Linear(1, 1), dataclasses.replace(config, layer_decay=None), config.lr)

@@ -203,7 +203,7 @@ def _refine(run: Run, model: nn.Module, dense: nn.Module, progress: bool) -> Non
     """Refine the fit on unlabelled images; a stopped run goes on from the state in its folder."""
     config = run.config
     images, held_out = refinement_images(run.data, config.refine_images, seed=config.seed, workers=config.workers)
-    steps = config.max_steps or config.refine_steps
+    steps = min((limit for limit in (config.max_steps, config.refine_steps) if limit), default=0)
     bound: dict[str, Any] = {"steps": steps} if steps else {"minutes": config.refine_minutes}
     state = config.run_folder / REFINEMENT
     done = refine(model, dense, images, held_out=held_out, seed=config.seed, state=state, progress=progress, **bound)

@@ -63,7 +63,7 @@ def bench(
         raise ArpHubError(f"--compile has no effect with --runtime {runtime}: leave it out")
     check_installed(workloads[0])
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device)
-    network, random_weights = open_model(choice)
+    network, random = open_model(choice)
     found = [
         benchmark(network, workload, compiled=compiled, seconds=seconds)
         for workload in counted(workloads, "time batch sizes")
@@ -71,7 +71,7 @@ def bench(
     if as_json:
         facts = environment()
         facts["versions"] |= runtime_versions(workloads[0])
-        described = {"model": model, "random_weights": random_weights, **facts}
+        described = {"model": model, **random, **facts}
         print_json({**described, "latency": [one.to_dict() for one in found]})
     else:
         print_tables(tables.latency_table(found, model))

@@ -161,7 +161,7 @@ def compress(
         raise ArpHubError(f"'{output}' already holds a model: choose another --output, or replace it with --overwrite")
     given = None if plan is None else RankPlan.load(plan)
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
-    network, random_weights = open_model(choice)
+    network, random = open_model(choice)
     if given is None:
         check_plannable(network, options["exclude"])
     else:
@@ -180,7 +180,7 @@ def compress(
     falls = spectra.decays(network, made) if is_first() else {}
     decompose(network, made, images, effort=effort, progress=True)
     fit_seconds = time.perf_counter() - start
-    refined = refinement.run(network, dense, found, output, seed, workers)
+    refined = refinement.run(network, dense, found, output, seed, workers, timed=None if keep_latency is None else made)
     if not is_first():
         return
     seconds = fit_seconds + (refined.seconds if refined else 0)  # a resumed refinement counts its earlier parts
@@ -194,7 +194,7 @@ def compress(
         "effort": effort,
         "trained": False,
         **({"refinement": asdict(refined)} if refined else {}),
-        "random_weights": random_weights,
+        **random,
         "seconds": round(seconds, 2),
         "seed": seed,
         "dense": before,
@@ -203,7 +203,7 @@ def compress(
     names = found.class_names if found and test else ()
     metrics = {
         **result,
-        "base_model": None if checkpoint or random_weights else published_name(model, network),
+        "base_model": None if checkpoint or random["random_weights"] else published_name(model, network),
         "dataset": hub_dataset(data),
         "shared_images": bool(test and found and found.shares_images),
         "plan": made.to_dict(),

@@ -59,12 +59,12 @@ def evaluate(
     from ..inputs import ModelChoice, open_labelled, open_model
 
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device)
-    network, random_weights = open_model(choice)
+    network, random = open_model(choice)
     part = open_labelled(data, network, image_key, label_key, streaming).split(split)
     with stage("measure accuracy"):
         scores = evaluate(network, part, batch_size=batch_size, workers=workers, max_images=max_images)
     result = {**scores, "params": count_params(network), "macs": count_macs(network)}
     if as_json:
-        print_json({"model": model, "random_weights": random_weights, "data": data, "split": part.name, **result})
+        print_json({"model": model, **random, "data": data, "split": part.name, **result})
     else:
         print_tables(tables.comparison_table({model: result}, f"{data}, split {part.name}"))

@@ -128,7 +128,7 @@ def export(
     check_inputs_outside(target, {"--data": data, "--checkpoint": checkpoint})
     check_output(target, model, overwrite)
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, "cpu", seed)
-    network, random_weights = open_model(choice)
+    network, random = open_model(choice)
     found = open_data(data, network, image_key, label_key, streaming)
     images = calibration_images(found, calibration, copies=0, seed=seed, workers=workers) if found and int8 else None
     shown, labels = _test_images(network, found, max_images, workers) if found else (None, None)
@@ -150,9 +150,7 @@ def export(
         progress=True,
     )
     if as_json:
-        print_json(
-            {"model": model, "random_weights": random_weights, "data": data, "output": str(target), **done.record}
-        )
+        print_json({"model": model, **random, "data": data, "output": str(target), **done.record})
         return
     parity = done.parity
     print(f"{target / done.file.name}: {done.record['size_bytes'] / 1e6:.2f} MB")

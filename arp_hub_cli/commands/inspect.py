@@ -80,7 +80,7 @@ def inspect(
         check_picture_path(plot)
     check_data_options(data, image_key=image_key, streaming=streaming, workers=workers or None)
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
-    network, random_weights = open_model(choice)
+    network, random = open_model(choice)
     schemes = {} if given is None else check_plan(network, given)
     images = open_images(open_data(data, network, image_key, None, streaming), calibration, 0, seed, workers)
     layers = spectra.decomposable_layers(network)
@@ -100,7 +100,7 @@ def inspect(
         save_figure(spectra_figure(found, ranks, f"{model}: spectra of {metric}"), plot)
     if as_json:
         listed = [row.to_dict() for row in rows]
-        described = {"model": model, "random_weights": random_weights, "metric": metric}
+        described = {"model": model, **random, "metric": metric}
         print_json({**described, "layers": listed, "plot": plot and str(plot)})
     else:
         print_tables(tables.spectrum_table(rows, f"{model}, {metric}"))

@@ -112,7 +112,7 @@ def plan(
     check_inputs_outside(output, {"--data": data, "--checkpoint": checkpoint})
     check_plan_file(output, overwrite)
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
-    network, random_weights = open_model(choice, meta=data is None)
+    network, random = open_model(choice, meta=data is None)
     check_plannable(network, options["exclude"])
     found = open_data(data, network, image_key, label_key, streaming)
     images = open_images(found, calibration, copies, seed, workers)
@@ -123,7 +123,7 @@ def plan(
     counted = summary.plan_report(network, made)
     made.save(output)
     if as_json:
-        described = {"plan": made.to_dict(), "output": str(output), "random_weights": random_weights}
+        described = {"plan": made.to_dict(), "output": str(output), **random}
         print_json({**described, **counted.to_dict()})
     else:
         print_tables(tables.plan_table(counted, f"Plan of {model}"), tables.dense_table(counted))

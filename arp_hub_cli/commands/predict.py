@@ -59,7 +59,7 @@ def predict(
 
     files = image_files(images)
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device)
-    network, random_weights = open_model(choice)
+    network, random = open_model(choice)
     classify = Classifier(network, top_k)
     found, failures = {}, []
     for file in counted(files, "classify images", shown=len(files) > 1):
@@ -72,7 +72,7 @@ def predict(
             found[str(file)] = classify(pixels)
     if as_json:
         listed = [{"image": name, "classes": [one.to_dict() for one in classes]} for name, classes in found.items()]
-        print_json({"model": model, "random_weights": random_weights, "predictions": listed})
+        print_json({"model": model, **random, "predictions": listed})
     elif found:
         print_tables(predictions_table(found))
     for failure in failures:

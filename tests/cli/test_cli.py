@@ -384,8 +384,9 @@ def test_a_random_classifier_is_reported(run, tmp_path, classes, random):
     result = run("compress", *choice, "--keep-params", 0.5, "--output", tmp_path / "out", "--json")
     assert result.code == 0, result.err
     warning = f"the classifier is random, because the weights of 'local-dir:{folder}' have 3 classes, not 5"
-    assert (warning in result.err) is random and result.json["random_weights"] is random
-    assert ("random weights" in (tmp_path / "out/README.md").read_text()) is random
+    assert (warning in result.err) is random
+    assert result.json["random_classifier"] is random and not result.json["random_weights"]
+    assert ("Its classifier has random weights" in (tmp_path / "out/README.md").read_text()) is random
 
 
 def test_help_tells_the_exit_codes(run):

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from arp_hub import RankPlan, decompose, make_plan
 from arp_hub.refinement import Refinement
 from arp_hub.refinement.steps import Steps
-from arp_hub.training import TrainConfig
+from arp_hub.training import TrainConfig, load_data
 from arp_hub.training import run as train
 from arp_hub_cli.app import app
+from arp_hub_cli.inputs import RefineChoice
 from arp_hub_cli.outcome import refinement_effect
 
 COMPRESS = (
@@ -46,6 +50,7 @@ REFUSED = {
     "two bounds": (["--data", "digits", "--refine-minutes", 1, "--refine-steps", 5], "give one of them"),
     "no time": (["--data", "digits", "--refine-minutes", 0], "--refine-minutes must be above 0, got 0"),
     "no step": (["--data", "digits", "--refine-steps", 0], "--refine-steps must be at least 1, got 0"),
+    "images alone": (["--data", "digits", "--refine-images", 40], "--refine-images 40 has no effect without --refine"),
     "few images": (["--data", "digits", "--refine", "--refine-images", 19], "--refine-images must be at least 20"),
 }
 
@@ -87,6 +92,26 @@ def test_ctrl_c_says_how_to_go_on(steps, tmp_path, capsys, monkeypatch):
     assert seconds > 5000 if steps == 40 else seconds < 5000
 
 
+def test_a_plan_by_timings_is_kept_for_the_command_that_resumes(tmp_path, monkeypatch):
+    """Timings would make another plan, which the state does not fit."""
+    step, calls = Steps.step, 0
+
+    def interrupted(self, *arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 30:
+            raise KeyboardInterrupt
+        step(self, *arguments)
+
+    monkeypatch.setattr(Steps, "step", interrupted)
+    dense = timm.create_model("cifar_resnet20", num_classes=10).eval()
+    plan, file = make_plan(dense, keep_params=0.5, schemes=["channel"]), tmp_path / "out-plan.json"
+    model, data = decompose(copy.deepcopy(dense), plan), load_data("digits", dense)
+    with pytest.raises(KeyboardInterrupt, match=f"with --plan {file}, in place of the budget, resumes the refinement"):
+        RefineChoice(True, None, 40, 40).run(model, dense, data, tmp_path / "out", 0, 0, timed=plan)
+    assert RankPlan.load(file) == plan and (tmp_path / "out-refinement.safetensors").exists()
+
+
 def age(state: Path, seconds: float) -> None:
     """Make a state one of a refinement that has worked for some time."""
     with safe_open(state, "pt") as file:
@@ -102,7 +127,11 @@ def test_compress_says_what_refinement_did(after):
     assert ("did not lower" in text) is (after == 0.25)
 
 
-@pytest.mark.parametrize("bound", [{"refine_minutes": 1, "max_steps": 4}, {"refine_steps": 4}], ids=str)
+@pytest.mark.parametrize(
+    "bound",
+    [{"refine_minutes": 1, "max_steps": 4}, {"refine_steps": 4, "max_steps": 9}, {"refine_steps": 9, "max_steps": 4}],
+    ids=str,
+)
 def test_a_run_refines_its_fit(tmp_path, bound):
     config = TrainConfig(
         model="cifar_resnet20", data="digits", keep_params=0.5, schemes=("channel",), effort="fast",
