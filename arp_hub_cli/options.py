@@ -183,7 +183,7 @@ RefineImages = Annotated[
     int | None,
     refine_option(
         metavar="N",
-        help="Training images to refine on, without labels; by default 10,000 small or 1,000 large.",
+        help="Training images to refine on, without labels; by default 1,000, or 10,000 small ones held in memory.",
         show_default=False,
     ),
 ]

@@ -213,7 +213,7 @@ def _description(model: nn.Module, captured: Captured, job: Job) -> dict[str, An
     batch = "batch" if captured.dynamic_batch else captured.batch_size
     found = timm.data.resolve_data_config({}, model=model)
     names = list(cfg.get("label_names") or ())
-    if len(names) != captured.classes:  # those of the weights before, if the classifier is a new one
+    if len(names) != captured.classes:  # names of the old classifier, if it was replaced
         names = []
     return {
         "format": job.runtime.name,

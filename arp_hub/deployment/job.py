@@ -131,5 +131,5 @@ class Job:
                     dense = self.write(merged, Path(folder), check)
                     runs["dense"] = dense.run
                 except ArpHubError as error:  # the file of the compressed model is whole
-                    _logger.warning("the dense form cannot be written and is not compared: %s", error)
+                    _logger.warning("the comparison with the dense form is left out: %s", error)
             return time_files(runs, images, seconds) if seconds else None, dense

@@ -194,7 +194,8 @@ def _way_out(model: nn.Module, state: Mapping[str, Tensor], wrong: Sequence[str]
     names = {classifiers} if isinstance(classifiers, str) else set(classifiers)
     classes = {state[key].shape[0] for key in wrong if state[key].dim()}
     if len(classes) == 1 and all(key.rpartition(".")[0] in names for key in wrong):
-        return f"for its classes, give num_classes={classes.pop()} (in recipes as --model-kwargs num_classes=N)"
+        count = classes.pop()
+        return f"for its classes, give num_classes={count} (in recipes --model-kwargs num_classes={count})"
     return "choose the model that the checkpoint was made with"
 
 

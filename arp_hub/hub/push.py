@@ -198,7 +198,7 @@ def _about(metrics: Mapping[str, Any], message: str | None) -> list[str]:
     """The options of ``arp-hub push`` for what a card says beside the numbers, and for the title of the commit."""
     words = ["--message", message] if message else []
     for option, key in (("--base-model", "base_model"), ("--dataset", "dataset"), ("--license", "license")):
-        words += [option, str(metrics[key])] if metrics.get(key) else []
+        words += [option, metrics[key]] if isinstance(metrics.get(key), str) and metrics[key] else []
     return words + (["--bench"] if metrics.get("latency") else [])
 
 

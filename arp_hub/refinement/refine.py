@@ -185,12 +185,12 @@ def _check_pair(model: nn.Module, dense: nn.Module) -> None:
             raise ArpHubError(f"`dense` has no layer '{name}' of the model's shape: pass the model it was made from")
 
 
-def held_out_count(images: int, most: int = 256) -> int:
+def held_out_count(images: int) -> int:
     """Images that a refinement holds out by default: a tenth, at least 2 and at most 256.
 
-    They are measured after every trial of a learning rate, so that more of them would take much of the time.
+    They are measured after every trial of a learning rate: a larger set would take a large part of the time.
     """
-    return min(max(2, images // 10), most)
+    return min(max(2, images // 10), 256)
 
 
 def split_images(images: Images, held_out: Images | None, seed: int) -> tuple[Tensor, Tensor]:
@@ -230,7 +230,7 @@ def _tensor(images: Images) -> Tensor:
 def _state_file(
     path: str | Path | None, made: Mapping[str, Any], model: nn.Module, dense: nn.Module, images: tuple[Tensor, Tensor]
 ) -> StateFile:
-    """The file of a refinement's state. What is not the same in every run of one command is not compared."""
+    """The file of a refinement's state. It belongs to these settings, dense weights, ranks and images."""
     if path is None:
         return StateFile(None, made)
     path = checked_path(path, "state")

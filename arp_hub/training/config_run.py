@@ -119,7 +119,7 @@ class PhaseSettings:
     refine_images: int | None = setting(
         "phases",
         None,
-        "training images to refine the fit on; by default 10,000 small or 1,000 large",
+        "training images to refine the fit on; by default 1,000, or 10,000 small ones held in memory",
         low=20,
         needs=("refine_minutes", "refine_steps"),
     )

@@ -182,7 +182,7 @@ ROWS = {
         ("cannot set the tag 'v9-dense'", "Changed on the Hub: branch 'dense', branch 'main'", NEXT, "--tag v9$"),
         "no tag", (("POST .*/tag/", lambda: None, 1), ("POST .*/tag/", 500)), ("--tag", "v9"),
     ),
-    "options are repeated": Row(
+    "commit refused, with options for the card": Row(
         ("cannot commit", NEXT, "--no-dense --message 'my model' --dataset ann/pets --license mit$"), "nothing",
         ((COMMIT, 403),),
         ("--no-dense", "--message", "my model", "--license", "mit", "--dataset", "ann/pets"),

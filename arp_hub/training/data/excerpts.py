@@ -75,15 +75,19 @@ def refinement_images(
 
     Args:
         data: The data.
-        count: Number of images, at most all training images. By default 10,000 images held in memory, or 1,000 others.
+        count: Number of images, at most all training images. By default 1,000, or up to 10,000 of small images that
+            are held in memory, as many as take 1 GiB.
         seed: Seed of the choice.
         workers: DataLoader workers, for large data.
 
     Returns:
         Images to learn from, and held-out images: ``(N, 3, H, W)`` on the CPU.
     """
-    if count is None:  # small networks learn a thousand images by heart
-        count = 10_000 if isinstance(data.train.images, DecodedImages) else 1000
+    if count is None:
+        count = 1000
+        if isinstance(data.train.images, DecodedImages):  # small networks learn a thousand images by heart
+            height, width = data.form.size
+            count = min(10_000, max(count, 2**30 // (4 * 3 * height * width)))  # at most 1 GiB as floats
     part = data.train.excerpt(count, seed, from_end=True)
     images = torch.cat(list(part.images.evaluation(part.indices, 128, torch.device("cpu"), workers)))
     held_out = min(len(images), held_out_count(len(images)))
