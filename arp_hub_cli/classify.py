@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from arp_hub.errors import ArpHubError
 from arp_hub.reports.tables import printable
-from arp_hub.training.data.decoding import ImageFiles, decoded
+from arp_hub.training.data.decoding import ImageFiles, decoded, survey
 from arp_hub.training.data.images import StreamedImages
 from arp_hub.training.data.input_format import input_format
+
+from .terminal import note
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,22 @@ class Classifier:
     Args:
         model: A classifier in evaluation mode.
         top_k: Number of classes to give of each image, at most all.
+        files: The images. Those of grey with more than 8 bits share one value of white, as in a data set.
 
     Raises:
         ArpHubError: If the model has no classifier, or takes no images of three channels.
     """
 
-    def __init__(self, model: nn.Module, top_k: int) -> None:
+    def __init__(self, model: nn.Module, top_k: int, files: Sequence[Path] = ()) -> None:
         if not getattr(model, "num_classes", 0):
             raise ArpHubError("the model has no classifier (num_classes=0), so that it predicts no classes")
         self.model, self.top_k = model, top_k
         self.names = class_names(model)
         self.device = next(model.parameters()).device
         self.form = input_format(model)
+        self.white = survey([ImageFiles(file.parent, [file.name]) for file in files[:128]]).white
+        for kind, white in self.white.items():
+            note(f"warning: {white} is taken for white in grey images of type {kind}")
 
     def read(self, file: Path) -> Tensor:
         """An image, resized and cropped as the model's config says.
@@ -67,6 +73,7 @@ class Classifier:
             Exception: Of any kind, if the image cannot be decoded.
         """
         rows = ImageFiles(file.parent, [file.name])
+        rows.white = self.white
         transform = StreamedImages(rows, self.form).eval_transform
         return self.form.normalise(transform(decoded(rows, 0))[None].to(self.device))
 

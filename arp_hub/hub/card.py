@@ -97,7 +97,7 @@ def model_card(
         classes=config["num_classes"],
         dense=dense,
         tag=tag,
-        numbers=text.numbers(metrics, plan is not None, card_exports.int8(export)),
+        numbers=text.numbers(metrics, plan is not None, card_exports.int8(export, metrics.get("images"))),
         notes=text.notes(metrics),
         exports=card_exports.exports(export),
         stages=text.stages(metrics),

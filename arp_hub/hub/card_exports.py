@@ -8,27 +8,29 @@ from typing import Any
 from .card_names import inline
 
 
-def int8(export: Any) -> dict[str, Any]:
+def int8(export: Any, images: Any = None) -> dict[str, Any]:
     """Size and accuracy of the int8 model that an ``export.json`` describes; empty without one.
 
     Args:
         export: Content of the file. Entries may lie at any depth, and need ``bytes``, ``size_bytes`` or ``top1``.
+        images: Number of images that the card's accuracy is of. Accuracy on other images is left out.
     """
     if isinstance(export, Mapping):
         for name, entry in export.items():
-            if "int8" in str(name) and isinstance(entry, Mapping) and (found := _figures(entry)):
+            if "int8" in str(name) and isinstance(entry, Mapping) and (found := _figures(entry, images)):
                 return found
         if export.get("int8") is True or export.get("precision") == "int8":
-            return _figures(export)
+            return _figures(export, images)
         export = list(export.values())
     entries = export if isinstance(export, list) else []
-    return next((found for entry in entries if (found := int8(entry))), {})
+    return next((found for entry in entries if (found := int8(entry, images))), {})
 
 
-def _figures(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _figures(entry: Mapping[str, Any], images: Any) -> dict[str, Any]:
     """The numbers of an entry that the table has rows for."""
     parity = entry.get("parity")
-    own = {"bytes": entry.get("size_bytes"), **(parity if isinstance(parity, Mapping) else {}), **entry}
+    same = isinstance(parity, Mapping) and parity.get("images") == images
+    own = {"bytes": entry.get("size_bytes"), **(parity if isinstance(parity, Mapping) and same else {}), **entry}
     keys = ("bytes", "top1", "top5", "loss")
     return {key: own[key] for key in keys if isinstance(own.get(key), int | float)}
 
@@ -59,6 +61,8 @@ def _exported(folder: str, record: Any) -> str:
     if isinstance(parity, Mapping) and _numbers(parity, "agreement", "images", "divergence"):
         images = f"{parity['images']:,d} {inline(parity.get('source') or '')}".rstrip()
         top1 = f"top-1 {parity['top1']:.2f} %, " if _numbers(parity, "top1") else ""
+        if top1 and _numbers(parity, "torch_top1"):
+            top1 = f"top-1 {parity['top1']:.2f} % (in PyTorch {parity['torch_top1']:.2f} %), "
         found.append(
             f"{top1}same top-1 class as PyTorch for {parity['agreement']:.1f} % of {images} images, divergence "
             f"{parity['divergence']:.2g} nats"

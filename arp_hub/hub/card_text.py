@@ -243,7 +243,13 @@ def limits(metrics: Mapping[str, Any], decomposed: bool) -> list[str]:
     config = metrics.get("config")
     if isinstance(config, Mapping) and (steps := config.get("max_steps")):
         found.append(f"It comes from a trial run of at most {steps} steps in each phase.")
-    if metrics.get("shared_images"):
+    phases = config if isinstance(config, Mapping) else {}
+    if metrics.get("shared_images") and any(phases.get(f"{name}epochs") for name in ("dense_", "", "finetune_")):
+        found.append(
+            "The data has only one split: the model was trained and tested on the same images. Both accuracies are too "
+            "high. Compare them with each other, not with those of other models."
+        )
+    elif metrics.get("shared_images"):
         found.append(
             "The data has only one split: calibration used some of the test images, without their labels. Both "
             "accuracies may therefore be too high. Compare them with each other, not with those of other models."

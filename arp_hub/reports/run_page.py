@@ -78,7 +78,7 @@ def render(log: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], title: 
     try:
         return environment.get_template("report.html").render(
             title=title,
-            state=_state(bool(log), bool(metrics)),
+            state=_state(bool(log) or "config" in metrics, bool(metrics)),
             sizes=_sizes(metrics),
             charts=[one for one in _charts(log, metrics) if log or one[2]] if can_draw() else None,
             scores=[(name.replace("_", " "), score) for name, score in metrics.get("scores", {}).items()],

@@ -250,7 +250,10 @@ def _test_split(model: nn.Module, data: ImageData | None) -> Split | StreamedSpl
     """The test images, if they have labels that fit the classes of the model."""
     from arp_hub.training.evaluate import why_not_measured
 
-    if data is None or data.test.label_range is None:
+    if data is None:
+        return None
+    if data.test.label_range is None:
+        note(f"accuracy is not measured: split '{data.test.name}' has no labels")
         return None
     if reason := why_not_measured(model, data.test):
         note(f"accuracy is not measured: {reason}")

@@ -60,7 +60,7 @@ def predict(
     files = image_files(images)
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device)
     network, random = open_model(choice)
-    classify = Classifier(network, top_k)
+    classify = Classifier(network, top_k, files)
     found, failures = {}, []
     for file in counted(files, "classify images", shown=len(files) > 1):
         try:

@@ -133,6 +133,24 @@ def test_a_model_measured_on_digits_classifies_their_files_alike(
     assert measured.std() > 0.04 * measured.mean()  # the digits differ by more
 
 
+def test_dark_images_of_16_bits_stay_dark_beside_others(call: Any, saved: Path, tmp_path: Path) -> None:
+    """All of a call share one value of white, as all images of a data set do."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, high in (("bright", 60_000), ("dark", 1000)):
+        Image.fromarray(np.linspace(0, high, 32 * 32).astype(np.uint16).reshape(32, 32)).save(folder / f"{name}.png")
+        Image.fromarray((np.linspace(0, high, 32 * 32) / 257).astype(np.uint8).reshape(32, 32)).save(
+            tmp_path / f"{name}8.png"
+        )
+    code, out, err = call("predict", str(saved), str(folder), "--json")
+    assert code == 0 and "warning: 65535 is taken for white in grey images" in err
+    found = json.loads(out)["predictions"]
+    for name in ("bright", "dark"):
+        same = json.loads(call("predict", str(saved), str(tmp_path / f"{name}8.png"), "--json")[1])
+        (of_16,) = (one["classes"][0] for one in found if Path(one["image"]).stem == name)
+        assert of_16["probability"] == pytest.approx(same["predictions"][0]["classes"][0]["probability"], abs=0.02)
+
+
 def test_a_broken_image_is_one_line_and_the_others_are_classified(call: Any, saved: Path, tmp_path: Path) -> None:
     (good, broken, _) = images(tmp_path / "photos", 3, 150)
     broken.write_bytes(broken.read_bytes()[:300])

@@ -194,6 +194,28 @@ def test_an_exported_int8_model_has_a_column(export: Any) -> None:
     assert "| top-1, % | 71.00 | 70.00 |  | 69.50 |" in card
 
 
+def test_accuracy_in_int8_stands_in_the_table_only_if_it_is_of_the_same_images() -> None:
+    parity = {"images": 500, "top1": 80.0, "torch_top1": 79.0, "agreement": 97.0, "divergence": 0.02, "source": "test"}
+    export = {"format": "onnx", "precision": "int8", "file": "model.onnx", "size_bytes": 600_000, "parity": parity}
+    card = rendered(export, images=10_000)
+    assert "| 0.60 MB |" in card and "| top-1, % | 71.00 | 70.00 |  |  |" in card
+    assert "top-1 80.00 % (in PyTorch 79.00 %), same top-1 class as PyTorch for 97.0 % of 500 test images" in card
+    assert "| top-1, % | 71.00 | 70.00 |  | 80.00 |" in rendered(export, images=500)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        ({"trained": False}, "calibration used some of the test images, without their labels"),
+        ({"config": {"epochs": 0, "finetune_epochs": 0}}, "calibration used some of the test images"),
+        ({"config": {"epochs": 3}}, "the model was trained and tested on the same images"),
+        ({"config": {"epochs": 0, "finetune_epochs": 1}}, "the model was trained and tested on the same images"),
+    ],
+)
+def test_images_for_both_training_and_testing_are_told(metrics: dict[str, Any], words: str) -> None:
+    assert words in rendered(shared_images=True, **metrics)
+
+
 @pytest.mark.parametrize("export", [None, {}, [], 3, {"onnx": {"bytes": 5}}, {"int8": {"bytes": "many"}}])
 def test_other_exports_leave_the_table_as_it_is(export: Any) -> None:
     assert "int8" not in rendered(export)

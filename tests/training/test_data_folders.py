@@ -172,6 +172,17 @@ def test_images_without_class_folders_calibrate_without_labels(tmp_path, model):
         evaluate(model, data.test)
 
 
+def test_a_split_with_labels_is_for_testing_before_one_without(tmp_path, model):
+    """As in ImageNet, whose test images have no labels."""
+    files = [*under("train", TWO), *under("val", TWO), "test/1.png", "test/2.png"]
+    source = write(tmp_path, files)
+    for required in (True, False):
+        data = load_data(source, model, require_labels=required)
+        assert data.test.name == "validation" and data.test.label_range == (0, 1)
+        chosen = load_data(source, model, require_labels=required, test_split="validation")
+        assert chosen.test.name == "validation"
+
+
 @pytest.mark.parametrize("key", ["image_key", "label_key"])
 def test_class_folders_have_two_columns(tmp_path, model, key):
     root = write(tmp_path, TWO)

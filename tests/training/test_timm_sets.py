@@ -59,6 +59,20 @@ def test_class_folders_through_timm_are_those_of_the_package(folders, model, nam
     assert evaluate(model, theirs.test) == evaluate(model, ours.test)
 
 
+def test_classes_are_numbered_as_in_the_training_split(tmp_path, model):
+    """Timm and torchvision number the classes of each folder on their own."""
+    for split, kinds in (("train", "abc"), ("validation", "bc"), ("odd", "bz")):
+        for kind in kinds:
+            (tmp_path / split / kind).mkdir(parents=True)
+            (tmp_path / split / kind / "0.png").write_bytes(png(40))
+    for name in ("timm:", "timm:torch/image_folder"):
+        data = load_data(name, model, data_dir=str(tmp_path))
+        assert data.class_names == ("a", "b", "c") and data.test.labels.tolist() == [1, 2]
+        assert data.test.name == "validation"
+        with pytest.raises(ArpHubError, match="split 'test' has the class 'z', which split 'train' lacks"):
+            load_data(name, model, data_dir=str(tmp_path), test_split="odd")
+
+
 def test_one_folder_for_both_splits_is_told(folders, model, caplog):
     data = load_data("timm:", model, data_dir=str(folders / "train"))
     assert greys(data.train) == greys(data.test)

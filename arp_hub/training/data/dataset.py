@@ -146,6 +146,7 @@ def load_data(
     columns = Columns(image_key, label_key, require_labels)
     treatment = Treatment(form, Augmentation.of(augmentation), max_bad_images)
     chosen = (train_split, test_split)
+    own_names = {role: name for role, name in zip(("train", "test"), chosen, strict=True) if name}
     timm_name = TimmName(source, data_dir, chosen, columns) if is_timm_source(source) else None
     if data_dir and not timm_name:
         raise ArpHubError(f"data_dir='{data_dir}' is for data sets of timm, such as timm:torch/cifar10: leave it out")
@@ -161,23 +162,31 @@ def load_data(
         else:
             opened = open_streams(source, columns, treatment, classes, counted=not epoch_images)
             streams = renamed(source, opened, chosen)
-        return _arrange_streams(source, streams, epoch_images, require_labels)
+        return _arrange_streams(source, streams, epoch_images, require_labels, own_names)
     if epoch_images:
         raise ArpHubError(f"epoch_images={epoch_images} is for streams: set streaming, or leave it out")
     if timm_name:
         tables = bind(source, *open_timm(timm_name), treatment)
     else:
         tables = renamed(source, open_tables(source, columns, treatment), chosen)
-    return _arrange(source, tables, val_fraction, seed, require_labels)
+    return _arrange(source, tables, val_fraction, seed, require_labels, own_names)
 
 
-def _arrange(source: str, tables: dict[str, Table], val_fraction: float, seed: int, require_labels: bool) -> ImageData:
+def _arrange(
+    source: str,
+    tables: dict[str, Table],
+    val_fraction: float,
+    seed: int,
+    require_labels: bool,
+    own_names: Mapping[str, str],
+) -> ImageData:
     """Decide which table is for training and which for testing."""
-    usable = {name: table for name, table in tables.items() if not require_labels or _has_labels(table)}
-    train_name, test_name = _train_and_test(source, list(tables), list(usable))
+    labelled = [name for name, table in tables.items() if _has_labels(table)]
+    usable = {name: table for name, table in tables.items() if not require_labels or name in labelled}
+    train_name, test_name = _train_and_test(source, list(tables), list(usable), labelled)
     splits = {
         name: Split(
-            name,
+            own_names.get(name, name),
             table.images,
             table.labels if _has_labels(table) else None,
             torch.arange(len(table.images)),
@@ -195,13 +204,14 @@ def _arrange(source: str, tables: dict[str, Table], val_fraction: float, seed: i
     return data
 
 
-def _train_and_test(source: str, names: list[str], usable: list[str]) -> tuple[str, str]:
+def _train_and_test(source: str, names: list[str], usable: list[str], labelled: list[str]) -> tuple[str, str]:
     """The names of the splits for training and testing.
 
     Args:
         source: The data, for messages.
         names: All splits.
         usable: Those with labels, or all where no labels are required.
+        labelled: Those with labels, which are for testing before all others.
     """
     if not usable:
         raise ArpHubError(
@@ -214,7 +224,8 @@ def _train_and_test(source: str, names: list[str], usable: list[str]) -> tuple[s
         )
     if len(usable) == 1:
         return usable[0], usable[0]
-    test_name = next((name for name in _TEST_NAMES if name in usable), None)
+    tests = [name for name in _TEST_NAMES if name in labelled] + [name for name in _TEST_NAMES if name in usable]
+    test_name = tests[0] if tests else None
     if "train" in usable and test_name:
         return "train", test_name
     raise ArpHubError(
@@ -224,14 +235,24 @@ def _train_and_test(source: str, names: list[str], usable: list[str]) -> tuple[s
 
 
 def _arrange_streams(
-    source: str, tables: Mapping[str, StreamTable], epoch_images: int, require_labels: bool
+    source: str,
+    tables: Mapping[str, StreamTable],
+    epoch_images: int,
+    require_labels: bool,
+    own_names: Mapping[str, str],
 ) -> ImageData:
     """Decide which stream is for training and which for testing."""
-    usable = [name for name, table in tables.items() if not require_labels or table.images.labelled]
-    train_name, test_name = _train_and_test(source, list(tables), usable)
+    labelled = [name for name, table in tables.items() if table.images.labelled]
+    usable = [name for name in tables if not require_labels or name in labelled]
+    train_name, test_name = _train_and_test(source, list(tables), usable, labelled)
     count = epoch_images or tables[train_name].count or 0
     splits = {
-        name: StreamedSplit(name, table.images, count if name == train_name else table.count or 0, table.class_names)
+        name: StreamedSplit(
+            own_names.get(name, name),
+            table.images,
+            count if name == train_name else table.count or 0,
+            table.class_names,
+        )
         for name, table in tables.items()
     }
     train = splits[train_name]

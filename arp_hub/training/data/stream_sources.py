@@ -120,7 +120,7 @@ def timm_streams(wanted: TimmName, treatment: Treatment, epoch_images: int, clas
     tables = {"train": opened(train or "train", epoch_images or None)}
     for name in (test,) if test else ("validation", "test"):
         try:
-            tables["test"] = opened(name, None)
+            tables["test" if test else name] = opened(name, None)
             break
         except ArpHubError:
             if test:

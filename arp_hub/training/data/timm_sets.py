@@ -90,7 +90,7 @@ class TimmName:
                 continue
             if _place(test) is not None and _place(test) == _place(train["train"][1]):
                 break  # timm reads the whole folder if it has none for a split
-            return train | {"test": (name, test)}
+            return train | {name: (name, test)}
         return train
 
 
@@ -132,11 +132,28 @@ def open_timm(wanted: TimmName) -> tuple[Splits, tuple[str, ...]]:
     """Images and labels of each split, and the names of the classes."""
     found = wanted.opened()
     names = class_names(found["train"][1])
-    splits: Splits = {
-        split: (TimmImages(dataset), class_numbers(wanted.source, split, _labels(dataset), {}))
-        for split, (_, dataset) in found.items()
-    }
+    splits: Splits = {}
+    for split, (_, dataset) in found.items():
+        labels = _renumbered(wanted.source, split, _labels(dataset), class_names(dataset), names)
+        splits[split] = TimmImages(dataset), class_numbers(wanted.source, split, labels, {})
     return splits, names
+
+
+def _renumbered(source: str, split: str, labels: list[Any], own: tuple[str, ...], names: tuple[str, ...]) -> list[Any]:
+    """Labels in the numbers of the training split's classes. Folders are numbered split by split.
+
+    Raises:
+        ArpHubError: If the split has a class that the training split lacks.
+    """
+    if not own or not names or own == names:
+        return labels
+    numbers = {name: number for number, name in enumerate(names)}
+    if missing := [name for name in own if name not in numbers]:
+        raise ArpHubError(
+            f"data '{source}': split '{split}' has the class '{missing[0]}', which split 'train' lacks: give both "
+            "splits the same classes"
+        )
+    return [numbers[own[label]] for label in labels]
 
 
 def _labels(dataset: Any) -> list[Any]:
