@@ -16,7 +16,7 @@ _DATA = {
     "imagenet": "ImageNet",
     "imagenet-1k": "ImageNet",
     "imagenet-sample": "a sample of ImageNet",
-    "imagenet-val": "a sample of ImageNet",
+    "imagenet-val": "ImageNet",
     "mnist": "MNIST",
 }
 """Names that readers know, by the last part of a folder's or a Hub id's name."""
@@ -44,13 +44,24 @@ def data_name(metrics: Mapping[str, Any]) -> str:
     """The data set by its name: an id on the Hub with a link, or the last part of a folder's name; else empty."""
     dataset = str(metrics.get("dataset") or "")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
-        return f"[{dataset}](https://huggingface.co/datasets/{dataset})"
+        configuration = _configuration(metrics)
+        named = f", configuration `{inline(configuration)}`" if configuration else ""
+        return f"[{dataset}](https://huggingface.co/datasets/{dataset}){named}"
     return plain_data_name(metrics)
+
+
+def _configuration(metrics: Mapping[str, Any]) -> str:
+    """The configuration of a data set on the Hub, as ``data`` names it after the id; empty without one."""
+    before, _, configuration = str(metrics.get("data") or "").partition(f"{metrics.get('dataset')}:")
+    return "" if before else configuration
 
 
 def plain_data_name(metrics: Mapping[str, Any]) -> str:
     """The same without a link."""
-    last = _last_part(metrics.get("dataset") or metrics.get("data") or "")
+    given = metrics.get("dataset") or metrics.get("data") or ""
+    last = _last_part(given)
+    if last == "digits" and given != "digits":  # somebody's folder
+        return last
     return _DATA.get(last.lower(), last)
 
 
@@ -85,7 +96,8 @@ def command(metrics: Mapping[str, Any]) -> str:
         if option == "--output":
             values = ["out"]
         elif option == "--data":
-            values = [metrics["dataset"]] if metrics.get("dataset") else values
+            if metrics.get("dataset") and not values[0].startswith(f"{metrics['dataset']}:"):
+                values = [metrics["dataset"]]
             if values != ["digits"] and not metrics.get("dataset"):
                 return ""
         elif any(_is_local(value) for value in values):

@@ -12,6 +12,7 @@ from ..options import (
     Device,
     ImageKey,
     InputSize,
+    LabelKey,
     Model,
     ModelKwargs,
     NumClasses,
@@ -37,6 +38,7 @@ def inspect(
     ] = None,
     data: Data = None,
     image_key: ImageKey = None,
+    label_key: LabelKey = None,
     streaming: Streaming = False,
     calibration: Annotated[
         int,
@@ -78,11 +80,11 @@ def inspect(
     given = None if plan is None else RankPlan.load(plan)
     if plot is not None:
         check_picture_path(plot)
-    check_data_options(data, image_key=image_key, streaming=streaming, workers=workers or None)
+    check_data_options(data, image_key=image_key, label_key=label_key, streaming=streaming, workers=workers or None)
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
     network, random = open_model(choice)
     schemes = {} if given is None else check_plan(network, given)
-    images = open_images(open_data(data, network, image_key, None, streaming), calibration, 0, seed, workers)
+    images = open_images(open_data(data, network, image_key, label_key, streaming), calibration, 0, seed, workers)
     layers = spectra.decomposable_layers(network)
     if images is None:
         found = {name: spectra.spectrum(layer) for name, layer in counted(layers.items(), "spectra")}

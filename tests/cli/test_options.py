@@ -97,7 +97,7 @@ def test_a_saved_folder_needs_no_prefix_and_a_timm_name_keeps_its_meaning(
 ABOUT_IMAGES = {
     "plan": ("--image-key x", "--label-key x", "--streaming", "--calibration-images 8", "--workers 1"),
     "compress": ("--calibration-copies 1", "--max-images 8", "--streaming", "--calibration-images 8"),
-    "inspect": ("--image-key x", "--streaming", "--workers 1"),
+    "inspect": ("--image-key x", "--label-key x", "--streaming", "--workers 1"),
     "export": ("--image-key x", "--label-key x", "--streaming", "--workers 1"),
 }
 

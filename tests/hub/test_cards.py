@@ -16,7 +16,7 @@ from helpers import low_rank_model
 import arp_hub
 from arp_hub._utils.environment import RECIPES
 from arp_hub.hub.card import model_card
-from arp_hub.hub.card_names import command
+from arp_hub.hub.card_names import command, data_name
 from arp_hub.training import TrainConfig, run
 from arp_hub_cli.app import app
 
@@ -64,7 +64,7 @@ def test_what_is_stored_beside_a_card_names_no_other_folder(path: Path) -> None:
 def test_stored_cards_name_no_path_and_no_row(path: Path) -> None:
     card = path.read_text(encoding="utf-8")
     check(card)
-    assert re.search(r"Top-1 accuracy is [\d.]+ % on (CIFAR-10|a sample of ImageNet), (test|validation) split;", card)
+    assert re.search(r"Top-1 accuracy is [\d.]+ % on (CIFAR-10|ImageNet), (test|validation) split;", card)
     folder = path.parent.relative_to(ROOT)
     if folder.parts[0] == "benchmarks":
         assert f'"local-dir:{folder.as_posix()}"' in card
@@ -194,6 +194,20 @@ def test_an_exported_int8_model_has_a_column(export: Any) -> None:
     assert "| top-1, % | 71.00 | 70.00 |  | 69.50 |" in card
 
 
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        ({"data": "digits", "dataset": None}, "scikit-learn's digits"),
+        ({"data": "photos/digits", "dataset": None}, "digits"),
+        ({"data": "ann/pets:small", "dataset": "ann/pets"},
+         "[ann/pets](https://huggingface.co/datasets/ann/pets), configuration `small`"),
+        ({"data": "here/pets", "dataset": "ann/pets"}, "[ann/pets](https://huggingface.co/datasets/ann/pets)"),
+    ],
+)  # fmt: skip
+def test_data_is_named_by_what_it_is(metrics: dict[str, Any], words: str) -> None:
+    assert data_name(metrics) == words
+
+
 def test_accuracy_in_int8_stands_in_the_table_only_if_it_is_of_the_same_images() -> None:
     parity = {"images": 500, "top1": 80.0, "torch_top1": 79.0, "agreement": 97.0, "divergence": 0.02, "source": "test"}
     export = {"format": "onnx", "precision": "int8", "file": "model.onnx", "size_bytes": 600_000, "parity": parity}
@@ -248,6 +262,8 @@ def test_the_folder_of_an_exported_model_gives_the_column(tmp_path: Path) -> Non
         ("arp-hub compress --model local-dir:big", None, ""),
         ("arp-hub compress --model a --data pets", None, ""),
         ("accuracy.py run train/resnet20/0.5 --shared ../shared", None, ""),
+        ("arp-hub compress --model a --data ann/pets:small --output o", "ann/pets",
+         "arp-hub compress --model a --data ann/pets:small --output out"),
         ("mine.py --fast", None, ""),
         ("./vit.py --fast", None, ""),
         ("./__main__.py --epochs 3", None, ""),

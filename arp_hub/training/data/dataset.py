@@ -225,7 +225,8 @@ def _train_and_test(source: str, names: list[str], usable: list[str], labelled: 
     if len(usable) == 1:
         return usable[0], usable[0]
     tests = [name for name in _TEST_NAMES if name in labelled] + [name for name in _TEST_NAMES if name in usable]
-    test_name = tests[0] if tests else None
+    others = [name for name in usable if name != "train"]
+    test_name = tests[0] if tests else others[0] if len(others) == 1 else None
     if "train" in usable and test_name:
         return "train", test_name
     raise ArpHubError(

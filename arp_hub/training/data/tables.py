@@ -52,7 +52,8 @@ class LabelledTables:
 
     def _choose(self, what: str, named: str | None, found: list[str], required: bool) -> str:
         if named:
-            if named not in self.features:
+            # a field of the json member of tar shards may hold the labels
+            if named not in self.features and not (what == "label" and named in (self.features.get("json") or ())):
                 raise ArpHubError(
                     f"data '{self.source}' has no column {what}_key='{named}'; columns found: {self._columns()}"
                 )
@@ -73,7 +74,7 @@ class LabelledTables:
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes that the type of the label column gives."""
-        return tuple(getattr(self.features[self.label_key], "names", None) or ()) if self.label_key else ()
+        return tuple(getattr(self.features.get(self.label_key), "names", None) or ())
 
     def read(self) -> tuple[Splits, tuple[str, ...]]:
         """Stored images and labels of each split, and the names of the classes."""
