@@ -62,7 +62,9 @@ def plain_data_name(metrics: Mapping[str, Any]) -> str:
     last = _last_part(given)
     if last == "digits" and given != "digits":  # somebody's folder
         return last
-    return _DATA.get(last.lower(), last)
+    name, images = _DATA.get(last.lower(), last), metrics.get("images")
+    # ImageNet has 50,000 images to validate on; a part of them may be easier
+    return "a sample of ImageNet" if name == "ImageNet" and isinstance(images, int) and images < 50_000 else name
 
 
 def model_name(name: str) -> str:

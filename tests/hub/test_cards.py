@@ -64,7 +64,7 @@ def test_what_is_stored_beside_a_card_names_no_other_folder(path: Path) -> None:
 def test_stored_cards_name_no_path_and_no_row(path: Path) -> None:
     card = path.read_text(encoding="utf-8")
     check(card)
-    assert re.search(r"Top-1 accuracy is [\d.]+ % on (CIFAR-10|ImageNet), (test|validation) split;", card)
+    assert re.search(r"Top-1 accuracy is [\d.]+ % on (CIFAR-10|a sample of ImageNet), (test|validation) split;", card)
     folder = path.parent.relative_to(ROOT)
     if folder.parts[0] == "benchmarks":
         assert f'"local-dir:{folder.as_posix()}"' in card
@@ -199,6 +199,9 @@ def test_an_exported_int8_model_has_a_column(export: Any) -> None:
     [
         ({"data": "digits", "dataset": None}, "scikit-learn's digits"),
         ({"data": "photos/digits", "dataset": None}, "digits"),
+        ({"data": "imagenet-val", "images": 900}, "a sample of ImageNet"),
+        ({"data": "imagenet-val", "images": 50_000}, "ImageNet"),
+        ({"data": "imagenet-val"}, "ImageNet"),
         ({"data": "ann/pets:small", "dataset": "ann/pets"},
          "[ann/pets](https://huggingface.co/datasets/ann/pets), configuration `small`"),
         ({"data": "here/pets", "dataset": "ann/pets"}, "[ann/pets](https://huggingface.co/datasets/ann/pets)"),

@@ -91,10 +91,12 @@ def test_the_index_is_kept_until_a_shard_changes(tmp_path, cache, monkeypatch):
     first = read_index("x", "train", [shard], None, None)
     monkeypatch.setattr("arp_hub.training.data.tars._samples", lambda shard: pytest.fail("the shard is read again"))
     assert read_index("x", "train", [shard], None, None).offset.tolist() == first.offset.tolist()
-    next(cache.iterdir()).write_bytes(b"damaged")
     monkeypatch.undo()
     monkeypatch.setenv("ARP_HUB_CACHE", str(cache))
-    assert len(read_index("x", "train", [shard], None, None).offset) == 3
+    whole = next(cache.iterdir()).read_bytes()
+    for damaged in (b"damaged", b"", whole[: len(whole) // 2], whole[:-30]):
+        next(cache.iterdir()).write_bytes(damaged)
+        assert len(read_index("x", "train", [shard], None, None).offset) == 3
     write_shards(tmp_path, "train", [5])
     assert len(read_index("x", "train", [shard], None, None).offset) == 5
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -187,7 +188,7 @@ def _kept(place: Path, marks: str) -> TarIndex | None:
         with np.load(place, allow_pickle=False) as stored:
             if str(stored["marks"]) == marks:
                 return TarIndex(*(stored[name] for name in ("shard", "offset", "size", "label")))
-    except (OSError, ValueError, KeyError, zlib.error):
+    except (EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
         pass
     return None
 
