@@ -81,7 +81,8 @@ def test_labels_are_numbers_names_or_fields_of_json(tmp_path, model):
     write_tar(tmp_path / "json/train.tar", [{"png": png(k), "json": text} for k, text in enumerate(fields)])
     assert load_data(str(tmp_path / "json"), model, label_key="kind").train.labels.tolist() == [2, 0, 1]
     stream = load_data(str(tmp_path / "json"), model, label_key="kind", streaming=True)
-    assert [int(label) for _, labels in stream.train.labelled(4, torch.device("cpu"), 0) for label in labels] == [2, 0, 1]
+    batches = stream.train.labelled(4, torch.device("cpu"), 0)
+    assert [int(label) for _, labels in batches for label in labels] == [2, 0, 1]
     assert load_data(str(tmp_path / "json"), model, require_labels=False).train.labels is None
 
 
