@@ -26,6 +26,7 @@ from arp_hub.timing import DTYPES, PRECISIONS, RUNTIMES, Workload
 from arp_hub.training import ImageData, calibration_images, load_data, refinement_images
 from arp_hub.training.data.excerpts import calibration_counts
 
+from .processes import is_first
 from .terminal import note
 
 
@@ -220,7 +221,7 @@ class RefineChoice:
             ArpHubError: In the words of the options.
         """
         if self.images is not None and not self.wanted:
-            raise ArpHubError(f"--refine-images {self.images} has no effect without --refine: give it, too")
+            raise ArpHubError(f"--refine-images {self.images} has no effect without --refine: add --refine")
         if not self.wanted:
             return
         if data is None:
@@ -270,10 +271,12 @@ class RefineChoice:
                 raise
             if timed is None:
                 raise KeyboardInterrupt(f"The same command resumes the refinement from '{state}'") from stop
-            file = output.with_name(f"{output.name}-plan.json")
-            timed.save(file)
+            file = output.with_name(f"{output.name}-refinement-plan.json")
+            if is_first():
+                timed.save(file)
             raise KeyboardInterrupt(
-                f"The same command with --plan {file}, in place of the budget, resumes the refinement from '{state}'"
+                f"The same command resumes the refinement from '{state}', with --plan {file} in place of "
+                "--keep-latency and of all options that need it or shape a plan"
             ) from stop
 
 

@@ -183,7 +183,7 @@ RefineImages = Annotated[
     int | None,
     refine_option(
         metavar="N",
-        help="Training images to refine on, without labels; by default 1,000, or 10,000 small ones held in memory.",
+        help="Training images to refine on, without labels; by default 1,000, or up to 10,000 small ones.",
         show_default=False,
     ),
 ]

@@ -186,7 +186,7 @@ def keep_by_hand(card: str, earlier: str) -> str:
     if (notes := by_hand(earlier)) and (place := _owner_place(card)):
         card = f"{card[: place.start]}{notes}\n{card[place.stop :]}"
     before, head = _head(earlier), _head(card)
-    written = _GENERATED | (_OF_OTHER if head.get("license", "other") != "other" else set())
+    written = _GENERATED | (_OF_OTHER if head.get("license") != "other" else set())
     kept = {key: value for key, value in before.items() if key not in head and key not in written}
     extra = [tag for tag in _tags(before) if tag not in _tags(head)]
     if not kept and not extra:

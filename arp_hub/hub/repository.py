@@ -159,7 +159,7 @@ class Repository:
     def _commit(self, upload: Upload, message: str, *, create_pr: bool) -> Any:
         """Commit all files of a branch, and delete generated ones that this push lacks.
 
-        Exports stay if the weights are those that they were made of.
+        Exports that this push lacks stay if the weights are those that they were made of.
 
         A retry after a lost answer finds the files in place and changes nothing.
         """
@@ -168,7 +168,8 @@ class Repository:
             tree = self.api.list_repo_tree(self.repo_id, revision=upload.branch, recursive=True)
             listed = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
             additions = _additions(upload.files)
-            generated = set(PICTURES) if _holds_weights(listed, additions) else {*PICTURES, *_exports(listed)}
+            kept = set() if not _holds_weights(listed, additions) else _exports(listed) - _exports(upload.files)
+            generated = {*PICTURES, *_exports(listed)} - kept
             gone = [name for name in listed if name in generated and name not in upload.files]
             return self.api.create_commit(
                 self.repo_id,
@@ -269,7 +270,7 @@ def _holds_weights(listed: Mapping[str, RepoFile], additions: Sequence[CommitOpe
 
 
 def _exports(listed: Collection[str]) -> set[str]:
-    """The paths that files of exports in a repository may have: in folders that hold an ``export.json``."""
+    """The paths that files of exports may have: in the folders among ``listed`` that hold an ``export.json``."""
     places = [place for name in listed for place, _, file in [name.rpartition("/")] if place and file == EXPORT]
     return {f"{place}/{file}" for place in places for file in EXPORT_FILES}
 

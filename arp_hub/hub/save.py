@@ -73,9 +73,40 @@ def save_pretrained(
         >>> arp_hub.decompose(model, arp_hub.make_plan(model, keep_params=0.5))  # doctest: +SKIP
         >>> arp_hub.save_pretrained(model, "out", metrics={"top1": 70.1})  # doctest: +SKIP
     """
-    check_model(model, mergeable=True)
     check_folder(folder, overwrite=overwrite)
-    folder = Path(folder)
+    return write_folder(
+        model,
+        Path(folder),
+        metrics=metrics,
+        label_names=label_names,
+        backbone=backbone,
+        model_args=model_args,
+        keep=not overwrite,
+    )
+
+
+def write_folder(
+    model: nn.Module,
+    folder: Path,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    label_names: Sequence[str] | None = None,
+    backbone: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    keep: bool = True,
+) -> Path:
+    """Save a model in a folder that `check_folder` has accepted, maybe long ago.
+
+    Args:
+        model: As for `save_pretrained`, like the other arguments.
+        folder: The folder.
+        metrics: Numbers.
+        label_names: Names of the classes.
+        backbone: timm name of the dense model.
+        model_args: Arguments of the model.
+        keep: Keep what others have put into the folder, and the owner's edits of the card.
+    """
+    check_model(model, mergeable=True)
     given = plain_metrics(metrics or {})
     tensors = _tensors(model)
     try:
@@ -93,7 +124,7 @@ def save_pretrained(
                 reason = f"{type(error).__name__}: {error}"
                 raise ArpHubError(f"metrics hold entries that the card cannot show ({reason}): mend them") from error
             write_card(new / CARD, card)
-            if not overwrite:
+            if keep:
                 _keep_of_the_owner(folder, new)
             save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
             (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode)  # safetensors gives only the owner read access
@@ -103,12 +134,14 @@ def save_pretrained(
 
 
 def _keep_of_the_owner(folder: Path, new: Path) -> None:
-    """Copy into a new saved folder what the owner has added to the earlier one: pictures, and edits of the card."""
+    """Copy into a new saved folder what the owner has added to the earlier one: files, and edits of the card."""
     if not folder.is_dir():
         return
-    for picture in folder.iterdir():
-        if picture.suffix in _PICTURES and picture.name not in PICTURES:
-            shutil.copyfile(picture, new / picture.name)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.copytree(path, new / path.name, symlinks=True)
+        elif path.is_file() and path.name not in _FILES and path.name not in PICTURES:
+            shutil.copyfile(path, new / path.name)
     if (folder / CARD).is_file():
         earlier = read_text(folder / CARD, errors="replace")
         write_card(new / CARD, keep_by_hand((new / CARD).read_text(encoding="utf-8"), earlier))

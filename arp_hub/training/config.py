@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,17 +158,20 @@ class TrainConfig(
             ArpHubError: If a key is unknown, with the nearest right one, or a value is bad.
         """
         merged: dict[str, Any] = {}
-        for layer in map(without_retired, layers):
+        origin: dict[str, int] = {}  # the last layer that sets a name, or turns it off
+        for number, layer in enumerate(map(without_retired, layers)):
             check_names(layer)
             for budget, other in (("keep_params", "keep_macs"), ("keep_macs", "keep_params")):
                 if layer.get(budget) is not None and layer.get(other) is None:
                     merged.pop(other, None)
             if (layer.get("checkpoint") or layer.get("pretrained")) and "dense_epochs" not in layer:
                 merged.pop("dense_epochs", None)
+                origin["dense_epochs"] = number
             merged.update(layer)
-            for name in idle_settings(merged):
-                if name not in layer:
-                    del merged[name]
+            origin.update(dict.fromkeys(layer, number))
+        for name, needs in idle_settings(merged).items():
+            if max(origin.get(need, 0) for need in needs) > origin[name]:
+                del merged[name]
         return cls(**merged)
 
 
@@ -196,8 +199,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def idle_settings(settings: Mapping[str, Any]) -> Collection[str]:
-    """The names of settings that have no effect beside the others; those that are missing have their default.
+def idle_settings(settings: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Settings that have no effect beside the others, with what they need; missing ones have their default.
 
     Raises:
         ArpHubError: If a value is bad.

@@ -31,7 +31,9 @@ class DataSettings:
     )
     data_dir: str = setting("model and data", "", "folder of a data set of timm")
     train_split: str = setting("model and data", "", "split to train on; by default train")
-    test_split: str = setting("model and data", "", "split to test on; by default test, or else validation")
+    test_split: str = setting(
+        "model and data", "", "split to test on; by default test, validation, or the only other one"
+    )
     streaming: bool = setting(
         "model and data", False, "read tar shards, parquet files or a Hub dataset in order, without a download"
     )
@@ -119,7 +121,7 @@ class PhaseSettings:
     refine_images: int | None = setting(
         "phases",
         None,
-        "training images to refine the fit on; by default 1,000, or 10,000 small ones held in memory",
+        "training images to refine the fit on; by default 1,000, or up to 10,000 small ones held in memory",
         low=20,
         needs=("refine_minutes", "refine_steps"),
     )

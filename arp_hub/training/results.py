@@ -12,7 +12,7 @@ from .._utils.environment import environment
 from .._utils.files import write_atomically
 from ..hub.load import hub_dataset, is_saved_model, published_name
 from ..hub.push import push_to_hub
-from ..hub.save import METRICS, save_pretrained
+from ..hub.save import METRICS, write_folder
 from ..layers.apply_plan import plan_of
 from ..plan import RankPlan
 from ..reports.run_page import write_report
@@ -66,7 +66,8 @@ def save(run: Run, dense: nn.Module, model: nn.Module, metrics: dict[str, Any]) 
             "history": [entry for entry in read_log(run.log.path) if "violation" in entry],
         }
         label_names = names if len(names) == model.num_classes else None
-        save_pretrained(model, output, metrics=metrics, label_names=label_names, overwrite=config.overwrite)
+        # what was put into the folder since the run began stays
+        write_folder(model, Path(output), metrics=metrics, label_names=label_names, keep=not config.overwrite)
         text = (Path(output) / METRICS).read_text(encoding="utf-8")
         with writing(config.run_folder):
             write_atomically(config.run_folder / METRICS, text)

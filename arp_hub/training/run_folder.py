@@ -77,7 +77,7 @@ class RunFolder:
         inputs["--teacher-checkpoint"] = config.teacher_checkpoint
         if stranger:
             inputs["--resume"] = config.resume
-        for folder in (output, self.path) if config.overwrite else (output,):
+        for folder in (output, self.path) if config.overwrite or stranger else (output,):
             check_inputs_outside(folder, inputs)
         check_folder(output, overwrite=config.overwrite)
         if start is not None and start.phase != "dense":
@@ -113,7 +113,7 @@ class RunFolder:
             with writing(self.path):
                 remove_unfinished(Path(config.output))
                 if start is None or self._is_of_another(start):
-                    self._clear()
+                    self._clear(start)
                 for folder in (self.path, self.checkpoints):
                     remove_unfinished_checkpoints(folder)
                 if start is not None:
@@ -123,7 +123,7 @@ class RunFolder:
 
     def _is_of_another(self, start: Checkpoint | None) -> bool:
         """Whether a checkpoint lies outside the folder of this run."""
-        path = start and start.path
+        path = None if start is None else start.path
         return path is not None and path.parent.resolve() != self.checkpoints.resolve()
 
     def _check_owner(self) -> None:
@@ -137,12 +137,12 @@ class RunFolder:
                 "folder with --overwrite"
             )
 
-    def _clear(self) -> None:
+    def _clear(self, start: Checkpoint | None) -> None:
         """Delete what an earlier run wrote; with ``overwrite``, everything but the lock.
 
-        Where resuming is asked for, an unfinished refinement stays.
+        Where resuming is asked for and there is no checkpoint yet, an unfinished refinement stays.
         """
-        kept = {LOCK, REFINEMENT} if self.config.resume else {LOCK}
+        kept = {LOCK, REFINEMENT} if self.config.resume and start is None else {LOCK}
         for path in self.path.iterdir():
             if path.name in kept or not (self.config.overwrite or path.name in _WRITTEN | {REFINEMENT}):
                 continue

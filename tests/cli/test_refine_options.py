@@ -105,9 +105,11 @@ def test_a_plan_by_timings_is_kept_for_the_command_that_resumes(tmp_path, monkey
 
     monkeypatch.setattr(Steps, "step", interrupted)
     dense = timm.create_model("cifar_resnet20", num_classes=10).eval()
-    plan, file = make_plan(dense, keep_params=0.5, schemes=["channel"]), tmp_path / "out-plan.json"
+    plan, file = make_plan(dense, keep_params=0.5, schemes=["channel"]), tmp_path / "out-refinement-plan.json"
     model, data = decompose(copy.deepcopy(dense), plan), load_data("digits", dense)
-    with pytest.raises(KeyboardInterrupt, match=f"with --plan {file}, in place of the budget, resumes the refinement"):
+    with pytest.raises(
+        KeyboardInterrupt, match=f"resumes the refinement from .*, with --plan {file} in place of --keep-latency"
+    ):
         RefineChoice(True, None, 40, 40).run(model, dense, data, tmp_path / "out", 0, 0, timed=plan)
     assert RankPlan.load(file) == plan and (tmp_path / "out-refinement.safetensors").exists()
 

@@ -139,6 +139,11 @@ def test_a_second_push_refreshes_and_keeps_what_was_written_by_hand(
     push(client, folder, NAME, "--tag", "v1")
     repo = hub.repos[NAME]
     assert export.items() <= repo.files().items()
+    (folder / "onnx" / "model.onnx").rename(folder / "onnx" / "model.xml")
+    push(client, folder, NAME, "--tag", "v1.0.1")
+    assert "onnx/model.onnx" not in repo.files() and "onnx/model.xml" in repo.files()
+    (folder / "onnx" / "model.xml").rename(folder / "onnx" / "model.onnx")
+    push(client, folder, NAME, "--tag", "v1.0.2")
     shutil.rmtree(folder / "onnx")
     push(client, folder, NAME, "--tag", "v1.1", "--license", "mit")
     assert export.items() <= repo.files().items()  # they are of these weights

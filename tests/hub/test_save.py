@@ -327,6 +327,9 @@ def test_what_the_owner_added_stays(tmp_path: Path) -> None:
     (folder / "mine.png").chmod(0o444)
     arp_hub.save_pretrained(small_model(), folder, metrics={"license": "made-up-nc"})
     arp_hub.save_pretrained(small_model(), folder, metrics={"license": "mit"})
+    arp_hub.save_pretrained(small_model(), folder, metrics={"license": "made-up-nc"})
+    arp_hub.save_pretrained(small_model(), folder)
+    assert "license_name" not in ModelCard.load(card).data.to_dict()
     assert (folder / "mine.png").exists() and ModelCard.load(card).data.to_dict().keys().isdisjoint({"license_name"})
     for make in (lambda path: path.mkdir(), lambda path: path.symlink_to(tmp_path / "gone")):
         make(folder / "b.png")

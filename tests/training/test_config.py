@@ -134,9 +134,21 @@ def test_what_is_switched_off_takes_what_needs_it_along(recipe, given, monkeypat
     assert settings["dense_epochs"] or settings["dense_lr"] is None
 
 
-def test_what_is_set_beside_it_is_refused_still():
+def test_what_is_set_beside_it_is_refused_still(tmp_path):
     with pytest.raises(ArpHubError, match="dense_lr=0.1 has no effect with dense_epochs=0"):
         parse_command("", {**BASE, "dense_epochs": 90}, ["--pretrained", "--dense-lr", "0.1"])
+    (tmp_path / "my.yaml").write_text("hub_private: true\n")
+    with pytest.raises(ArpHubError, match="hub_private=True has no effect with push_to_hub="):
+        parse_command("", BASE, ["--config", str(tmp_path / "my.yaml")])
+
+
+def test_what_is_switched_off_and_on_again_keeps_what_needs_it(tmp_path):
+    recipe = {**BASE, "dense_epochs": 90, "dense_lr": 0.3, "distill": 0.9, "temperature": 2.0}
+    (tmp_path / "my.yaml").write_text("pretrained: true\ndistill: 0\n")
+    config = parse_command("", recipe, ["--config", str(tmp_path / "my.yaml"), "--dense-epochs", "5", "--distill", "1"])
+    assert (config.dense_epochs, config.dense_lr, config.temperature) == (5, 0.3, 2.0)
+    config = parse_command("", recipe, ["--config", str(tmp_path / "my.yaml")])
+    assert (config.dense_epochs, config.dense_lr, config.temperature) == (0, None, 4.0)
 
 
 def test_later_layers_win_and_budgets_replace_each_other(tmp_path):

@@ -20,6 +20,7 @@ from tiny_run import STATE, config
 
 from arp_hub.errors import ArpHubError
 from arp_hub.training import run
+from arp_hub.training.run_folder import RunFolder
 from arp_hub.training.runlog import read_log
 
 pytestmark = pytest.mark.usefixtures("fast_writes")
@@ -112,13 +113,30 @@ def test_a_checkpoint_of_other_classes_gets_a_new_classifier(tmp_path):
     assert all((dense[name] - model.state_dict()[name]).abs().max() < 1e-4 for name in same)
 
 
-def test_a_finished_run_that_is_resumed_keeps_what_the_owner_added(tmp_path):
+def test_a_finished_run_that_is_resumed_keeps_what_the_owner_added(tmp_path, monkeypatch):
     run(config(tmp_path))
     card, picture = tmp_path / "out/README.md", tmp_path / "out/mine.png"
     card.write_text(card.read_text().replace("<!-- /owner -->", "Made for cats.\n<!-- /owner -->"))
     picture.write_bytes(b"a cat")
+    check = RunFolder.check
+
+    def others_write(self, start):
+        check(self, start)
+        (tmp_path / "out/notes.txt").write_text("mine")
+
+    monkeypatch.setattr(RunFolder, "check", others_write)  # while the run is under way
     run(config(tmp_path, resume="auto"))
     assert "Made for cats." in card.read_text() and picture.exists()
+    assert (tmp_path / "out/notes.txt").read_text() == "mine"
+
+
+def test_a_checkpoint_that_was_moved_inside_its_run_is_not_deleted(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "out-run"
+    (folder / "checkpoints").rename(folder / "old")
+    with pytest.raises(ArpHubError, match="--resume"):
+        run(config(tmp_path, dense_lr=1e-3, lr=3e38, resume=str(folder / "old" / "compress-00000000")))
+    assert (folder / "dense.safetensors").exists() and (folder / "old" / "compress-00000000").exists()
 
 
 def resumed_on_a_machine(tmp_path: Path, port: int, rank: int, world: int, folder: Path) -> str:

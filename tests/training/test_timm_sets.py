@@ -69,7 +69,7 @@ def test_classes_are_numbered_as_in_the_training_split(tmp_path, model):
         data = load_data(name, model, data_dir=str(tmp_path))
         assert data.class_names == ("a", "b", "c") and data.test.labels.tolist() == [1, 2]
         assert data.test.name == "validation"
-        with pytest.raises(ArpHubError, match="split 'test' has the class 'z', which split 'train' lacks"):
+        with pytest.raises(ArpHubError, match="split 'odd' has the class 'z', which the training split lacks"):
             load_data(name, model, data_dir=str(tmp_path), test_split="odd")
 
 

@@ -133,7 +133,8 @@ def load_data(
         epoch_images: Images of an epoch, for a stream; by default the number of training images, where it is known.
         data_dir: Folder of a data set of timm.
         train_split: Name of the split to train on; by default ``train``.
-        test_split: Name of the split to test on; by default ``test``, or else ``validation``.
+        test_split: Name of the split to test on; by default ``test`` if it has labels, or else ``validation``, or else
+            the only one beside ``train``.
 
     Raises:
         ArpHubError: If the data or one of its columns cannot be found, or if labels are missing or out of range.
@@ -183,7 +184,7 @@ def _arrange(
     """Decide which table is for training and which for testing."""
     labelled = [name for name, table in tables.items() if _has_labels(table)]
     usable = {name: table for name, table in tables.items() if not require_labels or name in labelled}
-    train_name, test_name = _train_and_test(source, list(tables), list(usable), labelled)
+    train_name, test_name = _train_and_test(source, list(tables), list(usable), labelled, own_names)
     splits = {
         name: Split(
             own_names.get(name, name),
@@ -197,14 +198,21 @@ def _arrange(
     class_names = usable[train_name].class_names
     num_classes = _check_labels(source, [splits[train_name], splits[test_name]], len(class_names))
     train, val = _hold_out(splits[train_name], val_fraction, seed)
-    others = {name: split for name, split in splits.items() if name != "train"}
-    data = ImageData(source, num_classes, class_names, train, val, splits[test_name], others)
+    data = ImageData(source, num_classes, class_names, train, val, splits[test_name], _others(splits))
     if require_labels:
         data.warn_of_shared_images()
     return data
 
 
-def _train_and_test(source: str, names: list[str], usable: list[str], labelled: list[str]) -> tuple[str, str]:
+def _others(splits: Mapping[str, Split | StreamedSplit]) -> dict[str, Split | StreamedSplit]:
+    """The splits beside the one for training, by their roles and by their own names."""
+    others = {name: split for name, split in splits.items() if name != "train"}
+    return {**others, **{split.name: split for split in others.values()}}
+
+
+def _train_and_test(
+    source: str, names: list[str], usable: list[str], labelled: list[str], own_names: Mapping[str, str]
+) -> tuple[str, str]:
     """The names of the splits for training and testing.
 
     Args:
@@ -212,6 +220,7 @@ def _train_and_test(source: str, names: list[str], usable: list[str], labelled: 
         names: All splits.
         usable: Those with labels, or all where no labels are required.
         labelled: Those with labels, which are for testing before all others.
+        own_names: Names that were chosen for ``train`` and ``test``.
     """
     if not usable:
         raise ArpHubError(
@@ -222,8 +231,12 @@ def _train_and_test(source: str, names: list[str], usable: list[str], labelled: 
         raise ArpHubError(
             f"data '{source}': the images of split 'train' have no labels; those of {', '.join(usable)} do"
         )
+    if "test" in own_names and "test" not in usable:
+        raise ArpHubError(f"data '{source}': the images of split '{own_names['test']}' have no labels: choose another")
     if len(usable) == 1:
         return usable[0], usable[0]
+    if "test" in own_names and "train" in usable:
+        return "train", "test"
     tests = [name for name in _TEST_NAMES if name in labelled] + [name for name in _TEST_NAMES if name in usable]
     others = [name for name in usable if name != "train"]
     test_name = tests[0] if tests else others[0] if len(others) == 1 else None
@@ -245,7 +258,7 @@ def _arrange_streams(
     """Decide which stream is for training and which for testing."""
     labelled = [name for name, table in tables.items() if table.images.labelled]
     usable = [name for name in tables if not require_labels or name in labelled]
-    train_name, test_name = _train_and_test(source, list(tables), usable, labelled)
+    train_name, test_name = _train_and_test(source, list(tables), usable, labelled, own_names)
     count = epoch_images or tables[train_name].count or 0
     splits = {
         name: StreamedSplit(
@@ -257,8 +270,7 @@ def _arrange_streams(
         for name, table in tables.items()
     }
     train = splits[train_name]
-    others = {name: split for name, split in splits.items() if name != "train"}
-    data = ImageData(source, train.images.classes, train.class_names, train, None, splits[test_name], others)
+    data = ImageData(source, train.images.classes, train.class_names, train, None, splits[test_name], _others(splits))
     if require_labels:
         data.warn_of_shared_images()
     return data

@@ -52,8 +52,7 @@ class LabelledTables:
 
     def _choose(self, what: str, named: str | None, found: list[str], required: bool) -> str:
         if named:
-            # a field of the json member of tar shards may hold the labels
-            if named not in self.features and not (what == "label" and named in (self.features.get("json") or ())):
+            if named not in self.features and not (what == "label" and named in self._json_fields()):
                 raise ArpHubError(
                     f"data '{self.source}' has no column {what}_key='{named}'; columns found: {self._columns()}"
                 )
@@ -67,6 +66,14 @@ class LabelledTables:
             f"data '{self.source}' has {number} {what} column; columns found: {self._columns()}. "
             f"Name the right one with {what}_key"
         )
+
+    def _json_fields(self) -> Collection[str]:
+        """Fields of the ``json`` member of tar shards that are read in order: one of them may hold the labels."""
+        import datasets
+
+        fields = self.features.get("json")
+        streamed = all(isinstance(table, datasets.IterableDataset) for table in self.tables.values())
+        return fields if streamed and isinstance(fields, Mapping) else ()
 
     def _columns(self) -> str:
         return ", ".join(f"{name} ({type(kind).__name__})" for name, kind in self.features.items())

@@ -133,8 +133,8 @@ def open_timm(wanted: TimmName) -> tuple[Splits, tuple[str, ...]]:
     found = wanted.opened()
     names = class_names(found["train"][1])
     splits: Splits = {}
-    for split, (_, dataset) in found.items():
-        labels = _renumbered(wanted.source, split, _labels(dataset), class_names(dataset), names)
+    for split, (own_name, dataset) in found.items():
+        labels = _renumbered(wanted.source, own_name, _labels(dataset), class_names(dataset), names)
         splits[split] = TimmImages(dataset), class_numbers(wanted.source, split, labels, {})
     return splits, names
 
@@ -150,8 +150,8 @@ def _renumbered(source: str, split: str, labels: list[Any], own: tuple[str, ...]
     numbers = {name: number for number, name in enumerate(names)}
     if missing := [name for name in own if name not in numbers]:
         raise ArpHubError(
-            f"data '{source}': split '{split}' has the class '{missing[0]}', which split 'train' lacks: give both "
-            "splits the same classes"
+            f"data '{source}': split '{split}' has the class '{missing[0]}', which the training split lacks: give "
+            "both the same classes"
         )
     return [numbers[own[label]] for label in labels]
 
