@@ -117,7 +117,7 @@ class StateFile:
         try:
             self._path.unlink(missing_ok=True)
         except OSError as error:
-            _logger.warning("cannot delete '%s', which is no longer needed: %s", self._path, cause(error))
+            _logger.warning("cannot delete '%s', the state of the complete refinement: %s", self._path, cause(error))
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:
