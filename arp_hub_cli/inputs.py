@@ -357,20 +357,38 @@ def open_data(
 
 
 def open_labelled(
-    source: str, model: nn.Module, image_key: str | None, label_key: str | None, streaming: bool = False
+    source: str,
+    model: nn.Module,
+    image_key: str | None,
+    label_key: str | None,
+    streaming: bool = False,
+    split: str = "test",
 ) -> ImageData:
-    """The data, which must have labels."""
-    return _load(source, model, image_key, label_key, True, streaming)
+    """The data, which must have labels. A split of another name than the usual ones stands in for that for testing."""
+    usual = split in ("train", "val", "validation", "test")
+    return _load(source, model, image_key, label_key, True, streaming, "" if usual else split)
 
 
 def _load(
-    source: str, model: nn.Module, image_key: str | None, label_key: str | None, labelled: bool, streaming: bool
+    source: str,
+    model: nn.Module,
+    image_key: str | None,
+    label_key: str | None,
+    labelled: bool,
+    streaming: bool,
+    test_split: str = "",
 ) -> ImageData:
     if not watched():
         datasets.disable_progress_bars()
     with stage("open the data"):
         return load_data(
-            source, model, image_key=image_key, label_key=label_key, require_labels=labelled, streaming=streaming
+            source,
+            model,
+            image_key=image_key,
+            label_key=label_key,
+            require_labels=labelled,
+            streaming=streaming,
+            test_split=test_split,
         )
 
 

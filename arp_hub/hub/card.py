@@ -42,6 +42,8 @@ _LISTED_LICENSES = frozenset(
     odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib""".split()
 )
 """Values that the Hub accepts for ``license:`` (https://huggingface.co/docs/hub/repositories-licenses)."""
+_TAGS, _TAGS_OF_DECOMPOSED = ("arp-hub", "timm"), ("low-rank", "model-compression")
+"""Tags of every card, and of those of decomposed models."""
 _OF_OTHER = {"license_name", "license_link"}
 """Keys of the card's head that name a license which the Hub does not list."""
 _GENERATED = frozenset(ModelCardData(model_name="").__dict__) - {"language", *_OF_OTHER}
@@ -129,7 +131,7 @@ def card_data(config: Mapping[str, Any], metrics: Mapping[str, Any], name: str) 
         base_model_relation="finetune" if base else None,
         datasets=[dataset] if dataset else None,
         metrics=["accuracy"] if results else None,
-        tags=["arp-hub", "timm", *(["low-rank", "model-compression"] if decomposed else [])],
+        tags=[*_TAGS, *(_TAGS_OF_DECOMPOSED if decomposed else ())],
     )
 
 
@@ -188,7 +190,7 @@ def keep_by_hand(card: str, earlier: str) -> str:
     before, head = _head(earlier), _head(card)
     written = _GENERATED | (_OF_OTHER if head.get("license") != "other" else set())
     kept = {key: value for key, value in before.items() if key not in head and key not in written}
-    extra = [tag for tag in _tags(before) if tag not in _tags(head)]
+    extra = [tag for tag in _tags(before) if tag not in (*_tags(head), *_TAGS, *_TAGS_OF_DECOMPOSED)]
     if not kept and not extra:
         return card
     head = {**head, **kept, "tags": [*_tags(head), *extra]}

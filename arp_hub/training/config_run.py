@@ -31,9 +31,7 @@ class DataSettings:
     )
     data_dir: str = setting("model and data", "", "folder of a data set of timm")
     train_split: str = setting("model and data", "", "split to train on; by default train")
-    test_split: str = setting(
-        "model and data", "", "split to test on; by default test, validation, or the only other one"
-    )
+    test_split: str = setting("model and data", "", "split to test on; by default test, or else validation")
     streaming: bool = setting(
         "model and data", False, "read tar shards, parquet files or a Hub dataset in order, without a download"
     )

@@ -60,7 +60,7 @@ def evaluate(
 
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device)
     network, random = open_model(choice)
-    part = open_labelled(data, network, image_key, label_key, streaming).split(split)
+    part = open_labelled(data, network, image_key, label_key, streaming, split).split(split)
     with stage("measure accuracy"):
         scores = evaluate(network, part, batch_size=batch_size, workers=workers, max_images=max_images)
     result = {**scores, "params": count_params(network), "macs": count_macs(network)}

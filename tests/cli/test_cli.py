@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
 import pyarrow.parquet as pq
 import pytest
 import timm
@@ -347,8 +348,17 @@ def test_images_shared_by_training_and_testing_are_told_where_accuracy_is_measur
     ("pets", [], "validation"),
     ("digits", [], "test"),
     ("digits", ["--split", "train"], "train"),
+    ("odd", ["--split", "holdout"], "holdout"),
 ])  # fmt: skip
-def test_evaluate_names_the_split_as_the_data_does(run, val, data, words, name):
+def test_evaluate_names_the_split_as_the_data_does(run, val, tmp_path, data, words, name):
+    if data == "odd":
+        features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"]))
+        files = sorted(map(str, val.rglob("*.png")))
+        rows = {"image": files, "label": [int("dog" in file) for file in files]}
+        for split in ("train", "holdout"):
+            table = datasets.Dataset.from_dict(rows, features=features)
+            table.to_parquet(tmp_path / "odd" / f"{split}-00000-of-00001.parquet")
+        data = tmp_path / "odd"
     model = ("--model", "test_resnet", "--no-pretrained", "--num-classes", 10 if data == "digits" else 2, *SIZE)
     measure = ("evaluate", *model, "--data", val if data == "pets" else data, "--max-images", 8, *words)
     result = run(*measure)

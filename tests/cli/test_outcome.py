@@ -50,7 +50,7 @@ def test_compress_ends_with_a_summary_whose_commands_run(
     assert found["top-1 (test, 16 images)"] == [f"{metrics['dense']['top1']:.2f} %", f"{metrics['top1']:.2f} %"]
     assert "saved to my models/it's" in out
     evaluate, export, push, load = (line.strip() for line in out.splitlines()[-5:] if line.startswith("  "))
-    assert shlex.split(export) == ["arp-hub", "export", "my models/it's", "--format", "onnx"]
+    assert shlex.split(export) == ["arp-hub", "export", "local-dir:my models/it's", "--format", "onnx"]
     assert shlex.split(push) == ["arp-hub", "push", "my models/it's", "USER/NAME"]
     code, again, err = call(*shlex.split(evaluate)[1:], "--max-images", "16", "--json")
     assert code == 0 and json.loads(again)["top1"] == metrics["top1"]

@@ -23,7 +23,7 @@ RECORD: dict[str, Any] = {
     "parity": {"images": 450, "source": "test", "agreement": 98.44, "divergence": 0.0084, "top1": 69.5},
     "latency": {"batch_size": 1, "threads": 2, "latency_ms": {"median": 3.7}, "dense_latency_ms": {"median": 1.33}},
 }  # fmt: skip
-METRICS = {"params": 50, "bytes": 2_000_000, "top1": 70.0, "input_size": [3, 32, 32],
+METRICS = {"params": 50, "bytes": 2_000_000, "top1": 70.0, "images": 450, "input_size": [3, 32, 32],
            "dense": {"params": 100, "bytes": 4_000_000, "top1": 71.0}}  # fmt: skip
 CONFIG = {"architecture": "arp_lowrank", "num_classes": 10, "pretrained_cfg": {"license": "apache-2.0"},
           "model_args": {"backbone": "cifar_resnet20", "plan": {"layers": {}}}}  # fmt: skip

@@ -24,6 +24,7 @@ import arp_hub
 from arp_hub import ArpHubError
 from arp_hub.deployment.balance import balance_factors
 from arp_hub.deployment.int8_errors import int8_divergences
+from arp_hub.hub.load import load_model
 from arp_hub.layers.low_rank import GroupedLinear
 from arp_hub.layers.model import low_rank_layers
 from arp_hub.runtimes.formats import RUNTIMES
@@ -103,7 +104,7 @@ def test_a_dense_form_that_is_too_large_is_not_compared(
 
 
 def test_names_of_other_classes_are_left_out(tmp_path: Path) -> None:
-    model = arp_hub.load_model(FOLDER, num_classes=5)
+    model = load_model(f"local-dir:{FOLDER}", num_classes=5)
     done = arp_hub.export(model, tmp_path / "out", format="torch-export", seconds=0)
     assert done.record["num_classes"] == 5 and "label_names" not in done.record
 

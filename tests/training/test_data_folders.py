@@ -183,13 +183,6 @@ def test_a_split_with_labels_is_for_testing_before_one_without(tmp_path, model):
         assert chosen.test.name == "validation"
 
 
-def test_the_only_split_beside_training_is_for_testing(tmp_path):
-    for split, labels in (("train", [0, 1]), ("holdout", [1, 0])):
-        table(tmp_path / f"{split}-00000-of-00001.parquet", labels)
-    data = load_data(str(tmp_path), load_model("cifar_resnet20", pretrained=False), label_key="label")
-    assert (data.train.name, data.test.name, data.test.labels.tolist()) == ("train", "holdout", [1, 0])
-
-
 @pytest.mark.parametrize("key", ["image_key", "label_key"])
 def test_class_folders_have_two_columns(tmp_path, model, key):
     root = write(tmp_path, TWO)

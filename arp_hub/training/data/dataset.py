@@ -133,8 +133,7 @@ def load_data(
         epoch_images: Images of an epoch, for a stream; by default the number of training images, where it is known.
         data_dir: Folder of a data set of timm.
         train_split: Name of the split to train on; by default ``train``.
-        test_split: Name of the split to test on; by default ``test`` if it has labels, or else ``validation``, or else
-            the only one beside ``train``.
+        test_split: Name of the split to test on; by default ``test`` if it has labels, or else ``validation``.
 
     Raises:
         ArpHubError: If the data or one of its columns cannot be found, or if labels are missing or out of range.
@@ -238,8 +237,7 @@ def _train_and_test(
     if "test" in own_names and "train" in usable:
         return "train", "test"
     tests = [name for name in _TEST_NAMES if name in labelled] + [name for name in _TEST_NAMES if name in usable]
-    others = [name for name in usable if name != "train"]
-    test_name = tests[0] if tests else others[0] if len(others) == 1 else None
+    test_name = tests[0] if tests else None
     if "train" in usable and test_name:
         return "train", test_name
     raise ArpHubError(
