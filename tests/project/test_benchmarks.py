@@ -128,10 +128,10 @@ def test_results_name_no_folder_of_a_machine(path):
         ("/opt/bin/arp-hub", "arp-hub"),
         (str(ROOT / "arp_hub/__main__.py"), "__main__.py"),
         (str(ROOT / "recipes/vit.py"), "vit.py"),
-        ("/home/ann/mytrainer/__main__.py", "./__main__.py"),
-        ("/home/ann/work/vit.py", "./vit.py"),
-        ("/home/ann/recipes/resnet50.py", "./resnet50.py"),
-        ("/home/ann/train.py", "train.py"),
+        ("/opt/mytrainer/__main__.py", "./__main__.py"),
+        ("/opt/work/vit.py", "./vit.py"),
+        ("/opt/recipes/resnet50.py", "./resnet50.py"),
+        ("/opt/train.py", "train.py"),
     ],
 )
 def test_a_script_of_a_user_is_not_taken_for_one_of_the_project(script, said, monkeypatch):
