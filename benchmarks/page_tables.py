@@ -1,4 +1,4 @@
-"""Write the tables of docs/speed.md and of the research notebook that come from results.
+"""Write the tables of user pages and of the research notebook that come from results.
 
     python -m benchmarks.page_tables
 
@@ -19,7 +19,7 @@ from benchmarks.planning import heuristics, planning_profile, shared, smaller_he
 from benchmarks.rows import HERE, load_results, load_rows, results_file
 
 DOCS = HERE.parent / "docs"
-PAGES = (DOCS / "speed.md", DOCS / "research" / "speed.md", DOCS / "research" / "experiments.md")
+PAGES = (DOCS / "speed.md", DOCS / "how-to" / "refine.md", DOCS / "research" / "speed.md", DOCS / "research" / "experiments.md")
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.S)
 NAMES = {"resnet50": "ResNet-50", "vit_base_patch16_224": "ViT-B/16", "cifar_resnet20": "ResNet-20"}
 
@@ -106,6 +106,18 @@ def images() -> str:
     return _table(("network", "kept", "dense", "fewest images", "more", "most"), rows)
 
 
+def refined() -> str:
+    """Top-1 of the dense network, of the fit and after refinement."""
+    found = load_results(accuracy.RESULTS)
+    rows = []
+    for name, budgets in accuracy.BUDGETS.items():
+        for keep in budgets:
+            if (row := found.get(f"refine/{name}/{keep}")) is not None:
+                shown = [f"{scores['top1']:.1f}" for scores in (row["dense"], row["fit"], row)]
+                rows.append((NETWORKS[name].title, f"{100 * keep:.0f} %", *shown))
+    return _table(("network", "parameters kept", "dense", "fit", "refined"), rows)
+
+
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(line)} |\n" for line in (head, *rows)]
     return "".join([lines[0], f"|{'---|' * len(head)}\n", *lines[1:]])
@@ -119,6 +131,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "effort": lambda: effort.table(load_results(effort.RESULTS)),
     "penalty": penalty,
     "images": images,
+    "refined": refined,
     "heuristics": lambda: heuristics.table(load_results(heuristics.RESULTS)),
     "heads": lambda: smaller_heads.table(load_results(smaller_heads.RESULTS)),
     "peers": lambda: peers.table(load_rows(peers.RESULTS)),

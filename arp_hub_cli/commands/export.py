@@ -50,8 +50,8 @@ def export(
         float,
         output_option(
             metavar="NATS",
-            help="A low-rank layer stays in float32 if int8 of it alone makes the predictions diverge by more. "
-            "inf: none does.",
+            help="Keep a low-rank layer in float32 if quantising it alone makes the predictions diverge by more. "
+            "inf: quantise every layer.",
             min=0,
         ),
     ] = 0.05,
@@ -80,7 +80,7 @@ def export(
         int, data_option(metavar="N", help=f"Check the file on {MAX_IMAGES_HELP}", min=1, show_default=True)
     ] = 500,
     output: Annotated[
-        Path | None, output_option(metavar="FOLDER", help="Folder to write; by default OUT-FORMAT.", show_default=False)
+        Path | None, output_option(metavar="FOLDER", help="Folder to write; by default OUT-FORMAT, or OUT-FORMAT-int8.", show_default=False)
     ] = None,
     opset: Annotated[
         int | None, output_option(metavar="N", help="Version of the ONNX operators.", show_default=False)
