@@ -27,7 +27,7 @@ def compress(
     keep_latency: float | None = None,
     workload: Workload | None = None,
     schemes: Sequence[str] | None = None,
-    rank_multiple: int = 1,
+    rank_multiple: int | None = None,
     exclude: Sequence[str] | None = None,
     calibration: Images | None = None,
     input_size: InputSize | None = None,
@@ -52,9 +52,9 @@ def compress(
         schemes: Names of the schemes to choose from, see `make_plan`.
         rank_multiple: Ranks are multiples of this, see `make_plan`.
         exclude: Names or glob patterns of layers that stay dense, see `make_plan`.
-        calibration: Unlabelled images, normalised as the model expects: a tensor ``(N, C, H, W)`` or batches. With
-            ``refine``, a tenth of them, at most 256, is held out: no weight is fitted to them. They choose the learning
-            rates, and a phase of the refinement that raises the divergence of their predictions is undone.
+        calibration: Unlabelled images, normalised as the model expects: a tensor ``(N, C, H, W)`` or batches, in random
+            order. With ``refine``, a tenth of them, at most 256, is held out: no weight is fitted to them. They choose
+            the learning rates, and a phase of the refinement that raises the divergence of their predictions is undone.
         input_size: ``(channels, height, width)``; by default that of the images, or the model's own.
         effort: ``"fast"``, ``"balanced"``, ``"thorough"``, or an `arp_hub.effort.Effort`.
         refine: Whether optimiser steps on the calibration images follow the fit. They need no labels, and at least 20

@@ -70,7 +70,8 @@ def decompose(
     Args:
         model: A model with dense layers, on the device to work on, neither compiled nor wrapped.
         plan: A plan made for this model.
-        calibration: Unlabelled images, normalised as for the model: a tensor ``(N, C, H, W)`` or batches.
+        calibration: Unlabelled images, normalised as for the model: a tensor ``(N, C, H, W)`` or batches, in random
+            order. Of large networks the first images decide most, since work is bounded.
         factors: Factors by layer that are used unchanged, such as those of `AdaptiveRankPenalty.factors` after the
             hold. They must reproduce the weights up to rounding. Frozen layers without factors get their nearest ones.
         effort: ``"fast"``, ``"balanced"``, ``"thorough"``, or an `arp_hub.effort.Effort`: how much time the fit takes.
@@ -220,7 +221,7 @@ def _decompose_by_data(
                     advance()
         most = max(64, int(effort.norm_macs / (2 * max(traced.macs, 1))))  # 64: every position of an image counts
         renormalise(student, model, images, set(norms.values()), most, processes)
-    student_modules = dict(student.named_modules())
+    student_modules = dict(student.named_modules(remove_duplicate=False))  # a plan may name a second path
     replace_layers(model, {old: student_modules[name].train(old.training) for name, old in replaced.items()})
     for name in dense:
         for parameter, refit in zip(teachers[name].parameters(), student_modules[name].parameters(), strict=True):

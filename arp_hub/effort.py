@@ -64,6 +64,10 @@ class Effort:
             least = 0 if field.name == "images" else 1e-9
             if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and n >= least for n in numbers):
                 raise ArpHubError(f"effort: {field.name} must be a number above {least:g}, got {value!r}")
+        if len(self.curve_shares) < 2:
+            raise ArpHubError(
+                f"effort: curve_shares needs at least two shares to draw a curve, got {self.curve_shares!r}"
+            )
 
     @classmethod
     def of(cls, effort: Effort | str) -> Effort:

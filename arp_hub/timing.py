@@ -136,7 +136,7 @@ def forward_call(model: nn.Module, images: Tensor, workload: Workload, compiled:
     network = prepared(model, workload)
     layout = workload.layout if images.dim() == 4 else torch.contiguous_format
     x = images.to(dtype=DTYPES[workload.dtype], memory_format=layout)
-    run = torch.compile(network) if compiled else network
+    run = torch.compile(network, dynamic=False) if compiled else network  # as for one batch size alone
     return lambda: run(x)
 
 
@@ -231,10 +231,8 @@ def paired_ratio(samples: list[float], reference: list[float]) -> Spread:
 
 def _repeats(call: Callable[[], Any], device: torch.device) -> int:
     """Calls of one sample, so that a sample takes at least 2 ms; found while warming up."""
-    for _ in range(2):
+    for _ in range(2):  # the first call may take long for other reasons: compiling, or the start of a GPU
         taken = _sample(call, 1, device)
-        if taken > 0.1:  # a long call is warm after one run
-            break
     return max(1, round(2e-3 / max(taken, 1e-9)))
 
 

@@ -221,3 +221,14 @@ def test_dense_layers_before_the_last_decomposed_one_stay_as_they_are(planned):
     for name in others:
         same = torch.equal(student.get_submodule(name).weight, teacher.get_submodule(name).weight)
         assert same == (name != "head")  # the classifier is behind them all
+
+
+def test_a_plan_may_name_a_shared_layer_by_its_second_path():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model.add_module("again", nn.Identity())
+    model.again.inside = model[2]  # named_modules lists it as "2" only
+    plan, images = RankPlan({"again.inside": LayerPlan("channel", 8)}, {}), torch.randn(40, 3, 8, 8)
+    decompose(model.eval(), plan, images)
+    assert model[2] is model.again.inside and low_rank_layers(model)
+    assert model(images).isfinite().all()

@@ -21,7 +21,7 @@ from several_processes import by_group, by_processes
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
-from arp_hub import ArpHubError, decompose, make_plan
+from arp_hub import ArpHubError, LayerPlan, RankPlan, decompose, make_plan
 from arp_hub.effort import Effort
 from arp_hub_cli.app import app
 
@@ -93,6 +93,38 @@ def planned(batches: Any) -> object:
 def fitted(batches: Any) -> object:
     model = network("attention")
     return decompose(model, make_plan(model, keep_params=0.5), batches, effort=EFFORT)
+
+
+def planned_by_latency() -> str:
+    """A plan of this process, in which the first one finds wide layers slow and the other one all of them."""
+    widths = {0: 64, 1: 0}[dist.get_rank()]
+
+    def faster(layers: Any, *args: Any) -> Any:
+        return {name: schemes for name, schemes in layers.items() if schemes[0].shape.out_channels <= widths}
+
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", layers=(1, 1, 1, 1), num_classes=10).eval()
+    with (
+        patch("arp_hub.planning.make_plan.faster_schemes", faster),
+        patch("arp_hub.planning.make_plan.LatencyBudget", lambda share, times, *args: times),
+        patch("arp_hub.planning.make_plan.LayerTimes", Everything),
+    ):
+        return make_plan(model, keep_latency=0.8, input_size=(3, 32, 32), schemes=["channel"]).to_json()
+
+
+class Everything:
+    """A budget that decomposes all layers that are given to it, to the rank 8."""
+
+    def __init__(self, table: Any, sizes: Any, layers: Any, *args: Any) -> None:
+        self._layers = layers
+
+    def plan(self, losses: Any) -> RankPlan:
+        return RankPlan({name: LayerPlan("channel", 8) for name in self._layers}, {})
+
+
+def test_one_process_measures_latencies_for_all_without_images(tmp_path: Path) -> None:
+    one, other = by_group(planned_by_latency, 2, tmp_path / "run")
+    assert one == other and RankPlan.from_dict(json.loads(one)).layers
 
 
 def message(call: Callable[[], object]) -> str:

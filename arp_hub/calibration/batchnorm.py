@@ -20,10 +20,12 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from timm.layers import FrozenBatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torchvision.ops import FrozenBatchNorm2d
 
 from ..layers.model import low_rank_layers
 from ..processes import ALONE, Processes
@@ -82,7 +84,7 @@ def following_norms(model: nn.Module, layers: Mapping[str, nn.Module], images: I
     hooks += [
         module.register_forward_pre_hook(recognise)
         for module in modules
-        if isinstance(module, BatchNorm) and module.running_mean is not None and module.affine
+        if _has_statistics(module) and getattr(module, "affine", True)
     ]
     try:
         with readers:
@@ -139,11 +141,13 @@ class InputStatistics:
 
 def norms_with_statistics(model: nn.Module) -> dict[str, BatchNorm]:
     """The BatchNorms of a model that normalise by stored statistics."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, BatchNorm) and module.running_mean is not None
-    }
+    return {name: cast(BatchNorm, module) for name, module in model.named_modules() if _has_statistics(module)}
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm with stored statistics. Frozen ones have them as well, with the same names."""
+    frozen = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
+    return isinstance(module, (BatchNorm, *frozen)) and module.running_mean is not None
 
 
 @torch.no_grad()

@@ -6,13 +6,14 @@ standard normal numbers, the back-propagated vector is::
     v = diag(p)^(1/2) (I - p^(1/2) p^(1/2)^T) n,    E v v^T = diag(p) - p p^T
 
 the Fisher matrix of the predictions. With ``g`` the gradient of ``v . z`` at a layer's output, summed over its
-positions, errors ``e`` of that output change the predictions by::
+positions, errors ``e`` of that output change the softened predictions by::
 
-    KL(p || p')  ~  1/2 E (g . e)^2
+    KL(p || p')  ~  1/(2 t^2) E (g . e)^2
 
 This needs no labels (Martens and Grosse 2015). For a network without classes ``v = n``, which gives the squared change
-of its output. ``t = 4`` because confident predictions hardly respond to small errors, yet large ones overturn them: at
-``t = 1`` a quarter of ResNet-20 loses 36 points of agreement with the dense network (docs/research/experiments.md).
+of its output. Planning has ``t = 4``, without the constant: confident predictions hardly respond to small errors,
+yet large ones overturn them. At ``t = 1`` a quarter of ResNet-20 loses 36 points of agreement with the dense network
+(docs/research/experiments.md).
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def gradient_moments(
     def count(name: str, _: None, gradient: Tensor, size: int, part: int) -> None:
         moments(name).update(gradient, gradient, images=size, number=part)
 
-    if not _visit_gradients(model, layers, images, most, processes, nothing, count):
+    score = partial(_score, model, None)
+    if not _visit_gradients(model, layers, images, most, processes, score, nothing, count):
         return {}
     reached = set().union(*processes.gather(set(found)))
     for name in layers:
@@ -91,10 +93,12 @@ def predicted_divergences(
     images: Images,
     most: int,
     processes: Processes = ALONE,
+    classes: int | None = None,
 ) -> dict[str, float]:
     """Divergence of the network's predictions with each layer alone replaced, ``1/2 mean (g . e)^2`` over the images.
 
-    All layers are seen in one pass. Layers that no gradient reaches are left out.
+    It is ``t^2`` times the divergence of the softened predictions. All layers are seen in one pass. Layers that no
+    gradient reaches are left out.
 
     Args:
         model: The dense model, in evaluation mode.
@@ -103,6 +107,7 @@ def predicted_divergences(
         images: Calibration images.
         most: Images to use at most.
         processes: The processes that share the pass.
+        classes: Number of classes; by default the model's own.
     """
     sums: dict[str, float] = {}
     seen: dict[str, int] = {}
@@ -116,7 +121,8 @@ def predicted_divergences(
         sums[name] = sums.get(name, 0.0) + float(products.square().sum())
         seen[name] = seen.get(name, 0) + size
 
-    if not _visit_gradients(model, layers, images, most, processes, error, add):
+    score = partial(_score, model, classes)
+    if not _visit_gradients(model, layers, images, most, processes, score, error, add):
         return {}
     found = processes.gather((sums, seen))
     total = {name: sum(one.get(name, 0.0) for one, _ in found) for name in layers}
@@ -130,6 +136,7 @@ def _visit_gradients(
     images: Images,
     most: int,
     processes: Processes,
+    score: Callable[[Any, int, torch.Generator], Tensor],
     forward: Callable[[str, Tensor, Tensor], _Kept],
     backward: Callable[[str, _Kept, Tensor, int, int], None],
 ) -> bool:
@@ -141,6 +148,7 @@ def _visit_gradients(
         images: Calibration images.
         most: Images to use at most.
         processes: The processes that share the images.
+        score: Gets the model's output, the number of images and a generator, and returns what is differentiated.
         forward: Gets the layer's name, input and output, and returns what is kept for ``backward``.
         backward: Gets the layer's name, what was kept, the gradient, the number of images in this part of the images,
             and the number of the part.
@@ -165,7 +173,7 @@ def _visit_gradients(
             for part, some in _shared_parts(batches(images, Place.of(model, images), most=most), processes):
                 size = len(some)
                 try:
-                    _back_propagate(model, some, part)
+                    _back_propagate(model, some, part, score)
                 except RuntimeError as error:
                     warnings.warn(
                         f"the model cannot be differentiated, so errors of its layers' outputs are weighed without "
@@ -194,29 +202,31 @@ def _shared_parts(found: Iterable[Tensor], processes: Processes) -> Iterator[tup
             yield number, some
 
 
-def _back_propagate(model: nn.Module, images: Tensor, number: int) -> None:
+def _back_propagate(
+    model: nn.Module, images: Tensor, number: int, score: Callable[[Any, int, torch.Generator], Tensor]
+) -> None:
     """Visit some images; their ``number`` is the seed of the noise."""
     generator = torch.Generator().manual_seed(number)
     with torch.enable_grad(), _constant_parameters(model):
         start = images.clone().requires_grad_()
-        score = _score(model, model(start.clone()), len(images), generator)  # a copy: some models work in place
-        if score.requires_grad:
-            torch.autograd.grad(score, start, allow_unused=True)
+        found = score(model(start.clone()), len(images), generator)  # a copy: some models work in place
+        if found.requires_grad:
+            torch.autograd.grad(found, start, allow_unused=True)
 
 
-def classifies(model: nn.Module, output: object, images: int) -> bool:
-    """Whether an output for a number of images consists of logits of the model's classes."""
-    classes = getattr(model, "num_classes", 0)
+def classifies(model: nn.Module, output: object, images: int, classes: int | None = None) -> bool:
+    """Whether an output for a number of images consists of logits of some classes, by default of the model's."""
+    classes = getattr(model, "num_classes", 0) if classes is None else classes
     return isinstance(output, Tensor) and isinstance(classes, int) and classes > 1 and output.shape == (images, classes)
 
 
-def _score(model: nn.Module, output: Any, images: int, generator: torch.Generator) -> Tensor:
+def _score(model: nn.Module, classes: int | None, output: Any, images: int, generator: torch.Generator) -> Tensor:
     """A scalar whose gradient at the output is one sample: its second moment is the output's Fisher matrix."""
     scores = []
     for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             noise = torch.randn(leaf.shape, generator=generator).to(leaf.device, torch.float32)
-            if classifies(model, output, images):
+            if classifies(model, output, images, classes):
                 root = (leaf.detach().float() / _TEMPERATURE).softmax(-1).sqrt()
                 noise = root * (noise - root * (root * noise).sum(-1, keepdim=True))
             scores.append((leaf.float() * noise).sum())

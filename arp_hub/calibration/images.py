@@ -52,6 +52,10 @@ class Place:
                 pass
         return place
 
+    def take(self, images: Tensor) -> Tensor:
+        """Images as the model takes them."""
+        return images.to(self.device, self.dtype, memory_format=self.layout)
+
 
 def batches(
     images: Images, place: Place | None = None, pixels: int | None = None, most: int | None = None
@@ -61,7 +65,8 @@ def batches(
     Args:
         images: The images.
         place: How the model takes them; by default they stay as they are.
-        pixels: Pixels of a batch, for statistics that need many images; by default as many as passes are fast with.
+        pixels: Pixels of a batch, for statistics that need many images: batches of a loader are joined. By default
+            as many as passes are fast with, or the loader's own.
         most: Images to stop after; by default all.
 
     Raises:
@@ -76,18 +81,42 @@ def batches(
         raise ArpHubError(f"calibration images must be dense tensors, got {images.layout}: call to_dense() on them")
     if not isinstance(images, Iterable):
         raise ArpHubError(f"calibration must be images (N, C, H, W) or batches of them, got {type(images).__name__}")
+    found = _counted(_split(images, place, pixels) if isinstance(images, Tensor) else images, most)
+    if pixels is not None and not isinstance(images, Tensor):
+        found = _joined(found, pixels)
+    for batch in found:
+        yield batch if place is None else place.take(batch)
+
+
+def _counted(found: Iterable[Any], most: int | None) -> Iterator[Tensor]:
+    """Checked batches, until ``most`` images have come."""
     count = 0
-    for item in _split(images, place, pixels) if isinstance(images, Tensor) else images:
+    for item in found:
         batch = _checked(item[0] if isinstance(item, (tuple, list)) else item, count)
         batch = batch if most is None else batch[: most - count]
         if not len(batch):
             continue
         count += len(batch)
-        yield batch if place is None else batch.to(place.device, place.dtype, memory_format=place.layout)
+        yield batch
         if count == most:
             return
     if not count:
         raise ArpHubError("there are no calibration images: pass at least one")
+
+
+def _joined(found: Iterable[Tensor], pixels: int) -> Iterator[Tensor]:
+    """Join small batches of one image size into batches of about so many pixels."""
+    held: list[Tensor] = []
+    for batch in found:
+        if held and batch.shape[1:] != held[0].shape[1:]:
+            yield torch.cat(held)
+            held = []
+        held.append(batch)
+        if (sum(map(len, held)) + 1) * math.prod(batch.shape[2:]) > pixels:
+            yield torch.cat(held)
+            held = []
+    if held:
+        yield torch.cat(held)
 
 
 def _checked(batch: Any, first: int) -> Tensor:
@@ -165,10 +194,13 @@ def check_normalised(images: Images, model: nn.Module) -> None:
     batch = next(batches(images))
     found = float(batch.min()), float(batch.max())
     if found[0] < low - 4 * (high - low) or found[1] > high + 4 * (high - low):
+        way_out = "the std of model.pretrained_cfg"
+        if not config.get("mean"):
+            own = "model.pretrained_cfg = {'mean': (0.0,), 'std': (1 / 255,)}"
+            way_out = f"the std. If the model takes such pixels, say so by {own}"
         raise ArpHubError(
             f"calibration images have pixels from {found[0]:.3g} to {found[1]:.3g}, normalised ones lie between "
-            f"{low:.3g} and {high:.3g} for this model: divide bytes by 255, then subtract the mean and divide by the "
-            "std of model.pretrained_cfg"
+            f"{low:.3g} and {high:.3g} for this model: divide bytes by 255, subtract the mean and divide by {way_out}"
         )
     if config.get("mean") and low < -0.5 and found[0] >= 0 and found[1] > 0.5:
         warnings.warn(

@@ -77,8 +77,7 @@ def _some_patches(x: Tensor, shape: LayerShape, positions: Tensor) -> Tensor:
 def images_needed(shape: LayerShape, size: Pair) -> int:
     """The number of images whose patches suffice for a layer's second moment, by the size of its input map."""
     sides = (size[0],) if shape.kind == "linear" else shape.as_conv().output_size(size)
-    positions = math.prod(max(1, side) for side in sides)  # a layer that pads by itself makes more than is counted
-    return math.ceil(SAMPLES * shape.group_in * shape.taps / positions)
+    return math.ceil(SAMPLES * shape.group_in * shape.taps / math.prod(sides))
 
 
 def images_of_a_part(images: int, number: int) -> int:

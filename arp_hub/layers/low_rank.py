@@ -389,16 +389,6 @@ def _linear(spec: ConvSpec, bias: bool, **like: Any) -> nn.Module:
     return GroupedLinear(spec.in_channels, spec.out_channels, spec.groups, bias=bias).to(**like)
 
 
-def plain_layer(module: nn.Module) -> nn.Module:
-    """A plain convolution or linear layer with the same outputs as a layer that can be decomposed."""
-    weight = effective_weight(module)
-    if isinstance(module, nn.Linear):
-        dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, weight.device, weight.dtype)
-        _fill(dense, weight[..., 0, 0], module.bias)
-        return dense.train(module.training)
-    return _dense_conv(cast(nn.Conv2d, module), weight, weight, cast(nn.Conv2d, module).bias)
-
-
 def _dense_conv(like: nn.Conv2d | LowRankConv2d, sample: Tensor, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """A convolution with the geometry of ``like`` and the device and dtype of ``sample``."""
     options: dict[str, Any] = {

@@ -80,7 +80,7 @@ def check_model(model: object, *, mergeable: bool = False, sharded: bool = False
 
 @torch.no_grad()
 def check_weights(model: nn.Module, *, trainable: bool = True) -> None:
-    """Check that the weights of a model are finite. Buffers may hold infinity, as attention masks do.
+    """Check that weights are finite, on a device that has float64. Buffers may hold infinity, as attention masks do.
 
     Args:
         model: The model. Weights on the meta device are not checked.
@@ -89,6 +89,8 @@ def check_weights(model: nn.Module, *, trainable: bool = True) -> None:
     Raises:
         ArpHubError: Naming the layer.
     """
+    if any(parameter.device.type == "mps" for parameter in model.parameters()):
+        raise ArpHubError("the model is on an Apple GPU (mps), which has no float64: move it to the CPU, model.cpu()")
     buffers = dict(model.named_buffers())
     for name, tensor in [*model.named_parameters(), *buffers.items()]:
         if trainable and tensor.is_inference():

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import ArpHubError
 from ..schemes.shapes import Pair
+from .dense import padder
 from .low_rank import LowRankLayer
 from .model import count_params, layers_called, weight_layers
 
@@ -28,8 +29,8 @@ class Trace:
     """One forward pass of one image.
 
     Attributes:
-        sizes: For every layer that was called, in order of its first call: the height and width of its input map
-            (tokens x 1 for a linear layer), once per call.
+        sizes: For every layer that was called, in order of its first call: the height and width of its input map, with
+            the padding that the layer adds before its convolution (tokens x 1 for a linear layer), once per call.
         macs: Multiply-accumulates of the whole model.
         params: Parameters of the whole model.
     """
@@ -108,6 +109,8 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 def _map_size(module: nn.Module, x: Tensor) -> Pair:
     linear = isinstance(module, nn.Linear) or hasattr(module, "in_features")
+    if x.dim() == 4 and (pad := padder(module)):
+        x = pad(x)
     return (x.numel() // x.shape[-1], 1) if linear or x.dim() != 4 else (x.shape[-2], x.shape[-1])
 
 

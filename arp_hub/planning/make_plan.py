@@ -45,7 +45,7 @@ def make_plan(
     keep_latency: float | None = None,
     workload: Workload | None = None,
     schemes: Sequence[str] | None = None,
-    rank_multiple: int = 1,
+    rank_multiple: int | None = None,
     exclude: Sequence[str] | None = None,
     calibration: Images | None = None,
     input_size: InputSize | None = None,
@@ -61,8 +61,8 @@ def make_plan(
     A latency is measured: single layers first, then whole networks, on the model's device or in another runtime. A plan
     exceeds the budget by at most 5 %, and a layer stays dense unless its factors are faster.
 
-    Where ``torch.distributed`` is initialised, the processes share the work on calibration images. Every process then
-    calls this with the same arguments, and gets the same plan.
+    Where ``torch.distributed`` is initialised, the processes share the work on calibration images, and one of them
+    measures latencies. Every process then calls this with the same arguments, and gets the same plan.
 
     A model on the meta device is planned by the shapes of its layers alone, with a warning. That takes seconds and
     little memory, whatever its size.
@@ -76,11 +76,11 @@ def make_plan(
             image in float32, in PyTorch.
         schemes: Names of the schemes to choose from. By default all, but no grouped ones for linear layers and 1x1
             convolutions.
-        rank_multiple: Ranks are multiples of this, to suit the hardware; under ``keep_latency`` multiples of 8 by
-            default.
+        rank_multiple: Ranks are multiples of this, to suit the hardware; by default 1, or 8 under ``keep_latency``.
         exclude: Names or glob patterns of layers that stay dense. The default is the first convolution, which is small,
             sensitive, and rebuilt by timm when ``in_chans`` changes. ``()`` excludes nothing.
-        calibration: Unlabelled images, normalised as the model expects: a tensor ``(N, C, H, W)`` or batches.
+        calibration: Unlabelled images, normalised as the model expects: a tensor ``(N, C, H, W)`` or batches, in random
+            order. Of large networks the first images decide most, since work is bounded.
         input_size: ``(channels, height, width)``; by default that of the images, or the model's own.
         effort: ``"fast"``, ``"balanced"``, ``"thorough"``, or an `arp_hub.effort.Effort`: how much time planning takes.
         progress: Show progress bars.
@@ -104,7 +104,8 @@ def make_plan(
     workload = workload or Workload()
     check_installed(workload)
     names = _scheme_names(schemes)
-    if isinstance(rank_multiple, bool) or not isinstance(rank_multiple, int) or rank_multiple < 1:
+    multiple = (RANK_MULTIPLE if cost == "latency" else 1) if rank_multiple is None else rank_multiple
+    if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
         raise ArpHubError(f"rank_multiple must be a whole number of at least 1, got {rank_multiple!r}")
     check_plannable(model, exclude)
     if without_weights := any(parameter.is_meta for parameter in model.parameters()):
@@ -121,14 +122,14 @@ def make_plan(
         check_outputs(model, calibration)
     layers, dense = _eligible(model, traced, names, exclude)
     processes = ALONE
-    if calibration is not None:
+    if calibration is not None or cost == "latency":
         processes = Processes.meeting(
             "make_plan",
             lambda: {
-                "budget": (cost, share, rank_multiple),
+                "budget": (cost, share, multiple),
                 "layers": {name: [scheme.name for scheme in found] for name, found in layers.items()},
                 "effort": settings,
-                "calibration": image_count(calibration),
+                "calibration": 0 if calibration is None else image_count(calibration),
             },
         )
         progress = progress and processes.index == 0
@@ -141,14 +142,13 @@ def make_plan(
         slower = [name for name in layers if name not in faster]
         dense |= dict.fromkeys(slower, "no scheme is faster than the dense layer, as measured")
         layers = faster
-        multiple = rank_multiple if rank_multiple > 1 else RANK_MULTIPLE
         shares = processes.of_first(lambda: watch.shares(layers, traced.sizes, table))
         by_layers = LayerTimes(table, traced.sizes, layers, shares, multiple, dense)
         where = "on this device" if workload.in_torch else f"in {workload.where}, on this device"
         budget = LatencyBudget(share, by_layers, watch, where)
     else:
         total = float(traced.params if cost == "params" else traced.macs)
-        budget = CountedBudget(cost, share, total, CountedCosts(cost, traced.sizes), rank_multiple, dense)
+        budget = CountedBudget(cost, share, total, CountedCosts(cost, traced.sizes), multiple, dense)
     if without_weights:
         losses = shape_losses(layers)
     elif calibration is None or not layers:

@@ -26,14 +26,16 @@ from ..layers.model import check_model, low_rank_layers, weight_layers
 from ..processes import Processes
 from .clock import Clock
 from .state import Progress, StateFile, digest_of, moments_of, restore_moments
-from .steps import Steps, learning
+from .steps import Steps, learning, not_checkpointing
 
 LEAST_IMAGES = 20
 """Images that a refinement needs, so that a tenth of them can be held out."""
 _RATES = (1e-5, 3e-5, 1e-4, 3e-4)
 """Learning rates that are tried, the lowest first; on the ViT 1e-5 to 3e-5 were best, and 3e-4 did harm."""
 _TRIAL = 0.02
-"""Share of the work that each trial of a learning rate takes."""
+"""Share of the work that each trial of a learning rate takes, and of the time that a measurement takes at most."""
+_FEW = 5
+"""Steps that a trial of a learning rate needs. Where they do not fit into the time, the rate is `_RATES[1]`."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def refine(
         images: Unlabelled images, normalised as for the model: a tensor ``(N, C, H, W)`` or batches of one size, at
             least 20 together with ``held_out``. They are held in memory.
         held_out: Unlabelled images that only measure; by default a tenth of ``images``, at most 256, chosen at random.
+            In a short time on a large model only some of them do.
             Pass images that the fit has not seen: on its own calibration images it errs less than on all others.
         minutes: Time to work for. Give this or ``steps``; by default 10 minutes.
         steps: Optimiser steps to make. With the same seed, they give the same model on the same machine.
@@ -124,7 +127,7 @@ def refine(
             "seed": seed,
         },
     )
-    with evaluating(model), evaluating(dense), learning(model, dense) as parameters:
+    with evaluating(model), evaluating(dense), not_checkpointing(model), learning(model, dense) as parameters:
         work = Steps(model, dense, parameters, learnt, measured, batch_size, seed, processes)
         minutes = 10.0 if minutes is None and steps is None else minutes
         made = {"minutes": minutes, "steps": steps, "batch_size": batch_size, "seed": seed, "images": len(learnt)}
@@ -141,7 +144,7 @@ def refine(
                 shown = int(100 * share)
 
             result = _run(work, processes.of_first(file.load), file, minutes, steps, show)
-    return Refinement(len(learnt), len(measured), *result)
+    return Refinement(len(learnt), work.held_out, *result)
 
 
 def check_amount(minutes: float | None, steps: int | None, batch_size: int = 1) -> None:
@@ -152,9 +155,11 @@ def check_amount(minutes: float | None, steps: int | None, batch_size: int = 1) 
     """
     if minutes is not None and steps is not None:
         raise ArpHubError("give minutes or steps, not both")
-    for name, value in {"minutes": minutes, "steps": steps, "batch_size": batch_size}.items():
-        if value is not None and not (isinstance(value, (int, float)) and value > 0 and math.isfinite(value)):
-            raise ArpHubError(f"{name} must be a number above 0, got {value!r}")
+    for name, value in {"steps": steps, "batch_size": batch_size}.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ArpHubError(f"{name} must be a whole number above 0, got {value!r}")
+    if minutes is not None and not (isinstance(minutes, (int, float)) and minutes > 0 and math.isfinite(minutes)):
+        raise ArpHubError(f"minutes must be a number above 0, got {minutes!r}")
 
 
 def check_refinable(model: nn.Module) -> None:
@@ -197,7 +202,7 @@ def split_images(images: Images, held_out: Images | None, seed: int) -> tuple[Te
     """The images to learn from, and those that only measure: ``held_out``, or else some at random.
 
     Raises:
-        ArpHubError: If they are too few, or of several shapes.
+        ArpHubError: If they are too few, of several shapes, or a pixel is NaN or infinite.
     """
     learnt = _tensor(images)
     if held_out is not None:
@@ -220,6 +225,8 @@ def split_images(images: Images, held_out: Images | None, seed: int) -> tuple[Te
 
 def _tensor(images: Images) -> Tensor:
     if isinstance(images, Tensor):
+        for _ in batches(images):  # NaN pixels are refused before any work
+            pass
         return images
     found = [batch.cpu() for batch in batches(images)]
     if len(shapes := {tuple(batch.shape[1:]) for batch in found}) > 1:
@@ -258,36 +265,44 @@ def _run(
     clock = Clock(minutes, steps, progress.seconds, progress.steps)
     if tensors:
         work.load(tensors["parameters"])
+        work.hold_out(progress.held_out)
     else:
+        if minutes is not None:
+            work.hold_out(_images_to_measure(work, clock))
+        progress.held_out = work.held_out
         progress.before = progress.least = work.divergence()
     best = tensors.get("best", work.vector())
     # longer phases of blocks leave a ViT and mobile networks further from the dense network
     phases = [(True, 0.2), (False, 1.0)] if work.blocks else [(False, 1.0)]
-    for number, (by_blocks, end) in list(enumerate(phases))[progress.phase :]:
-        if clock.share() >= end:
-            continue
-        if not progress.rate:
-            progress.rate = _best_rate(work, clock, by_blocks)
-            progress.begin = clock.share()
-        optimizer = work.optimizer()
-        restore_moments(optimizer, work.parameters, tensors)
-        try:
-            while (share := clock.share()) < end:
-                done = (share - progress.begin) / (end - progress.begin)
-                work.step(optimizer, progress.rate * _schedule(done), clock.steps, by_blocks)
-                clock.steps += 1
-                advance(share)
-                if file.due():
-                    _save(file, progress, clock, work, best, optimizer)
-        except BaseException:  # what is done is not lost, whatever stops it
-            _save(file, progress, clock, work, best, optimizer)
-            raise
-        if (divergence := work.divergence()) < progress.least:
-            progress.least, best = divergence, work.vector()
-        else:
-            work.load(best)
-        progress.phase, progress.rate, tensors = number + 1, 0.0, {}
-        _save(file, progress, clock, work, best, None)
+    try:
+        for number, (by_blocks, end) in list(enumerate(phases))[progress.phase :]:
+            if clock.share() >= end:
+                continue
+            if not progress.rate:
+                progress.rate = _best_rate(work, clock, by_blocks, least=_FEW if minutes is not None else 1)
+                progress.begin = clock.share()
+            optimizer = work.optimizer()
+            restore_moments(optimizer, work.parameters, tensors)
+            try:
+                while (share := clock.share()) < end:
+                    done = (share - progress.begin) / (end - progress.begin)
+                    work.step(optimizer, progress.rate * _schedule(done), clock.steps, by_blocks)
+                    clock.steps += 1
+                    advance(share)
+                    if file.due():
+                        _save(file, progress, clock, work, best, optimizer)
+            except BaseException:  # what is done is not lost, whatever stops it
+                _save(file, progress, clock, work, best, optimizer)
+                raise
+            if (divergence := work.divergence()) < progress.least:
+                progress.least, best = divergence, work.vector()
+            else:
+                work.load(best)
+            progress.phase, progress.rate, tensors = number + 1, 0.0, {}
+            _save(file, progress, clock, work, best, None)
+    except BaseException:
+        work.load(best)  # the model is not left in the middle of a phase, where it may be worse than before
+        raise
     file.remove()
     return clock.steps, clock.seconds, progress.before, progress.least
 
@@ -305,18 +320,33 @@ def _schedule(done: float) -> float:
     return min(1.0, (done + 0.005) / 0.05) * (1 - done)
 
 
-def _best_rate(work: Steps, clock: Clock, by_blocks: bool) -> float:
-    """The learning rate whose short run ends with the lowest loss on the held-out images, from low to high."""
-    start, best, least = work.vector(), _RATES[0], math.inf
+def _images_to_measure(work: Steps, clock: Clock, least: int = 32) -> int:
+    """The held-out images whose measurement takes a share of `_TRIAL` of the time, at least 32."""
+    if work.held_out <= least:
+        return work.held_out
+    begin = clock.share()
+    work.divergence(least)
+    return max(least, int(least * _TRIAL / max(clock.share() - begin, 1e-9)))
+
+
+def _best_rate(work: Steps, clock: Clock, by_blocks: bool, least: int) -> float:
+    """The learning rate whose short run ends with the lowest loss on the held-out images, from low to high.
+
+    If a run has fewer than ``least`` steps, it tells nothing.
+    """
+    start, best, lowest = work.vector(), _RATES[0], math.inf
     for rate in _RATES:
-        optimizer, begin = work.optimizer(), clock.share()
+        optimizer, begin, before = work.optimizer(), clock.share(), clock.steps
         while (share := clock.share()) < min(begin + _TRIAL, 1.0):
             done = (share - begin) / _TRIAL
             work.step(optimizer, rate * _schedule(done), clock.steps, by_blocks)
             clock.steps += 1
+        if clock.steps - before < least:
+            work.load(start)
+            return _RATES[1]
         loss = work.loss(by_blocks)
         work.load(start)
-        if not loss < least:
+        if not loss < lowest:
             break
-        best, least = rate, loss
+        best, lowest = rate, loss
     return best

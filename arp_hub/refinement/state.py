@@ -34,6 +34,7 @@ class Progress:
         seconds: Time so far.
         before: Divergence on the held-out images before the first step; below 0 if it is not known yet.
         least: The lowest divergence at the end of a phase.
+        held_out: Number of held-out images that measure.
     """
 
     phase: int = 0
@@ -43,6 +44,7 @@ class Progress:
     seconds: float = 0.0
     before: float = -1.0
     least: float = -1.0
+    held_out: int = 0
 
 
 class StateFile:

@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 from torchvision.transforms import v2
 
 from ..calibration.images import Place
@@ -43,6 +42,20 @@ def learning(student: nn.Module, dense: nn.Module) -> Iterator[list[nn.Parameter
             parameter.grad = None
 
 
+@contextmanager
+def not_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Keep all activations during the block: a block that is recomputed would be compared with its target twice."""
+    flags = ("grad_checkpointing", "gradient_checkpointing")  # of timm, of transformers
+    found = [(module, flag) for module in model.modules() for flag in flags if getattr(module, flag, None) is True]
+    for module, flag in found:
+        setattr(module, flag, False)
+    try:
+        yield
+    finally:
+        for module, flag in found:
+            setattr(module, flag, True)
+
+
 class Steps:
     """Optimiser steps on one set of parameters, the same in all processes.
 
@@ -76,7 +89,7 @@ class Steps:
         self._student, self._dense = student, dense
         self._images, self._held_out, self._seed = images, held_out, seed
         self._place = Place.of(dense, images)
-        self.blocks = list(block_chain(dense, images[:1].to(self._place.device)))
+        self.blocks = list(block_chain(dense, self._place.take(images[:1])))
         self._targets = BlockTargets(dense, student, self.blocks)
         self._processes = processes
         self._batch_size = -(-min(batch_size, len(images)) // processes.count) * processes.count
@@ -86,7 +99,7 @@ class Steps:
 
     def vector(self) -> Tensor:
         """A copy of all parameters as one vector."""
-        return parameters_to_vector(self.parameters).detach().clone()
+        return torch.cat([parameter.detach().flatten() for parameter in self.parameters])  # any memory format
 
     def load(self, vector: Tensor) -> None:
         """Copy a vector into the parameters."""
@@ -115,22 +128,30 @@ class Steps:
         self._average_gradients()
         optimizer.step()
 
-    def divergence(self) -> float:
-        """The divergence of the predictions from the dense model's, on the held-out images."""
-        return self._measure(by_blocks=False)
+    @property
+    def held_out(self) -> int:
+        """Number of held-out images."""
+        return len(self._held_out)
+
+    def hold_out(self, most: int) -> None:
+        """Measure on at most so many of the held-out images from now on."""
+        self._held_out = self._held_out[:most]
+
+    def divergence(self, most: int | None = None) -> float:
+        """The divergence of the predictions from the dense model's, on all held-out images or the first ones."""
+        return self._measure(False, most)
 
     def loss(self, by_blocks: bool) -> float:
         """What steps minimise, on the held-out images."""
         return self._measure(by_blocks)
 
     @torch.no_grad()
-    def _measure(self, by_blocks: bool) -> float:
+    def _measure(self, by_blocks: bool, most: int | None = None) -> float:
         total = torch.zeros(2, dtype=torch.float64)
-        for part in self._held_out[self._processes.index :: self._processes.count].split(self._batch_size):
+        for part in self._held_out[:most][self._processes.index :: self._processes.count].split(self._batch_size):
             if not len(part):  # fewer images than processes
                 continue
-            images = part.to(self._place.device, self._place.dtype, memory_format=self._place.layout)
-            loss = self._losses(images, by_blocks, learn=False)
+            loss = self._losses(self._place.take(part), by_blocks, learn=False)
             total += torch.tensor([float(loss) * len(part), len(part)], dtype=torch.float64)
         self._processes.add([total])
         return float(total[0] / total[1])
@@ -168,10 +189,10 @@ class Steps:
         images = []
         with torch.random.fork_rng(devices=[]):
             for place in range(self._processes.index, self._batch_size, self._processes.count):
-                torch.manual_seed((self._seed * 2**32 + first + place) % 2**63)  # for any number of processes
+                # the same for any number of processes; torch.manual_seed would seed the GPU, too
+                torch.random.default_generator.manual_seed((self._seed * 2**32 + first + place) % 2**63)
                 images.append(self._augment(self._images[chosen[place]]))
-        batch = torch.stack(images)
-        return batch.to(self._place.device, self._place.dtype, memory_format=self._place.layout)
+        return self._place.take(torch.stack(images))
 
     def _order(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed((self._seed * 2**32 + epoch) % 2**63)
@@ -193,5 +214,6 @@ def _augmentation(size: tuple[int, int]) -> v2.Transform:
     if max(size) <= _SMALL:
         crop: v2.Transform = v2.RandomCrop(size, padding=max(1, max(size) // 8), padding_mode="reflect")
     else:
-        crop = v2.RandomResizedCrop(size, scale=(0.35, 1.0), antialias=True)
+        shape = size[1] / size[0]  # crops keep the shape of the images, but for a third
+        crop = v2.RandomResizedCrop(size, scale=(0.35, 1.0), ratio=(0.75 * shape, shape / 0.75), antialias=True)
     return v2.Compose([crop, v2.RandomHorizontalFlip()])

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from timm.layers import FrozenBatchNormAct2d
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from arp_hub import LayerPlan, RankPlan, decompose, make_plan
 from arp_hub.calibration.batchnorm import renormalise
@@ -65,6 +67,34 @@ def test_norms_follow_alike_in_batches_of_any_size(batch_size):
         found.append(small.state_dict())
     for name in ("behind.1.running_var", "last.running_var"):
         torch.testing.assert_close(found[1][name], found[0][name], rtol=0.1, atol=0)
+
+
+def test_small_batches_of_a_loader_count_as_a_tensor_does():
+    """A BatchNorm that follows three images misleads all those behind it, so that batches are joined."""
+    model, images = fading_with_statistics()
+    found = []
+    for seen in (images[:64], list(images[:64].split(3))):
+        small = decompose(copy.deepcopy(model), FADED)
+        renormalise(small, model, seen, set())
+        found.append(small.state_dict())
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [FrozenBatchNorm2d, FrozenBatchNormAct2d])
+def test_frozen_norms_follow_as_others_do(kind):
+    model, images = fading_with_statistics()
+    frozen = copy.deepcopy(model)
+    for parent, name in ((frozen.before, "1"), (frozen.behind, "1"), (frozen, "last")):
+        norm = parent.get_submodule(name)
+        twin = kind(16, apply_act=False) if kind is FrozenBatchNormAct2d else kind(16)
+        state = norm.state_dict()
+        twin.load_state_dict({key: state[key] for key in twin.state_dict()})
+        parent.add_module(name, twin)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(images), model(images), rtol=1e-4, atol=1e-4)
+        small, cold = (decompose(one, FADED, images) for one in (model, frozen))
+        torch.testing.assert_close(cold(images), small(images), rtol=1e-3, atol=1e-3)
 
 
 def test_norms_follow_by_as_many_images_as_suffice():

@@ -212,6 +212,18 @@ def test_images_that_are_refused(images, message):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_images_of_a_model_that_normalises_by_itself():
+    """Nothing is known of a model without a config: the message says how to tell that it takes bytes."""
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    settings = {"keep_params": 0.5, "calibration": 255 * torch.rand(40, 3, 8, 8), "effort": "fast"}
+    with pytest.raises(
+        ArpHubError, match=r"If the model takes such pixels, say so by (model.pretrained_cfg = .*)"
+    ) as said:
+        make_plan(model.eval(), **settings)
+    exec(str(said.value).rpartition("say so by ")[2], {"model": model})
+    assert make_plan(model, **settings).layers
+
+
 def test_images_that_may_not_be_normalised_are_named():
     model = timm.create_model("cifar_resnet20").eval()  # its mean and std are ImageNet's
     with pytest.warns(UserWarning, match="no negative pixel"):

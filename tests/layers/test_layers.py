@@ -8,7 +8,7 @@ from torch import nn
 
 from arp_hub import ArpHubError, LayerPlan, RankPlan, decompose, to_dense
 from arp_hub.layers.dense import refusal
-from arp_hub.layers.low_rank import GroupedLinear, effective_weight, layer_shape, low_rank_layer, plain_layer
+from arp_hub.layers.low_rank import GroupedLinear, effective_weight, layer_shape, low_rank_layer
 from arp_hub.layers.model import weight_layers
 from arp_hub.schemes import make_scheme
 from arp_hub.timing import paired_ratio, take_turns
@@ -34,7 +34,7 @@ def test_full_rank_stands_in_for_the_dense_layer(make, scheme):
     rank = make_scheme(scheme, layer_shape(dense), groups).max_rank
     layer = low_rank_layer(dense, LayerPlan(scheme, rank, groups))
     layer.load_factors(layer.scheme.nearest(effective_weight(dense).double(), rank), dense.bias)
-    for other in (layer, layer.dense_layer(), plain_layer(dense)):
+    for other in (layer, layer.dense_layer()):
         torch.testing.assert_close(other(x), dense(x), rtol=1e-4, atol=1e-5)
     for name in ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups", "in_features"):
         if hasattr(dense, name):

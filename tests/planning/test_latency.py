@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import timm
@@ -160,6 +161,43 @@ def test_a_latency_budget_is_kept_end_to_end(cache, options):
     assert low_rank_layers(model).keys() == plan.layers.keys()
     most = options["keep_latency"] * 1.15  # 5 % is promised; the rest allows for a noisy machine
     assert benchmark(model, input_size=SIZE).ratio.median < most
+
+
+@pytest.mark.parametrize(("given", "multiple"), [(None, 8), (1, 1), (4, 4)])
+def test_ranks_are_multiples_of_eight_unless_asked_otherwise(given, multiple, monkeypatch):
+    asked: list[int] = []
+
+    class Untimed:
+        """A budget that needs no timings, and leaves all layers dense."""
+
+        def __init__(self, *settings: object) -> None:
+            asked.extend(setting for setting in settings if isinstance(setting, int))
+
+        def plan(self, losses: object) -> RankPlan:
+            return RankPlan({}, {})
+
+    monkeypatch.setattr("arp_hub.planning.make_plan.LayerTimes", Untimed)
+    monkeypatch.setattr("arp_hub.planning.make_plan.LatencyBudget", lambda share, times, *others: times)
+    monkeypatch.setattr("arp_hub.planning.make_plan.faster_schemes", lambda layers, *others: layers)
+    monkeypatch.setattr(Stopwatch, "shares", lambda *others: {})
+    make_plan(shallow_resnet(), keep_latency=0.7, rank_multiple=given, input_size=SIZE, schemes=["channel"])
+    assert asked == [multiple]
+
+
+def test_the_first_call_may_take_long():
+    """As where a GPU starts or a model is compiled: the calls of a sample are counted from the second call."""
+    calls = 0
+
+    def call() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            began = time.process_time()
+            while time.process_time() - began < 0.15:
+                pass
+
+    take_turns({"slow at first": call}, CPU, seconds=0, least=1)
+    assert calls > 10
 
 
 def test_a_budget_below_the_fastest_plan_is_refused():

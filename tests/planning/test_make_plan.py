@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.layers import Conv2dSame
+from timm.layers import Conv2dSame, ScaledStdConv2dSame, StdConv2dSame
 from torch import nn
 
 from arp_hub import ArpHubError, LayerPlan, RankPlan, decompose, make_plan
@@ -40,6 +40,33 @@ def test_budget_is_met_from_below_on_the_model_itself(name, share, cost):
     assert plan.layers
     named = {name for name, _ in weight_layers(timm.create_model(name))}
     assert named <= set(plan.layers) | set(plan.dense)
+
+
+class SelfPadding(nn.Module):
+    """Convolutions that pad their input before they convolve it, on maps of 7 and 4 pixels a side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 64, 3, padding=1)
+        self.standardised = StdConv2dSame(64, 64, 3)
+        self.halving = ScaledStdConv2dSame(64, 64, 3, stride=2)
+        self.same = Conv2dSame(64, 64, 3)
+        self.mirrored = nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect")
+
+    def forward(self, x):
+        for layer in self.children():
+            x = layer(x).relu()
+        return x.mean((2, 3))
+
+
+def test_a_budget_of_macs_counts_the_padding_that_layers_add():
+    torch.manual_seed(0)
+    model = SelfPadding().eval()
+    size = (3, 7, 7)
+    before = count_macs(model, size)
+    plan = make_plan(model, keep_macs=0.5, input_size=size, schemes=["channel"])
+    decompose(model, plan)
+    assert 0.98 * 0.5 <= count_macs(model, size) / before <= 0.5
 
 
 @pytest.mark.parametrize("rank", [2, None], ids=["of rank 2", "of full rank"])
@@ -93,6 +120,11 @@ BAD_BUDGETS = {
 def test_bad_budget(arguments, message):
     with pytest.raises(ArpHubError, match=message):
         make_plan(timm.create_model("cifar_resnet20"), **arguments)
+
+
+def test_an_effort_needs_two_points_of_a_curve():
+    with pytest.raises(ArpHubError, match="curve_shares needs at least two shares"):
+        Effort(curve_shares=(0.5,))
 
 
 def test_planning_a_decomposed_model_is_refused():

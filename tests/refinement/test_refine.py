@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,9 @@ from several_processes import by_group
 from torch import Tensor, nn
 
 from arp_hub import ArpHubError, LayerPlan, RankPlan, decompose, make_plan, refine
-from arp_hub.refinement.steps import Steps
+from arp_hub.layers.model import low_rank_layers
+from arp_hub.refinement.losses import block_error
+from arp_hub.refinement.steps import Steps, _augmentation
 from arp_hub.training import calibration_images, load_data, refinement_images
 
 
@@ -83,6 +86,85 @@ def test_all_kinds_of_models_get_closer(kind):
     assert (closer - wanted).square().mean() < (given - wanted).square().mean()
 
 
+def checkpointing(model: nn.Module) -> nn.Module:
+    model.set_grad_checkpointing()
+    return model
+
+
+FORMS: dict[str, tuple[str, Callable[[nn.Module], nn.Module], Callable[[Tensor], Tensor]]] = {
+    "half images": ("resnet", lambda model: model, Tensor.half),
+    "double images": ("resnet", lambda model: model, Tensor.double),
+    "channels last": ("resnet", lambda model: model.to(memory_format=torch.channels_last), lambda x: x),
+    "ResNet with checkpoints of gradients": ("resnet", checkpointing, lambda x: x),
+    "ViT with checkpoints of gradients": ("vit", checkpointing, lambda x: x),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_models_and_images(form):
+    kind, change, convert = FORMS[form]
+    model, dense, images = pair(kind)
+    model, dense = change(model), change(dense)
+    found = refine(model, dense, convert(images), steps=40, batch_size=8)
+    assert found.after < 0.9 * found.before
+    flags = [module.grad_checkpointing for module in model.modules() if hasattr(module, "grad_checkpointing")]
+    assert all(flags) == (change is checkpointing)
+
+
+def test_random_numbers_of_the_caller_are_its_own(monkeypatch):
+    """On every device: torch.manual_seed would seed GPUs as well."""
+    model, dense, images = pair("resnet")
+    monkeypatch.setattr(torch, "manual_seed", pytest.fail)
+    before = torch.random.get_rng_state()
+    refine(model, dense, images, steps=2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("size", [(128, 512), (512, 128), (96, 96)], ids=str)
+def test_crops_keep_the_shape_of_images(size):
+    """A column per pixel tells which part of the image a crop has taken."""
+    height, width = size
+    image = torch.linspace(0, 1, width).expand(3, height, width)
+    torch.manual_seed(0)
+    crops = [_augmentation(size)(image) for _ in range(50)]
+    shares = torch.stack([crop.amax() - crop.amin() for crop in crops])
+    assert all(crop.shape == image.shape for crop in crops)
+    assert shares.max() > 0.85 and shares.min() > 0.45
+    assert torch.stack([crop.amin() for crop in crops]).min() < 0.02
+
+
+def test_pooled_features_of_one_image_have_no_block_error():
+    assert block_error(torch.randn(1, 8), torch.randn(1, 8), -1) == 0
+    assert block_error(torch.randn(2, 8), torch.randn(2, 8), -1) > 0
+
+
+def test_an_interrupted_model_is_not_worse_than_before():
+    model, dense, images = pair("resnet")
+    held_out, calls = pixels(30, seed=5), 0
+
+    def divergence() -> float:
+        with torch.no_grad():
+            wanted, given = (one.eval()(held_out).log_softmax(-1) for one in (dense, model))
+        return float((wanted.exp() * (wanted - given)).sum(-1).mean())
+
+    weight = next(iter(low_rank_layers(model).values())).factors[0].weight
+
+    def interrupt(module: nn.Module, args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        with torch.no_grad():  # as a rate that is too high does
+            weight.mul_(1.5)
+        if calls == 12:
+            raise KeyboardInterrupt
+
+    before = divergence()
+    hook = dense.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        refine(model, dense, images, held_out=held_out, steps=40, batch_size=8)
+    hook.remove()
+    assert divergence() <= before * (1 + 1e-4)
+
+
 def test_a_trained_network_agrees_more(shared, cifar_train, cifar_test):
     """With real weights, on images that it has not seen."""
     dense = timm.create_model("cifar_resnet20").eval()
@@ -127,6 +209,26 @@ def test_many_images_hold_out_no_more_than_256():
     model, dense, _ = pair("resnet")
     found = refine(model, dense, pixels(2600, side=8), steps=1)
     assert (found.images, found.held_out) == (2344, 256)
+
+
+def test_measuring_takes_a_small_part_of_a_short_time(monkeypatch):
+    """A slow model measures on some of the held-out images, and has no trials of learning rates."""
+    model, dense, images = pair("resnet")
+    rates, step = [], Steps.step
+
+    def spy(self: Steps, optimizer: torch.optim.Optimizer, rate: float, number: int, by_blocks: bool) -> None:
+        rates.append(rate)
+        step(self, optimizer, rate, number, by_blocks)
+
+    monkeypatch.setattr(Steps, "step", spy)
+    held_out = pixels(200, seed=7)
+    assert refine(copy.deepcopy(model), dense, images, held_out=held_out, minutes=0.1, batch_size=8).held_out == 200
+    assert len(rates) > 20 and max(rates) > 5e-5
+    rates.clear()
+    model.register_forward_pre_hook(lambda module, args: time.sleep(0.01 * len(args[0])))
+    found = refine(model, dense, images, held_out=held_out, minutes=0.1, batch_size=8)
+    assert found.held_out == 32 and found.after <= found.before
+    assert len(rates) > 10 and 1e-5 < max(rates) < 3.1e-5
 
 
 def test_what_makes_it_worse_is_undone():
@@ -211,12 +313,22 @@ REFUSALS: dict[str, tuple[Callable[[nn.Module, nn.Module, Tensor], Any], str]] =
     "other shape": (lambda m, d, x: refine(m, d, x, held_out=x[..., :16], steps=2), "pass images of one shape"),
     "held-out bytes": (lambda m, d, x: refine(m, d, x, held_out=255 * x.abs(), steps=2), "divide bytes by 255"),
     "both bounds": (lambda m, d, x: refine(m, d, x, steps=2, minutes=1), "minutes or steps, not both"),
-    "no step": (lambda m, d, x: refine(m, d, x, steps=0), "steps must be a number above 0, got 0"),
+    "no step": (lambda m, d, x: refine(m, d, x, steps=0), "steps must be a whole number above 0, got 0"),
+    "half a step": (lambda m, d, x: refine(m, d, x, steps=1.5), "steps must be a whole number above 0, got 1.5"),
     "no time": (lambda m, d, x: refine(m, d, x, minutes=float("nan")), "minutes must be a number above 0, got nan"),
-    "no batch": (lambda m, d, x: refine(m, d, x, steps=2, batch_size=0), "batch_size must be a number above 0"),
+    "no batch": (lambda m, d, x: refine(m, d, x, steps=2, batch_size=0), "batch_size must be a whole number above 0"),
+    "a part of a batch": (lambda m, d, x: refine(m, d, x, steps=2, batch_size=8.0), "got 8.0"),
     "half": (lambda m, d, x: refine(m.half(), d, x, steps=2), "needs weights in float32, got torch.float16"),
     "bytes": (lambda m, d, x: refine(m, d, 255 * x.abs(), steps=2), "divide bytes by 255"),
     "NaN": (lambda m, d, x: refine(m, d, x.index_fill(0, torch.tensor(7), torch.nan), steps=2), "image 7 holds NaN"),
+    "NaN far behind": (
+        lambda m, d, x: refine(m, d, x.repeat(5, 1, 1, 1).index_fill(0, torch.tensor(290), torch.nan), steps=2),
+        "image 290 holds NaN",
+    ),
+    "NaN held out": (
+        lambda m, d, x: refine(m, d, x, held_out=x.index_fill(0, torch.tensor(3), torch.inf), steps=2),
+        "image 3 holds NaN",
+    ),
 }
 
 
