@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.environment import environment
-from .._utils.files import replacing
+from .._utils.files import remove_unfinished, replacing
 from .._utils.progress import stage
 from .._utils.torch_utils import ambient_modes_off
 from ..calibration.images import Images, batches, check_normalised
@@ -64,7 +64,7 @@ def export(
     *,
     format: str = "onnx",
     int8: bool = False,
-    int8_divergence: float = 0.05,
+    int8_divergence: float | None = None,
     images: Images | None = None,
     test_images: Images | None = None,
     test_labels: Tensor | Sequence[int] | None = None,
@@ -91,8 +91,8 @@ def export(
         output: Folder to write.
         format: ``"onnx"``, ``"openvino"`` or ``"torch-export"``.
         int8: Quantise weights and activations; needs ``images``.
-        int8_divergence: Divergence of the predictions, in nats, that int8 of one low-rank layer alone may cause. With
-            ``math.inf`` all layers are quantised.
+        int8_divergence: Harm that int8 may do to one low-rank layer alone, by default 0.05: 16 times the divergence, in
+            nats, of predictions softened at a temperature of 4. With ``math.inf`` all layers are quantised.
         images: Unlabelled images, normalised as for the model, on which int8 is calibrated. A tensor or batches.
         test_images: Images to check the file on. By default ``images``, or else random ones.
         test_labels: Their classes, to measure top-1.
@@ -116,6 +116,8 @@ def export(
     runtime = runtime_of(format)
     runtime.require(int8)
     _check_arguments(format, opset, batch_size, seconds, int8_divergence)
+    if int8_divergence is not None and not int8:
+        raise ArpHubError("int8_divergence is about int8: pass int8=True, or leave it out")
     if int8 and images is None:
         raise ArpHubError("int8 needs calibration images: pass images=, normalised as for the model")
     if test_labels is not None and test_images is None:
@@ -125,23 +127,30 @@ def export(
     network: Any = model if name is None else load_model(name)
     check_model(network, mergeable=True)
     check_weights(network, trainable=False)
+    if getattr(network, "num_classes", None) == 0:
+        raise ArpHubError(
+            "export takes classifiers, and this model gives features (num_classes=0): keep its classifier"
+        )
     size = input_size_of(network, input_size)
     calibration = None if images is None else _checked(images, "images", network, size)
     if int8 and calibration is not None and len(calibration) < batch_size:
-        raise ArpHubError(f"int8 is calibrated on batches of {batch_size} images: pass more than {len(calibration)}")
+        raise ArpHubError(
+            f"int8 is calibrated on batches of {batch_size} images: pass at least {batch_size}, got {len(calibration)}"
+        )
     test = calibration if test_images is None else _checked(test_images, "test_images", network, size)
-    if test is not None and test_labels is not None and len(test_labels) != len(test):
-        raise ArpHubError(f"test_labels must hold one class an image, {len(test)} in all, got {len(test_labels)}")
+    classes = None if test is None or test_labels is None else _classes(test_labels, len(test))
     captured = Captured.of(network, size, batch_size, dynamic_batch)
     source = "test" if test_images is not None else "random" if test is None else "calibration"
-    classes = None if test_labels is None else torch.as_tensor(test_labels)
     check = Check.of(captured, source, captured.example() if test is None else test, classes)
     split = (
         [batch for batch in calibration.split(batch_size) if len(batch) == batch_size]
         if int8 and calibration is not None
         else None
     )
-    job = Job(runtime, split, opset, most_divergence=int8_divergence)
+    job = Job(runtime, split, opset)
+    if int8_divergence is not None:
+        job = replace(job, most_divergence=int8_divergence)
+    remove_unfinished(folder)
     try:
         with replacing(folder) as new:
             with stage(f"write {runtime.title}, {job.precision}", shown=progress):
@@ -178,7 +187,9 @@ def _list_in_card(saved: Path) -> None:
         _logger.warning("the card of '%s' does not list the export: %s", saved, error)
 
 
-def _check_arguments(format: str, opset: int | None, batch_size: int, seconds: float, int8_divergence: float) -> None:
+def _check_arguments(
+    format: str, opset: int | None, batch_size: int, seconds: float, int8_divergence: float | None
+) -> None:
     """Refuse numbers that are out of range."""
     if opset is not None:
         if format != "onnx":
@@ -189,8 +200,23 @@ def _check_arguments(format: str, opset: int | None, batch_size: int, seconds: f
         raise ArpHubError(f"batch_size must be a whole number of at least 1, got {batch_size!r:.50}")
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
         raise ArpHubError(f"seconds must be a number of at least 0, got {seconds!r:.50}")
-    if isinstance(int8_divergence, bool) or not isinstance(int8_divergence, (int, float)) or not int8_divergence >= 0:
-        raise ArpHubError(f"int8_divergence must be a number of at least 0, got {int8_divergence!r:.50}")
+    bound = 0.0 if int8_divergence is None else int8_divergence
+    if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not bound >= 0:
+        raise ArpHubError(f"int8_divergence must be a number of at least 0, got {bound!r:.50}")
+
+
+def _classes(labels: Tensor | Sequence[int], images: int) -> Tensor:
+    """The classes of some images as a tensor on the CPU."""
+    try:
+        found = torch.as_tensor(labels).cpu()
+    except (TypeError, ValueError) as error:
+        raise ArpHubError(f"test_labels must be whole numbers, one class an image: {error}") from error
+    if found.dim() != 1 or found.is_floating_point() or found.is_complex() or len(found) != images:
+        raise ArpHubError(
+            f"test_labels must hold one class an image, {images} whole numbers in all, got the shape "
+            f"{tuple(found.shape)} of {found.dtype}"
+        )
+    return found
 
 
 def _name(model: object) -> str:
@@ -224,7 +250,9 @@ def _description(model: nn.Module, captured: Captured, job: Job) -> dict[str, An
         **({"label_names": names} if names else {}),
         "preprocessing": {
             "input_size": list(captured.input_size),
-            **{key: found[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
+            # a model of other than three channels may have numbers for three in its config
+            **{key: found[key] for key in ("mean", "std") if len(found[key]) == captured.input_size[0]},
+            **{key: found[key] for key in ("interpolation", "crop_pct", "crop_mode")},
         },
         "params": count_params(model),
         **({"calibration_images": sum(len(batch) for batch in job.calibration)} if job.calibration else {}),

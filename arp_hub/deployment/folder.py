@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from ..errors import ArpHubError, check_writable, checked_path
-from ..hub.card import EXPORT_FILES
+from ..hub.card import EXPORT, EXPORT_FILES
 
 
 def check_output(output: str | os.PathLike[str], model: str | None, overwrite: bool) -> Path:
@@ -28,9 +28,9 @@ def check_output(output: str | os.PathLike[str], model: str | None, overwrite: b
     for what, place in (("the current directory", Path.cwd()), ("the saved model", source)):
         if place is not None and place.resolve().is_relative_to(folder.resolve()):
             raise ArpHubError(f"'{output}' contains {what} and cannot be replaced: choose another folder")
-    strange = (
-        sorted(entry.name for entry in folder.iterdir() if entry.name not in EXPORT_FILES) if folder.exists() else []
-    )
+    held = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+    ours = EXPORT_FILES if EXPORT in held else ()  # a model.onnx alone is somebody else's
+    strange = [name for name in held if name not in ours]
     if strange and not overwrite:
         raise ArpHubError(
             f"'{output}' holds '{strange[0]}', which export did not write: choose another folder, or replace all of it "

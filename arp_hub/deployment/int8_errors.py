@@ -2,8 +2,9 @@
 
 Each layer alone is quantised as runtimes do it: the input of each factor to 256 levels between its smallest and its
 largest value, and each output channel of its weight to 255 levels. With ``e`` the error of the layer's output and ``g``
-the gradient there, the predictions diverge by about ``1/2 E (g . e)^2`` (see `arp_hub.calibration.gradients`). One pass
-shows all layers.
+the gradient there, the harm is ``1/2 E (g . e)^2`` (see `arp_hub.calibration.gradients`): 16 times the divergence of
+predictions that are softened at a temperature of 4. These also show errors that do not overturn a confident prediction
+yet, but may do so together. One pass shows all layers.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from ..layers.low_rank import LowRankLayer
 from ..layers.model import low_rank_layers
 
 
-def int8_divergences(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """The divergence that int8 of each low-rank layer alone causes. Layers that no gradient reaches are left out.
+def int8_divergences(model: nn.Module, images: Tensor, classes: int) -> dict[str, float]:
+    """The harm that int8 does to each low-rank layer alone. Layers that no gradient reaches are left out.
 
     Args:
         model: A model in evaluation mode.
         images: Calibration images.
+        classes: Number of outputs: logits of so many classes.
     """
     layers = low_rank_layers(model)
     quantised = {name: _quantised(layer) for name, layer in layers.items()}
-    return predicted_divergences(model, layers, quantised, images, len(images))
+    return predicted_divergences(model, layers, quantised, images, len(images), classes=classes)
 
 
 def _quantised(layer: LowRankLayer) -> LowRankLayer:

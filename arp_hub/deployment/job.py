@@ -58,8 +58,8 @@ class Job:
         calibration: Calibration images in batches for int8; None for float32.
         opset: Version of the ONNX operators; None for the exporter's own.
         balance: Whether factors are balanced, on a copy, before they are quantised.
-        most_divergence: Divergence of the predictions, in nats, that int8 of one low-rank layer alone may cause. Layers
-            that cause more stay in float32.
+        most_divergence: Harm that int8 may do to one low-rank layer alone, see `int8_divergences`. Layers that suffer
+            more stay in float32.
     """
 
     runtime: Runtime
@@ -88,6 +88,11 @@ class Job:
         size = sum(part.stat().st_size for part in folder.glob(f"{path.stem}.*"))
         run = self.runtime.load(path)
         parity = check.parity(run)
+        if not math.isfinite(parity.divergence):
+            raise ArpHubError(
+                f"outputs in {self.runtime.title}, {self.precision}, are NaN or infinite: check the model's outputs on "
+                "these images, or try another format"
+            )
         if self.calibration is None and not parity.relative_error <= TOLERANCE:
             raise ArpHubError(
                 f"outputs in {self.runtime.title} differ from PyTorch by {parity.relative_error:.2g} of the largest "
@@ -106,10 +111,16 @@ class Job:
             if self.balance:
                 captured = replace(captured, model=balance_factors(copy.deepcopy(captured.model), calibration))
             if self.most_divergence < math.inf:
-                harm = int8_divergences(captured.model, torch.cat(list(calibration)))
+                harm = int8_divergences(captured.model, torch.cat(list(calibration)), captured.classes)
                 in_float = tuple(name for name in layers if harm.get(name, 0.0) > self.most_divergence)
             factors = [f"{name}.factors.{number}" for name in in_float for number in range(len(layers[name].factors))]
-        self.runtime.write_int8(captured, path, calibration, self.opset, factors)
+        try:
+            self.runtime.write_int8(captured, path, calibration, self.opset, factors)
+        except (ArpHubError, OSError):
+            raise
+        except Exception as error:  # quantisers raise many kinds of errors
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ArpHubError(f"{self.runtime.title} cannot quantise the model: {reason:.300}") from error
         return in_float
 
     def compare(

@@ -83,7 +83,7 @@ class Check:
             self.source,
             float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)),
             _percent(top == expected.argmax(1)),
-            max(0.0, float(divergence)),
+            float(divergence.clamp(min=0)),
             None if self.labels is None else _percent(top == self.labels),
             None if self.labels is None else _percent(expected.argmax(1) == self.labels),
         )

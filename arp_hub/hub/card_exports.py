@@ -8,31 +8,41 @@ from typing import Any
 from .card_names import inline
 
 
-def int8(export: Any, images: Any = None) -> dict[str, Any]:
-    """Size and accuracy of the int8 model that an ``export.json`` describes; empty without one.
+def int8(export: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Size and accuracy of this model in int8, from the first ``export.json`` of such a file; empty without one.
+
+    Accuracy is left out unless it is of the images that the card's own accuracy is of: then that of the model in
+    PyTorch is the same.
 
     Args:
-        export: Content of the file. Entries may lie at any depth, and need ``bytes``, ``size_bytes`` or ``top1``.
-        images: Number of images that the card's accuracy is of. Accuracy on other images is left out.
+        export: Content of an ``export.json``, or several by the names of their folders.
+        metrics: Numbers of the card.
     """
-    if isinstance(export, Mapping):
-        for name, entry in export.items():
-            if "int8" in str(name) and isinstance(entry, Mapping) and (found := _figures(entry, images)):
-                return found
-        if export.get("int8") is True or export.get("precision") == "int8":
-            return _figures(export, images)
-        export = list(export.values())
-    entries = export if isinstance(export, list) else []
-    return next((found for entry in entries if (found := int8(entry, images))), {})
+    for record in _records(export).values():
+        if not isinstance(record, Mapping) or record.get("precision") != "int8":
+            continue
+        if record.get("params") != metrics.get("params"):  # of another model, such as the dense one
+            continue
+        found = {"bytes": record.get("size_bytes")}
+        parity = record.get("parity")
+        if isinstance(parity, Mapping) and _same_images(parity, metrics):
+            found["top1"] = parity.get("top1")
+        return {key: value for key, value in found.items() if isinstance(value, int | float)}
+    return {}
 
 
-def _figures(entry: Mapping[str, Any], images: Any) -> dict[str, Any]:
-    """The numbers of an entry that the table has rows for."""
-    parity = entry.get("parity")
-    same = isinstance(parity, Mapping) and parity.get("images") == images
-    own = {"bytes": entry.get("size_bytes"), **(parity if isinstance(parity, Mapping) and same else {}), **entry}
-    keys = ("bytes", "top1", "top5", "loss")
-    return {key: own[key] for key in keys if isinstance(own.get(key), int | float)}
+def _same_images(parity: Mapping[str, Any], metrics: Mapping[str, Any]) -> bool:
+    """Whether a file was checked on the images of the card's accuracy, by their number and the model's own top-1."""
+    if parity.get("images") != metrics.get("images") or not _numbers(parity, "torch_top1") or "top1" not in metrics:
+        return False
+    return abs(parity["torch_top1"] - metrics["top1"]) < 0.01
+
+
+def _records(export: Any) -> Mapping[str, Any]:
+    """The exports by the names of their folders; one that is given alone has no name."""
+    if not isinstance(export, Mapping):
+        return {}
+    return {"": export} if "format" in export else export
 
 
 def exports(export: Any) -> str:
@@ -41,10 +51,7 @@ def exports(export: Any) -> str:
     Args:
         export: Content of an ``export.json``, or several by the names of their folders.
     """
-    if not isinstance(export, Mapping):
-        return ""
-    records = {"": export} if "format" in export else export
-    return "\n".join(line for name, record in records.items() if (line := _exported(str(name), record)))
+    return "\n".join(line for name, record in _records(export).items() if (line := _exported(str(name), record)))
 
 
 def _exported(folder: str, record: Any) -> str:

@@ -161,7 +161,7 @@ def _cuts(metrics: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
 
 
 def _spectra(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Spectra by layer. Entries without the full rank, as versions before 0.1.0 wrote them, are left out."""
+    """Spectra by layer. Entries without the full rank are left out."""
     found = metrics.get("spectra") or {}
     return {name: entry for name, entry in found.items() if isinstance(entry, Mapping) and entry.get("values")}
 

@@ -16,7 +16,7 @@ from ..errors import ArpHubError
 from ..layers.apply_plan import check_plan
 from ..layers.dense import refusal
 from ..layers.low_rank import LowRankLayer, effective_weight, layer_shape
-from ..layers.model import weight_layers
+from ..layers.model import layers_called, weight_layers
 from ..plan import RankPlan
 from ..schemes import SCHEMES, MatrixScheme, Scheme, make_scheme, relative_error
 from ..schemes.linalg import singular_values, tail_shares
@@ -157,7 +157,9 @@ def output_spectra(model: nn.Module, layers: Mapping[str, nn.Module], images: Im
     """
     found = {}
     for chunk in _chunks(layers):
-        for name, moments in all_moments(model, chunk, images, Effort().positions_macs).items():
+        with layers_called(model):
+            seen = all_moments(model, chunk, images, Effort().positions_macs)
+        for name, moments in seen.items():
             weight = effective_weight(chunk[name]).double()
             root = torch.linalg.cholesky(moments.regression(weight).moment)
             rows = weight.reshape(root.shape[0], -1, root.shape[1])

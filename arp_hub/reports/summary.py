@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
@@ -113,7 +112,7 @@ def plan_report(model: nn.Module, plan: RankPlan, input_size: InputSize | None =
     check_model(model)
     check_plan(model, plan)
     before = trace(model, input_size)
-    after = trace(apply_plan(copy.deepcopy(model).to("meta"), plan), input_size)
+    after = trace(apply_plan(meta_copy(model), plan), input_size)
     layers = tuple(_layer_reports(model, plan, before))
     return PlanReport(layers, before.params, after.params, before.macs, after.macs)
 

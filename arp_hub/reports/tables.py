@@ -133,10 +133,12 @@ def _number(value: int | None) -> str:
     """A count in four characters or so: 999, 12.3k, 4.56M, 7.89G."""
     if value is None:
         return "not called"
-    for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if value >= factor:
-            return f"{value / (1e3 if suffix == 'k' else factor):.3g}{suffix}"
-    return str(value)
+    if value < 1e4:
+        return str(value)
+    for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * factor:  # what would round to 1000k is 1M
+            return f"{value / factor:.3g}{suffix}"
+    raise AssertionError(value)
 
 
 def _figure(value: float | None) -> str:

@@ -1,7 +1,7 @@
 """Grouped linear layers as convolutions, which every runtime quantises.
 
 `GroupedLinear` multiplies blocks by one batched product. The quantiser of ONNX Runtime leaves batched products in
-float32.
+float32, and that of torchao convolutions of one dimension.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from ..layers.low_rank import GroupedLinear
 
 
 class ConvolvedLinear(nn.Module):
-    """A grouped linear layer as an ``nn.Conv1d`` of size 1 over the tokens."""
+    """A grouped linear layer as an ``nn.Conv2d`` of size 1 over the tokens."""
 
     def __init__(self, linear: GroupedLinear) -> None:
         super().__init__()
         inputs, outputs, bias = linear.in_features, linear.out_features, linear.bias
-        self.conv = nn.Conv1d(inputs, outputs, 1, groups=linear.groups, bias=bias is not None)
-        self.conv.load_state_dict({"weight": linear.weight[..., None], **({} if bias is None else {"bias": bias})})
+        self.conv = nn.Conv2d(inputs, outputs, 1, groups=linear.groups, bias=bias is not None)
+        self.conv.load_state_dict(
+            {"weight": linear.weight[..., None, None], **({} if bias is None else {"bias": bias})}
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to the last dimension of ``(N, ..., in_features)``."""
         tokens = x.reshape(x.shape[0], -1, x.shape[-1]).transpose(1, 2)
-        return self.conv(tokens).transpose(1, 2).reshape(*x.shape[:-1], -1)
+        return self.conv(tokens[..., None])[..., 0].transpose(1, 2).reshape(*x.shape[:-1], -1)
 
 
 @torch.no_grad()

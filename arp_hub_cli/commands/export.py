@@ -47,14 +47,15 @@ def export(
     format: Annotated[str, output_option(metavar="NAME", help=f"Format of the file: {', '.join(FORMATS)}.")] = "onnx",
     int8: Annotated[bool, output_option("--int8", help="Quantise weights and activations; needs --data.")] = False,
     int8_divergence: Annotated[
-        float,
+        float | None,
         output_option(
-            metavar="NATS",
-            help="Keep a low-rank layer in float32 if quantising it alone makes the predictions diverge by more. "
-            "inf: quantise every layer.",
+            metavar="BOUND",
+            help="Keep a low-rank layer in float32 if quantising it alone makes softened predictions diverge by more. "
+            "By default 0.05; inf: quantise every layer.",
             min=0,
+            show_default=False,
         ),
-    ] = 0.05,
+    ] = None,
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = None,
     num_classes: NumClasses = None,
@@ -67,20 +68,26 @@ def export(
     label_key: LabelKey = None,
     streaming: Streaming = False,
     calibration: Annotated[
-        int,
+        int | None,
         data_option(
             "--calibration-images",
             metavar="N",
-            help="Training images of --data to calibrate int8 on.",
+            help="Training images of --data to calibrate int8 on; by default 128.",
             min=1,
-            show_default=True,
+            show_default=False,
         ),
-    ] = 128,
+    ] = None,
     max_images: Annotated[
-        int, data_option(metavar="N", help=f"Check the file on {MAX_IMAGES_HELP}", min=1, show_default=True)
-    ] = 500,
+        int | None,
+        data_option(
+            metavar="N", help=f"Check the file on {MAX_IMAGES_HELP} By default 500.", min=1, show_default=False
+        ),
+    ] = None,
     output: Annotated[
-        Path | None, output_option(metavar="FOLDER", help="Folder to write; by default OUT-FORMAT, or OUT-FORMAT-int8.", show_default=False)
+        Path | None,
+        output_option(
+            metavar="FOLDER", help="Folder to write; by default OUT-FORMAT, or OUT-FORMAT-int8.", show_default=False
+        ),
     ] = None,
     opset: Annotated[
         int | None, output_option(metavar="N", help="Version of the ONNX operators.", show_default=False)
@@ -115,23 +122,36 @@ def export(
     from arp_hub.deployment.folder import check_output
     from arp_hub.errors import ArpHubError, check_inputs_outside
     from arp_hub.runtimes.formats import runtime_of
-    from arp_hub.training import calibration_images
+    from arp_hub.training import calibration_images, note_crop
 
     from ..inputs import ModelChoice, check_data_options, open_data, open_model
 
     runtime_of(format).require(int8)
     if int8 and data is None:
         raise ArpHubError("--int8 needs images to calibrate on: give --data")
-    check_data_options(data, image_key=image_key, label_key=label_key, streaming=streaming, workers=workers or None)
+    for option, value in {"--calibration-images": calibration, "--int8-divergence": int8_divergence}.items():
+        if value is not None and not int8:
+            raise ArpHubError(f"{option} is about int8: give --int8, or leave {option} out")
+    check_data_options(
+        data,
+        image_key=image_key,
+        label_key=label_key,
+        streaming=streaming,
+        max_images=max_images,
+        workers=workers or None,
+    )
     kind = f"{format}-int8" if int8 else format
-    target = output or Path(f"{model.removeprefix('local-dir:').rpartition('hub:')[2].rstrip('/')}-{kind}")
+    target = output or Path(f"{_stem(model)}-{kind}")
     check_inputs_outside(target, {"--data": data, "--checkpoint": checkpoint})
     check_output(target, model, overwrite)
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, "cpu", seed)
     network, random = open_model(choice)
     found = open_data(data, network, image_key, label_key, streaming)
-    images = calibration_images(found, calibration, copies=0, seed=seed, workers=workers) if found and int8 else None
-    shown, labels = _test_images(network, found, max_images, workers) if found else (None, None)
+    count = 128 if calibration is None else calibration
+    images = calibration_images(found, count, copies=0, seed=seed, workers=workers) if found and int8 else None
+    shown, labels = _test_images(network, found, max_images or 500, workers) if found else (None, None)
+    if found:
+        note_crop(network, found.form)  # export.json says how the images were resized that the file is checked on
     done = write(
         network,
         target,
@@ -167,6 +187,12 @@ def export(
     if verdict := done.record.get("verdict"):
         print(verdict)
     note(f"export.json written to {target}")
+
+
+def _stem(model: str) -> str:
+    """What the default folder of an export begins with: the name of the model, or the path of its folder."""
+    name = model.removeprefix("local-dir:").rpartition("hub:")[2].rstrip("/")
+    return str(Path(name).resolve()) if Path(name).name in ("", "..") else name
 
 
 def _test_images(model: nn.Module, data: ImageData, most: int, workers: int) -> tuple[Tensor, Tensor | None]:

@@ -41,15 +41,15 @@ def inspect(
     label_key: LabelKey = None,
     streaming: Streaming = False,
     calibration: Annotated[
-        int,
+        int | None,
         data_option(
             "--calibration-images",
             metavar="N",
-            help="Training images of --data for the spectra of outputs.",
+            help="Training images of --data for the spectra of outputs; by default 64.",
             min=1,
-            show_default=True,
+            show_default=False,
         ),
-    ] = 64,
+    ] = None,
     input_size: InputSize = None,
     workers: Workers = 0,
     device: Device = None,
@@ -80,11 +80,18 @@ def inspect(
     given = None if plan is None else RankPlan.load(plan)
     if plot is not None:
         check_picture_path(plot)
-    check_data_options(data, image_key=image_key, label_key=label_key, streaming=streaming, workers=workers or None)
+    check_data_options(
+        data,
+        image_key=image_key,
+        label_key=label_key,
+        streaming=streaming,
+        calibration_images=calibration,
+        workers=workers or None,
+    )
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
     network, random = open_model(choice)
     schemes = {} if given is None else check_plan(network, given)
-    images = open_images(open_data(data, network, image_key, label_key, streaming), calibration, 0, seed, workers)
+    images = open_images(open_data(data, network, image_key, label_key, streaming), calibration or 64, 0, seed, workers)
     layers = spectra.decomposable_layers(network)
     if images is None:
         found = {name: spectra.spectrum(layer) for name, layer in counted(layers.items(), "spectra")}

@@ -20,7 +20,9 @@ IMAGES = torch.randn(6, *SIZE, generator=torch.Generator().manual_seed(2))
 NOTES = "Ask Ann about\nthe cats."
 RECORD: dict[str, Any] = {
     "format": "onnx", "precision": "int8", "file": "model.onnx", "size_bytes": 600_000,
-    "parity": {"images": 450, "source": "test", "agreement": 98.44, "divergence": 0.0084, "top1": 69.5},
+    "parity": {"images": 450, "source": "test", "agreement": 98.44, "divergence": 0.0084, "top1": 69.5,
+               "torch_top1": 70.0},
+    "params": 50,
     "latency": {"batch_size": 1, "threads": 2, "latency_ms": {"median": 3.7}, "dense_latency_ms": {"median": 1.33}},
 }  # fmt: skip
 METRICS = {"params": 50, "bytes": 2_000_000, "top1": 70.0, "images": 450, "input_size": [3, 32, 32],
@@ -90,9 +92,33 @@ def test_int8_has_a_column_with_what_export_json_says(folder: str) -> None:
     assert "| top-1, % | 71.00 | 70.00 |  | 69.50 |" in card
     name = f"{folder}/model.onnx" if folder else "model.onnx"
     assert (
-        f"- `{name}` (onnx, int8, 0.60 MB): top-1 69.50 %, same top-1 class as PyTorch for 98.4 % of 450 test images, "
-        "divergence 0.0084 nats; 3.7 ms at batch 1 on 2 threads, the dense model 1.33 ms." in card
+        f"- `{name}` (onnx, int8, 0.60 MB): top-1 69.50 % (in PyTorch 70.00 %), same top-1 class as PyTorch for "
+        "98.4 % of 450 test images, divergence 0.0084 nats; 3.7 ms at batch 1 on 2 threads, the dense model 1.33 ms."
+        in card
     )
+
+
+def other(**changes: Any) -> dict[str, Any]:
+    return {**RECORD, **changes, "parity": {**RECORD["parity"], **changes.get("parity", {})}}
+
+
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "the dense model in int8": ({"dense-onnx-int8": other(params=100)}, ""),
+    "float32 in a folder that says int8": ({"onnx-int8": other(precision="float32")}, ""),
+    "the dense model beside this one": ({"a-int8": other(params=100, size_bytes=1), "b": RECORD}, "0.60 MB"),
+    "other images": ({"onnx": other(parity={"images": 100})}, "0.60 MB"),
+    "as many images of another data set": ({"onnx": other(parity={"torch_top1": 68.2})}, "0.60 MB"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_the_int8_column_is_of_this_model_and_of_the_images_of_the_card(case: str) -> None:
+    export, size = OTHERS[case]
+    card = model_card(CONFIG, METRICS, "hf-hub:ann/small", export=export)
+    assert ("compressed, int8" in card) == bool(size)
+    if size:
+        assert f"| weights | 4.00 MB | 2.00 MB | 50.0 % | {size} |" in card
+        assert ("| 69.50 |" in card) == (case == "the dense model beside this one")
 
 
 STRANGE: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import json
 import os
@@ -19,6 +20,7 @@ import torch
 from helpers import low_rank_model, search_path
 from PIL import Image
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import arp_hub
 from arp_hub import ArpHubError
@@ -101,6 +103,71 @@ def test_a_dense_form_that_is_too_large_is_not_compared(
     assert done.latency is not None and done.latency.dense is None and done.file.stat().st_size > 0
     assert "dense" not in done.record and "verdict" not in done.record
     assert "the comparison with the dense form is left out: the weights take" in caplog.text
+
+
+def test_preprocessing_is_that_of_the_model(tmp_path: Path) -> None:
+    """A model of one channel has no mean of three; a small data set is resized without a crop."""
+    grey = timm.create_model("test_resnet", in_chans=1)
+    done = arp_hub.export(grey, tmp_path / "grey", format="torch-export", input_size=(1, 32, 32), seconds=0)
+    assert not {"mean", "std"} & done.record["preprocessing"].keys()
+    words = [
+        "export",
+        "test_resnet",
+        "--no-pretrained",
+        "--num-classes",
+        "10",
+        "--data",
+        "digits",
+        "--format",
+        "torch-export",
+    ]
+    result = CliRunner().invoke(app, [*words, "--seconds", "0", "--output", str(tmp_path / "digits")])
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "digits" / "export.json").read_text())
+    assert record["preprocessing"]["crop_mode"] == "squash" and record["preprocessing"]["crop_pct"] == 1
+
+
+def test_a_quantiser_that_fails_gives_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("no scale for node 7\nmore")
+
+    monkeypatch.setattr(TorchExport, "write_int8", fail)
+    with pytest.raises(ArpHubError, match="torch.export cannot quantise the model: no scale for node 7$"):
+        arp_hub.export(FOLDER, tmp_path / "out", format="torch-export", int8=True, images=IMAGES, seconds=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nan_in_the_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TorchExport, "load", lambda self, path: lambda x: torch.full((len(x), 10), torch.nan))
+    with pytest.raises(ArpHubError, match="outputs in torch.export, float32, are NaN or infinite"):
+        arp_hub.export(FOLDER, tmp_path / "out", format="torch-export", images=IMAGES[:4])
+    assert list(tmp_path.iterdir()) == []
+
+
+IDLE: dict[str, tuple[list[str], str]] = {
+    "images to calibrate int8": (["export", "OUT", "--data", "digits", "--calibration-images", "8"], "is about int8"),
+    "a bound for int8": (["export", "OUT", "--int8-divergence", "0.1"], "is about int8"),
+    "images to check": (["export", "OUT", "--max-images", "8"], "is about images, and there are none"),
+    "images of spectra": (["inspect", "--model", "OUT", "--calibration-images", "8"], "is about images"),
+}
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_options_without_an_effect_are_refused(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.chdir(tmp_path)
+    words, message = IDLE[case]
+    result = CliRunner().invoke(app, [f"local-dir:{FOLDER}" if word == "OUT" else word for word in words])
+    assert result.exit_code != 0 and list(tmp_path.iterdir()) == []
+    assert message in " ".join(f"{result.output} {result.exception}".split())
+
+
+@pytest.mark.parametrize("name", [".", "local-dir:.", "./"])
+def test_the_default_folder_of_the_current_one_lies_beside_it(name: str, tmp_path: Path) -> None:
+    assert Path(command._stem("out")) == Path("out") and Path(command._stem("hf-hub:ann/cats")) == Path("ann/cats")
+    assert Path(command._stem(name)) == Path.cwd()
 
 
 def test_names_of_other_classes_are_left_out(tmp_path: Path) -> None:
@@ -195,17 +262,30 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "int8 without images": ({"int8": True}, "int8 needs calibration images"),
     "labels without images": ({"test_labels": torch.zeros(3)}, "test_labels are the classes of test_images"),
     "labels of other images": (
-        {"test_images": IMAGES, "test_labels": torch.zeros(3)},
-        "one class an image, 24 in all, got 3",
+        {"test_images": IMAGES, "test_labels": torch.zeros(3, dtype=torch.long)},
+        r"one class an image, 24 whole numbers in all, got the shape \(3,\)",
     ),
+    "labels in columns": (
+        {"test_images": IMAGES, "test_labels": torch.zeros(24, 1, dtype=torch.long)},
+        r"got the shape \(24, 1\) of torch.int64",
+    ),
+    "labels that are no classes": ({"test_images": IMAGES, "test_labels": torch.zeros(24)}, "of torch.float32"),
+    "names of classes": ({"test_images": IMAGES, "test_labels": ["cat"] * 24}, "must be whole numbers"),
     "images of another size": ({"images": torch.randn(4, 3, 48, 48)}, r"images have the size \(3, 48, 48\)"),
     "bytes": ({"images": 255 * torch.rand(4, 3, 32, 32)}, "divide bytes by 255"),
-    "too few images": ({"int8": True, "images": IMAGES[:3], "batch_size": 4}, "calibrated on batches of 4 images"),
+    "too few images": ({"int8": True, "images": IMAGES[:3], "batch_size": 4}, "of 4 images: pass at least 4, got 3"),
+    "a divergence without int8": ({"int8_divergence": 0.1}, "int8_divergence is about int8"),
     "an opset of another format": ({"format": "torch-export", "opset": 18}, "format 'torch-export' has none"),
     "no opset": ({"opset": 0}, "opset must be a whole number above 0, got 0"),
     "no batch": ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
-    "a negative divergence": ({"int8_divergence": -1}, "int8_divergence must be a number of at least 0, got -1"),
-    "no divergence": ({"int8_divergence": float("nan")}, "int8_divergence must be a number of at least 0, got nan"),
+    "a negative divergence": (
+        {"int8": True, "int8_divergence": -1},
+        "int8_divergence must be a number of at least 0, got -1",
+    ),
+    "no divergence": (
+        {"int8": True, "int8_divergence": float("nan")},
+        "int8_divergence must be a number of at least 0, got nan",
+    ),
     "endless timing": ({"seconds": float("inf")}, "seconds must be a number of at least 0, got inf"),
     "a size that does not fit": ({"input_size": (1, 32, 32)}, "cannot run on an input of size"),
 }
@@ -233,7 +313,7 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(
     assert f'pip install "arp-hub[{runtime.extra}]"' in str(refused.value) and runtime.extra in extras
 
 
-@pytest.mark.parametrize("place", ["a file", "another folder", "the current folder"])
+@pytest.mark.parametrize("place", ["a file", "another folder", "somebody else's file", "the current folder"])
 def test_folders_that_are_not_written_to(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     output, reason = tmp_path / "out", "choose"
@@ -243,6 +323,10 @@ def test_folders_that_are_not_written_to(place: str, tmp_path: Path, monkeypatch
         output.mkdir()
         (output / "mine.txt").write_text("mine")
         reason = "holds 'mine.txt', which export did not write"
+    elif place == "somebody else's file":  # it has a name that export uses
+        output.mkdir()
+        (output / "model.onnx").write_text("mine")
+        reason = "holds 'model.onnx', which export did not write"
     else:
         output.mkdir()
         monkeypatch.chdir(output)
@@ -253,11 +337,18 @@ def test_folders_that_are_not_written_to(place: str, tmp_path: Path, monkeypatch
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("kind", ["features", "two outputs"])
+NO_LOGITS: dict[str, tuple[dict[str, Any], str]] = {
+    "maps": ({"num_classes": 0, "global_pool": ""}, r"gives features \(num_classes=0\)"),
+    "features": ({"num_classes": 0}, r"gives features \(num_classes=0\)"),
+    "two outputs": ({"features_only": True}, r"one output \(N, classes\)"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_LOGITS)
 def test_models_without_logits_are_refused(kind: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"num_classes": 0, "global_pool": ""} if kind == "features" else {"features_only": True}
+    options, message = NO_LOGITS[kind]
     model = timm.create_model("test_resnet", **options)
-    with pytest.raises(ArpHubError, match=r"one output \(N, classes\)"):
+    with pytest.raises(ArpHubError, match=message):
         arp_hub.export(model, tmp_path / "out", format="torch-export", input_size=(3, 32, 32))
 
 
@@ -283,7 +374,7 @@ def test_balanced_factors_give_the_same_outputs_and_even_ranges(scheme: str) -> 
 
 
 @torch.no_grad()
-def harmed_by_int8() -> tuple[nn.Module, str]:
+def broken_in_int8() -> tuple[nn.Module, str]:
     """ResNet-20, and the name of a low-rank layer that int8 harms most.
 
     A channel of its input is zero, and the weights of that channel are large: they coarsen the scale of all others.
@@ -297,8 +388,11 @@ def harmed_by_int8() -> tuple[nn.Module, str]:
 
 
 def test_int8_harms_most_where_weights_and_inputs_vary_most() -> None:
-    model, name = harmed_by_int8()
-    found = int8_divergences(model, IMAGES)
+    """Whether or not the model says how many classes it has: its outputs are logits."""
+    model, name = broken_in_int8()
+    found = int8_divergences(model, IMAGES, 10)
+    model.num_classes = 0
+    assert int8_divergences(model, IMAGES, 10) == found
     assert found.keys() == low_rank_layers(model).keys() and found.pop(name) > 5 * max(found.values())
 
 
@@ -307,7 +401,7 @@ def test_int8_harms_most_where_weights_and_inputs_vary_most() -> None:
 def test_layers_that_int8_harms_stay_in_float(format: str, tmp_path: Path) -> None:
     for package in RUNTIMES[format].packages + RUNTIMES[format].int8_packages:
         pytest.importorskip(package, reason=f"{package} is not installed")
-    model, name = harmed_by_int8()
+    model, name = broken_in_int8()
     found = {}
     for most in (0.5, float("inf")):
         folder = tmp_path / str(most)
@@ -346,6 +440,17 @@ def test_grouped_linear_layers_as_convolutions_give_the_same(shape: tuple[int, .
     found = with_convolutions(model)
     assert isinstance(model[0], GroupedLinear) and not isinstance(found[0], GroupedLinear)
     torch.testing.assert_close(found(x), model(x))
+
+
+@pytest.mark.slow
+def test_grouped_linear_layers_are_quantised_in_torch_export(tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    done = arp_hub.export(vit(), tmp_path / "out", format="torch-export", int8=True, images=IMAGES, seconds=0)
+    importlib.import_module("torchao.quantization.pt2e")  # registers the operators of the file
+    graph = torch.export.load(done.file).graph
+    layers = [node for node in graph.nodes if re.search(r"aten\.(conv2d|linear)", str(node.target))]
+    assert any("conv2d" in str(node.target) and node.args[-1] == 4 for node in layers)  # the layer with groups
+    assert [str(node) for node in layers if "dequantize" not in str(node.args[1].target)] == []
 
 
 @pytest.mark.slow

@@ -145,6 +145,14 @@ def test_output_spectrum_holds_the_energy_of_the_outputs():
     assert found.energy_rank(0.9) < spectrum(layer).energy_rank(0.9)  # inputs are correlated, so outputs need fewer
 
 
+def test_layers_whose_weights_are_read_without_a_call_have_a_spectrum():
+    torch.manual_seed(0)
+    model = timm.create_model("beit_base_patch16_224", img_size=32, depth=2, embed_dim=48, num_heads=2).eval()
+    layers = decomposable_layers(model)
+    assert "blocks.1.attn.qkv" in layers
+    assert output_spectra(model, layers, torch.randn(8, 3, 32, 32)).keys() == layers.keys()
+
+
 @pytest.fixture(scope="module")
 def resnet() -> nn.Module:
     torch.manual_seed(0)

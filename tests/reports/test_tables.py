@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from arp_hub.reports.tables import comparison_table
+from arp_hub.reports.tables import _number, comparison_table
 
 
 @pytest.mark.parametrize(
@@ -17,3 +17,14 @@ def test_names_are_neither_markup_nor_escapes(name, shown):
         console.print(comparison_table({name: {name: 1}}, title=name))
     assert captured.get().count(shown) == 3
     assert not {"\x1b", "\x9b"} & set(captured.get())
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0, "0"), (9_999, "9999"), (10_000, "10k"), (12_345, "12.3k"), (999_499, "999k"), (999_500, "1M"),
+        (999_999, "1M"), (4_560_000, "4.56M"), (999_500_000, "1G"), (7_890_000_000, "7.89G"), (None, "not called"),
+    ],
+)  # fmt: skip
+def test_counts_have_three_digits(value, shown):
+    assert _number(value) == shown
