@@ -19,7 +19,7 @@ from tqdm import tqdm
 import arp_hub
 from arp_hub.hub.load import load_model
 from arp_hub.hub.push import check_push
-from arp_hub.training import evaluate, load_data
+from arp_hub.training import evaluate, load_data, note_crop
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="cifar_resnet20", help="timm name (default: %(default)s)")
@@ -45,6 +45,7 @@ if args.push_to_hub and accelerator.is_main_process:
     check_push(args.push_to_hub)  # refuse a bad name or token now, not after the training
 model = load_model(args.model, args.checkpoint, pretrained=False, **args.model_kwargs)
 data = load_data(args.data, model)
+note_crop(model, data.form)  # saved with the model: how the images of its accuracy are resized
 loader = DataLoader(TensorDataset(*data.train.tensors()), args.batch_size, shuffle=True, drop_last=True)
 optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)
 

@@ -28,9 +28,11 @@ if __name__ == "__main__":
         overwrite=True,
     )
     if PartialState().is_main_process:
-        folder = metrics["config"]["output"]
+        config = metrics["config"]
+        folder = config["output"]
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)  # needs only `import arp_hub`
-        again = evaluate(model, load_data(metrics["config"]["data"], model).test)
+        keys = ("image_key", "label_key", "streaming", "epoch_images", "data_dir", "train_split", "test_split")
+        again = evaluate(model, load_data(config["data"], model, **{key: config[key] for key in keys}).test)
         before, after = metrics["dense"]["params"], count_params(model)
         print(f"{folder}, reloaded through timm with arp_hub {arp_hub.__version__}:")
         print(f"  parameters {before:,} -> {after:,} ({100 * after / before:.1f} %)")

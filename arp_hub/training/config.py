@@ -54,6 +54,7 @@ class TrainConfig(
             given = "none" if self.keep_params is None else "both"
             raise ArpHubError(f"set one budget, keep_params or keep_macs (got {given})")
         check_needs({field.name: getattr(self, field.name) for field in fields}, fields)
+        self._check_output()
         self._check_phases()
         self._check_batches()
         self._check_optimisation()
@@ -92,6 +93,10 @@ class TrainConfig(
         for name, argument in ARGUMENTS.items():
             if getattr(self, name) and argument in (self.model_kwargs or {}):
                 raise ArpHubError(f"{name}={getattr(self, name)} and {argument} in model_kwargs are the same: give one")
+
+    def _check_output(self) -> None:
+        if self.output and not Path(self.output).name:
+            raise ArpHubError(f"output='{self.output}' names no folder to write: give one such as runs/mine")
 
     def _check_batches(self) -> None:
         if (self.mixup or self.cutmix) and self.batch_size // self.accumulation % 2:

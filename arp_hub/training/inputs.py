@@ -81,7 +81,7 @@ def load_data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
         _logger.warning("crop_pct=%g has no effect: images as small as these are not cropped", config.crop_pct)
     note_crop(model, data.form)
     if config.train_img_size:
-        _check_size(model, config.train_img_size, f"model '{config.model}'")
+        _check_size(model, (config.train_img_size,) * 2, f"model '{config.model}'", config)
     if not checkpoint and not pretrained and not config.dense_epochs:
         _logger.warning("no trained weights and dense_epochs=0: penalty training starts from random weights")
     return data, model
@@ -141,16 +141,21 @@ def _dense_model(config: TrainConfig, **arguments: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def _check_size(model: nn.Module, size: int, name: str) -> None:
+def _check_size(model: nn.Module, size: tuple[int, int], name: str, config: TrainConfig) -> None:
     """Refuse training images of a size that a model does not take."""
     try:
         with evaluating(model):
-            model(next(model.parameters()).new_zeros(1, 3, size, size))
+            model(next(model.parameters()).new_zeros(1, 3, *size))
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if config.train_img_size:
+            raise ArpHubError(
+                f"train_img_size={config.train_img_size}: {name} does not take images of this size ({reason:.200}). "
+                "Transformers of timm do with the argument dynamic_img_size=True in model_kwargs"
+            ) from error
         raise ArpHubError(
-            f"train_img_size={size}: {name} does not take images of this size ({reason:.200}). Transformers of timm do "
-            "with the argument dynamic_img_size=True in model_kwargs"
+            f"{name} does not take the training images, which have {size[0]} x {size[1]} pixels ({reason:.200}): "
+            "choose another teacher, or set img_size to the size that it takes"
         ) from error
 
 
@@ -180,6 +185,6 @@ def load_teacher(config: TrainConfig, data: ImageData, model: nn.Module) -> nn.M
             f"teacher '{config.teacher}' normalises images by mean {theirs.mean} and std {theirs.std}, model "
             f"'{config.model}' by {ours.mean} and {ours.std}, but both get the same images: choose another teacher"
         )
-    if config.train_img_size:
-        _check_size(teacher, config.train_img_size, f"teacher '{config.teacher}'")
+    size = (config.train_img_size,) * 2 if config.train_img_size else data.form.size
+    _check_size(teacher, size, f"teacher '{config.teacher}'", config)
     return teacher

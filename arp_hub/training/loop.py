@@ -58,6 +58,7 @@ class _Loop:
         config, accelerator = run.config, run.accelerator
         self.run, self.phase, self.config, self.accelerator = run, phase, config, accelerator
         self.total = run.total_steps(phase.epochs)
+        self.steps_before = run.steps_before(phase.name)
         self.step = start.step if start else 0
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = phase.model.to(accelerator.device).to(memory_format=layout).train()
@@ -135,6 +136,8 @@ class _Loop:
     def release(self) -> None:
         """Free what Accelerate prepared, including gradients and process group, while this object still exists."""
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        # left by Accelerate: the next phase would be taken for prepared, and not get mixed precision
+        vars(self.model).pop("_is_accelerate_prepared", None)
         if self.norms:
             self.norms.put_back()
         del self.wrapped, self.forward, self.optimizer
@@ -240,7 +243,7 @@ class _Loop:
         if self.phase.penalty:
             values["violation"] = _mean(self.phase.penalty.violations())
         bar.set_postfix({name: f"{number:.3g}" for name, number in values.items()})
-        self.run.log.track(self.phase.name, self.step, values)
+        self.run.log.track(self.phase.name, self.steps_before + self.step, values)
 
     def check_loss(self, loss: float, images: Tensor) -> None:
         """Stop if the loss is NaN or infinite. With sharded weights, all processes look for the layer together."""
@@ -290,7 +293,7 @@ class _Loop:
             entry["val"] = evaluate(
                 judged, self.run.data.val, workers=self.config.workers, accelerator=self.accelerator
             )
-            self.run.log.track(self.phase.name, self.step, {"val_top1": entry["val"]["top1"]})
+            self.run.log.track(self.phase.name, self.steps_before + self.step, {"val_top1": entry["val"]["top1"]})
         self.run.log.epoch(entry)
 
     def save(self) -> None:

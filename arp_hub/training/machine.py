@@ -46,6 +46,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"this machine or process does not support mixed_precision={config.mixed_precision} with "
             f"cpu={config.cpu}: {error}"
         ) from error
+    if accelerator.device.type == "mps":
+        raise ArpHubError(
+            "Apple GPUs (mps) have no float64, which the fit needs: train on the CPU with cpu=True (--cpu)"
+        )
     _meet(accelerator)
     if other := _unsupported(accelerator):
         raise ArpHubError(

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import ArpHubError
 from ..penalty import AdaptiveRankPenalty
+from .checkpoint import PHASES
 from .config import TrainConfig
 from .data.batches import steps_per_epoch
 from .data.dataset import ImageData
@@ -59,6 +60,11 @@ class Run:
     def total_steps(self, epochs: int) -> int:
         """Optimiser steps of a phase, at most ``max_steps``."""
         return _phase_steps(self.config, self.data, epochs)
+
+    def steps_before(self, phase: str) -> int:
+        """Optimiser steps of all phases before one, for trackers whose steps must rise throughout a run."""
+        epochs = (self.config.dense_epochs, self.config.epochs, self.config.finetune_epochs)
+        return sum(self.total_steps(count) for count in epochs[: PHASES.index(phase)])
 
 
 @dataclass

@@ -52,7 +52,7 @@ def save(run: Run, dense: nn.Module, model: nn.Module, metrics: dict[str, Any]) 
         metrics: The numbers so far.
 
     Returns:
-        The numbers with sizes, spectra and training history, as ``metrics.json`` holds them.
+        The numbers with sizes, spectra and training history, as ``metrics.json`` holds them, and the settings.
     """
     config, output, names = run.config, run.config.output, run.data.class_names
     if run.accelerator.is_main_process:
@@ -72,7 +72,7 @@ def save(run: Run, dense: nn.Module, model: nn.Module, metrics: dict[str, Any]) 
         with writing(config.run_folder):
             write_atomically(config.run_folder / METRICS, text)
             write_report(config.run_folder)
-        metrics = json.loads(text)
+        metrics = json.loads(text) | {"config": config.to_dict()}  # with whole paths, which the file leaves out
     run.accelerator.wait_for_everyone()
     run.log.note("saved in '%s': timm.create_model('local-dir:%s', pretrained=True) loads it", output, output)
     return metrics

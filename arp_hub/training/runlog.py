@@ -64,7 +64,7 @@ class RunLog:
         return tqdm(total=total, initial=done, desc=phase, unit="step", disable=None if self.main else True)
 
     def track(self, phase: str, step: int, values: dict[str, float]) -> None:
-        """Curves for the tracker."""
+        """Curves for the tracker. Steps count from the start of the run: some trackers drop those that fall back."""
         self.accelerator.log({f"{phase}/{name}": value for name, value in values.items()}, step=step)
 
     def epoch(self, entry: dict[str, Any]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from helpers import half_rank_plan
+from PIL import Image
 from safetensors.torch import load_file
 from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -223,6 +225,26 @@ def test_random_erasing_is_that_of_timm_and_keyed_by_image(mode):
     assert batch(slice(0, 16), img_size=24).shape[2:] == (24, 24)
 
 
+def test_random_erasing_does_not_depend_on_the_crop(tmp_path):
+    """Crops and erasing draw from the same generator, so that they need seeds of their own."""
+    for kind in "ab":
+        (tmp_path / "train" / kind).mkdir(parents=True)
+        grey = np.linspace(0, 255, 200).astype("uint8")[None].repeat(200, 0)  # its spread tells the width of a crop
+        Image.fromarray(grey).save(tmp_path / "train" / kind / "0.png")
+    model = timm.create_model("test_resnet", num_classes=2)
+
+    def batch(**changes):
+        data = load_data(str(tmp_path), model, augmentation=Augmentation(**changes))
+        jobs = [TrainBatch(torch.zeros(400, dtype=torch.long), seed=3, share=slice(0, 400))]
+        return next(iter(data.train.images.training(jobs, torch.device("cpu"), 0)))
+
+    plain, erased = batch(), batch(reprob=0.5)
+    width = plain[:, 0].flatten(1).amax(1) - plain[:, 0].flatten(1).amin(1)
+    changed = (plain != erased).flatten(1).any(1)
+    assert 120 < changed.sum() < 280
+    assert abs(float(width[changed].mean() - width[~changed].mean())) < 0.25 * float(width.std())
+
+
 def test_large_images_are_augmented_in_the_workers(shared):
     model = timm.create_model("test_resnet")
     source, device = str(shared / "data" / "imagenet-sample"), torch.device("cpu")
@@ -323,11 +345,24 @@ def test_sizes_of_training_and_test_images(tmp_path, caplog):
         ({"opt_kwargs": {"lr": 3}}, "opt_kwargs must not hold 'lr'.*set lr"),
         ({"torchcompile": "fast"}, "torchcompile: torch has no backend 'fast' here: choose from .*inductor"),
         ({"auto_augment": "sometimes"}, "auto_augment: timm knows no augmentation 'sometimes'"),
+        (
+            {"teacher": "OTHER SIZE", "distill": 0.5},
+            "teacher '.*' does not take the training images, which have 32 x 32 pixels .*: choose another teacher",
+        ),
+        ({"output": "."}, "output='.' names no folder to write: give one such as runs/mine"),
+        ({"output": "/"}, "output='/' names no folder to write"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(tmp_path, changes, words):
+    if changes.get("teacher") == "OTHER SIZE":
+        normalised = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # as the student's images
+        teacher = timm.create_model(
+            "test_vit", num_classes=10, img_size=96, dynamic_img_size=False, pretrained_cfg_overlay=normalised
+        )
+        changes = {**changes, "teacher": f"local-dir:{arp_hub.save_pretrained(teacher, tmp_path / 'teacher')}"}
     with pytest.raises(ArpHubError, match=words):
         run(config(tmp_path, **changes))
+    assert not (tmp_path / "out-run" / "checkpoints").exists()
     assert not (tmp_path / "out").exists()
 
 

@@ -1,6 +1,8 @@
 """Data sets by the names that timm's ``--dataset`` takes."""
 
+import io
 import shutil
+import tarfile
 
 import datasets
 import pytest
@@ -71,6 +73,45 @@ def test_classes_are_numbered_as_in_the_training_split(tmp_path, model):
         assert data.test.name == "validation"
         with pytest.raises(ArpHubError, match="split 'odd' has the class 'z', which the training split lacks"):
             load_data(name, model, data_dir=str(tmp_path), test_split="odd")
+
+
+LAYOUTS = {
+    "train and test": (["train", "test"], {}, "test"),
+    "train and val": (["train", "val"], {}, "validation"),
+    "only train": (["train"], {}, None),
+    "another spelling of train": (["Train", "val"], {}, "timm finds no folder of split 'train'"),
+    "no such test split": (["train"], {"test_split": "validation"}, "timm finds no folder of split 'validation'"),
+}
+
+
+@pytest.mark.parametrize("name", ["timm:", "timm:torch/image_folder"])
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_no_image_is_for_both_training_and_testing(tmp_path, model, case, name):
+    """Timm reads the whole folder where it finds none for a split."""
+    places, options, expected = LAYOUTS[case]
+    for number, place in enumerate(places):
+        for label, kind in enumerate("abc"):
+            (tmp_path / place / kind).mkdir(parents=True)
+            (tmp_path / place / kind / "0.png").write_bytes(png(20 * CLASSES * (number + 1) + label))
+    if expected and " " in expected:
+        with pytest.raises(ArpHubError, match=expected):
+            load_data(name, model, data_dir=str(tmp_path), **options)
+        return
+    data = load_data(name, model, data_dir=str(tmp_path), **options)
+    assert len(data.train) == 3 and data.class_names == ("a", "b", "c")
+    assert data.shares_images == (expected is None)
+    if expected:
+        assert data.test.name == expected and len(data.test) == 3 and not set(greys(data.train)) & set(greys(data.test))
+
+
+def test_a_tar_of_class_folders_is_refused(tmp_path, model):
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        for kind in "ab":
+            entry = tarfile.TarInfo(f"{kind}/0.png")
+            entry.size = len(png(40))
+            tar.addfile(entry, io.BytesIO(png(40)))
+    with pytest.raises(ArpHubError, match="tar archive of class folders.*unpack it"):
+        load_data("timm:", model, data_dir=str(tmp_path / "images.tar"))
 
 
 def test_one_folder_for_both_splits_is_told(folders, model, caplog):

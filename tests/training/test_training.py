@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from helpers import ON_TWO, both_ended_clean, search_path
 from hypothesis import given
@@ -26,6 +27,7 @@ from arp_hub.errors import ArpHubError
 from arp_hub.layers.model import count_params
 from arp_hub.training import TrainConfig, evaluate, load_data, run
 from arp_hub.training.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from arp_hub.training.loop import _Loop
 from arp_hub.training.runlog import RunLog, read_log
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -97,6 +99,41 @@ def test_statistics_of_batchnorm_stay_as_they_are_if_asked_to(tmp_path, frozen):
     assert all(same) if frozen else not any(same)
 
 
+@pytest.fixture
+def another_precision():
+    """Accelerate keeps the precision of a process from one run to the next."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield "bf16"
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_every_phase_has_mixed_precision(tmp_path, monkeypatch, another_precision):
+    """Accelerate marks a model that it has prepared, and would pass over it in the next phase."""
+    seen = []
+    settings = config(tmp_path, finetune_epochs=1, mixed_precision=another_precision, log_every=1)
+    begin = _Loop.run_to_end
+
+    def watched(self):
+        def watch(module, args):
+            if self.model.training:
+                seen.append((self.phase.name, torch.is_autocast_enabled("cpu")))
+
+        next(self.model.children()).register_forward_pre_hook(watch)  # inside of the forward that Accelerate replaces
+        return begin(self)
+
+    monkeypatch.setattr(_Loop, "run_to_end", watched)
+    run(settings)
+    assert {phase for phase, _ in seen} == {"dense", "compress", "finetune"} and all(on for _, on in seen)
+
+
+def test_trackers_get_steps_that_rise_throughout_a_run(tmp_path, monkeypatch):
+    """Some trackers, such as wandb, drop what comes with a lower step than before."""
+    steps = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: steps.append(step))
+    run(config(tmp_path, finetune_epochs=1, max_steps=3, log_every=1, val_fraction=0.1))
+    assert steps == sorted(steps) and set(steps) == set(range(1, 10))
+
+
 def test_a_run_leaves_a_report(finished):
     settings, metrics = finished
     page = (settings.run_folder / "report.html").read_text(encoding="utf-8")
@@ -120,8 +157,10 @@ def test_the_saved_model_is_the_one_that_was_measured(finished):
     assert scores["top1"] == metrics["top1"] == metrics["scores"]["finetuned"]["top1"]
     assert count_params(model) == metrics["params"] <= 0.5 * metrics["dense"]["params"]
     kept = json.loads((Path(settings.output) / "metrics.json").read_text())
-    for key in ("top1", "seed", "hardware", "versions", "seconds", "config", "scores"):
+    for key in ("top1", "seed", "hardware", "versions", "seconds", "scores"):
         assert kept[key] == json.loads(json.dumps(metrics[key]))
+    assert metrics["config"] == settings.to_dict()
+    assert kept["config"] == json.loads(json.dumps({**metrics["config"], "output": "out"}))  # no folder of this machine
 
 
 def test_with_no_penalty_the_fit_is_fine_tuned_and_a_run_goes_on_from_there(tmp_path):

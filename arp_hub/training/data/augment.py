@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from ...errors import ArpHubError
-from ..seeds import seeded
+from ..seeds import keyed_seed, seeded
 from .input_format import InputFormat, sent
 
 VARIATION = v2.Compose(
@@ -133,7 +133,7 @@ class Augmentation:
             # noise is drawn on the CPU, whose generator `seeded` sets
             erase = RandomErasing(self.reprob, mode=self.remode, max_count=self.recount, device="cpu")
             for image, seed in zip(images, seeds, strict=True):
-                with seeded(seed):
+                with seeded(keyed_seed(seed, "erase")):  # the crop has drawn from the seed itself
                     erase(image)
         return images
 

@@ -69,35 +69,60 @@ class TimmName:
         named = {"input_key": self.columns.image, "target_key": self.columns.label}
         keys: dict[str, Any] = {key: value for key, value in named.items() if value}
         try:
-            return create_dataset(self.name, root=root, split=split, **keys, **more)
+            found = create_dataset(self.name, root=root, split=split, **keys, **more)
         except Exception as error:  # readers, parsers and HTTP clients raise dozens of kinds
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ArpHubError(
                 f"timm cannot open split '{split}' of the data '{self.source}' with data_dir='{self.root}': "
                 f"{type(error).__name__}: {reason}"
             ) from error
+        if isinstance(getattr(found, "reader", None), ReaderImageInTar):  # workers would share its open file
+            raise ArpHubError(
+                f"data '{self.source}': '{self.root}' is a tar archive of class folders, which several workers cannot "
+                "read: unpack it, and give the folder"
+            )
+        return found
 
     def opened(self, **more: Any) -> dict[str, tuple[str, Any]]:
         """The splits for training and testing, each with timm's name. Without one for testing, the first alone."""
         name = self.splits[0] or "train"
-        train = {"train": (name, self.create(name, **more))}
+        first = self.create(name, **more)
+        train = {"train": (name, first)}
         if self.splits[1]:
-            return train | {"test": (self.splits[1], self.create(self.splits[1], **more))}
-        for name in ("validation", "test"):
+            test = self.create(self.splits[1], **more)
+            for inner, outer, whole in ((first, test, self.splits[1]), (test, first, name)):
+                if _contains(outer, inner):
+                    raise self._no_folder(whole)
+            return train | {"test": (self.splits[1], test)}
+        for split in ("validation", "test"):
             try:
-                test = self.create(name, **more)
+                test = self.create(split, **more)
             except ArpHubError:  # timm cannot tell which splits there are
                 continue
-            if _place(test) is not None and _place(test) == _place(train["train"][1]):
-                break  # timm reads the whole folder if it has none for a split
-            return train | {name: (name, test)}
+            if _contains(first, test):
+                raise self._no_folder(name)
+            if _contains(test, first) or (_place(test) is not None and _place(test) == _place(first)):
+                continue  # timm reads the whole folder if it has none for a split
+            return train | {split: (split, test)}
         return train
 
+    def _no_folder(self, split: str) -> ArpHubError:
+        return ArpHubError(
+            f"data '{self.source}': timm finds no folder of split '{split}' in data_dir='{self.root}', and would read "
+            "the images of all splits: call the folders train and validation, or give train_split and test_split"
+        )
 
-def _place(dataset: Any) -> Any:
+
+def _place(dataset: Any) -> Path | None:
     """The folder that is read, for data sets that look for one of each split."""
     reader = dataset.reader if isinstance(dataset, ImageDataset) else dataset
-    return reader.root if isinstance(reader, (ReaderImageFolder, ReaderImageInTar, ImageFolder)) else None
+    return Path(reader.root).resolve() if isinstance(reader, (ReaderImageFolder, ImageFolder)) else None
+
+
+def _contains(outer: Any, inner: Any) -> bool:
+    """Whether the folder of one data set lies inside that of another one."""
+    above, below = _place(outer), _place(inner)
+    return above is not None and below is not None and above in below.parents
 
 
 class TimmImages:
