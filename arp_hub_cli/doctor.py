@@ -121,8 +121,6 @@ def _devices() -> list[str]:
     import torch
 
     found = ["cpu"]
-    if torch.backends.mps.is_available():
-        found.append("mps")
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         found.append(f"cuda:{index} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)")

@@ -36,7 +36,7 @@ def plan_options(
     keep_latency: float | None,
     workload: Workload,
     schemes: str | None,
-    rank_multiple: int,
+    rank_multiple: int | None,
     exclude: str | None,
     plan: Path | None = None,
 ) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def plan_options(
             "--batch-size, --dtype, --channels-last, --runtime and --precision apply to --keep-latency only: give it "
             "too, or leave them out"
         )
-    if plan is not None and (schemes is not None or exclude is not None or rank_multiple != 1):
+    if plan is not None and (schemes is not None or exclude is not None or rank_multiple is not None):
         raise ArpHubError("--schemes, --exclude and --rank-multiple cannot change a given --plan: leave them out")
     for name, share in budget.items():
         if not 0 < share < 1:
@@ -65,7 +65,7 @@ def plan_options(
     for name in chosen or ():
         if name not in SCHEMES:
             raise ArpHubError(f"unknown scheme '{name}': choose from {', '.join(SCHEMES)}")
-    if rank_multiple < 1:
+    if rank_multiple is not None and rank_multiple < 1:
         raise ArpHubError(f"--rank-multiple must be at least 1, got {rank_multiple}")
     timed = {} if keep_latency is None else {"workload": workload}
     return {**budget, **timed, "schemes": chosen, "rank_multiple": rank_multiple, "exclude": _list(exclude)}
@@ -341,10 +341,9 @@ def _device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:
+        torch.empty(0, dtype=torch.float64, device=device)  # which Apple GPUs lack
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
         here = ["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
-        here += ["mps"] * torch.backends.mps.is_available()
         raise ArpHubError(f"cannot use --device {name}: choose one of {', '.join(here)}") from error
     return device
 

@@ -150,7 +150,10 @@ Schemes = Annotated[
     ),
 ]
 RankMultiple = Annotated[
-    int, fit_option(metavar="N", help="Ranks are multiples of this; with --keep-latency, 1 means 8.")
+    int | None,
+    fit_option(
+        metavar="N", help="Ranks are multiples of this; by default 1, or 8 with --keep-latency.", show_default=False
+    ),
 ]
 Exclude = Annotated[
     str | None,

@@ -19,7 +19,12 @@ from benchmarks.planning import heuristics, planning_profile, shared, smaller_he
 from benchmarks.rows import HERE, load_results, load_rows, results_file
 
 DOCS = HERE.parent / "docs"
-PAGES = (DOCS / "speed.md", DOCS / "how-to" / "refine.md", DOCS / "research" / "speed.md", DOCS / "research" / "experiments.md")
+PAGES = (
+    DOCS / "speed.md",
+    DOCS / "how-to" / "refine.md",
+    DOCS / "research" / "speed.md",
+    DOCS / "research" / "experiments.md",
+)
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.S)
 NAMES = {"resnet50": "ResNet-50", "vit_base_patch16_224": "ViT-B/16", "cifar_resnet20": "ResNet-20"}
 

@@ -45,7 +45,7 @@ def _command() -> str | None:
     path = Path(sys.argv[0] if sys.argv else "")
     if path.name in ("", "-c", "-m") or hasattr(sys, "ps1") or "ipykernel" in path.name:
         return None
-    return redact(shlex.join([_program(path), *(_without_machine(word) for word in sys.argv[1:])]))
+    return redact(shlex.join([_program(path), *(without_machine(word) for word in sys.argv[1:])]))
 
 
 def _program(path: Path) -> str:
@@ -58,14 +58,18 @@ def _program(path: Path) -> str:
     return path.name if ours else f"./{path.name}"
 
 
-def _without_machine(word: str) -> str:
-    """A word of a command line; of an absolute path, what is below the working directory, or else the last name."""
+def without_machine(word: str) -> str:
+    """A word of a command line, or the name of a model or of data, without the folders of this machine.
+
+    Of an absolute path, what is below the working directory stays, or else the last name.
+    """
     option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-    path = Path(value)
+    kind = next((kind for kind in ("local-dir:", "timm:", "wds:") if value.startswith(kind)), "")
+    path = Path(value.removeprefix(kind))
     if not path.is_absolute():
         return word
     here = Path.cwd()
-    return option + equals + (path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name)
+    return option + equals + kind + (path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name)
 
 
 def _hardware() -> dict[str, Any]:

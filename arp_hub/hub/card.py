@@ -89,6 +89,7 @@ def model_card(
         template_path=str(TEMPLATE),
         title=_title(name),
         name=name,
+        repository=_repository(name),
         project=_PROJECT,
         backbone=backbone,
         stock=not backbone.startswith("cifar_"),
@@ -99,7 +100,7 @@ def model_card(
         classes=config["num_classes"],
         dense=dense,
         tag=tag,
-        numbers=text.numbers(metrics, plan is not None, card_exports.int8(export, metrics.get("images"))),
+        numbers=text.numbers(metrics, plan is not None, card_exports.int8(export, metrics)),
         notes=text.notes(metrics),
         exports=card_exports.exports(export),
         stages=text.stages(metrics),
@@ -180,13 +181,21 @@ def _read_export(folder: Path) -> Any:
         return None
 
 
-def keep_by_hand(card: str, earlier: str) -> str:
-    """Copy the owner's edits from an earlier card into the new one.
+def keep_by_hand(card: str, *earlier: str) -> str:
+    """Copy the owner's edits from earlier cards into the new one. Of two cards that differ, the first counts.
 
     These are the text between the two owner's marks, and the keys of the head that arp_hub does not write.
     """
-    if (notes := by_hand(earlier)) and (place := _owner_place(card)):
+    notes = next(filter(None, map(by_hand, earlier)), "")
+    if notes and (place := _owner_place(card)):
         card = f"{card[: place.start]}{notes}\n{card[place.stop :]}"
+    for one in earlier:
+        card = _keep_head(card, one)
+    return card
+
+
+def _keep_head(card: str, earlier: str) -> str:
+    """Copy the owner's tags and entries from the head of an earlier card."""
     before, head = _head(earlier), _head(card)
     written = _GENERATED | (_OF_OTHER if head.get("license") != "other" else set())
     kept = {key: value for key, value in before.items() if key not in head and key not in written}
@@ -195,7 +204,7 @@ def keep_by_hand(card: str, earlier: str) -> str:
         return card
     head = {**head, **kept, "tags": [*_tags(head), *extra]}
     new = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
-    return f"---\n{new}---\n{card.split('---', 2)[2].lstrip()}"
+    return f"---\n{new}---\n{_parts(card)[2].lstrip()}"
 
 
 def by_hand(card: str) -> str:
@@ -221,7 +230,13 @@ def _license(name: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _title(name: str) -> str:
-    return name.partition(":")[2].rpartition("/")[2]
+    kind, _, rest = name.partition(":")
+    return (_repository(name).partition(":")[2] if kind == "hf-hub" else rest).rpartition("/")[2]
+
+
+def _repository(name: str) -> str:
+    """A name without its revision."""
+    return name.partition("@")[0] if name.startswith("hf-hub:") else name
 
 
 def _results(metrics: Mapping[str, Any]) -> list[EvalResult]:
@@ -245,12 +260,17 @@ def _results(metrics: Mapping[str, Any]) -> list[EvalResult]:
 
 def _head(card: str) -> dict[str, Any]:
     """The YAML head of a card, empty if it cannot be read."""
-    parts = card.split("---\n", 2)
+    parts = _parts(card)
     try:
         head = parse_yaml(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
     except ValueError:
         head = {}
     return head if isinstance(head, dict) else {}
+
+
+def _parts(card: str) -> list[str]:
+    """What stands before, in and behind the head of a card."""
+    return re.split(r"^---\n", card, maxsplit=2, flags=re.M)
 
 
 def _tags(head: Mapping[str, Any]) -> list[str]:

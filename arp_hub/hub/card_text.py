@@ -292,7 +292,7 @@ def _share_of_time(timing: Mapping[str, Any]) -> int:
 
 
 def _timings(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The measurements that compare with the dense form, as `arp_hub.bench.Benchmark.to_dict` gives them."""
+    """The measurements that compare with the dense form, as `Benchmark.to_dict` gives them."""
     return [timing for timing in metrics.get("latency", ()) if "ratio" in timing]
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
@@ -214,6 +215,11 @@ def _explain(error: BaseException) -> str:
     status = _status(error)
     if isinstance(error, RevisionNotFoundError):
         return "the repository has no such revision: choose one of its branches or tags"
+    if isinstance(error, GatedRepoError):
+        return (
+            "the repository is gated: accept its terms on its page on the Hub, then log in with a token that may read "
+            "gated repositories"
+        )
     if isinstance(error, RepositoryNotFoundError):
         return "there is no such repository, or it is private: check the name, or log in with `hf auth login`"
     if status in _ANSWERS:

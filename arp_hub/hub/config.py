@@ -72,6 +72,9 @@ def write_config(
     view._model_args = args | dict(model_args or {})
     check_arguments(view._model_args, f"the arguments of {name} cannot be saved: model_args must not hold")
     extra: dict[str, Any] = {"arp_hub": {"version": __version__}}
+    own = noted.get("label_names")  # timm keeps them in the cfg, transformers reads them beside it
+    if label_names is None and isinstance(own, (list, tuple)) and len(own) == num_classes:
+        label_names = own
     if label_names is not None:
         extra["label_names"] = _labels(label_names, num_classes)
     try:

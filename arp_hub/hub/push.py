@@ -48,7 +48,8 @@ def push_to_hub(
         model_or_folder: A timm model, decomposed or dense, or a folder written by `save_pretrained`.
         repo_id: ``user/name`` or ``organisation/name``; created if missing. Default namespace: the user's.
         token: A token with write access. Default: ``HF_TOKEN`` or the token of ``hf auth login``.
-        private: Whether a new repository is private. Default: the account's setting.
+        private: Whether a new repository is private; one that exists must be as asked for. Default: the account's
+            setting.
         revision: Branch to write to, by default ``main``; created from ``main`` if missing.
         tag: Tag for this version, such as ``v1``; the merged model gets the tag ``v1-dense``.
         create_pr: Open a pull request instead, without tag and merged model. The repository may belong to others.
@@ -70,7 +71,9 @@ def push_to_hub(
     branch = revision or MAIN
     dense = None if create_pr else dense_revision
     with open_repository(repo_id, token, create_pr) as target:
-        target.check(branch, [tag, *([dense_name(tag, dense)] if dense else [])] if tag else [], create_pr)
+        merged = dense and dense_name(branch, dense)
+        tags = [tag, *([dense_name(tag, dense)] if dense else [])] if tag else []
+        target.check([branch, *([merged] if merged else [])], tags, create_pr, private)
         options = _options(private, revision, tag, create_pr, dense_revision)
         options += _about(metrics or {}, commit_message)
         with _folder_of(model_or_folder, target.repo_id, metrics) as folder:
@@ -87,6 +90,8 @@ def push_to_hub(
                     tag=tag,
                     earlier_card=target.earlier_card,
                 )
+                if len(uploads) == 1 and not create_pr:
+                    target.warn_of_old_merged(merged or dense_name(branch, "dense"))
                 message = commit_message or f"Publish {target.repo_id.partition('/')[2]}{f' {tag}' if tag else ''}"
                 return target.publish(uploads, message, private=private, create_pr=create_pr)
 

@@ -69,12 +69,20 @@ class Repository:
             self.heads = {ref.name: ref.target_commit for ref in refs.branches}
             self.tags = {ref.name: ref.target_commit for ref in refs.tags}
 
-    def check(self, branch: str, tags: list[str], create_pr: bool) -> None:
+    def check(self, branches: Sequence[str], tags: Sequence[str], create_pr: bool, private: bool | None) -> None:
         """Check that the repository allows this push.
 
+        Args:
+            branches: The branches to write, that of the model first.
+            tags: The tags to set.
+            create_pr: Whether a pull request is opened in place of a commit.
+            private: Whether a new repository is private.
+
         Raises:
-            ArpHubError: If a tag is taken, the branch is a tag, or a pull request is impossible.
+            ArpHubError: If a tag is taken, a name would be both a branch and a tag or stand for two branches, the
+                repository is more or less public than asked for, or a pull request is impossible.
         """
+        branch = branches[0]
         if create_pr and (tags or branch != MAIN):
             raise ArpHubError("a pull request has no tag and goes to main: leave out tag and revision")
         self.look()
@@ -82,8 +90,29 @@ class Repository:
             raise ArpHubError(f"there is no repository '{self.repo_id}' to open a pull request in: check the name")
         for tag in filter(self.tags.__contains__, tags):
             raise ArpHubError(f"'{self.repo_id}' has the tag '{tag}' already: choose another tag")
-        if branch in self.tags:
-            raise ArpHubError(f"'{branch}' is a tag of '{self.repo_id}', not a branch: choose another revision")
+        for name in filter(self.tags.__contains__, branches):
+            raise ArpHubError(f"'{name}' is a tag of '{self.repo_id}', not a branch: choose another revision")
+        if len(set(branches)) < len(branches):
+            raise ArpHubError(f"the model and its merged form cannot both be '{branch}': choose another dense_revision")
+        for name in filter({MAIN, *branches, *self.heads}.__contains__, tags):
+            raise ArpHubError(f"the tag '{name}' would have the name of a branch: choose another tag")
+        if self.exists and private is not None and not create_pr:
+            public = not call(f"look at '{self.repo_id}'", self.api.repo_info, self.repo_id).private
+            if private == public:
+                found, asked = ("public", "private") if public else ("private", "public")
+                raise ArpHubError(
+                    f"'{self.repo_id}' exists and is {found}, so that a push does not make it {asked}: change that in "
+                    "its settings on the Hub, or leave private out"
+                )
+
+    def warn_of_old_merged(self, branch: str | None) -> None:
+        """Say so if the merged model on the Hub stays that of earlier weights."""
+        if branch in self.heads:
+            _logger.warning(
+                "the branch '%s' of '%s' stays as it is: it holds the merged model of an earlier push, not of this one",
+                branch,
+                self.repo_id,
+            )
 
     def earlier_card(self, branch: str) -> str:
         """The card on a branch before this push, or an empty text."""

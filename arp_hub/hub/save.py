@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .._utils.environment import environment
+from .._utils.environment import environment, without_machine
 from .._utils.files import read_text, replacing
 from .._utils.parse import parse_json, read_json
 from .._utils.secrets import redact
@@ -221,13 +221,13 @@ def _numbers(model: nn.Module, config: Mapping[str, Any], given: Mapping[str, An
 
 
 def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics after a round trip through JSON, without tokens.
+    """Metrics after a round trip through JSON, without tokens and without the folders of this machine.
 
     Raises:
         ArpHubError: If JSON cannot hold them.
     """
     try:
-        plain = parse_json(redact(json.dumps(dict(metrics), allow_nan=False)))
+        plain = parse_json(redact(json.dumps(_without_machine(dict(metrics)), allow_nan=False)))
     except (TypeError, ValueError, RecursionError) as error:
         raise ArpHubError(
             f"metrics must be what JSON holds (finite numbers, strings, lists, objects): {error}"
@@ -242,6 +242,21 @@ def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(plan, dict) or not isinstance(plan.get("dense", {}), dict):
         raise ArpHubError(f"metrics['plan'] must be a plan as RankPlan.to_dict gives it, got {plan!r:.100}")
     return plain
+
+
+_PLACES = frozenset("model data data_dir checkpoint teacher teacher_checkpoint output resume".split())
+"""Metrics and settings that may hold a path."""
+
+
+def _without_machine(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics and the settings of a run whose paths name no folder of this machine."""
+    found = {
+        name: without_machine(value) if name in _PLACES and isinstance(value, str) else value
+        for name, value in metrics.items()
+    }
+    if isinstance(config := metrics.get("config"), Mapping):
+        found["config"] = _without_machine(config)
+    return found
 
 
 def write_card(path: Path, card: str) -> None:

@@ -19,6 +19,7 @@ from ..errors import ArpHubError
 from ..layers.model import low_rank_layers
 from ..models._untrusted import read_config
 from .card import (
+    EXPORT_FILES,
     PICTURES,
     UNFIT,
     by_hand,
@@ -37,7 +38,7 @@ _METRICS_BYTES = 2**24
 """Largest ``metrics.json`` in bytes."""
 
 MAIN = "main"
-_ABOUT = ("base_model", "dataset", "license")
+_ABOUT = ("base_model", "dataset", "license", "license_link")
 """Metrics that also apply to the merged model."""
 
 
@@ -91,7 +92,8 @@ def stage(
     merged = None
     if dense_revision and low_rank_layers(model):
         to = dense_name(branch, dense_revision)
-        files = _merged(model, scratch / "dense", repo_id, to, numbers, earlier_card)
+        source = repo_id if branch == MAIN else f"{repo_id}@{branch}"
+        files = _merged(model, scratch / "dense", f"hf-hub:{repo_id}@{to}", source, numbers, earlier_card(to))
         merged = files and Upload(to, tag and dense_name(tag, dense_revision), files)
     made = scratch / "main"
     made.mkdir()
@@ -109,11 +111,11 @@ def stage(
         card = model_card(config, numbers, name, pictures=pictures, dense=dense, tag=tag, export=export)
     except UNFIT as error:
         raise _unfit(folder / METRICS, error) from error
-    here = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
+    here = _card_text(folder / CARD)
     _write_card(made / CARD, card, here, earlier_card(branch))
     files = {path.name: path for path in (folder / CONFIG, folder / WEIGHTS, *own, *made.iterdir())}
     for place in export_folders(folder):
-        files |= {f"{place.name}/{path.name}": path for path in place.iterdir() if _is_plain(path)}
+        files |= {f"{place.name}/{path.name}": path for path in place.iterdir() if _is_export(path)}
     uploads = [Upload(branch, tag, files), *([merged] if merged else [])]
     _check_texts(uploads)
     return uploads
@@ -131,8 +133,21 @@ def refresh_card(folder: Path) -> None:
         card = model_card(read_config(folder / CONFIG), numbers, name, pictures=pictures, export=read_export(folder))
     except UNFIT as error:
         raise _unfit(folder / METRICS, error) from error
-    earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
+    earlier = _card_text(path)
     write_atomically(path, keep_by_hand(card, earlier).encode("utf-8", "backslashreplace"))
+
+
+def _is_export(path: Path) -> bool:
+    """Whether a path is a file that export writes. Others in its folder are the owner's, and stay private."""
+    return path.name in EXPORT_FILES and _is_plain(path)
+
+
+def _card_text(path: Path) -> str:
+    """The card of a folder, or an empty text without one."""
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise ArpHubError(f"'{path}' is not UTF-8 ({error}): save it as UTF-8, or delete it") from error
 
 
 def _is_plain(path: Path) -> bool:
@@ -157,31 +172,40 @@ def dense_name(name: str, dense: str) -> str:
 def _merged(
     model: nn.Module,
     folder: Path,
-    repo_id: str,
-    branch: str,
+    name: str,
+    source: str,
     numbers: Mapping[str, Any],
-    earlier_card: Callable[[str], str],
+    earlier_card: str,
 ) -> dict[str, Path] | None:
-    """The merged model in the plain architecture, or None if that architecture cannot hold it."""
+    """The merged model in the plain architecture, or None if that architecture cannot hold it.
+
+    Args:
+        model: The decomposed model, which is merged in place.
+        folder: Where to write.
+        name: The name to load the merged model by.
+        source: The repository of the decomposed model, with its branch unless that is ``main``.
+        numbers: Metrics of the decomposed model.
+        earlier_card: The card of the merged model on the Hub.
+    """
     about = {key: numbers[key] for key in _ABOUT if numbers.get(key)}
     try:
-        save_pretrained(to_dense(model), folder, metrics={**about, "merged_from": repo_id, "command": None})
+        save_pretrained(to_dense(model), folder, metrics={**about, "merged_from": source, "command": None})
     except ArpHubError as error:
         if isinstance(error.__cause__, FAILED_WRITES):
             raise error.__cause__ from None
         _logger.warning("the merged model is left out: %s", error)
         return None
     config = read_config(folder / CONFIG)
-    card = model_card(config, _read_metrics(folder), f"hf-hub:{repo_id}@{branch}")
-    _write_card(folder / CARD, card, "", earlier_card(branch))
+    card = model_card(config, _read_metrics(folder), name)
+    _write_card(folder / CARD, card, "", earlier_card)
     return {path.name: path for path in folder.iterdir()}
 
 
 def _write_card(path: Path, card: str, here: str, there: str) -> None:
-    """Write a card with the owner's edits, taken from the Hub or, if there are none, from the local card."""
+    """Write a card with the owner's edits, those on the Hub before those in the local card."""
     if by_hand(here) and by_hand(there) and by_hand(here) != by_hand(there):
         _logger.warning("the owner's notes in the folder and on the Hub differ: the Hub's are kept, edit them there")
-    write_card(path, keep_by_hand(card, there if by_hand(there) or not by_hand(here) else here))
+    write_card(path, keep_by_hand(card, there, here))
 
 
 def _read_metrics(folder: Path) -> dict[str, Any]:

@@ -88,7 +88,10 @@ def arp_lowrank(
     """
     entrypoint = _entrypoint(backbone)
     rank_plan = plan if isinstance(plan, RankPlan) else RankPlan.from_dict(plan)
-    cfg = _merged_cfg(backbone, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None))
+    given = kwargs.pop("pretrained_cfg", None)
+    cfg = _merged_cfg(backbone, given, kwargs.pop("pretrained_cfg_overlay", None))
+    if not given:  # the plan is of the model as it is asked for: transformers passes no cfg beside it
+        cfg |= _asked_for(cfg, kwargs)
     if pretrained:
         cfg |= _weights_file(cfg, kwargs.get("cache_dir"))
     _check_saved(entrypoint, cfg, kwargs.get("pretrained_model_args"))
@@ -187,6 +190,15 @@ def backbone_cfg(backbone: str) -> dict[str, Any]:
     """The pretrained_cfg of a registered model, without the entries about its published weights."""
     own = timm.get_pretrained_cfg(backbone) or timm.get_pretrained_cfg(backbone.partition(".")[0]) or PretrainedCfg()
     return {key: value for key, value in own.to_dict(remove_source=True).items() if key not in OF_THE_WEIGHTS}
+
+
+def _asked_for(cfg: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a cfg that say how many classes and channels a model has, as the arguments say."""
+    channels, *size = cfg["input_size"]
+    return {
+        "num_classes": kwargs.get("num_classes", cfg["num_classes"]),
+        "input_size": (kwargs.get("in_chans", channels), *size),
+    }
 
 
 def _check_saved(entrypoint: Callable[..., nn.Module], cfg: Mapping[str, Any], saved: Any) -> None:

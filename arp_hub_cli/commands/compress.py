@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -83,7 +84,7 @@ def compress(
     label_key: LabelKey = None,
     streaming: Streaming = False,
     schemes: Schemes = None,
-    rank_multiple: RankMultiple = 1,
+    rank_multiple: RankMultiple = None,
     exclude: Exclude = None,
     calibration: Calibration = None,
     copies: Copies = None,
@@ -188,7 +189,7 @@ def compress(
     result: dict[str, Any] = {
         "model": model,
         "data": data,
-        **({"split": test.name} if test else {}),
+        **({"split": test.name} if test is not None else {}),
         "calibration_images": counts[0],
         "calibration_copies": counts[1],
         "effort": effort,
@@ -200,16 +201,16 @@ def compress(
         "dense": before,
         **after,
     }
-    names = found.class_names if found and test else ()
+    names = _names(network, found) if found is not None and test is not None else ()
     metrics = {
         **result,
         "base_model": None if checkpoint or random["random_weights"] else published_name(model, network),
         "dataset": hub_dataset(data),
-        "shared_images": bool(test and found and found.shares_images),
+        "shared_images": test is not None and found is not None and found.shares_images,
         "plan": made.to_dict(),
         "spectra": falls,
     }
-    if found and test:
+    if found is not None and test is not None:
         note_crop(network, found.form)
     with stage("save"):
         save_pretrained(network, output, metrics=metrics, label_names=names or None, overwrite=overwrite)
@@ -218,7 +219,7 @@ def compress(
         return
     what = "refined without labels" if refined else "no training"
     figures = ({**before, "bytes": before_bytes}, {**after, "bytes": after_bytes})
-    print_tables(before_after(f"{model}: {what}, {seconds:.0f} s", *figures, test.name if test else None))
+    print_tables(before_after(f"{model}: {what}, {seconds:.0f} s", *figures, test.name if test is not None else None))
     if refined:
         print(refinement_effect(refined))
     used = {
@@ -228,6 +229,13 @@ def compress(
         "--streaming": "" if streaming else None,
     }
     print(next_steps(output, used, test is not None, workload if keep_latency is not None else None))
+
+
+def _names(model: nn.Module, data: ImageData) -> tuple[str, ...]:
+    """Names of the classes for the saved model: those of the data, if the model has none and they say something."""
+    own = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
+    synsets = all(re.fullmatch(r"n\d{8}", name) for name in data.class_names)  # timm and transformers know their names
+    return () if synsets or len(own) == getattr(model, "num_classes", 0) else data.class_names
 
 
 def _figures(

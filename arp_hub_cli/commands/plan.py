@@ -60,7 +60,7 @@ def plan(
     label_key: LabelKey = None,
     streaming: Streaming = False,
     schemes: Schemes = None,
-    rank_multiple: RankMultiple = 1,
+    rank_multiple: RankMultiple = None,
     exclude: Exclude = None,
     calibration: Calibration = None,
     copies: Copies = None,

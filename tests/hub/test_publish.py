@@ -196,6 +196,74 @@ def test_branches_and_pull_requests(hub: HubServer, client: Client, folder: Path
     assert client.run(code, token=None).code == 0
 
 
+def test_what_lies_beside_an_export_stays_private(hub: HubServer, client: Client, folder: Path) -> None:
+    place = folder / "onnx"
+    place.mkdir()
+    for name in ("export.json", "model.onnx", "calibration.pt", ".env", "notes.txt"):
+        (place / name).write_bytes(b"{}")
+    try:
+        push(client, folder, NAME, "--no-dense")
+    finally:
+        shutil.rmtree(place)
+    assert {name for name in hub.repos[NAME].files() if "/" in name} == {"onnx/export.json", "onnx/model.onnx"}
+
+
+TAKEN = {
+    "one branch for both": (["--dense-revision", "main"], "cannot both be 'main': choose another --dense-revision"),
+    "a tag like the branch": (["--revision", "v1", "--tag", "v1"], "the tag 'v1' would have the name of a branch"),
+    "a tag like the merged branch": (["--tag", "dense"], "the tag 'dense' would have the name of a branch"),
+    "a tag like a branch that exists": (["--tag", "old"], "the tag 'old' would have the name of a branch"),
+    "a tag like main": (["--tag", "main"], "the tag 'main' would have the name of a branch"),
+    "a branch like a tag": (["--dense-revision", "v0"], "'v0' is a tag of 'alice/model', not a branch"),
+    "a public repository": (["--private"], "exists and is public, so that a push does not make it private"),
+}
+
+
+def test_names_and_visibility_are_checked_before_any_upload(hub: HubServer, client: Client, folder: Path) -> None:
+    push(client, folder, NAME, "--no-dense", "--tag", "v0")
+    push(client, folder, NAME, "--no-dense", "--revision", "old")
+    repo = hub.repos[NAME]
+    before = dict(repo.refs)
+    for words, message in TAKEN.values():
+        done = client.arp_hub("push", folder, NAME, *words, token=ALICE)
+        assert done.code == 2 and message in " ".join(done.err.split()), done.err
+        assert repo.refs == before
+    push(client, folder, NAME, "--no-private")
+
+
+def test_an_old_merged_model_is_named(hub: HubServer, client: Client, folder: Path) -> None:
+    push(client, folder, NAME)
+    done = client.arp_hub("push", folder, NAME, "--no-dense", token=ALICE)
+    assert done.code == 0 and "the branch 'dense' of 'alice/model' stays as it is" in " ".join(done.err.split())
+
+
+def test_a_card_that_is_no_text_is_named(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    folder = arp_hub.save_pretrained(low_rank_model("test_resnet", {"layer4.0.conv2": "cp"}), tmp_path / "mine")
+    (folder / "README.md").write_bytes("Grüße".encode("latin-1"))
+    done = client.arp_hub("push", folder, NAME, token=ALICE)
+    assert done.code == 2 and re.search(r"README.{1,3}md.* not UTF-8", " ".join(done.err.split())), done.err
+    assert "save it as UTF-8" in " ".join(done.err.split())
+    assert NAME not in hub.repos or not hub.repos[NAME].files().keys() & {"config.json"}
+
+
+def test_class_names_and_the_licence_are_those_of_the_model(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    """Also on the branch of the merged model, and after a push of a model that was loaded."""
+    model = low_rank_model("test_resnet", {"layer4.0.conv2": "channel"}, num_classes=2)
+    metrics = {"license": "my-licence", "license_link": "https://example.org/licence"}
+    folder = arp_hub.save_pretrained(model, tmp_path / "out", metrics=metrics, label_names=["cat", "dog"])
+    push(client, folder, NAME)
+    again = arp_hub.save_pretrained(load(folder), tmp_path / "again")
+    repo = hub.repos[NAME]
+    for config in (
+        repo.files()["config.json"],
+        repo.files("dense")["config.json"],
+        (again / "config.json").read_bytes(),
+    ):
+        assert json.loads(config)["label_names"] == ["cat", "dog"]
+    for branch in ("main", "dense"):
+        assert b"license_link: https://example.org/licence" in repo.files(branch)["README.md"]
+
+
 def test_latency_is_measured_for_the_card(hub: HubServer, client: Client, folder: Path) -> None:
     push(client, folder, NAME, "--no-dense", "--bench")
     files = hub.repos[NAME].files()

@@ -171,6 +171,19 @@ def test_numbers_are_counted_on_the_model(tmp_path: Path) -> None:
     assert numbers["versions"]["timm"] == timm.__version__ and numbers["hardware"]["cores"] == os.cpu_count()
 
 
+def test_metrics_name_no_folder_of_this_machine(tmp_path: Path) -> None:
+    """They are uploaded as they are."""
+    where = {"data": str(tmp_path / "photos"), "model": f"local-dir:{tmp_path / 'mine'}"}
+    config = {**where, "checkpoint": str(tmp_path / "a" / "w.safetensors"), "output": "runs/mine", "lr": 0.1}
+    folder = arp_hub.save_pretrained(small_model(), tmp_path / "out", metrics={**where, "config": config})
+    numbers = read(folder, "metrics.json")
+    assert (numbers["data"], numbers["model"]) == ("photos", "local-dir:mine")
+    assert numbers["config"] == {
+        "data": "photos", "model": "local-dir:mine", "checkpoint": "w.safetensors", "output": "runs/mine", "lr": 0.1
+    }  # fmt: skip
+    assert not [path.name for path in folder.iterdir() if str(tmp_path).encode() in path.read_bytes()]
+
+
 def test_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = {"top1": 91.234, "dense": {"top1": 92.5}, "seed": 3}
     folder = arp_hub.save_pretrained(small_model(), tmp_path / "my-model", metrics=metrics)

@@ -140,6 +140,19 @@ def test_only_what_must_be_dense_is_dense(tmp_path: Path) -> None:
         assert set(plan_of(load(folder, **arguments)).layers) == everything - dense
 
 
+@pytest.mark.parametrize(
+    "arguments", [{"num_classes": 100}, {"in_chans": 1}, {"num_classes": 100, "in_chans": 4}], ids=str
+)
+def test_built_as_transformers_builds_it(arguments: dict[str, int], tmp_path: Path) -> None:
+    """Without a pretrained_cfg, a plan is of the model that is asked for: no layer of it becomes dense."""
+    plan = {"conv1.0": "spatial", "fc": "channel", "layer1.0.conv1": "channel"}
+    folder = arp_hub.save_pretrained(low_rank_model("test_resnet", plan, **arguments), tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    model = timm.create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
+    assert set(plan_of(model).layers) == set(plan)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+
+
 def test_built_from_its_arguments_alone() -> None:
     plan = half_rank_plan(timm.create_model("resnet18"), {"layer1.0.conv1": "cp"})
     for given in (plan, plan.to_dict(), json.loads(plan.to_json())):

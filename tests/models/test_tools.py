@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from helpers import low_rank_model
 from torch import nn
 
 import arp_hub
@@ -63,6 +64,15 @@ def test_transformers(run_page: Any) -> None:
     page["wrapped"].save_pretrained("again")
     again = transformers.AutoModelForImageClassification.from_pretrained("again")
     torch.testing.assert_close(output(again, 1, 3, 160, 160).logits, expected)
+
+
+def test_transformers_loads_a_decomposed_classifier(tmp_path: Any) -> None:
+    """Of another number of classes than the backbone's, which transformers does not pass with a pretrained_cfg."""
+    transformers = pytest.importorskip("transformers")
+    model = low_rank_model("test_resnet", {"fc": "channel", "layer1.0.conv1": "channel"}, num_classes=100)
+    folder = arp_hub.save_pretrained(model, tmp_path / "out")
+    found = transformers.AutoModelForImageClassification.from_pretrained(folder)
+    torch.testing.assert_close(output(found, 1, 3, 96, 96).logits, output(model.eval(), 1, 3, 96, 96))
 
 
 def test_segmentation(run_page: Any) -> None:

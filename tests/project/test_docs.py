@@ -74,7 +74,7 @@ def test_the_total_of_faults_is_the_sum_of_its_rows():
     rows = [line.split(" | ") for line in PAGES["docs/faults.md"].splitlines() if line.startswith("| ")]
     tried = " ".join(re.sub(r"`[^`]*`|\[[^]]*\]\([^)]*\)", "", cells[1]) for cells in rows if len(cells) == 3)
     total = sum(int(one) * int(other or 1) for one, other in re.findall(r"(\d+)(?: \w+)?(?: × (\d+))?", tried))
-    assert f"the rows below count {total:,} situations" in PAGES["docs/faults.md"]
+    assert f"the rows below add up to {total:,} trials" in PAGES["docs/faults.md"]
 
 
 def test_commands_and_their_options_exist():
