@@ -91,7 +91,7 @@ def arp_lowrank(
     given = kwargs.pop("pretrained_cfg", None)
     cfg = _merged_cfg(backbone, given, kwargs.pop("pretrained_cfg_overlay", None))
     if not given:  # the plan is of the model as it is asked for: transformers passes no cfg beside it
-        cfg |= _asked_for(cfg, kwargs)
+        cfg |= _asked_for(cfg, kwargs, rank_plan)
     if pretrained:
         cfg |= _weights_file(cfg, kwargs.get("cache_dir"))
     _check_saved(entrypoint, cfg, kwargs.get("pretrained_model_args"))
@@ -192,11 +192,15 @@ def backbone_cfg(backbone: str) -> dict[str, Any]:
     return {key: value for key, value in own.to_dict(remove_source=True).items() if key not in OF_THE_WEIGHTS}
 
 
-def _asked_for(cfg: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _asked_for(cfg: Mapping[str, Any], kwargs: Mapping[str, Any], plan: RankPlan) -> dict[str, Any]:
     """The entries of a cfg that say how many classes and channels a model has, as the arguments say."""
     channels, *size = cfg["input_size"]
+    classes = kwargs.get("num_classes") or cfg["num_classes"]  # 0 takes the classifier away
+    ranks = [plan.layers[name].rank for name in names_of(cfg["classifier"]) if name in plan.layers]
     return {
-        "num_classes": kwargs.get("num_classes", cfg["num_classes"]),
+        "num_classes": classes
+        if max(ranks, default=0) <= classes
+        else cfg["num_classes"],  # of a plan for more classes
         "input_size": (kwargs.get("in_chans", channels), *size),
     }
 
