@@ -197,10 +197,10 @@ def _asked_for(cfg: Mapping[str, Any], kwargs: Mapping[str, Any], plan: RankPlan
     channels, *size = cfg["input_size"]
     classes = kwargs.get("num_classes") or cfg["num_classes"]  # 0 takes the classifier away
     ranks = [plan.layers[name].rank for name in names_of(cfg["classifier"]) if name in plan.layers]
+    if ranks and max(ranks) > classes:  # the plan is of a model with more classes
+        classes = cfg["num_classes"]
     return {
-        "num_classes": classes
-        if max(ranks, default=0) <= classes
-        else cfg["num_classes"],  # of a plan for more classes
+        "num_classes": classes,
         "input_size": (kwargs.get("in_chans", channels), *size),
     }
 

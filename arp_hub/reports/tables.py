@@ -135,10 +135,9 @@ def _number(value: int | None) -> str:
         return "not called"
     if value < 1e4:
         return str(value)
-    for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= 0.9995 * factor:  # what would round to 1000k is 1M
-            return f"{value / factor:.3g}{suffix}"
-    raise AssertionError(value)
+    # what would round to 1000k is 1M
+    factor, suffix = next(one for one in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= 0.9995 * one[0])
+    return f"{value / factor:.3g}{suffix}"
 
 
 def _figure(value: float | None) -> str:

@@ -112,7 +112,9 @@ def _saturates() -> bool:
 
     Weights of 7 bits avoid that (``reduce_range`` in ONNX Runtime's page on quantisation).
     """
-    return torch.cpu._is_avx2_supported() and not torch.cpu._is_vnni_supported()
+    capability = torch.backends.cpu.get_cpu_capability()
+    vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: capability == "AVX512")  # missing in torch 2.4
+    return capability.startswith("AVX") and not vnni()
 
 
 def _outputs(count: int) -> list[str]:

@@ -105,6 +105,20 @@ def test_a_dense_form_that_is_too_large_is_not_compared(
     assert "the comparison with the dense form is left out: the weights take" in caplog.text
 
 
+@pytest.mark.parametrize(("vnni", "largest"), [(True, 127), (False, 64)])
+def test_weights_have_seven_bits_where_products_overflow(
+    vnni: bool, largest: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni, raising=False)
+    done = arp_hub.export(FOLDER, tmp_path / "out", int8=True, images=IMAGES, seconds=0)
+    weights = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(done.file).graph.initializer]
+    found = [int(abs(weight.astype(int)).max()) for weight in weights if weight.dtype == "int8" and weight.ndim > 1]
+    assert found and max(found) in (largest - 1, largest)
+
+
 def test_preprocessing_is_that_of_the_model(tmp_path: Path) -> None:
     """A model of one channel has no mean of three; a small data set is resized without a crop."""
     grey = timm.create_model("test_resnet", in_chans=1)
