@@ -31,11 +31,12 @@ from .steps import Steps, learning, not_checkpointing
 LEAST_IMAGES = 20
 """Images that a refinement needs, so that a tenth of them can be held out."""
 _RATES = (1e-5, 3e-5, 1e-4, 3e-4)
-"""Learning rates that are tried, the lowest first; on the ViT 1e-5 to 3e-5 were best, and 3e-4 did harm."""
+"""Learning rates that are tried, the lowest first; on the ViT 1e-5 to 3e-5 were best, and 3e-4 did harm.
+
+Where the time is too short for trials, the second one is taken.
+"""
 _TRIAL = 0.02
 """Share of the work that each trial of a learning rate takes, and of the time that a measurement takes at most."""
-_FEW = 5
-"""Steps that a trial of a learning rate needs. Where they do not fit into the time, the rate is `_RATES[1]`."""
 
 
 @dataclass(frozen=True)
@@ -279,7 +280,7 @@ def _run(
             if clock.share() >= end:
                 continue
             if not progress.rate:
-                progress.rate = _best_rate(work, clock, by_blocks, least=_FEW if minutes is not None else 1)
+                progress.rate = _best_rate(work, clock, by_blocks, least=1 if minutes is None else 5)
                 progress.begin = clock.share()
             optimizer = work.optimizer()
             restore_moments(optimizer, work.parameters, tensors)

@@ -212,21 +212,32 @@ def test_many_images_hold_out_no_more_than_256():
 
 
 def test_measuring_takes_a_small_part_of_a_short_time(monkeypatch):
-    """A slow model measures on some of the held-out images, and has no trials of learning rates."""
+    """A slow model measures on some of the held-out images, and has no trials of learning rates.
+
+    The clock goes on by the images that the model computes, whatever the machine does.
+    """
     model, dense, images = pair("resnet")
-    rates, step = [], Steps.step
+    rates, step, computed, cost = [], Steps.step, 0, 0.0025
+
+    def compute(module: nn.Module, args: tuple[Tensor]) -> None:
+        nonlocal computed
+        computed += len(args[0])
+
+    model.register_forward_pre_hook(compute)
+    monkeypatch.setattr(time, "monotonic", lambda: computed * cost)
 
     def spy(self: Steps, optimizer: torch.optim.Optimizer, rate: float, number: int, by_blocks: bool) -> None:
         rates.append(rate)
         step(self, optimizer, rate, number, by_blocks)
 
     monkeypatch.setattr(Steps, "step", spy)
-    held_out = pixels(200, seed=7)
-    assert refine(copy.deepcopy(model), dense, images, held_out=held_out, minutes=0.1, batch_size=8).held_out == 200
+    held_out = pixels(40, seed=7)
+    slow = copy.deepcopy(model)
+    assert refine(model, dense, images, held_out=held_out, minutes=0.1, batch_size=8).held_out == 40
     assert len(rates) > 20 and max(rates) > 5e-5
     rates.clear()
-    model.register_forward_pre_hook(lambda module, args: time.sleep(0.01 * len(args[0])))
-    found = refine(model, dense, images, held_out=held_out, minutes=0.1, batch_size=8)
+    cost = 0.02
+    found = refine(slow, dense, images, held_out=held_out, minutes=0.1, batch_size=8)
     assert found.held_out == 32 and found.after <= found.before
     assert len(rates) > 10 and 1e-5 < max(rates) < 3.1e-5
 
