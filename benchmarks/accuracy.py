@@ -70,7 +70,7 @@ class Row:
     refine: float = 0.0
     refine_images: int | None = None
     seed: int = SEED
-    train: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 BUDGETS = {
@@ -120,7 +120,7 @@ def _rows() -> dict[str, Row]:
             rows[f"refine-{minutes}/{network}/{keep}"] = Row(network, keep, refine=minutes)
     for network, keep in (("lite0", 0.7), ("vit", 0.5)):
         for seed in (1, 2):
-            rows[f"seed-{seed}/{network}/{keep}"] = Row(network, keep, seed=seed)
+            rows[f"seed-{seed}/{network}/{keep}"] = Row(network, keep, refine=15, seed=seed)
     for keep in BUDGETS["resnet20"]:
         rows[f"uniform-cp/resnet20/{keep}"] = Row("resnet20", keep, uniform="cp")
     for name, schemes in SCHEME_SETS.items():
@@ -229,38 +229,55 @@ def _short(row: dict[str, Any]) -> str:
 
 
 def measure_fit(row: Row, shared: Path) -> dict[str, Any]:
-    """Plan and decompose without training, and evaluate on the test images."""
+    """Plan and decompose without training, refine if the row does, and evaluate on the test images."""
     dense = _dense(row.network, shared)
+    if row.peer:
+        return {**measure_peer(row, dense, shared), "dense": dense}
+    fitted, fit = _fit(dataclasses.replace(row, refine=0.0, refine_images=None), shared)
+    if not row.refine:
+        return {**fit, "dense": dense}
+    model, small = load_network(row.network, shared), copy.deepcopy(fitted)
+    refinement = refine_without_labels(row, model, small, shared)
+    refined = evaluate(small, test_images_of(row.network, model, shared))
+    before = {name: fit[name] for name in refined}
+    return {**fit, **refined, "fit": before, "refinement": refinement, "dense": dense}
+
+
+def measure_peer(row: Row, dense: Mapping[str, Any], shared: Path) -> dict[str, Any]:
+    """Compress by a plain activation-aware SVD, and evaluate."""
+    model = load_network(row.network, shared)
+    used = NETWORKS[row.network].images if row.images is None else row.images
+    images = calibration_of(row.network, model, shared, used, copies=0, seed=row.seed)
+    began = time.perf_counter()
+    peer = activation_svd(model, row.keep, images, row.peer)
+    seconds = round(time.perf_counter() - began, 1)
+    measured = {"params": peer.params, "macs": dense["macs"] - peer.saved_macs, "calibration_images": used}
+    tested = evaluate(peer.model, test_images_of(row.network, model, shared))
+    return {**tested, **measured, "seconds_decompose": seconds}
+
+
+@functools.lru_cache(maxsize=1)
+def _fit(row: Row, shared: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The fit, and what was measured of it: the same for all rows that only refine it differently."""
     torch.manual_seed(row.seed)
     model, images = load_network(row.network, shared), None
-    test = test_images_of(row.network, model, shared)
     used = NETWORKS[row.network].images if row.images is None else row.images
     if used:
-        images = calibration_of(row.network, model, shared, used, copies=0 if row.peer else None, seed=row.seed)
+        images = calibration_of(row.network, model, shared, used, seed=row.seed)
     began = time.perf_counter()
-    if row.peer and images is not None:
-        peer = activation_svd(model, row.keep, images, row.peer)
-        measured = {"params": peer.params, "macs": dense["macs"] - peer.saved_macs, "calibration_images": used}
-        seconds = round(time.perf_counter() - began, 1)
-        return {**evaluate(peer.model, test), **measured, "seconds_decompose": seconds, "dense": dense}
     if row.uniform:
         plan = uniform_plan(model, row.keep, row.uniform)
     else:
         plan = arp_hub.make_plan(model, keep_params=row.keep, schemes=row.schemes or None, calibration=images)
     planned = time.perf_counter()
     small, fitted = arp_hub.decompose(copy.deepcopy(model), plan, images), time.perf_counter()
-    refined = {}
-    if row.refine:
-        refined = {"fit": evaluate(small, test), "refinement": refine_without_labels(row, model, small, shared)}
-    return {
-        **evaluate(small, test),
+    return small, {
+        **evaluate(small, test_images_of(row.network, model, shared)),
         **_counts(small),
         "calibration_images": used,
         "calibration_copies": 0 if images is None else len(images) // used - 1,
         "seconds_plan": round(planned - began, 1),
         "seconds_decompose": round(fitted - planned, 1),
-        **refined,
-        "dense": dense,
         "plan": plan.to_dict(),
     }
 

@@ -88,7 +88,8 @@ accuracy ([ablations](ablations.md)). `long/resnet110/0.35` trained the dense ne
 ![Points of top-1 lost over the share of parameters kept](../img/accuracy.png)
 """
 OVER_TIME = """
-What time buys: planning, fitting and refinement without labels. Each point is a run of its own on one thread.
+What time buys: planning, fitting and refinement without labels. Each point is a refinement of its own from the
+fit, on one thread.
 
 ![Points of top-1 lost over minutes of one CPU thread](../img/accuracy_over_time.png)
 """
@@ -165,7 +166,9 @@ def _part(name: str, row: Mapping[str, Any]) -> str:
         return f"{row['calibration_images']:,} calibration images"
     if kind.startswith("refine-"):
         return f"refined for {kind.removeprefix('refine-')} min without labels"
-    return kind.replace("-", " ") if kind.startswith("seed") else part
+    if kind.startswith("seed-"):
+        return ("refined for 15 min, " if "refinement" in row else "") + kind.replace("-", " ")
+    return part
 
 
 def _network(network: str, title: str, results: Results) -> str:
