@@ -16,6 +16,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from arp_hub.errors import ArpHubError
+from arp_hub.models.label_names import label_names
 from arp_hub.reports.tables import printable
 from arp_hub.training.data.decoding import ImageFiles, decoded, survey
 from arp_hub.training.data.images import StreamedImages
@@ -91,9 +92,7 @@ class Classifier:
 def class_names(model: nn.Module) -> Sequence[str]:
     """Names of the classes: those saved with the model, or ImageNet's for weights of timm; empty if unknown."""
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
-    classes = getattr(model, "num_classes", 0)
-    names = cfg.get("label_names") or ()
-    if len(names) == classes:
+    if names := label_names(model):
         described = cfg.get("label_descriptions") or {}
         return [str(described.get(name, name)) if isinstance(described, Mapping) else str(name) for name in names]
     subset = infer_imagenet_subset(model)

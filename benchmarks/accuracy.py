@@ -28,7 +28,8 @@ from torch import nn
 
 import arp_hub
 from arp_hub._utils.environment import environment
-from arp_hub.hub.card import PICTURES, draw_pictures, keep_by_hand, model_card, read_export
+from arp_hub.hub.card import PICTURES, draw_pictures, keep_by_hand, model_card
+from arp_hub.hub.export_files import read_export
 from arp_hub.hub.save import CARD, CONFIG, METRICS
 from arp_hub.layers.low_rank import layer_shape
 from arp_hub.layers.model import count_params

@@ -21,12 +21,13 @@ from .._utils.progress import stage
 from .._utils.torch_utils import ambient_modes_off
 from ..calibration.images import Images, batches, check_normalised
 from ..errors import ArpHubError, cause, checked_path
-from ..hub.card import EXPORT
+from ..hub.export_files import EXPORT, weights_digest
 from ..hub.load import load_model, with_prefix
 from ..hub.save import is_saved_folder
 from ..hub.staging import refresh_card
 from ..layers.model import check_model, check_weights, count_params
 from ..layers.trace import InputSize, input_size_of
+from ..models.label_names import label_names
 from ..runtimes.capture import Captured
 from ..runtimes.formats import runtime_of
 from ..runtimes.runtime import INPUT, OUTPUT
@@ -140,6 +141,11 @@ def export(
     test = calibration if test_images is None else _checked(test_images, "test_images", network, size)
     classes = None if test is None or test_labels is None else _classes(test_labels, len(test))
     captured = Captured.of(network, size, batch_size, dynamic_batch)
+    if classes is not None and not 0 <= int(classes.min()) <= int(classes.max()) < captured.classes:
+        raise ArpHubError(
+            f"test_labels go from {int(classes.min())} to {int(classes.max())}, the model has {captured.classes} "
+            "classes: count them from 0, in the order of the model"
+        )
     source = "test" if test_images is not None else "random" if test is None else "calibration"
     check = Check.of(captured, source, captured.example() if test is None else test, classes)
     split = (
@@ -235,19 +241,16 @@ def _checked(images: Images, what: str, model: nn.Module, size: InputSize) -> Te
 
 def _description(model: nn.Module, captured: Captured, job: Job) -> dict[str, Any]:
     """What a program needs to know to run the file, and what the file is."""
-    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     batch = "batch" if captured.dynamic_batch else captured.batch_size
     found = timm.data.resolve_data_config({}, model=model)
-    names = list(cfg.get("label_names") or ())
-    if len(names) != captured.classes:  # names of the old classifier, if it was replaced
-        names = []
+    names = label_names(model) if captured.classes == getattr(model, "num_classes", None) else ()
     return {
         "format": job.runtime.name,
         "precision": job.precision,
         "input": {"name": INPUT, "shape": [batch, *captured.input_size], "dtype": "float32"},
         "output": {"name": OUTPUT, "shape": [batch, captured.classes], "dtype": "float32"},
         "num_classes": captured.classes,
-        **({"label_names": names} if names else {}),
+        **({"label_names": list(names)} if names else {}),
         "preprocessing": {
             "input_size": list(captured.input_size),
             # a model of other than three channels may have numbers for three in its config
@@ -255,5 +258,6 @@ def _description(model: nn.Module, captured: Captured, job: Job) -> dict[str, An
             **{key: found[key] for key in ("interpolation", "crop_pct", "crop_mode")},
         },
         "params": count_params(model),
+        "weights": weights_digest(model.state_dict()),
         **({"calibration_images": sum(len(batch) for batch in job.calibration)} if job.calibration else {}),
     }

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from ..errors import ArpHubError, check_writable, checked_path
-from ..hub.card import EXPORT, EXPORT_FILES
+from ..hub.export_files import EXPORT, EXPORT_FILES
 
 
 def check_output(output: str | os.PathLike[str], model: str | None, overwrite: bool) -> Path:

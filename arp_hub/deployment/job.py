@@ -135,7 +135,7 @@ class Job:
         count = captured.batch_size
         images = check.images[torch.arange(count) % len(check.images)].contiguous()
         runs, dense = {"model": exported.run}, None
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps loaded files
             if low_rank_layers(captured.model):
                 merged = replace(captured, model=to_dense(copy.deepcopy(captured.model)))
                 try:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .._utils.parse import parse_yaml, read_json
+from .._utils.parse import parse_yaml
 from ..reports.model_figures import decays_figure, moved, ranks_figure, violation_figure
 from ..reports.plots import can_draw, save_figure
 from . import card_exports
@@ -18,9 +18,6 @@ from . import card_text as text
 from .card_names import command, plain_data_name
 
 TEMPLATE = Path(__file__).with_name("templates") / "card.md"
-EXPORT = "export.json"
-EXPORT_FILES = frozenset({EXPORT, "model.onnx", "model.xml", "model.bin", "model.pt2"})
-"""Files of an export: the first describes the others."""
 PICTURES = {
     "ranks.png": "Rank and parameters of each decomposed layer",
     "spectra.png": "Singular values of each dense layer in its scheme: the plan keeps the coloured part",
@@ -46,7 +43,8 @@ _TAGS, _TAGS_OF_DECOMPOSED = ("arp-hub", "timm"), ("low-rank", "model-compressio
 """Tags of every card, and of those of decomposed models."""
 _OF_OTHER = {"license_name", "license_link"}
 """Keys of the card's head that name a license which the Hub does not list."""
-_GENERATED = frozenset(ModelCardData(model_name="").__dict__) - {"language", *_OF_OTHER}
+_RELATION = "finetune"
+_GENERATED = {*ModelCardData(model_name="").__dict__, "base_model_relation", "model-index"} - {"language", *_OF_OTHER}
 """Keys of the card's head that every push writes; keys that an owner adds are kept."""
 
 
@@ -73,8 +71,8 @@ def model_card(
         pictures: Pictures in the card's folder, named as in `PICTURES`.
         dense: Revision that holds the merged model, if any.
         tag: Tag of this version, if any.
-        export: The folder's exports, as `read_export` finds them, if any: the card lists them, and its table has a
-            column for an int8 model.
+        export: The folder's exports, as `export_files.read_export` finds them, if any: the card lists them, and its
+            table has a column for an int8 model.
 
     Returns:
         Markdown with a YAML head, in the Hub's format.
@@ -98,6 +96,7 @@ def model_card(
         summary=text.summary(metrics),
         accuracy=text.accuracy(metrics),
         classes=config["num_classes"],
+        channels=metrics["input_size"][0],
         dense=dense,
         tag=tag,
         numbers=text.numbers(metrics, plan is not None, card_exports.int8(export, metrics)),
@@ -129,7 +128,7 @@ def card_data(config: Mapping[str, Any], metrics: Mapping[str, Any], name: str) 
         **_license(metrics.get("license") or config["pretrained_cfg"].get("license"), metrics),
         pipeline_tag="image-classification" if config["num_classes"] else "image-feature-extraction",
         base_model=base,
-        base_model_relation="finetune" if base else None,
+        base_model_relation=_RELATION if base else None,
         datasets=[dataset] if dataset else None,
         metrics=["accuracy"] if results else None,
         tags=[*_TAGS, *(_TAGS_OF_DECOMPOSED if decomposed else ())],
@@ -159,28 +158,6 @@ def draw_pictures(folder: Path, metrics: Mapping[str, Any]) -> list[str]:
     return list(figures)
 
 
-def read_export(folder: Path) -> Any:
-    """The content of a folder's ``export.json``, which ``arp-hub export`` writes; None without one that can be read.
-
-    If the exports lie in folders of their own in this one, their contents by the names of these folders.
-    """
-    found = _read_export(folder)
-    return found or {place.name: read for place in export_folders(folder) if (read := _read_export(place))} or None
-
-
-def export_folders(folder: Path) -> list[Path]:
-    """The exports in a folder: the folders in it that hold an ``export.json``, without links."""
-    places = sorted(place for place in folder.iterdir() if place.is_dir() and not place.is_symlink())
-    return [place for place in places if (place / EXPORT).is_file()]
-
-
-def _read_export(folder: Path) -> Any:
-    try:
-        return read_json(folder / EXPORT)
-    except (OSError, ValueError):
-        return None
-
-
 def keep_by_hand(card: str, *earlier: str) -> str:
     """Copy the owner's edits from earlier cards into the new one. Of two cards that differ, the first counts.
 
@@ -197,14 +174,32 @@ def keep_by_hand(card: str, *earlier: str) -> str:
 def _keep_head(card: str, earlier: str) -> str:
     """Copy the owner's tags and entries from the head of an earlier card."""
     before, head = _head(earlier), _head(card)
-    written = _GENERATED | (_OF_OTHER if head.get("license") != "other" else set())
+    written = _GENERATED - {key for key in _origin_by_hand(before) if key not in head}
+    if head.get("license", "other") != "other":
+        written |= _OF_OTHER
     kept = {key: value for key, value in before.items() if key not in head and key not in written}
+    if "base_model" in kept and "base_model_relation" in before:
+        kept["base_model_relation"] = before["base_model_relation"]
     extra = [tag for tag in _tags(before) if tag not in (*_tags(head), *_TAGS, *_TAGS_OF_DECOMPOSED)]
     if not kept and not extra:
         return card
     head = {**head, **kept, "tags": [*_tags(head), *extra]}
     new = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
     return f"---\n{new}---\n{_parts(card)[2].lstrip()}"
+
+
+def _origin_by_hand(head: Mapping[str, Any]) -> set[str]:
+    """Keys that a push writes if it knows them, where the owner may have written them in this head.
+
+    A push gives its base the relation `_RELATION`, and lists its data set in the results, too.
+    """
+    keys = {"license"}
+    if head.get("base_model_relation") != _RELATION:
+        keys |= {"base_model"}
+    named, results = head.get("datasets"), str(head.get("model-index"))
+    if not (isinstance(named, list) and any(str(name) in results for name in named)):
+        keys |= {"datasets"}
+    return keys
 
 
 def by_hand(card: str) -> str:

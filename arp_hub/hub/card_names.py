@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+import timm
+
 from .._utils.environment import MODULE, RECIPES
 
 _DATA = {
@@ -38,6 +40,9 @@ _OWN_OPTIONS = {
 
 _FILES = (".safetensors", ".pth", ".pt", ".bin", ".json", ".yaml", ".yml")
 """Endings of files that only the author has."""
+_FILE_OPTIONS = ("--checkpoint", "--plan", "--teacher-checkpoint")
+"""Options whose value is a file, whatever its name."""
+_MODEL_OPTIONS = ("--model", "--teacher")
 
 
 def data_name(metrics: Mapping[str, Any]) -> str:
@@ -102,7 +107,11 @@ def command(metrics: Mapping[str, Any]) -> str:
                 values = [metrics["dataset"]]
             if values != ["digits"] and not metrics.get("dataset"):
                 return ""
-        elif any(_is_local(value) for value in values):
+        elif (
+            option in _FILE_OPTIONS
+            or (option in _MODEL_OPTIONS and not all(_is_published(value) for value in values))
+            or any(_is_local(value) for value in values)
+        ):
             return ""
         kept += [option, *values]
     if isinstance(count := metrics.get("processes"), int) and count > 1 and printed.startswith("python "):
@@ -126,6 +135,11 @@ def _options(words: list[str]) -> list[tuple[str, list[str]]] | None:
 
 def _is_full(option: tuple[str, list[str]]) -> bool:
     return len(option[1]) >= _OWN_OPTIONS.get(option[0], 1_000)
+
+
+def _is_published(model: str) -> bool:
+    """Whether a name is one of timm's or the Hub's, rather than a folder's."""
+    return model.startswith("hf-hub:") or timm.is_model(model.partition(".")[0])
 
 
 def _is_local(word: str) -> bool:

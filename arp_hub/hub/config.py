@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import get_model_input_config
 from timm.models._hub import save_config_for_hf
 from timm.utils import reparameterize_model
 from torch import nn
@@ -22,7 +23,9 @@ from ..errors import ArpHubError
 from ..layers.apply_plan import plan_of
 from ..layers.cfg_names import with_layer_names
 from ..models._untrusted import BAD_CONFIG, check_arguments
+from ..models.label_names import label_names as names_of
 from ..models.lowrank import NAME, OF_THE_WEIGHTS, OURS, backbone_cfg
+from .load import set_input_size
 
 
 def write_config(
@@ -68,13 +71,15 @@ def write_config(
     noted = getattr(model, "pretrained_cfg", None) or base
     view.pretrained_cfg = with_layer_names({k: value for k, value in noted.items() if k not in OF_THE_WEIGHTS})
     view._traits = with_layer_names(getattr(model, "_traits", {}))
+    size = get_model_input_config(model)["input_size"]  # with img_size= and in_chans= in it
+    if noted.get("input_size") and tuple(noted["input_size"]) != tuple(size):
+        set_input_size(view, size)
     view.pretrained_cfg["architecture"] = NAME if plan.layers else name
     view._model_args = args | dict(model_args or {})
     check_arguments(view._model_args, f"the arguments of {name} cannot be saved: model_args must not hold")
     extra: dict[str, Any] = {"arp_hub": {"version": __version__}}
-    own = noted.get("label_names")  # timm keeps them in the cfg, transformers reads them beside it
-    if label_names is None and isinstance(own, (list, tuple)) and len(own) == num_classes:
-        label_names = own
+    if label_names is None:  # timm keeps them in the cfg, transformers reads them beside it
+        label_names = names_of(model) or None
     if label_names is not None:
         extra["label_names"] = _labels(label_names, num_classes)
     try:

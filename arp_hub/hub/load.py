@@ -105,7 +105,10 @@ def load_model(
 
 
 def set_input_size(model: nn.Module, size: InputSize) -> None:
-    """Note a size in a model's pretrained_cfg, from which timm and arp_hub take the transforms of its data."""
+    """Set the size of a model's images: its pretrained_cfg notes it, and position embeddings are resized to it."""
+    resize: Any = getattr(model, "set_input_size", None)
+    if resize is not None and tuple(get_model_input_config(model)["input_size"])[1:] != tuple(size)[1:]:
+        resize(img_size=tuple(size)[1:])
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     changes: dict[str, Any] = {"input_size": tuple(size), "test_input_size": None}
     if tuple(cfg.get("input_size") or ())[1:] != tuple(size)[1:]:
@@ -281,7 +284,7 @@ def _create_saved(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Mod
     if architecture == "arp_lowrank" or not timm.is_model(architecture):
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     args, cfg = check_args(config.get("model_args", {}), place), dict(config.get("pretrained_cfg", {}))
-    cfg |= {key: config[key] for key in ("num_classes",) if key in config}
+    cfg |= {key: config[key] for key in ("num_classes", "label_names") if key in config}
     check_cfg(cfg, place)
     if not pretrained:
         return timm.create_model(name, pretrained=False, **kwargs)

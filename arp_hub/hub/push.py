@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from torch import nn
 
 from ..errors import ArpHubError, checked_path
@@ -139,12 +139,15 @@ def download(
     """
     name, _, at = repo_id.removeprefix("hf-hub:").partition("@") if isinstance(repo_id, str) else (repo_id, "", "")
     check_name(name)
+    revision = revision or at or None
+    if local_dir is not None:  # huggingface_hub gives back whatever lies there if it cannot reach the Hub
+        revision = call(f"look at '{name}'", HfApi(token=token).repo_info, name, revision=revision).sha
     folder = Path(
         call(
             f"download '{name}'",
             snapshot_download,
             name,
-            revision=revision or at or None,
+            revision=revision,
             token=token,
             cache_dir=cache_dir,
             local_dir=local_dir,

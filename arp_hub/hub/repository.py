@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,12 +18,15 @@ from huggingface_hub.utils import validate_repo_id
 
 from .._utils.secrets import remember
 from ..errors import ArpHubError
-from .card import EXPORT, EXPORT_FILES, PICTURES
+from .card import PICTURES
 from .client import FAILURES, ODD_ANSWERS, HubFailure, call, explain, plain_uploads, uses_xet
+from .export_files import EXPORT, EXPORT_FILES
 from .save import CARD, WEIGHTS
 from .staging import MAIN, Upload
 
 _logger = logging.getLogger(__name__)
+_NO_REF = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|(^|/)\.|\.lock(/|$)|^[-/]|[/.]$|^@?$")
+"""What no branch or tag of git may have in its name (``git check-ref-format``)."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,12 @@ class Repository:
             private: Whether a new repository is private.
 
         Raises:
-            ArpHubError: If a tag is taken, a name would be both a branch and a tag or stand for two branches, the
-                repository is more or less public than asked for, or a pull request is impossible.
+            ArpHubError: If git takes no such name, a tag is taken, a name would be both a branch and a tag or stand for
+                two branches, the repository is more or less public than asked for, or a pull request is impossible.
         """
         branch = branches[0]
+        for name in filter(_NO_REF.search, (*branches, *tags)):
+            raise ArpHubError(f"{name!r} cannot name a branch or a tag in git: use letters, digits, '.', '-' and '_'")
         if create_pr and (tags or branch != MAIN):
             raise ArpHubError("a pull request has no tag and goes to main: leave out tag and revision")
         self.look()

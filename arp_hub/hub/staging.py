@@ -18,17 +18,8 @@ from ..decomposition import to_dense
 from ..errors import ArpHubError
 from ..layers.model import low_rank_layers
 from ..models._untrusted import read_config
-from .card import (
-    EXPORT_FILES,
-    PICTURES,
-    UNFIT,
-    by_hand,
-    draw_pictures,
-    export_folders,
-    keep_by_hand,
-    model_card,
-    read_export,
-)
+from .card import PICTURES, UNFIT, by_hand, draw_pictures, keep_by_hand, model_card
+from .export_files import EXPORT_FILES, export_folders, read_export
 from .load import load_model
 from .save import CARD, CONFIG, FAILED_WRITES, METRICS, WEIGHTS, plain_metrics, save_pretrained, write_card, write_json
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from .._utils.torch_utils import evaluating
 from ..errors import ArpHubError
+from ..models.label_names import label_names
 from .data.images import progress
 from .data.splits import Split, StreamedSplit
 
@@ -76,7 +77,7 @@ def why_not_measured(model: nn.Module, split: Split | StreamedSplit) -> str | No
     """Why the labels of a split do not fit the classes of a model; None if no mismatch is known."""
     if split.label_range is None:
         return f"split '{split.name}' has no labels"
-    ours, theirs = split.class_names, (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
+    ours, theirs = split.class_names, label_names(model)
     classes = getattr(model, "num_classes", None)
     if not isinstance(classes, int):
         return None
@@ -87,7 +88,7 @@ def why_not_measured(model: nn.Module, split: Split | StreamedSplit) -> str | No
         return f"split '{split.name}' has the label {lowest}: correct the labels"
     if ours and list(ours) != list(theirs) and sorted(ours) == sorted(theirs):
         return (
-            f"the model has the classes of split '{split.name}' in another order ({', '.join(list(theirs)[:3])}, ...): "
+            f"the model has the classes of split '{split.name}' in another order ({', '.join(theirs[:3])}, ...): "
             "number the classes of the data in the order of the model"
         )
     return None

@@ -233,9 +233,10 @@ def compress(
 
 def _names(model: nn.Module, data: ImageData) -> tuple[str, ...]:
     """Names of the classes for the saved model: those of the data, if the model has none and they say something."""
-    own = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
+    from arp_hub.models.label_names import label_names
+
     synsets = all(re.fullmatch(r"n\d{8}", name) for name in data.class_names)  # timm and transformers know their names
-    return () if synsets or len(own) == getattr(model, "num_classes", 0) else data.class_names
+    return () if synsets or label_names(model) else data.class_names
 
 
 def _figures(

@@ -17,8 +17,10 @@ from sklearn.model_selection import train_test_split
 from timm.data import create_transform, resolve_data_config
 
 import arp_hub
+from arp_hub.hub.load import load_model
 from arp_hub.training import load_data, note_crop
 from arp_hub_cli.app import app
+from arp_hub_cli.classify import class_names
 
 
 @pytest.fixture
@@ -224,3 +226,24 @@ def test_a_warning_of_the_library_is_one_plain_line(call: Any, saved: Path, tmp_
     warned = [line for line in err.splitlines() if line.startswith("warning: ")]
     assert code == 0 and "\x1b" not in err, err
     assert any("notes.txt" in line for line in warned)
+
+
+NAMES: dict[str, tuple[Any, list[str]]] = {
+    "a list": (["cat", "dog", "emu"], ["cat", "dog", "emu"]),
+    "by number": ({"2": "emu", "0": "cat", "1": "dog"}, ["cat", "dog", "emu"]),
+    "with a gap": ({"0": "cat", "1": "dog", "7": "emu"}, []),
+    "too few": (["cat"], []),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_names_of_classes_are_read_in_both_of_timm_s_forms(case: str, tmp_path: Path) -> None:
+    given, names = NAMES[case]
+    model = timm.create_model("test_resnet", num_classes=3)
+    timm.models.save_for_hf(model, tmp_path / "in", model_config={"label_names": given}, safe_serialization=True)
+    model = load_model(f"local-dir:{tmp_path / 'in'}")
+    assert list(class_names(model)) == names
+    folder = arp_hub.save_pretrained(model, tmp_path / "out")
+    assert json.loads((folder / "config.json").read_text()).get("label_names", []) == names
+    exported = arp_hub.export(folder, tmp_path / "export", format="torch-export")
+    assert exported.record.get("label_names", []) == names

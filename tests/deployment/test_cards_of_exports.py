@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from helpers import low_rank_model
+from torch import nn
 
 import arp_hub
-from arp_hub.hub.card import model_card, read_export
+from arp_hub.hub.card import model_card
+from arp_hub.hub.export_files import read_export
+from arp_hub.hub.load import load_model
 from arp_hub.hub.staging import stage
 
 SIZE = (3, 32, 32)
@@ -140,3 +145,39 @@ def test_words_of_a_stranger_stay_on_their_line() -> None:
     record = {**RECORD, "file": "a\n# Title <script>", "precision": "|"}
     card = model_card(CONFIG, METRICS, "hf-hub:ann/small", export={"x": record})
     assert "\n# Title" not in card and "<script>" not in card
+
+
+def longer_trained(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        model.get_parameter("fc.bias").add_(0.1)
+    return model
+
+
+OTHER_MODELS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "other weights": longer_trained,
+    "another model": lambda model: timm.create_model("test_vit", num_classes=3, img_size=32).eval(),
+    "the merged model": lambda model: arp_hub.to_dense(model),
+}
+
+
+@pytest.mark.parametrize("case", [*OTHER_MODELS, "the same"])
+def test_an_export_of_other_weights_is_neither_listed_nor_published(
+    case: str, saved: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    model = load_model(f"local-dir:{saved}")
+    arp_hub.export(OTHER_MODELS.get(case, lambda same: same)(model), saved / "pt2", format="torch-export")
+    listed = case == "the same"
+    assert ("pt2/model.pt2" in (saved / "README.md").read_text()) == listed
+    assert ("is of other weights than" in caplog.text) == (not listed)
+    (scratch := tmp_path / "stage").mkdir()
+    (upload,) = stage(saved, scratch, "ann/cats", "main", None, metrics=None, tag=None, earlier_card=lambda branch: "")
+    assert ("pt2/model.pt2" in upload.files) == listed
+    assert ("pt2/model.pt2" in upload.files["README.md"].read_text()) == listed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_an_export_is_of_the_weights_in_any_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = low_rank_model("test_resnet", {"layer1.0.conv1": "channel"}, num_classes=3).to(dtype)
+    saved = arp_hub.save_pretrained(model, tmp_path / "out")
+    arp_hub.export(saved, saved / "pt2", format="torch-export")
+    assert "pt2/model.pt2" in (saved / "README.md").read_text()

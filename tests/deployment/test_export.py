@@ -284,6 +284,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"got the shape \(24, 1\) of torch.int64",
     ),
     "labels that are no classes": ({"test_images": IMAGES, "test_labels": torch.zeros(24)}, "of torch.float32"),
+    "a class too many": (
+        {"test_images": IMAGES, "test_labels": torch.arange(24) % 11},
+        "test_labels go from 0 to 10, the model has 10 classes: count them from 0",
+    ),
+    "classes below 0": ({"test_images": IMAGES, "test_labels": torch.arange(24) % 3 - 1}, "go from -1 to 1"),
     "names of classes": ({"test_images": IMAGES, "test_labels": ["cat"] * 24}, "must be whole numbers"),
     "images of another size": ({"images": torch.randn(4, 3, 48, 48)}, r"images have the size \(3, 48, 48\)"),
     "bytes": ({"images": 255 * torch.rand(4, 3, 32, 32)}, "divide bytes by 255"),

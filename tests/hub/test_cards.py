@@ -226,7 +226,7 @@ def test_other_exports_leave_the_table_as_it_is(export: Any) -> None:
 
 
 def test_the_folder_of_an_exported_model_gives_the_column(tmp_path: Path) -> None:
-    from arp_hub.hub.card import read_export
+    from arp_hub.hub.export_files import read_export
 
     model = low_rank_model("test_resnet", {"layer1.0.conv1": "channel"})
     folder = arp_hub.save_pretrained(model, tmp_path / "small")
@@ -242,18 +242,24 @@ def test_the_folder_of_an_exported_model_gives_the_column(tmp_path: Path) -> Non
     [
         ("arp-hub compress --model resnet18 --data digits --output runs/x --json", None,
          "arp-hub compress --model resnet18 --data digits --output out"),
-        ("__main__.py compress --model a --data here/pets --output=o", "ann/pets",
-         "python -m arp_hub compress --model a --data ann/pets --output out"),
+        ("__main__.py compress --model resnet18 --data here/pets --output=o", "ann/pets",
+         "python -m arp_hub compress --model resnet18 --data ann/pets --output out"),
         ("resnet50.py --epochs 3 --resume auto --push-to-hub ann/small --tracker none", None,
          "python recipes/resnet50.py --epochs 3"),
         ("arp-hub compress --model hf-hub:ann/big --keep-params 0.5", None,
          "arp-hub compress --model hf-hub:ann/big --keep-params 0.5"),
-        ("arp-hub compress --model a --checkpoint weights.safetensors", None, ""),
+        ("arp-hub compress --model resnet18 --checkpoint weights.safetensors", None, ""),
+        ("arp-hub compress --model resnet18 --checkpoint best.pth.tar", None, ""),
+        ("arp-hub compress --model resnet18 --checkpoint last", None, ""),
+        ("arp-hub compress --model resnet18 --plan mine", None, ""),
+        ("resnet50.py --teacher big --epochs 3", None, ""),
+        ("resnet50.py --teacher-checkpoint=big.ckpt --epochs 3", None, ""),
+        ("arp-hub compress --model dense", None, ""),
         ("arp-hub compress --model local-dir:big", None, ""),
-        ("arp-hub compress --model a --data pets", None, ""),
+        ("arp-hub compress --model resnet18 --data pets", None, ""),
         ("accuracy.py run train/resnet20/0.5 --shared ../shared", None, ""),
-        ("arp-hub compress --model a --data ann/pets:small --output o", "ann/pets",
-         "arp-hub compress --model a --data ann/pets:small --output out"),
+        ("arp-hub compress --model resnet18.a1_in1k --data ann/pets:small --output o", "ann/pets",
+         "arp-hub compress --model resnet18.a1_in1k --data ann/pets:small --output out"),
         ("mine.py --fast", None, ""),
         ("./vit.py --fast", None, ""),
         ("./__main__.py --epochs 3", None, ""),
@@ -329,3 +335,51 @@ def test_the_owner_s_entries_of_both_cards_are_kept() -> None:
         again = keep_by_hand(card, found)
         assert again == found and found.count("license:") == card.count("license:")
     assert "\n- cats\n" in keep_by_hand(card, "", here)
+
+
+HEADS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "a licence": ("license: mit\n", "", {"license": "mit"}),
+    "a licence of its own": (
+        "license: other\nlicense_name: made-up\nlicense_link: a-b\n", "",
+        {"license": "other", "license_name": "made-up", "license_link": "a-b"},
+    ),
+    "a licence that the push knows": ("license: mit\n", "license: apache-2.0\n", {"license": "apache-2.0"}),
+    "another kind of licence": (
+        "license: other\nlicense_name: made-up\n", "license: mit\n", {"license": "mit", "license_name": None}
+    ),
+    "a base and data": (
+        "base_model: ann/dense\nbase_model_relation: quantized\ndatasets:\n- ann/pets\n", "",
+        {"base_model": "ann/dense", "base_model_relation": "quantized", "datasets": ["ann/pets"]},
+    ),
+    "another base": (
+        "base_model: ann/dense\nbase_model_relation: merge\n", "base_model: bob/dense\n",
+        {"base_model": "bob/dense", "base_model_relation": None},
+    ),
+    "a base that an earlier push named": (
+        "base_model: ann/dense\nbase_model_relation: finetune\n", "", {"base_model": None, "base_model_relation": None}
+    ),
+    "data that an earlier push named": (
+        "datasets:\n- ann/pets\nmodel-index:\n- results:\n  - dataset:\n      type: ann/pets\n", "",
+        {"datasets": None, "model-index": None},
+    ),
+    "data beside results on other data": (
+        "datasets:\n- ann/pets\nmodel-index:\n- results:\n  - dataset:\n      type: imagefolder\n", "",
+        {"datasets": ["ann/pets"], "model-index": None},
+    ),
+    "results": ("metrics:\n- accuracy\n", "", {"metrics": None}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_what_the_owner_says_of_origin_and_licence_stays_where_a_push_knows_nothing(case: str) -> None:
+    before, now, kept = HEADS[case]
+    found = keep_by_hand(f"---\n{now}tags:\n- timm\n---\nNew.\n", f"---\n{before}tags:\n- timm\n---\nOld.\n")
+    head = yaml.safe_load(found.split("---\n")[1])
+    assert {key: head.get(key) for key in kept} == kept
+
+
+def test_a_snippet_for_pictures_is_printed_for_three_channels_only() -> None:
+    config, metrics = numbers()
+    for channels in (1, 3, 4):
+        card = model_card(config, metrics | {"input_size": [channels, 32, 32]}, "hf-hub:ann/small")
+        assert ("a PIL image" in card) == (channels == 3)

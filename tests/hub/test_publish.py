@@ -87,10 +87,12 @@ for name in ("alice/model@v1", "alice/model"):
 """
 OFFLINE = f"""
 {LOAD_ALL}
-try:
-    arp_hub.download("alice/never")
-except arp_hub.ArpHubError as error:
-    print(error)
+for asked in ({{}}, {{"local_dir": str(arp_hub.download("alice/model"))}}):
+    try:
+        arp_hub.download("alice/never", **asked)
+        print("whatever lies there")
+    except arp_hub.ArpHubError as error:
+        print(error)
 """
 
 

@@ -116,6 +116,10 @@ ROWS = {
     "invalid name": Row(("'alice/bad--name' is not a valid name",), "nothing", repo="alice/bad--name"),
     "name with two slashes": Row(("'alice/models/m' is not a valid name",), "nothing", repo="alice/models/m"),
     "tag exists": Row(("has the tag 'v1' already", "choose another"), "as before", words=("--tag", "v1"), there=True),
+    "tag with a blank": Row(("'v 1' cannot name", "use letters"), "as before", words=("--tag", "v 1"), there=True),
+    "tag with two dots": Row(("'v1..2' cannot name",), "as before", words=("--tag", "v1..2"), there=True),
+    "branch with a colon": Row(("'a:b' cannot name",), "as before", words=("--revision", "a:b"), there=True),
+    "branch that ends in .lock": Row(("'a.lock' cannot name",), "nothing", words=("--revision", "a.lock")),
     "tag given as a branch": Row(
         ("'v1' is a tag", "not a branch"), "as before", words=("--revision", "v1"), there=True
     ),

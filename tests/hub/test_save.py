@@ -338,12 +338,16 @@ def test_what_the_owner_added_stays(tmp_path: Path) -> None:
     assert all(words in kept for words in ("Made for cats.", "language: en", "- cats", "cifar_resnet20"))
 
     (folder / "mine.png").chmod(0o444)
-    arp_hub.save_pretrained(small_model(), folder, metrics={"license": "made-up-nc"})
-    arp_hub.save_pretrained(small_model(), folder, metrics={"license": "mit"})
-    arp_hub.save_pretrained(small_model(), folder, metrics={"license": "made-up-nc"})
-    arp_hub.save_pretrained(small_model(), folder)
-    assert "license_name" not in ModelCard.load(card).data.to_dict()
-    assert (folder / "mine.png").exists() and ModelCard.load(card).data.to_dict().keys().isdisjoint({"license_name"})
+    for metrics, license, name in (
+        ({"license": "made-up-nc"}, "other", "made-up-nc"),
+        ({"license": "mit"}, "mit", None),
+        ({"license": "made-up-nc"}, "other", "made-up-nc"),
+        (None, "apache-2.0", None),  # that of the architecture's weights
+    ):
+        arp_hub.save_pretrained(small_model(), folder, metrics=metrics)
+        head = ModelCard.load(card).data.to_dict()
+        assert (head["license"], head.get("license_name")) == (license, name)
+    assert (folder / "mine.png").exists()
     for make in (lambda path: path.mkdir(), lambda path: path.symlink_to(tmp_path / "gone")):
         make(folder / "b.png")
         with pytest.raises(arp_hub.ArpHubError, match="holds 'b.png', no file of a saved model"):

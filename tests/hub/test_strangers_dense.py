@@ -109,6 +109,7 @@ REFUSED: dict[str, Callable[[Files], None]] = {
     "nested arguments": args(drop_rate=json.loads("[" * 50 + "]" * 50)),
     "classes, argument": args(num_classes=BIG),
     "classes, top": top(num_classes=BIG),
+    "names of classes that are a number, top": top(label_names=5),
     "channels": args(in_chans=BIG),
     "an unknown cfg entry": cfg(evil=1),
     "an unknown architecture": top(architecture="evil_net"),

@@ -14,14 +14,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import arp_hub
 from arp_hub.errors import ArpHubError
-from arp_hub.hub.load import load_model
+from arp_hub.hub.load import load_model, set_input_size
+from arp_hub.layers.trace import count_macs, trace
 from arp_hub.training import calibration_images, evaluate, load_data
 from arp_hub.training.data.augment import crop_and_flip
 from arp_hub.training.data.batches import epoch_batches
 from arp_hub.training.data.decoding import ImageFiles
 from arp_hub.training.data.images import StreamedImages, TrainBatch
-from arp_hub.training.data.input_format import InputFormat
+from arp_hub.training.data.input_format import InputFormat, input_format
 
 CPU = torch.device("cpu")
 
@@ -397,3 +399,37 @@ def test_an_unknown_augmentation_is_refused(model):
 def test_a_wrapped_model_hides_its_config_and_is_refused(model, wrap, message):
     with pytest.raises(ArpHubError, match=message):
         load_data("digits", wrap(model))
+
+
+SIZES = {
+    "by img_size": ("test_vit", {"img_size": 96}, (96, 96)),
+    "by img_size, fixed": ("vit_tiny_patch16_224", {"img_size": (96, 64), "depth": 1}, (96, 64)),
+    "its own": ("test_vit", {}, (160, 160)),
+    "any": ("test_resnet", {}, (160, 160)),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_images_macs_and_the_saved_config_have_the_size_that_a_model_was_built_for(case, tmp_path):
+    name, arguments, size = SIZES[case]
+    model = timm.create_model(name, **arguments)
+    assert input_format(model).size == size
+    folder = arp_hub.save_pretrained(model, tmp_path / "out")
+    saved, metrics = (json.loads((folder / file).read_text()) for file in ("config.json", "metrics.json"))
+    assert saved["pretrained_cfg"]["input_size"] == metrics["input_size"] == [3, *size]
+    again = load_model(f"local-dir:{folder}")
+    assert input_format(again).size == size and count_macs(again) == metrics["macs"]
+
+
+def test_a_size_that_is_set_later_is_that_of_the_model():
+    model = timm.create_model("test_vit").eval()
+    images = torch.randn(2, 3, 96, 96)
+    before = model(images)
+    set_input_size(model, (3, 96, 96))
+    assert input_format(model).size == (96, 96) and trace(model) == trace(model, (3, 96, 96))
+    torch.testing.assert_close(model(images), before, rtol=1e-4, atol=1e-5)
+
+
+def test_models_of_other_channels_are_refused_before_any_work():
+    with pytest.raises(ArpHubError, match="images of 1 channels, the data has 3"):
+        load_data("digits", timm.create_model("test_resnet", in_chans=1))

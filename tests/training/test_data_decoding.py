@@ -305,6 +305,10 @@ def model_with(classes, names=()):
 CLASSES = {
     "the same number": (model_with(3), [0, 1, 2], ("a", "b", "c"), None),
     "the same names": (model_with(3, "abc"), [0, 1, 2], ("a", "b", "c"), None),
+    "another order, by number": (
+        SimpleNamespace(num_classes=3, pretrained_cfg={"label_names": {"2": "b", "0": "a", "1": "c"}}), [0, 1, 2],
+        ("a", "b", "c"), "classes of split 'test' in another order",
+    ),
     "other names": (model_with(3, "xyz"), [0, 1, 2], ("a", "b", "c"), None),
     "more": (model_with(4), [0, 1, 2], ("a", "b", "c"), "the model has 4 classes, split 'test' has 3 classes"),
     "fewer": (model_with(2), [0, 1, 1], ("a", "b", "c"), "the model has 2 classes, split 'test' has 3 classes"),

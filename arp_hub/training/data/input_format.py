@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import timm.data
 import torch
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from ...errors import ArpHubError
@@ -40,14 +41,14 @@ class InputFormat:
 
 
 def input_format(model: nn.Module) -> InputFormat:
-    """Input size and normalisation of a model, by its pretrained_cfg.
+    """Input size of a model as it was built, and normalisation by its pretrained_cfg.
 
     Raises:
         ArpHubError: If the model does not take images of three channels, or is compiled or wrapped.
     """
     check_bare(model)
     config = timm.data.resolve_data_config({}, model=model)
-    channels, height, width = config["input_size"]
+    channels, height, width = get_model_input_config(model)["input_size"]  # with img_size= and in_chans= in it
     if channels != 3:
         raise ArpHubError(f"the model takes images of {channels} channels, the data has 3: build it with in_chans=3")
     return InputFormat(
