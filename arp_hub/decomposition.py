@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from ._utils.progress import counted, stage
-from ._utils.torch_utils import ambient_modes_off, evaluating
+from ._utils.torch_utils import ambient_modes_off, digest_of, evaluating
 from .calibration.batchnorm import following_norms, norms_with_statistics, renormalise
 from .calibration.gradients import gradient_moments
 from .calibration.images import LEAST_PIXELS, Images, batches, check_normalised, check_outputs, image_count, limited
@@ -107,7 +107,12 @@ def decompose(
             images = limited(calibration, settings.images)
             processes = Processes.meeting(
                 "decompose",
-                lambda: {"plan": plan.to_json(), "effort": settings, "calibration": image_count(images)},
+                lambda: {
+                    "plan": plan.to_json(),
+                    "effort": settings,
+                    "calibration": (image_count(images), digest_of([next(batches(images))])),
+                    "the weights": digest_of(model.parameters()),
+                },
             )
             return _decompose_by_data(model, plan, schemes, images, settings, processes, progress)
     new = {}

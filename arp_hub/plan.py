@@ -116,7 +116,7 @@ class RankPlan:
         object.__setattr__(self, "dense", MappingProxyType(dict(self.dense)))
 
     def __hash__(self) -> int:
-        return hash((tuple(self.layers.items()), tuple(self.dense.items())))
+        return hash((frozenset(self.layers.items()), frozenset(self.dense.items())))
 
     def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy can be neither pickled nor copied
         return RankPlan, (dict(self.layers), dict(self.dense), self.model)

@@ -232,3 +232,43 @@ def test_a_plan_may_name_a_shared_layer_by_its_second_path():
     decompose(model.eval(), plan, images)
     assert model[2] is model.again.inside and low_rank_layers(model)
     assert model(images).isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [2.0, 0.5])
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_hook_that_changes_an_output_acts_once(scale, normed):
+    """The hook stays on the new layer, so the fit is to the output before it."""
+    torch.manual_seed(0)
+    parts = [nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, bias=not normed), nn.BatchNorm2d(16) if normed else nn.ReLU()]
+    model = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 8))
+    images = torch.randn(64, 3, 8, 8) + 1
+    for _ in range(20):
+        model(images)  # statistics of the BatchNorm
+    model.eval()[1].register_forward_hook(lambda module, args, output: output * scale)
+    small = decompose(copy.deepcopy(model), RankPlan({"1": LayerPlan("channel", 16)}), images)
+    torch.testing.assert_close(small(images), model(images), rtol=1e-3, atol=1e-3)
+
+
+class MapAttention(nn.Module):
+    """Attention over a map, whose heads are views of the batch: impossible for two images in channels last."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.query, self.key, self.value = (nn.Conv2d(32, 32, 1) for _ in range(3))
+        self.head, self.num_classes = nn.Linear(32, 10), 10
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        query, key, value = (part(x).view(len(x) * 4, 8, -1) for part in (self.query, self.key, self.value))
+        mixed = value @ (query.transpose(1, 2) @ key).softmax(-1).transpose(1, 2)
+        return self.head(mixed.view(x.shape).mean((2, 3)))
+
+
+@pytest.mark.parametrize("first", [1, 8], ids=["a first batch of one image", "batches of eight"])
+@pytest.mark.filterwarnings("error")
+def test_a_model_that_views_maps_is_planned_and_decomposed(first):
+    model, images = MapAttention().eval(), [torch.randn(count, 3, 8, 8) for count in (first, 8, 8)]
+    plan = make_plan(model, keep_params=0.7, calibration=images)
+    small = decompose(copy.deepcopy(model), plan, images)
+    assert plan.layers and count_params(small) < 0.75 * count_params(model)

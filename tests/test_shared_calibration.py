@@ -135,6 +135,14 @@ def message(call: Callable[[], object]) -> str:
     return "no error"
 
 
+def other_network(rank: int) -> nn.Module:
+    """A network whose classifier differs between processes."""
+    model = network("attention")
+    with torch.no_grad():
+        model.get_parameter("head.bias").add_(rank)
+    return model
+
+
 def messages() -> dict[str, str]:
     """What this process says when one of two fails, or has other arguments."""
     rank, found = dist.get_rank(), {}
@@ -144,6 +152,10 @@ def messages() -> dict[str, str]:
             found[f"{name}, reading {time}"] = message(functools.partial(call, Failing(1, time)))
     every = images("attention")
     found["images"] = message(lambda: planned(every[: len(every) - rank]))
+    shard = [torch.cat(every)[rank::2][:7]]
+    found["shards"] = message(lambda: planned(shard))
+    found["shuffled"] = message(lambda: fitted([torch.cat(every).roll(rank, 0)]))
+    found["weights"] = message(lambda: make_plan(other_network(rank), keep_params=0.5, calibration=every))
     found["budget"] = message(lambda: make_plan(network("attention"), keep_params=0.5 - rank / 10, calibration=every))
     plan = make_plan(network("attention"), keep_params=0.5 - rank / 10)
     found["plan"] = message(lambda: decompose(network("attention"), plan, every))
@@ -224,7 +236,9 @@ def test_failure_of_one_process_ends_all_with_its_message(tmp_path: Path) -> Non
         if second[name] != "no error":
             assert "OSError: the disk is gone" in second[name]
             assert first[name] == "ArpHubError: process 1 of 2 failed: OSError: the disk is gone", name
-    for name, word in {"images": "calibration", "budget": "budget", "plan": "plan"}.items():
+    words = {"images": "calibration", "budget": "budget", "plan": "plan"}
+    words |= {"shards": "calibration", "shuffled": "calibration", "weights": "the weights"}
+    for name, word in words.items():
         assert f"process 1 has other values of {word} than process 0: pass the same" in first[name]
         assert f"process 0 has other values of {word} than process 1: pass the same" in second[name]
     assert "not all of them have called it" in first["alone"]

@@ -1,12 +1,13 @@
-"""Context managers for the modes of torch and of modules."""
+"""Context managers for the modes of torch and of modules, and digests of tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -27,3 +28,11 @@ def ambient_modes_off() -> Iterator[None]:
     here = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), here:
         yield
+
+
+def digest_of(tensors: Iterable[Tensor]) -> str:
+    """A digest of the values of tensors, the same on all devices."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()

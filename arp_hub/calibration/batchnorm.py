@@ -66,7 +66,10 @@ def following_norms(model: nn.Module, layers: Mapping[str, nn.Module], images: I
         outputs[name].append(output)
         readers.watched[id(output)] = output
 
+    calls: Counter[nn.Module] = Counter()
+
     def recognise(module: nn.Module, args: tuple[Any, ...]) -> None:
+        calls[module] += 1
         for name, found in outputs.items():
             if found and args[0] is found[-1]:
                 candidates[name] = cast(BatchNorm, module)
@@ -96,7 +99,7 @@ def following_norms(model: nn.Module, layers: Mapping[str, nn.Module], images: I
     return {
         name: norm
         for name, norm in candidates.items()
-        if len(outputs[name]) == 1 and readers.reads[id(outputs[name][0])] == 1
+        if calls[norm] == len(outputs[name]) == 1 and readers.reads[id(outputs[name][0])] == 1
     }
 
 

@@ -166,7 +166,7 @@ def _visit_gradients(
     def learn(name: str, kept: _Kept, gradient: Tensor) -> None:
         backward(name, kept, gradient, size, part)
 
-    hooks = [layer.register_forward_hook(partial(watch, name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_hook(partial(watch, name), prepend=True) for name, layer in layers.items()]
     done = True
     try:
         with processes.agreed():
@@ -174,6 +174,8 @@ def _visit_gradients(
                 size = len(some)
                 try:
                     _back_propagate(model, some, part, score)
+                except torch.cuda.OutOfMemoryError:
+                    raise
                 except RuntimeError as error:
                     warnings.warn(
                         f"the model cannot be differentiated, so errors of its layers' outputs are weighed without "

@@ -27,7 +27,8 @@ def _visit(
 ) -> None:
     """Show input and output of the first call of each layer, in a forward pass that ends when all are seen.
 
-    Modules behind a layer may work in place: ``visit`` clones the tensors that it keeps.
+    Modules behind a layer may work in place: ``visit`` clones the tensors that it keeps. Hooks of the user, which stay
+    on the new layer, run behind it.
     """
     left = set(layers)
 
@@ -38,7 +39,7 @@ def _visit(
         if not left:
             raise Halt
 
-    hooks = [layer.register_forward_hook(partial(show, name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_hook(partial(show, name), prepend=True) for name, layer in layers.items()]
     try:
         model(images)
     except Halt:
@@ -130,7 +131,7 @@ def all_moments(
             found[name] = Moments(shape, place.device, positions_macs, centre, paired=False, images=count)
         found[name].update(args[0], _without_bias(module, output), padder(module), *one)
 
-    hooks = [layer.register_forward_hook(partial(catch, name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_hook(partial(catch, name), prepend=True) for name, layer in layers.items()]
     try:
         with processes.agreed():
             for number, batch, counted in shared_batches(batches(images, place, most=most), processes):

@@ -102,7 +102,10 @@ def block_chain(model: nn.Module, image: Tensor) -> dict[str, int]:
     if 2 * parameters(longest) < sum(p.numel() for p in model.parameters()):
         return {}
     modules = [model.get_submodule(name) for name in chain]
-    for place, name in enumerate(chain):
+    # What a block leaves on a module for later ones is now that of another image. The last boundaries come first:
+    # checks of the others run such blocks on this image.
+    model(1 - image)
+    for place, name in reversed(list(enumerate(chain))):
         with _starting_behind(modules[: place + 1], values[name]):
             try:
                 same = torch.allclose(model(image), exact, rtol=1e-4, atol=1e-5)

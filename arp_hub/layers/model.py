@@ -8,6 +8,7 @@ from typing import NoReturn, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import ArpHubError
 from .carry_over import carry_over
@@ -118,6 +119,8 @@ def refusals(model: nn.Module) -> dict[nn.Module, str]:
         if isinstance(module, LowRankLayer):
             reasons |= dict.fromkeys(module.modules(), f"part of the low-rank layer '{name}'")
     for module in model.modules():
+        for key, held in _held_plainly(module):
+            reasons.setdefault(held, f"the attribute '{key}' also holds it, where it stays as it is: use nn.ModuleList")
         if found := refusal(module):
             reasons.setdefault(module, found)
         for parameter in module.parameters(recurse=False):
@@ -127,6 +130,13 @@ def refusals(model: nn.Module) -> dict[nn.Module, str]:
     if not model._modules:
         reasons.setdefault(model, "it is the whole model and cannot be replaced in place: wrap it in nn.Sequential")
     return reasons
+
+
+def _held_plainly(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that an attribute holds beside those registered, such as a list that ``forward`` goes through."""
+    for key, value in vars(module).items():
+        if key not in ("_modules", "_parameters", "_buffers") and isinstance(value, (list, tuple, dict, nn.Module)):
+            yield from ((key, held) for held in tree_leaves(value) if isinstance(held, nn.Module))
 
 
 def _is_adapter(module: nn.Module) -> bool:

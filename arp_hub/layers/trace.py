@@ -1,6 +1,7 @@
 """One forward pass on the meta device: the layers in order of use, the sizes of their inputs, and the MACs.
 
-Nothing is computed and no weight is copied, so that the largest models take seconds.
+Nothing is computed and no weight is copied, so that the largest models take seconds. A model whose forward pass needs
+values, or makes tensors on the CPU, computes one image.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def input_size_of(model: nn.Module, input_size: InputSize | None = None) -> Inpu
 
 
 def trace(model: nn.Module, input_size: InputSize | None = None) -> Trace:
-    """Follow one image through the model on the meta device.
+    """Follow one image through a copy of the model, on the meta device if it can run there.
 
     Args:
         model: Any timm model, dense or decomposed.
@@ -68,7 +69,25 @@ def trace(model: nn.Module, input_size: InputSize | None = None) -> Trace:
         ArpHubError: If the model cannot run on an input of this size.
     """
     size = input_size_of(model, input_size)
-    twin = meta_copy(model).eval().requires_grad_(False)  # the counter fails on gradients of views
+    twin = meta_copy(model)
+    try:
+        try:
+            return _traced(twin, size)
+        except Exception as error:
+            if found := [name for name, part in model.named_modules() if ".quantized." in type(part).__module__]:
+                raise ArpHubError(f"layer '{found[0]}' is quantised: plan the model before you quantise it") from error
+            if any(parameter.is_meta for parameter in model.parameters()):
+                raise
+            return _traced(copy.deepcopy(model), size)
+    except ArpHubError:
+        raise
+    except Exception as error:
+        raise ArpHubError(f"the model cannot run on an input of size {size}: {error}") from error
+
+
+def _traced(twin: nn.Module, size: InputSize) -> Trace:
+    """Follow one image through a copy of a model."""
+    twin.eval().requires_grad_(False)  # the counter fails on gradients of views
     names = {id(module): name for name, module in weight_layers(twin)}
     names.update({id(m): name for name, m in twin.named_modules() if isinstance(m, LowRankLayer)})
     sizes: dict[str, list[Pair]] = {}
@@ -80,14 +99,9 @@ def trace(model: nn.Module, input_size: InputSize | None = None) -> Trace:
     for module in twin.modules():
         if id(module) in names:
             module.register_forward_pre_hook(record)
-    try:
-        with layers_called(twin):
-            macs = _macs(twin, size)
-    except Exception as error:
-        if found := [name for name, part in twin.named_modules() if ".quantized." in type(part).__module__]:
-            raise ArpHubError(f"layer '{found[0]}' is quantised: plan the model before you quantise it") from error
-        raise ArpHubError(f"the model cannot run on an input of size {size}: {error}") from error
-    return Trace({name: tuple(calls) for name, calls in sizes.items()}, macs, count_params(model))
+    with layers_called(twin):
+        macs = _macs(twin, size)
+    return Trace({name: tuple(calls) for name, calls in sizes.items()}, macs, count_params(twin))
 
 
 def count_macs(model: nn.Module, input_size: InputSize | None = None) -> int:
@@ -116,7 +130,7 @@ def _map_size(module: nn.Module, x: Tensor) -> Pair:
 
 @torch.no_grad()
 def _macs(model: nn.Module, size: InputSize) -> int:
-    dtype = next((t.dtype for t in model.parameters() if t.is_floating_point()), torch.float32)
+    first = next((t for t in model.parameters() if t.is_floating_point()), torch.empty(0, device="meta"))
     with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *size, dtype=dtype, device="meta"))
+        model(torch.zeros(1, *size, dtype=first.dtype, device=first.device))
     return counter.get_total_flops() // 2

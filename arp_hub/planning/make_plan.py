@@ -14,7 +14,7 @@ from typing import cast
 
 from torch import nn
 
-from .._utils.torch_utils import ambient_modes_off
+from .._utils.torch_utils import ambient_modes_off, digest_of
 from ..calibration.images import Images, batches, check_normalised, check_outputs, image_count, limited
 from ..effort import Effort
 from ..errors import ArpHubError
@@ -129,7 +129,10 @@ def make_plan(
                 "budget": (cost, share, multiple),
                 "layers": {name: [scheme.name for scheme in found] for name, found in layers.items()},
                 "effort": settings,
-                "calibration": 0 if calibration is None else image_count(calibration),
+                "calibration": None
+                if calibration is None
+                else (image_count(calibration), digest_of([next(batches(calibration))])),
+                "the weights": digest_of(model.parameters()),
             },
         )
         progress = progress and processes.index == 0

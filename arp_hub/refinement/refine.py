@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.progress import stage
-from .._utils.torch_utils import ambient_modes_off, evaluating
+from .._utils.torch_utils import ambient_modes_off, digest_of, evaluating
 from ..calibration.images import Images, batches, check_normalised
 from ..errors import ArpHubError, check_writable, checked_path
 from ..layers.low_rank import layer_shape
 from ..layers.model import check_model, low_rank_layers, weight_layers
 from ..processes import Processes
 from .clock import Clock
-from .state import Progress, StateFile, digest_of, moments_of, restore_moments
+from .state import Progress, StateFile, moments_of, restore_moments
 from .steps import Steps, learning, not_checkpointing
 
 LEAST_IMAGES = 20
@@ -121,7 +121,8 @@ def refine(
     processes = Processes.meeting(
         "refine",
         lambda: {
-            "images": (len(learnt), len(measured)),
+            "images": (len(learnt), len(measured), digest_of((learnt, measured))),
+            "the weights": digest_of(dense.parameters()),
             "minutes": minutes,
             "steps": steps,
             "batch_size": batch_size,

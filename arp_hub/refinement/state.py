@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -120,14 +119,6 @@ class StateFile:
             self._path.unlink(missing_ok=True)
         except OSError as error:
             _logger.warning("cannot delete '%s', the state of the complete refinement: %s", self._path, cause(error))
-
-
-def digest_of(tensors: Iterable[Tensor]) -> str:
-    """A digest of the values of tensors, the same on all devices."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def moments_of(optimizer: torch.optim.Adam, parameters: Sequence[nn.Parameter]) -> dict[str, Tensor]:

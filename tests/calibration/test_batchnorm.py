@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from arp_hub import LayerPlan, RankPlan, decompose, make_plan
-from arp_hub.calibration.batchnorm import renormalise
+from arp_hub.calibration.batchnorm import following_norms, renormalise
 
 
 class Fading(nn.Module):
@@ -113,3 +113,23 @@ def test_planning_leaves_norms_as_they_were():
     make_plan(model, keep_params=0.6, calibration=images, exclude=(), input_size=(16, 8, 8))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Shared(nn.Module):
+    """One BatchNorm behind two layers."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.one, self.two = (nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2))
+        self.norm, self.num_classes = nn.BatchNorm2d(8), 8
+        self.other = self.norm if shared else nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.other(self.two(self.norm(self.one(x)).relu())).mean((2, 3))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_norm_behind_two_layers_takes_the_mean_of_neither(shared):
+    model = Shared(shared).eval()
+    found = following_norms(model, {"one": model.one, "two": model.two}, [torch.randn(4, 8, 6, 6)])
+    assert found == ({} if shared else {"one": model.norm, "two": model.other})

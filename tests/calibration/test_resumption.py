@@ -137,3 +137,25 @@ def test_activations_of_one_block_make_room_for_those_of_the_next(monkeypatch):
     held.clear()
     passes.advance("layer1.2.conv1")
     assert held == [5, 5, 4, 3, 2, 1]
+
+
+class Leaving(nn.Module):
+    """Its first block leaves its output on the third one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(nn.Conv2d(3 if first else 8, 8, 3, padding=1) for first in (1, 0, 0, 0)))
+        self.head = nn.Linear(8, 4)
+        self.blocks[0].register_forward_hook(self.leave)
+        self.blocks[2].register_forward_hook(lambda module, args, output: output + self.left)
+
+    def leave(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        self.left = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x).mean((2, 3)))
+
+
+def test_blocks_that_read_what_an_earlier_one_left_are_no_chain():
+    torch.manual_seed(0)
+    assert block_chain(Leaving().eval(), torch.randn(1, 3, 8, 8)) == {}

@@ -35,6 +35,8 @@ def test_round_trip(plan):
     again = RankPlan.from_json(plan.to_json())
     assert again == plan
     assert hash(again) == hash(plan)
+    turned = RankPlan(dict(reversed(plan.layers.items())), dict(reversed(plan.dense.items())))
+    assert (turned, hash(turned)) == (plan, hash(plan))
     assert copy.deepcopy(plan) == pickle.loads(pickle.dumps(plan)) == plan
 
 

@@ -23,7 +23,7 @@ from arp_hub import (
     save_pretrained,
     to_dense,
 )
-from arp_hub.layers.model import count_params
+from arp_hub.layers.model import count_params, refusals
 from arp_hub.reports.summary import plan_report
 
 NAME = "layer3.1.conv1"
@@ -344,3 +344,47 @@ def test_a_factor_is_not_decomposed_again():
     model = decompose(nn.Sequential(nn.Linear(64, 64)), RankPlan({"0": LayerPlan("channel", 32)}))
     with pytest.raises(ArpHubError, match="part of the low-rank layer '0'"):
         decompose(model, RankPlan({"0.factors.0": LayerPlan("channel", 4)}))
+
+
+class Listed(nn.Module):
+    """Layers that are registered one by one, and held in a plain container, too."""
+
+    def __init__(self, hold):
+        super().__init__()
+        for number in range(3):
+            self.add_module(f"conv{number}", nn.Conv2d(16, 16, 3, padding=1))
+        self.head = nn.Linear(16, 10)
+        vars(self)["held"] = hold([self.conv0, self.conv1])
+
+
+@pytest.mark.parametrize(
+    ("hold", "stay"),
+    [
+        (list, {"conv0", "conv1"}),
+        (tuple, {"conv0", "conv1"}),
+        (lambda layers: {"first": layers[0]}, {"conv0"}),
+        (lambda layers: {"deep": [layers[1:]]}, {"conv1"}),
+        (lambda layers: layers[0], {"conv0"}),
+        (lambda layers: ["conv0"], set()),
+    ],
+    ids=["list", "tuple", "dict", "nested", "attribute", "names"],
+)
+def test_layers_that_an_attribute_also_holds_stay_dense(hold, stay):
+    """The container would keep the dense layer, and ``forward`` might call that one."""
+    found = refusals(model := Listed(hold))
+    names = {name for name, module in model.named_modules() if "'held'" in found.get(module, "")}
+    assert names == stay
+    plan = make_plan(Running(model), keep_params=0.8, input_size=(16, 8, 8))
+    kept = {f"body.{name}" for name in stay}
+    assert kept <= set(plan.dense) and not kept & set(plan.layers)
+
+
+class Running(nn.Module):
+    """Calls the registered layers."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.num_classes = body, 10
+
+    def forward(self, x):
+        return self.body.head(self.body.conv2(self.body.conv1(self.body.conv0(x))).mean((2, 3)))
