@@ -73,7 +73,8 @@ def without_machine(word: str) -> str:
 
 
 def _hardware() -> dict[str, Any]:
-    hardware: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    hardware: dict[str, Any] = {"cpu": _cpu_name(), "instructions": torch.backends.cpu.get_cpu_capability()}
+    hardware |= {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         hardware["gpu"] = torch.cuda.get_device_name()
     return hardware

@@ -169,6 +169,7 @@ def test_numbers_are_counted_on_the_model(tmp_path: Path) -> None:
     assert numbers["kept"]["params"] == pytest.approx(low_rank / count_params(model), abs=1e-4)
     assert all(numbers[key] == given[key] for key in ("top1", "seed", "command", "note"))
     assert numbers["versions"]["timm"] == timm.__version__ and numbers["hardware"]["cores"] == os.cpu_count()
+    assert numbers["hardware"]["instructions"] == torch.backends.cpu.get_cpu_capability()
 
 
 def test_metrics_name_no_folder_of_this_machine(tmp_path: Path) -> None:
