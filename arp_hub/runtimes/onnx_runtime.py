@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import ArpHubError
 from .capture import Captured, quiet
-from .runtime import INPUT, OUTPUT, Batches, Run, Runtime
+from .runtime import INPUT, OUTPUT, Batches, Run, Runtime, int8_saturates
 from .weight_names import nodes_of
 
 _LARGEST = 2**31 - 2**20
@@ -81,7 +81,7 @@ class OnnxRuntime(Runtime):
                     per_channel=True,
                     activation_type=QuantType.QUInt8,
                     weight_type=QuantType.QInt8,
-                    reduce_range=_saturates(),
+                    reduce_range=int8_saturates(),
                     op_types_to_quantize=list(_MATRIX_PRODUCTS) if captured.has_attention else None,
                     nodes_to_exclude=nodes_of(captured.model, in_float, _products(onnx.load(folded))),
                 )
@@ -105,16 +105,6 @@ class OnnxRuntime(Runtime):
             source = Extractor(graph).extract_model([INPUT], [graph.graph.output[output].name]).SerializeToString()
         session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
-
-
-def _saturates() -> bool:
-    """Whether ONNX Runtime may add pairs of int8 products in 16 bits here: on x86 CPUs without VNNI. They overflow.
-
-    Weights of 7 bits avoid that (``reduce_range`` in ONNX Runtime's page on quantisation).
-    """
-    capability = torch.backends.cpu.get_cpu_capability()
-    vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: capability == "AVX512")  # missing in torch 2.4
-    return capability.startswith("AVX") and not vnni()
 
 
 def _outputs(count: int) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import ArpHubError
 from .capture import Captured, quiet
-from .runtime import INPUT, OUTPUT, Batches, Run, Runtime
+from .runtime import INPUT, OUTPUT, Batches, Run, Runtime, int8_saturates
 from .weight_names import nodes_of
 
 
@@ -38,7 +38,16 @@ class OpenVino(Runtime):
         data = nncf.Dataset(images, lambda batch: {INPUT: batch.numpy()})
         with quiet(), redirect_stdout(StringIO()):
             scope = nncf.IgnoredScope(names=nodes_of(captured.model, in_float, _products(converted)))
-            quantised = nncf.quantize(converted, data, subset_size=len(images), model_type=kind, ignored_scope=scope)
+            overflow = nncf.OverflowFix.ENABLE if int8_saturates() else None
+            advanced = nncf.AdvancedQuantizationParameters(overflow_fix=overflow)
+            quantised = nncf.quantize(
+                converted,
+                data,
+                subset_size=len(images),
+                model_type=kind,
+                ignored_scope=scope,
+                advanced_parameters=advanced,
+            )
         self._save(quantised, path)
 
     def _convert(self, captured: Captured) -> Any:

@@ -106,3 +106,14 @@ def run_all(run: Run, images: Tensor, batch_size: int) -> Tensor:
         full = torch.cat([batch, batch[-1:].expand(missing, *batch.shape[1:])]) if missing else batch
         outputs.append(run(full.contiguous())[: len(batch)])
     return torch.cat(outputs)
+
+
+def int8_saturates() -> bool:
+    """Whether int8 kernels may add pairs of products in 16 bits here, where they overflow: on x86 CPUs without VNNI.
+
+    Seven bits for weights or activations avoid that. The quantisers have an option for it: ``reduce_range`` in ONNX
+    Runtime and torchao, ``overflow_fix`` in NNCF.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: capability == "AVX512")  # missing in torch 2.4
+    return capability.startswith("AVX") and not vnni()

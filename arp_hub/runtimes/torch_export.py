@@ -12,7 +12,7 @@ from torch.export import Dim
 
 from ..errors import ArpHubError
 from .capture import Captured, quiet, without_paths
-from .runtime import Batches, Run, Runtime
+from .runtime import Batches, Run, Runtime, int8_saturates
 
 _QUANTISING = "quantized_decomposed"
 """Namespace of the operators that quantise."""
@@ -38,7 +38,8 @@ class TorchExport(Runtime):
             from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
             quantizer = x86.X86InductorQuantizer()
-            quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+            config = x86.get_default_x86_inductor_quantization_config(reduce_range=int8_saturates())
+            quantizer.set_global(config)
             for name in in_float:
                 quantizer.set_module_name_qconfig(name, None)
             try:
