@@ -122,7 +122,7 @@ def test_weights_have_seven_bits_where_products_overflow(
 
 
 def largest_weight_of_openvino(file: Path) -> int:
-    """Of the middle layer: NNCF leaves a few, such as depthwise ones, at eight bits."""
+    """Of the middle layer: NNCF leaves a third of the layers at eight bits."""
     openvino = pytest.importorskip("openvino", reason="openvino is not installed")
     constants = [node for node in openvino.Core().read_model(file).get_ops() if node.get_type_name() == "Constant"]
     weights = [node.data for node in constants if node.get_element_type() == openvino.Type.i8]
