@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from .._utils.parse import read_json
+from .._utils.torch_utils import digest_of
 
 EXPORT = "export.json"
 EXPORT_FILES = frozenset({EXPORT, "model.onnx", "model.xml", "model.bin", "model.pt2"})
@@ -23,13 +22,8 @@ _logger = logging.getLogger(__name__)
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """A digest of weights, by name, shape and value in float32: the same for a model and the file it is saved in."""
-    found = hashlib.sha256()
-    for name in sorted(state):
-        values = state[name].detach().cpu().float().contiguous()
-        found.update(f"{name} {tuple(values.shape)}".encode())
-        found.update(values.flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    """A digest of weights, by name and in float32: the same for a model and the file it is saved in."""
+    return digest_of(state[name].float() for name in sorted(state))
 
 
 def read_export(folder: Path) -> Any:

@@ -71,7 +71,7 @@ class GroupedLinear(nn.Module):
         rows = x.reshape(-1, self.groups, group_in).transpose(0, 1)
         y = torch.bmm(rows, blocks).transpose(0, 1).flatten(1)
         y = y.reshape(x.shape[:-1] + y.shape[1:])  # sums of shapes, which torch.fx and TorchScript can follow
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)  # under autocast, the dtype of the product
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""

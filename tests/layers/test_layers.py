@@ -41,6 +41,17 @@ def test_full_rank_stands_in_for_the_dense_layer(make, scheme):
             assert getattr(layer, name) == getattr(dense, name)
 
 
+@pytest.mark.parametrize(("make", "scheme"), LAYERS.values(), ids=LAYERS)
+def test_outputs_have_the_precision_of_the_dense_layer(make, scheme):
+    """Under autocast, too: a grouped linear layer is several operations, of which not all round."""
+    dense = make()
+    x = torch.randn(2, 5, 6) if isinstance(dense, nn.Linear) else torch.randn(2, dense.in_channels, 11, 14)
+    layer = low_rank_layer(dense, LayerPlan(scheme, 2, 2 if scheme.startswith("group") else 1))
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            assert layer(x).dtype is dense(x).dtype is dtype
+
+
 def test_a_merged_weight_cannot_be_written():
     dense = nn.Conv2d(8, 8, 3)
     layer = low_rank_layer(dense, LayerPlan("cp", 4))
