@@ -83,17 +83,26 @@ def check_inputs_outside(folder: Path, inputs: Mapping[str, object]) -> None:
     """
     place = checked_path(folder, "output").resolve()
     for option, given in inputs.items():
-        path = str(given or "").removeprefix("local-dir:")
-        if re.search(r"[*?\[{]|::", path):  # the folder above all files of a pattern
-            path = re.split(r"[*?\[{]|::", path)[0].rpartition("/")[0]
-        try:
-            source = Path(path).resolve() if path and Path(path).exists() else None
-        except (OSError, ValueError):
-            continue
-        if source is not None and (source.is_relative_to(place) or place.is_relative_to(source) and _is_foreign(place)):
-            raise ArpHubError(
-                f"'{folder}' would be replaced, but it holds what {option} '{given}' reads: choose another output"
-            )
+        for source in _places(str(given or "")):
+            if source.is_relative_to(place) or (place.is_relative_to(source) and _is_foreign(place)):
+                raise ArpHubError(
+                    f"'{folder}' would be replaced, but it holds what {option} '{given}' reads: choose another output"
+                )
+
+
+def _places(given: str) -> list[Path]:
+    """The files and folders that a path, a pattern of ``--data`` or the name of a model may mean on this machine."""
+    found = []
+    for part in given.removeprefix("local-dir:").removeprefix("wds:").split("::"):
+        for name in (part, part.rpartition(":")[0]):  # a configuration may follow a colon
+            if re.search(r"[*?\[{]", name):  # the folder above all files of a pattern
+                name = re.split(r"[*?\[{]", name)[0].rpartition("/")[0]
+            try:
+                if name and (path := Path(name).expanduser()).exists():
+                    found.append(path.resolve())
+            except (OSError, RuntimeError, ValueError):  # a name that no path has; no home folder
+                continue
+    return found
 
 
 def _is_foreign(folder: Path) -> bool:

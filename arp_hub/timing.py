@@ -189,8 +189,9 @@ def clock(device: torch.device) -> str:
 def _now(device: torch.device) -> Any:
     if device.type == "cuda":
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(device))
         return event
+    _wait(device)  # accelerators without such events
     return time.process_time() if clock(device) == "cpu" else time.perf_counter()
 
 
@@ -247,5 +248,7 @@ def _sample(call: Callable[[], Any], repeats: int, device: torch.device) -> floa
 
 
 def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    if device.type == "mps":  # there is one, which takes no argument
+        torch.mps.synchronize()
+    elif device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)  # not the current device, which may be another

@@ -82,6 +82,8 @@ class Classifier:
     def __call__(self, pixels: Tensor) -> list[Prediction]:
         """The most probable classes of an image, the first one first."""
         probabilities = self.model(pixels)[0].float().softmax(0)
+        if probabilities.isnan().any():
+            raise ArpHubError("the model gives NaN for an image: its weights are damaged; load others")
         top = probabilities.topk(min(self.top_k, len(probabilities)))
         return [
             Prediction(index, self.names[index] if self.names else "", probability)
@@ -105,7 +107,7 @@ def image_files(places: Sequence[Path]) -> list[Path]:
     Raises:
         ArpHubError: If a place does not exist, or a folder holds no image file.
     """
-    endings = set(Image.registered_extensions())
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found: list[Path] = []
     for place in places:
         if place.is_dir():

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import typer
@@ -66,7 +67,7 @@ class Command(HelpfulCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the words after the command's name."""
-        return super().parse_args(ctx, repeated(MANY_WORDS, args))
+        return super().parse_args(ctx, repeated(MANY_WORDS, [_with_home(word) for word in args]))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -92,6 +93,14 @@ class Command(HelpfulCommand):
         from arp_hub.reports.tables import printable  # here, because `arp_hub` imports torch
 
         return printable(f"warning: {in_options(message, self.get_params(ctx))}")
+
+
+def _with_home(word: str) -> str:
+    """A word with the home folder for ``~``, which shells leave as it is behind ``--output=``."""
+    option, equals, value = word.partition("=")
+    if not (equals and option.startswith("--")):
+        option, equals, value = "", "", word
+    return option + equals + str(Path(value).expanduser()) if value.startswith(("~/", "~\\")) else word
 
 
 class ScriptCommand(HelpfulCommand):

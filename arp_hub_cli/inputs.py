@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from arp_hub.layers.trace import InputSize
 from arp_hub.models.arguments import read_arguments
 from arp_hub.plan import RankPlan
 from arp_hub.refinement import LEAST_IMAGES, Refinement, refine
+from arp_hub.refinement.state import StateFile
 from arp_hub.schemes import SCHEMES
 from arp_hub.timing import DTYPES, PRECISIONS, RUNTIMES, Workload
 from arp_hub.training import ImageData, calibration_images, load_data, refinement_images
@@ -230,12 +232,34 @@ class RefineChoice:
             raise ArpHubError(f"{given} needs unlabelled images: give --data")
         if self.minutes is not None and self.steps is not None:
             raise ArpHubError("--refine-minutes and --refine-steps both bound the refinement: give one of them")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ArpHubError(f"--refine-minutes must be above 0, got {self.minutes:g}")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise ArpHubError(f"--refine-minutes must be a number above 0, got {self.minutes:g}")
         if self.steps is not None and self.steps < 1:
             raise ArpHubError(f"--refine-steps must be at least 1, got {self.steps}")
         if self.images is not None and self.images < LEAST_IMAGES:
             raise ArpHubError(f"--refine-images must be at least {LEAST_IMAGES}, got {self.images}")
+
+    def check_state(self, output: Path, seed: int) -> None:
+        """Refuse the state of a refinement with other settings, which an earlier command has left, before any work.
+
+        Raises:
+            ArpHubError: If there is one, or the file cannot be read.
+        """
+        if self.wanted:
+            given = {"minutes": self.minutes} if self.minutes is not None else {}
+            StateFile(state_file(output), {"steps": self.steps, "seed": seed, **given}).load()
+
+    def check_data(self, data: ImageData | None) -> None:
+        """Refuse data with too few images.
+
+        Raises:
+            ArpHubError: If so.
+        """
+        if self.wanted and data is not None and 0 < len(data.train) < LEAST_IMAGES:  # 0 if a stream has no count
+            raise ArpHubError(
+                f"refinement needs at least {LEAST_IMAGES} images, the training split has {len(data.train)}: "
+                "give more, or leave the refinement out"
+            )
 
     def run(
         self,
@@ -248,6 +272,8 @@ class RefineChoice:
         timed: RankPlan | None = None,
     ) -> Refinement | None:
         """Refine the model in place; None if no refinement is wanted. Ctrl-C says how to resume it.
+
+        The state stays beside ``output`` until the caller has saved the model.
 
         Args:
             model: The decomposed model.
@@ -262,10 +288,11 @@ class RefineChoice:
             return None
         with stage("read images to refine on"):
             images, held_out = refinement_images(data, self.images, seed=seed, workers=workers)
-        state = output.with_name(f"{output.name}-refinement.safetensors")
-        bound: dict[str, Any] = {"minutes": self.minutes, "steps": self.steps}
+        state = state_file(output)
+        settings: dict[str, Any] = {"minutes": self.minutes, "steps": self.steps, "seed": seed}
+        settings |= {"state": state, "keep_state": True, "progress": True}
         try:
-            return refine(model, dense, images, held_out=held_out, **bound, seed=seed, state=state, progress=True)
+            return refine(model, dense, images, held_out=held_out, **settings)
         except KeyboardInterrupt as stop:
             if not state.exists():
                 raise
@@ -278,6 +305,11 @@ class RefineChoice:
                 f"The same command resumes the refinement from '{state}', with --plan {file} in place of "
                 "--keep-latency and of all options that need it or shape a plan"
             ) from stop
+
+
+def state_file(output: Path) -> Path:
+    """Where the state of a refinement lies: beside the folder of the finished model."""
+    return output.with_name(f"{output.name}-refinement.safetensors")
 
 
 def _words(numbers: Sequence[int]) -> str:

@@ -23,6 +23,11 @@ CASES = {
     "data of a pattern": f"compress {MODEL} --data {{tmp}}/work/images/*.tar --output {{tmp}}/work",
     "a split of the data": f"compress {MODEL} --data {{tmp}}/work/images --output {{tmp}}/work/images/train",
     "a class of the data": f"compress {MODEL} --data {{tmp}}/work/images --output {{tmp}}/work/images/train/a",
+    "data in the home folder": f"compress {MODEL} --data=~/work/images --output {{tmp}}/work",
+    "output in the home folder": f"compress {MODEL} --data {{tmp}}/work/images --output=~/work",
+    "data with a configuration": f"compress {MODEL} --data {{tmp}}/work/images:plain --output {{tmp}}/work/images",
+    "data of a prefix": f"compress {MODEL} --data wds:{{tmp}}/work/images --output {{tmp}}/work/images",
+    "data of two patterns": f"compress {MODEL} --data a-*.tar::{{tmp}}/work/images/*.tar --output {{tmp}}/work",
     "data behind a link": f"compress {MODEL} --data {{tmp}}/link --output {{tmp}}/work",
     "a checkpoint": f"compress {MODEL} --checkpoint {{tmp}}/work/w.safetensors --output {{tmp}}/work",
     "a plan": f"compress {MODEL} --plan {{tmp}}/work/plan.json --output {{tmp}}/work",
@@ -37,6 +42,7 @@ CASES = {
 RUNS = {
     "data": ({"data": "work/images"}, "work"),
     "a split of the data": ({"data": "work/images"}, "work/images/val"),
+    "data in the home folder": ({"data": "~/work/images"}, "work"),
     "a checkpoint": ({"data": "digits", "checkpoint": "work/w.safetensors"}, "work"),
     "a checkpoint of the teacher": ({"data": "digits", "teacher_checkpoint": "work/w.safetensors"}, "work"),
     "data beside the run's checkpoints": ({"data": "out-run/images"}, "out"),
@@ -44,8 +50,9 @@ RUNS = {
 
 
 @pytest.fixture
-def tmp(tmp_path: Path) -> Path:
-    """A folder with images, weights, a plan and a saved model."""
+def tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with images, weights, a plan and a saved model. It is the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     for place in ("work/images", "out-run/images"):
         for split in ("train", "val"):
             for name in "ab":
@@ -82,7 +89,7 @@ def test_a_command_refuses_an_output_that_holds_its_input(
 @pytest.mark.parametrize("case", RUNS)
 def test_a_recipe_refuses_an_output_that_holds_its_input(case: str, tmp: Path) -> None:
     given, output = RUNS[case]
-    paths = {name: value if value == "digits" else str(tmp / value) for name, value in given.items()}
+    paths = {name: value if value == "digits" or "~" in value else str(tmp / value) for name, value in given.items()}
     before = files(tmp)
     settings = {"model": "test_resnet", "pretrained": False, "cpu": True, "tracker": "none", "keep_params": 0.5}
     teacher = {"teacher": "test_resnet", "distill": 0.5} if "teacher_checkpoint" in given else {}

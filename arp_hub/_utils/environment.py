@@ -86,7 +86,11 @@ def _cpu_name() -> str:
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    if names:
+        return names[0]
+    parts = [line for line in lines if line.startswith(("CPU implementer", "CPU part"))]  # of ARM, which has no names
+    numbers = sorted({line.partition(":")[2].strip() for line in parts})
+    return " ".join([platform.processor() or platform.machine(), *numbers])
 
 
 def _versions() -> dict[str, str]:

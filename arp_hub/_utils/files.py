@@ -8,6 +8,7 @@ import glob
 import os
 import platform
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -185,5 +186,8 @@ def _exchange(a: Path, b: Path) -> bool:
 def cache_folder() -> Path:
     """Where measurements and indexes are kept: ``ARP_HUB_CACHE``, or ``arp_hub`` in the user's cache folder."""
     if own := os.environ.get("ARP_HUB_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "arp_hub"
+        return Path(own).expanduser()
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "arp_hub"
+    except RuntimeError:  # a container's user without a home folder
+        return Path(tempfile.gettempdir()) / "arp_hub"

@@ -155,18 +155,18 @@ def published_name(name: str, model: nn.Module) -> str | None:
 
 def hub_dataset(source: str | None) -> str | None:
     """The id of a data set on the Hub, without a configuration. None for any other ``source``, such as a folder."""
-    if not source or Path(source).exists():
+    name = (source or "").partition(":")[0]
+    if not source or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return None
-    name = source.partition(":")[0]
-    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
+    return None if os.path.exists(source) or os.path.exists(name) else name  # noqa: PTH110 - False for long names
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load a weights file into a model, every tensor of it.
 
     Raises:
-        ArpHubError: If the file cannot be read without executing what is in it, or a tensor is missing, unknown or of
-            another shape.
+        ArpHubError: If the file cannot be read without executing what is in it, if a tensor is missing, unknown or of
+            another shape, or if a weight is NaN or infinite.
     """
     state = read_weights(path)
     own = model.state_dict()
@@ -188,6 +188,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"checkpoint '{path}' does not fit this {kind}: it {' and '.join(parts)}: "
             "choose the model that the checkpoint was made with"
         )
+    weights = {name: state[name] for name, _ in model.named_parameters() if name in state}
+    check_tensors(weights, model, os.fspath(path))
     model.load_state_dict(state, strict=False)
 
 

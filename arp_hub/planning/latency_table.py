@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .._utils.environment import environment
 from .._utils.files import cache_folder, write_atomically
 from .._utils.parse import read_json
+from .._version import __version__
 from ..layers.low_rank import LowRankLayer, low_rank_layer
 from ..plan import LayerPlan
 from ..runtimes.timed import Call, layer_calls, runtime_versions
@@ -49,7 +50,7 @@ class LatencyTable:
         self._known = _read(self._file)
         self._new: dict[str, float] = {}
         versions = "".join(f" {name} {version}" for name, version in runtime_versions(workload).items())
-        self._place = f"{_device_name(device)}|{torch.__version__}{versions}|{workload}"
+        self._place = f"{_device_name(device)}|arp_hub {__version__}|{torch.__version__}{versions}|{workload}"
         self._curves: dict[tuple[Any, ...], dict[int, float]] = {}
         self._open: tuple[tuple[LayerShape, Pair], Mapping[str, Call]] | None = None
 

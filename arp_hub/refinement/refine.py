@@ -72,6 +72,7 @@ def refine(
     batch_size: int = 16,
     seed: int = 0,
     state: str | Path | None = None,
+    keep_state: bool = False,
     progress: bool = False,
 ) -> Refinement:
     """Refine a decomposed model in place, without labels, to the predictions of its dense form.
@@ -97,6 +98,8 @@ def refine(
         state: A file that keeps the state once a minute. If it exists, the refinement goes on from there; it is deleted
             at the end. A file of other images, ranks, dense weights or settings is refused. Of several processes the
             first one reads and writes it.
+        keep_state: Leave that file at the end, until the model is saved elsewhere: the same call then returns the
+            finished model at once.
         progress: Show a progress bar.
 
     Returns:
@@ -146,6 +149,8 @@ def refine(
                 shown = int(100 * share)
 
             result = _run(work, processes.of_first(file.load), file, minutes, steps, show)
+            if not keep_state:
+                file.remove()
     return Refinement(len(learnt), work.held_out, *result)
 
 
@@ -281,7 +286,7 @@ def _run(
             if clock.share() >= end:
                 continue
             if not progress.rate:
-                progress.rate = _best_rate(work, clock, by_blocks, least=1 if minutes is None else 5)
+                progress.rate = _best_rate(work, clock, by_blocks, steps)
                 progress.begin = clock.share()
             optimizer = work.optimizer()
             restore_moments(optimizer, work.parameters, tensors)
@@ -305,7 +310,6 @@ def _run(
     except BaseException:
         work.load(best)  # the model is not left in the middle of a phase, where it may be worse than before
         raise
-    file.remove()
     return clock.steps, clock.seconds, progress.before, progress.least
 
 
@@ -331,11 +335,13 @@ def _images_to_measure(work: Steps, clock: Clock, least: int = 32) -> int:
     return max(least, int(least * _TRIAL / max(clock.share() - begin, 1e-9)))
 
 
-def _best_rate(work: Steps, clock: Clock, by_blocks: bool, least: int) -> float:
+def _best_rate(work: Steps, clock: Clock, by_blocks: bool, steps: int | None, least: int = 5) -> float:
     """The learning rate whose short run ends with the lowest loss on the held-out images, from low to high.
 
-    If a run has fewer than ``least`` steps, it tells nothing.
+    A run of fewer than ``least`` steps tells nothing.
     """
+    if steps is not None and _TRIAL * steps < least:
+        return _RATES[1]
     start, best, lowest = work.vector(), _RATES[0], math.inf
     for rate in _RATES:
         optimizer, begin, before = work.optimizer(), clock.share(), clock.steps

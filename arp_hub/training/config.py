@@ -15,6 +15,7 @@ import yaml
 from .._utils.files import read_text, write_atomically
 from .._utils.parse import parse_yaml, shown
 from ..errors import ArpHubError, checked_path
+from ..hub.load import is_saved_model
 from .config_fields import check_needs, checked, nearest, without_effect
 from .config_run import BudgetSettings, DataSettings, PhaseSettings, RunSettings
 from .config_training import AugmentationSettings, LossSettings, OptimisationSettings
@@ -54,6 +55,9 @@ class TrainConfig(
             given = "none" if self.keep_params is None else "both"
             raise ArpHubError(f"set one budget, keep_params or keep_macs (got {given})")
         check_needs({field.name: getattr(self, field.name) for field in fields}, fields)
+        for name in ("output", "checkpoint", "teacher_checkpoint", "resume"):
+            if getattr(self, name).startswith("~/"):  # no shell has read a configuration file
+                object.__setattr__(self, name, str(Path(getattr(self, name)).expanduser()))
         self._check_output()
         self._check_phases()
         self._check_batches()
@@ -169,7 +173,8 @@ class TrainConfig(
             for budget, other in (("keep_params", "keep_macs"), ("keep_macs", "keep_params")):
                 if layer.get(budget) is not None and layer.get(other) is None:
                     merged.pop(other, None)
-            if (layer.get("checkpoint") or layer.get("pretrained")) and "dense_epochs" not in layer:
+            trained = layer.get("checkpoint") or layer.get("pretrained") or is_saved_model(layer.get("model") or "")
+            if trained and "dense_epochs" not in layer:
                 merged.pop("dense_epochs", None)
                 origin["dense_epochs"] = number
             merged.update(layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 import torch
@@ -64,6 +65,11 @@ def evaluate(
         batches = split.labelled(batch_size, device, workers, rank=rank, world=world, most=max_images)
         for images, target in progress(batches, f"evaluating on {split.name}", count):
             logits = model(images).float()
+            if logits.isnan().any():
+                raise ArpHubError(
+                    f"accuracy is not measured: the model gives NaN for images of split '{split.name}', because its "
+                    "weights are damaged or its training has diverged: load others, or train at a lower rate"
+                )
             if int(target.max()) >= logits.shape[1]:
                 raise ArpHubError(f"accuracy is not measured: {_other_classes(split, logits.shape[1])}")
             totals += _counts(logits, target.to(device))
@@ -86,12 +92,20 @@ def why_not_measured(model: nn.Module, split: Split | StreamedSplit) -> str | No
         return _other_classes(split, classes)
     if lowest < 0:
         return f"split '{split.name}' has the label {lowest}: correct the labels"
-    if ours and list(ours) != list(theirs) and sorted(ours) == sorted(theirs):
+    if _numbered_otherwise(ours, theirs):
         return (
             f"the model has the classes of split '{split.name}' in another order ({', '.join(theirs[:3])}, ...): "
             "number the classes of the data in the order of the model"
         )
     return None
+
+
+def _numbered_otherwise(ours: Sequence[str], theirs: Sequence[str]) -> bool:
+    """Whether a class has one number in one list of names, and only other numbers in the other list."""
+    numbers: dict[str, set[int]] = {}
+    for number, name in enumerate(theirs):
+        numbers.setdefault(name.casefold(), set()).add(number)  # ImageNet has two classes of some names
+    return any(number not in numbers.get(name.casefold(), {number}) for number, name in enumerate(ours))
 
 
 def _other_classes(split: Split | StreamedSplit, classes: int) -> str:

@@ -20,6 +20,7 @@ from .data.augment import Augmentation
 from .data.dataset import ImageData, load_data
 from .data.input_format import input_format, note_crop
 from .data.splits import StreamedSplit
+from .evaluate import why_not_measured
 
 _logger = logging.getLogger(__name__)
 
@@ -77,6 +78,11 @@ def load_data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
             )
         torch.manual_seed(config.seed)
         model = _with_classes(config, model, data.num_classes, pretrained)
+    if config.dense_epochs:  # the classifier learns the numbers of the data, whatever it has learnt before
+        if data.class_names:
+            change_config(model, {"label_names": list(data.class_names)})
+    elif reason := why_not_measured(model, data.test):
+        raise ArpHubError(f"model '{config.model}' does not fit the labels of data '{config.data}': {reason}")
     if config.crop_pct not in (None, data.form.crop_pct):
         _logger.warning("crop_pct=%g has no effect: images as small as these are not cropped", config.crop_pct)
     note_crop(model, data.form)
@@ -179,6 +185,8 @@ def load_teacher(config: TrainConfig, data: ImageData, model: nn.Module) -> nn.M
             f"teacher '{config.teacher}' has {teacher.num_classes} classes, data '{config.data}' has "
             f"{data.num_classes}: choose a teacher that was trained on this data"
         )
+    if reason := why_not_measured(teacher, data.train):
+        raise ArpHubError(f"teacher '{config.teacher}' does not fit the labels: {reason}")
     theirs, ours = input_format(teacher), input_format(model)
     if (theirs.mean, theirs.std) != (ours.mean, ours.std):
         raise ArpHubError(

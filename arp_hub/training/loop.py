@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -49,6 +50,19 @@ def train(run: Run, phase: Phase, start: Checkpoint | None = None) -> nn.Module:
         Preempted: On SIGTERM, after the state is saved.
     """
     return _Loop(run, phase, start).run_to_end()
+
+
+@contextmanager
+def _as_saved(model: nn.Module) -> Iterator[None]:
+    """Let a model compute in its own precision, in which it is saved and tested, without Accelerate's autocast."""
+    own = vars(model).get("forward") if "_original_forward" in vars(model) else None
+    if own is not None:
+        del model.forward
+    try:
+        yield
+    finally:
+        if own is not None:
+            model.forward = own
 
 
 class _Loop:
@@ -252,6 +266,8 @@ class _Loop:
             bad = gather_object(bad)
         if not bad:
             return
+        if self.norms and not self.shards:
+            self.norms.put_back()  # other processes do not take part
         with self.accelerator.autocast():
             where = first_not_finite(self.model, images)
         raise self.diverged(bad[0], self.step + 1, where)
@@ -290,9 +306,10 @@ class _Loop:
             judged = self.whole(self.ema.module if self.ema else self.model)
             if self.phase.penalty and self.phase.penalty.phase != "ramp":
                 judged = self.phase.penalty.low_rank_copy(judged)  # the model that decomposing now would give
-            entry["val"] = evaluate(
-                judged, self.run.data.val, workers=self.config.workers, accelerator=self.accelerator
-            )
+            with _as_saved(judged):
+                entry["val"] = evaluate(
+                    judged, self.run.data.val, workers=self.config.workers, accelerator=self.accelerator
+                )
             self.run.log.track(self.phase.name, self.steps_before + self.step, {"val_top1": entry["val"]["top1"]})
         self.run.log.epoch(entry)
 

@@ -27,6 +27,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         ArpHubError: If this machine lacks the precision, the processes or the GPU that the settings ask for, or if its
             processes cannot share a batch evenly.
     """
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if configured not in ("", "no") and config.mixed_precision == "no":
+        raise ArpHubError(
+            f"Accelerate is configured for mixed_precision={configured}, and the run for no: set "
+            f"mixed_precision={configured}, or start it with `accelerate launch --mixed_precision no`"
+        )
     if config.torchcompile:
         check_backend(config.torchcompile)
     try:

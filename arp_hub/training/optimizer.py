@@ -92,9 +92,10 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: 
         sched=config.schedule,
         num_epochs=steps,
         decay_epochs=max(1, steps // 3),
+        decay_rate=0.9 if config.schedule == "poly" else 0.1,  # for timm the power of the polynomial, too
         decay_milestones=[steps // 2, steps * 3 // 4],
         warmup_epochs=min(round(config.warmup_epochs * steps_per_epoch), steps // 2),
-        warmup_lr=config.warmup_lr,
+        warmup_lr=min(config.warmup_lr, highest_rate(optimizer)),
         min_lr=config.min_lr,
         step_on_epochs=False,
         updates_per_epoch=1,

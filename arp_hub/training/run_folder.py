@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -14,15 +14,18 @@ from ..errors import ArpHubError, check_inputs_outside
 from ..hub.push import check_push
 from ..hub.save import check_folder
 from .checkpoint import STATE, Checkpoint, remove_later_checkpoints, remove_unfinished_checkpoints, writing
-from .config import TrainConfig
+from .config import TrainConfig, read_config
+from .resume import decisive_settings
 
 LOCK = "run.lock"
 """Name of the file that the main process locks while the run lasts."""
 REFINEMENT = "refinement.safetensors"
+LOG = "log.jsonl"
+CONFIG = "config.yaml"
 """Name of the file that holds the state of an unfinished refinement of the fit."""
 DENSE = "dense.safetensors"
 """Name of the file that holds the dense model, once it is trained."""
-_WRITTEN = {"checkpoints", "config.yaml", DENSE, "log.jsonl", "metrics.json", "report.html", "tracker"}
+_WRITTEN = {"checkpoints", CONFIG, DENSE, LOG, "metrics.json", "report.html", "tracker"}
 """What else a run writes in its folder. A new run keeps all other files, unless it may overwrite the folder."""
 
 
@@ -114,12 +117,23 @@ class RunFolder:
                 remove_unfinished(Path(config.output))
                 if start is None or self._is_of_another(start):
                     self._clear(start)
+                if start is not None and start.path is not None and self._is_of_another(start):
+                    with suppress(FileNotFoundError):  # the history up to the checkpoint
+                        shutil.copyfile(start.path.parent.parent / LOG, self.path / LOG)
                 for folder in (self.path, self.checkpoints):
                     remove_unfinished_checkpoints(folder)
                 if start is not None:
                     remove_later_checkpoints(self.checkpoints, start.phase, start.step)
-                config.save(self.path / "config.yaml")
+                config.save(self.path / CONFIG)
         self.accelerator.wait_for_everyone()
+
+    def _goes_on(self) -> bool:
+        """Whether the settings in the folder give the same numbers as those of this run."""
+        try:
+            saved = TrainConfig(**read_config(self.path / CONFIG))
+        except ArpHubError:
+            return False
+        return decisive_settings(saved) == decisive_settings(self.config)
 
     def _is_of_another(self, start: Checkpoint | None) -> bool:
         """Whether a checkpoint lies outside the folder of this run."""
@@ -140,9 +154,10 @@ class RunFolder:
     def _clear(self, start: Checkpoint | None) -> None:
         """Delete what an earlier run wrote; with ``overwrite``, everything but the lock.
 
-        Where resuming is asked for and there is no checkpoint yet, an unfinished refinement stays.
+        Where resuming is asked for and there is no checkpoint yet, an unfinished refinement with the same settings
+        stays.
         """
-        kept = {LOCK, REFINEMENT} if self.config.resume and start is None else {LOCK}
+        kept = {LOCK, REFINEMENT} if self.config.resume and start is None and self._goes_on() else {LOCK}
         for path in self.path.iterdir():
             if path.name in kept or not (self.config.overwrite or path.name in _WRITTEN | {REFINEMENT}):
                 continue

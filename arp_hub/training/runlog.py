@@ -16,6 +16,7 @@ from .._utils.parse import parse_json
 from ..errors import ArpHubError
 from .checkpoint import PHASES, writing
 from .config import TrainConfig
+from .run_folder import LOG
 
 _logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class RunLog:
 
     def __init__(self, accelerator: Accelerator, config: TrainConfig, done: tuple[str, int] | None) -> None:
         self.accelerator = accelerator
-        self.path = config.run_folder / "log.jsonl"
+        self.path = config.run_folder / LOG
         self.main = accelerator.is_main_process
         if self.main:
             with writing(self.path):

@@ -94,6 +94,8 @@ def _run(config: TrainConfig, accelerator: Accelerator, folder: RunFolder, sigte
     dense = _dense_model(this, model, start)
     compressed, plan = _compressed_model(this, dense, teacher or dense, start)
     metrics = save(this, dense, compressed, all_numbers(this, plan))
+    if accelerator.is_main_process:
+        (config.run_folder / REFINEMENT).unlink(missing_ok=True)
     accelerator.end_training()
     publish(this)
     return metrics
@@ -206,7 +208,8 @@ def _refine(run: Run, model: nn.Module, dense: nn.Module, progress: bool) -> Non
     steps = min((limit for limit in (config.max_steps, config.refine_steps) if limit), default=0)
     bound: dict[str, Any] = {"steps": steps} if steps else {"minutes": config.refine_minutes}
     state = config.run_folder / REFINEMENT
-    done = refine(model, dense, images, held_out=held_out, seed=config.seed, state=state, progress=progress, **bound)
+    bound |= {"seed": config.seed, "state": state, "keep_state": True, "progress": progress}
+    done = refine(model, dense, images, held_out=held_out, **bound)
     # with the scores, because checkpoints hold these
     run.scores["refined"] = {**_score(run, model, "refined on unlabelled images"), "refinement": asdict(done)}
 

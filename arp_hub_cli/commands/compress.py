@@ -134,6 +134,7 @@ def compress(
         open_images,
         open_model,
         plan_options,
+        state_file,
         timed_workload,
         warn_of_few_images,
     )
@@ -160,6 +161,7 @@ def compress(
     check_folder(output, overwrite=overwrite)
     if is_saved_folder(output) and not overwrite:
         raise ArpHubError(f"'{output}' already holds a model: choose another --output, or replace it with --overwrite")
+    refinement.check_state(output, seed)
     given = None if plan is None else RankPlan.load(plan)
     choice = ModelChoice(model, checkpoint, pretrained, num_classes, model_kwargs, input_size, device, seed)
     network, random = open_model(choice)
@@ -168,6 +170,7 @@ def compress(
     else:
         check_plan(network, given)
     found = open_data(data, network, image_key, label_key, streaming)
+    refinement.check_data(found)
     images = open_images(found, calibration, copies, seed, workers)
     warn_of_few_images(found, calibration, copies)
     counts = calibration_counts(found, calibration, copies) if found else (0, 0)
@@ -214,6 +217,8 @@ def compress(
         note_crop(network, found.form)
     with stage("save"):
         save_pretrained(network, output, metrics=metrics, label_names=names or None, overwrite=overwrite)
+    if refined:
+        state_file(output).unlink(missing_ok=True)
     if as_json:
         print_json({**result, "weights_bytes": after_bytes, "output": str(output)})
         return

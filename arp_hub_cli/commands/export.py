@@ -150,6 +150,8 @@ def export(
     count = 128 if calibration is None else calibration
     images = calibration_images(found, count, copies=0, seed=seed, workers=workers) if found and int8 else None
     shown, labels = _test_images(network, found, max_images or 500, workers) if found else (None, None)
+    if int8 and found and found.shares_images and labels is None:
+        shown = None  # the check then says that it saw calibration images
     if found:
         note_crop(network, found.form)  # export.json says how the images were resized that the file is checked on
     done = write(
@@ -170,7 +172,7 @@ def export(
         progress=True,
     )
     if as_json:
-        print_json({"model": model, **random, "data": data, "output": str(target), **done.record})
+        print_json({"model": model, **random, "data": data, "folder": str(target), **done.record})
         return
     parity = done.parity
     print(f"{target / done.file.name}: {done.record['size_bytes'] / 1e6:.2f} MB")

@@ -26,7 +26,6 @@ from ..options import (
     Model,
     ModelKwargs,
     NumClasses,
-    Overwrite,
     Precision,
     Pretrained,
     RankMultiple,
@@ -70,7 +69,10 @@ def plan(
     device: Device = None,
     seed: Seed = 0,
     output: Annotated[Path, output_option(metavar="FILE", help="Plan file to write.")] = Path("plan.json"),
-    overwrite: Overwrite = False,
+    overwrite: Annotated[
+        bool,
+        output_option("--overwrite", help="Replace --output even if it is no plan; a plan is replaced in any case."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Choose scheme, groups and rank of every layer under one budget: print the table, write the plan.

@@ -56,11 +56,13 @@ def push(
     """
     from huggingface_hub.utils import disable_progress_bars
 
-    from arp_hub.hub.push import push_to_hub
+    from arp_hub.hub.push import check_push, push_to_hub
     from arp_hub.reports.tables import printable
 
     if not interactive():
         disable_progress_bars()
+    if with_latency:
+        check_push(repo_id, token=token)
     latency = _latency(folder) if with_latency else None
     about = {"base_model": base_model, "dataset": dataset, "license": license, "latency": latency}
     done = push_to_hub(

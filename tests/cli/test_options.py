@@ -113,12 +113,22 @@ def test_options_about_images_are_refused_without_images(call: Any, tmp_path: Pa
 
 
 def test_few_images_are_warned_of(call: Any, tmp_path: Path) -> None:
-    words = ["--model", "test_resnet", "--no-pretrained", "--keep-params", "0.9", "--data", "digits"]
+    words = (
+        "--model test_resnet --no-pretrained --keep-params 0.9 --schemes channel --effort fast --data digits".split()
+    )
     for count, warned in ((8, True), (32, False)):
-        output = tmp_path / str(count)
-        code, _, err = call("compress", *words, "--calibration-images", count, "--max-images", 8, "--output", output)
+        code, _, err = call("plan", *words, "--calibration-images", count, "--output", tmp_path / f"{count}.json")
         assert code == 0, err
         assert ("warning: calibration images: 8 in all" in err) == warned
+
+
+@pytest.mark.parametrize("form", [["--output=~/a.json"], ["--output", "~/a.json"]])
+def test_the_home_folder_is_that_of_the_user(call: Any, tmp_path: Path, form: list[str], monkeypatch: Any) -> None:
+    """Shells leave ``~`` as it is behind an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, _, err = call("plan", "--model", "test_resnet", "--no-pretrained", "--keep-params", "0.9", *form)
+    assert code == 0, err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 REFUSED = {

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import create_transform, resolve_data_config
@@ -162,6 +163,29 @@ def test_a_broken_image_is_one_line_and_the_others_are_classified(call: Any, sav
     assert out.count(".png") == 2 and str(good) in out.replace("\n", "") and "[owl]" in out and "%" in out
     code, out, err = call("predict", f"local-dir:{saved}", broken)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
+
+
+def test_a_model_that_gives_nan_predicts_nothing(call: Any, tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet", num_classes=3)
+    model.bn1.running_mean[0] = torch.nan
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    words = ["test_resnet", "--num-classes", 3, "--checkpoint", tmp_path / "model.safetensors"]
+    code, out, err = call("predict", *words, *images(tmp_path / "photos", 1, 40), "--json")
+    assert (code, out) == (2, "") and "the model gives NaN for an image: its weights are damaged" in err
+    model.fc.bias.data[0] = torch.nan
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    for command in ("inspect --model", "predict"):
+        code, out, err = call(*command.split(), *words, *([tmp_path / "photos"] if command == "predict" else []))
+        assert (code, out) == (2, "") and "'fc.bias' holds NaN or infinite values" in err
+
+
+def test_a_folder_may_hold_files_that_are_no_images(call: Any, saved: Path, tmp_path: Path) -> None:
+    photo = images(tmp_path / "photos", 1, 40)[0]
+    for name in ("notes.pdf", "notes.txt", "clip.mpo"):
+        (tmp_path / "photos" / name).write_bytes(b"no image")
+    code, out, err = call("predict", f"local-dir:{saved}", tmp_path / "photos", "--json")
+    assert code == 0, err
+    assert [found["image"] for found in json.loads(out)["predictions"]] == [str(photo)]
 
 
 def test_names_of_imagenet_are_used_for_its_classes(call: Any, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import timm
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -48,7 +49,9 @@ REFUSED = {
     "no data": (["--refine"], "--refine needs unlabelled images: give --data"),
     "no data for minutes": (["--refine-minutes", "1"], "--refine-minutes needs unlabelled images: give --data"),
     "two bounds": (["--data", "digits", "--refine-minutes", 1, "--refine-steps", 5], "give one of them"),
-    "no time": (["--data", "digits", "--refine-minutes", 0], "--refine-minutes must be above 0, got 0"),
+    "no time": (["--data", "digits", "--refine-minutes", 0], "--refine-minutes must be a number above 0, got 0"),
+    "no end": (["--data", "digits", "--refine-minutes", "inf"], "--refine-minutes must be a number above 0, got inf"),
+    "few training images": (["--data", "{few}", "--refine"], "refinement needs at least 20 images, the training split"),
     "no step": (["--data", "digits", "--refine-steps", 0], "--refine-steps must be at least 1, got 0"),
     "images alone": (["--data", "digits", "--refine-images", 40], "--refine-images 40 has no effect without --refine"),
     "few images": (["--data", "digits", "--refine", "--refine-images", 19], "--refine-images must be at least 20"),
@@ -56,31 +59,37 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_bad_options_are_one_line_before_any_work(case, tmp_path, capsys):
+def test_bad_options_are_one_line_before_any_work(case, tmp_path, capsys, monkeypatch):
     options, message = REFUSED[case]
-    assert call(*COMPRESS, *options, "--output", tmp_path / "out") == 2
+    few = tmp_path / "few"
+    for number in range(6):
+        (few / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32)).save(few / "ab"[number % 2] / f"{number}.png")
+    monkeypatch.setattr("arp_hub.planning.make_plan.make_plan", None)
+    words = [str(option).format(few=few) for option in options]
+    assert call(*COMPRESS, *words, "--output", tmp_path / "out") == 2
     out, err = capsys.readouterr()
-    assert (out, len(err.splitlines())) == ("", 1) and message in err
-    assert not list(tmp_path.iterdir())
+    assert out == "" and message in err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["few"]
 
 
-@pytest.mark.parametrize("steps", [3, 40], ids=["before a state", "with a state"])
-def test_ctrl_c_says_how_to_go_on(steps, tmp_path, capsys, monkeypatch):
-    step, calls = Steps.step, 0
+@pytest.mark.parametrize(("method", "time"), [("divergence", 1), ("step", 40)], ids=["before a state", "with a state"])
+def test_ctrl_c_says_how_to_go_on(method, time, tmp_path, capsys, monkeypatch):
+    original, calls = getattr(Steps, method), 0
 
     def interrupted(self, *arguments):
         nonlocal calls
         calls += 1
-        if calls == steps:
+        if calls == time:
             raise KeyboardInterrupt
-        step(self, *arguments)
+        return original(self, *arguments)
 
     out, state = tmp_path / "out", tmp_path / "out-refinement.safetensors"
     words = [*COMPRESS, "--data", "digits", "--calibration-images", 64, "--refine-images", 60, "--refine-steps", 80]
-    monkeypatch.setattr(Steps, "step", interrupted)
+    monkeypatch.setattr(Steps, method, interrupted)
     assert call(*words, "--output", out) == 130
     last = capsys.readouterr().err.splitlines()[-1]
-    assert state.exists() is (steps == 40)
+    assert state.exists() is (method == "step")
     resumes = f"interrupted. The same command resumes the refinement from '{state}'"
     assert last == (resumes if state.exists() else "interrupted")
     monkeypatch.undo()
@@ -89,7 +98,28 @@ def test_ctrl_c_says_how_to_go_on(steps, tmp_path, capsys, monkeypatch):
     assert call(*words, "--output", out) == 0 and not state.exists()
     title = next(line for line in capsys.readouterr().out.splitlines() if "refined without labels" in line)
     seconds = int(title.split()[-2])
-    assert seconds > 5000 if steps == 40 else seconds < 5000
+    assert seconds > 5000 if method == "step" else seconds < 5000
+
+
+def test_a_finished_refinement_is_kept_until_the_model_is_saved(tmp_path, capsys, monkeypatch):
+    out, state = tmp_path / "out", tmp_path / "out-refinement.safetensors"
+    words = [*COMPRESS, "--data", "digits", "--calibration-images", 64, "--refine-images", 60, "--output", out]
+
+    def interrupted(*arguments, **others):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("arp_hub.hub.save.save_pretrained", interrupted)
+        assert call(*words, "--refine-steps", 12) == 130
+    assert state.exists() and not out.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("arp_hub.planning.make_plan.make_plan", None)
+        assert call(*words, "--refine-steps", 13) == 2  # before any work
+    assert "is of a refinement with steps=12, not 13: delete it" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(Steps, "step", None)  # there is none left to make
+        assert call(*words, "--refine-steps", 12) == 0
+    assert out.exists() and not state.exists()
 
 
 def test_a_plan_by_timings_is_kept_for_the_command_that_resumes(tmp_path, monkeypatch):

@@ -276,7 +276,7 @@ def test_the_command_writes_a_file_with_a_dynamic_batch(tmp_path: Path, capsys: 
     code, out, err = call(capsys, "export", FOLDER, *words, "--output", tmp_path / "out", "--json")
     assert code == 0, err
     printed = json.loads(out)
-    assert printed["input"]["shape"] == ["batch", 3, 32, 32]
+    assert printed["input"]["shape"] == ["batch", 3, 32, 32] and printed["folder"] == str(tmp_path / "out")
     assert (printed["parity"]["images"], printed["parity"]["source"]) == (40, "test")
     assert printed["parity"]["top1"] == printed["parity"]["torch_top1"]
     graph = torch.export.load(tmp_path / "out/model.pt2").module()
@@ -286,6 +286,18 @@ def test_the_command_writes_a_file_with_a_dynamic_batch(tmp_path: Path, capsys: 
     assert files_naming(tmp_path / "out", str(ROOT)) == []
     code, out, err = call(capsys, "export", FOLDER, "--output", FOLDER, "--overwrite")
     assert code == 2 and "contains the saved model" in err and (FOLDER / "config.json").is_file()
+
+
+def test_images_that_calibrate_are_not_called_test_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder without classes and splits: all of its images calibrate."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    (tmp_path / "flat").mkdir()
+    for number in range(24):
+        Image.new("RGB", (32, 32), (10 * number, 0, 0)).save(tmp_path / "flat" / f"{number}.png")
+    words = ["--format", "onnx", "--int8", "--data", tmp_path / "flat", "--seconds", 0, "--output", tmp_path / "out"]
+    code, out, err = call(capsys, "export", FOLDER, *words, "--json")
+    assert code == 0, err
+    assert json.loads(out)["parity"]["source"] == "calibration"
 
 
 def test_the_command_prints_the_verdict_with_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

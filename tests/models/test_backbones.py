@@ -48,6 +48,14 @@ ODDITIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+FAST = {
+    "padding by the input's size",
+    "standardised convolutions",
+    "branches to merge",
+    "a fused qkv",
+    "biases of qkv apart, windows",
+    "maps in NHWC",
+}
 MANY_LAYERS = {"layers to fuse", "branches to merge", "an LSTM"}
 FEW_CHECKS = (
     "feature maps",
@@ -67,7 +75,9 @@ def outcomes(name: str, folder: Path, checks: Any, **arguments: Any) -> dict[str
         return {check: run_check(case, check) for check in checks}
 
 
-@pytest.mark.parametrize("oddity", ODDITIES)
+@pytest.mark.parametrize(
+    "oddity", [pytest.param(one, marks=() if one in FAST else pytest.mark.slow) for one in ODDITIES]
+)
 def test_entry_points_are_those_of_the_dense_model(oddity: str, tmp_path: Path) -> None:
     name, arguments = ODDITIES[oddity]
     checks = FEW_CHECKS if oddity in MANY_LAYERS else CHECKS  # the slow tests run all of them

@@ -43,7 +43,7 @@ class Calls(TorchDispatchMode):
 
 def test_like_layers_are_planned_together_as_one_by_one(monkeypatch):
     torch.manual_seed(0)
-    model = timm.create_model("cifar_resnet32").eval()
+    model = timm.create_model("cifar_resnet20").eval()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)

@@ -107,6 +107,24 @@ def test_compiled_models_are_timed():
     assert benchmark(model, compiled=True, seconds=0.1).compiled
 
 
+@pytest.mark.slow
+def test_many_batch_sizes_are_all_compiled(monkeypatch):
+    """Torch compiles a forward method only so often, and then runs it as it is, without an error."""
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 2)
+    monkeypatch.setattr("torch._dynamo.config.fail_on_recompile_limit_hit", True)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
+    for size in (1, 2, 3):
+        assert benchmark(model, Workload(size), dense=model, input_size=(3, 8, 8), compiled=True, seconds=0.1).compiled
+
+
+def test_timing_waits_for_the_device_that_is_timed(monkeypatch):
+    """It need not be the current one."""
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    take_turns({"nothing": lambda: None}, torch.device("cuda:1"), 0.01)
+    assert set(waited) == {torch.device("cuda:1")}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_latency_on_a_gpu():
     model = timm.create_model("vgg16").cuda()  # on a GPU, kernel launches dominate smaller networks
@@ -205,7 +223,7 @@ def test_a_budget_below_the_fastest_plan_is_refused():
         make_plan(shallow_resnet(), keep_latency=0.01, input_size=SIZE, schemes=["channel"], exclude=["layer[12]*"])
 
 
-def test_measurements_are_remembered_and_a_damaged_file_is_not_trusted(cache):
+def test_measurements_are_remembered_and_a_damaged_file_is_not_trusted(cache, monkeypatch):
     scheme = make_scheme("channel", LayerShape(64, 64, (3, 3), padding=(1, 1)))
     table = LatencyTable(Workload(), CPU)
     before = table.faster([scheme], [(16, 16)])
@@ -215,6 +233,9 @@ def test_measurements_are_remembered_and_a_damaged_file_is_not_trusted(cache):
     cache.write_text(json.dumps(dict.fromkeys(known, 7.0)))  # a measurement that claims to be slow
     assert LatencyTable(Workload(), CPU).faster([scheme], [(16, 16)]) == []
     assert LatencyTable(Workload(2), CPU).faster([scheme], [(16, 16)]) == before
+    with monkeypatch.context() as patch:  # another version has other layers
+        patch.setattr("arp_hub.planning.latency_table.__version__", "0.0.0")
+        assert LatencyTable(Workload(), CPU).faster([scheme], [(16, 16)]) == before
     cache.write_text("{not json")
     assert LatencyTable(Workload(), CPU).faster([scheme], [(16, 16)]) == before
 

@@ -287,7 +287,33 @@ def test_blocks_learn_for_a_fifth_of_the_time(monkeypatch):
     assert phases == [True] * 8 + [False] * 32
 
 
-@pytest.mark.parametrize("stop", [3, 7, 10, 25], ids=["trial of rates", "blocks", "second trial", "whole model"])
+@pytest.mark.parametrize("steps", [1, 4, 10, 100])
+def test_few_steps_are_spent_on_learning_and_not_on_trials_of_rates(steps, monkeypatch):
+    model, dense, images = pair("resnet")
+    rates, step = [], Steps.step
+
+    def spy(self: Steps, optimizer: torch.optim.Optimizer, rate: float, number: int, by_blocks: bool) -> None:
+        rates.append(rate)
+        step(self, optimizer, rate, number, by_blocks)
+
+    monkeypatch.setattr(Steps, "step", spy)
+    assert refine(model, dense, images, steps=steps, batch_size=8).steps == steps == len(rates)
+    assert max(rates) <= 3e-5
+
+
+def test_a_finished_state_gives_the_model_again_until_it_is_deleted(tmp_path):
+    model, dense, images = pair("resnet")
+    again, state = copy.deepcopy(model), tmp_path / "state.safetensors"
+    found = refine(model, dense, images, steps=12, batch_size=8, state=state, keep_state=True)
+    assert state.exists()
+    with pytest.raises(ArpHubError, match="of a refinement with steps=12, not 13"):
+        refine(again, dense, images, steps=13, batch_size=8, state=state)
+    second = refine(again, dense, images, steps=12, batch_size=8, state=state)
+    assert second == found and not state.exists()
+    assert all(torch.equal(one, other) for one, other in zip(again.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("stop", [8, 40, 53, 150], ids=["trial of rates", "blocks", "second trial", "whole model"])
 def test_a_stopped_refinement_goes_on_as_if_it_had_not_been_stopped(stop, tmp_path):
     model, dense, images = pair("resnet")
     whole, state, calls = copy.deepcopy(model), tmp_path / "state.safetensors", 0
@@ -298,14 +324,14 @@ def test_a_stopped_refinement_goes_on_as_if_it_had_not_been_stopped(stop, tmp_pa
         if calls == stop:
             raise KeyboardInterrupt
 
-    refine(whole, dense, images, steps=40, batch_size=8)
+    refine(whole, dense, images, steps=250, batch_size=8)
     hook = dense.register_forward_pre_hook(interrupt)
     start = copy.deepcopy(model)
     with pytest.raises(KeyboardInterrupt):
-        refine(model, dense, images, steps=40, batch_size=8, state=state)
+        refine(model, dense, images, steps=250, batch_size=8, state=state)
     hook.remove()
-    found = refine(start, dense, images, steps=40, batch_size=8, state=state)
-    assert found.steps == 40 and not list(tmp_path.iterdir())
+    found = refine(start, dense, images, steps=250, batch_size=8, state=state)
+    assert found.steps == 250 and not list(tmp_path.iterdir())
     assert all(torch.equal(one, other) for one, other in zip(start.parameters(), whole.parameters(), strict=True))
 
 

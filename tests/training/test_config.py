@@ -4,7 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from accelerate.state import AcceleratorState
 from torch.distributed.run import get_args_parser
 
 from arp_hub.errors import ArpHubError
@@ -12,6 +14,9 @@ from arp_hub.training import TrainConfig, inputs, run
 from arp_hub.training.command import parse_command
 from arp_hub.training.config import read_config
 from arp_hub.training.config_fields import GROUPS
+from arp_hub.training.data.tables import numbered
+from arp_hub.training.machine import make_accelerator
+from arp_hub.training.optimizer import make_schedule
 
 ROOT = Path(__file__).parents[2]
 BASE = {"model": "cifar_resnet20", "keep_params": 0.5}
@@ -89,6 +94,67 @@ def test_bad_values_name_the_setting_and_the_way_out(changes, words):
         TrainConfig(**(BASE | changes))
     for word in words:
         assert word in str(caught.value)
+
+
+def test_the_home_folder_is_that_of_the_user(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = TrainConfig(**BASE, output="~/runs/a", checkpoint="~/w.safetensors", resume="auto")
+    assert (config.output, config.checkpoint) == (f"{tmp_path}/runs/a", f"{tmp_path}/w.safetensors")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"pretrained": True}, {"checkpoint": "w.safetensors"}, {"model": "hf-hub:me/r20"}, {"model": "local-dir:x"}],
+)
+def test_trained_weights_replace_the_dense_training_of_a_recipe(given):
+    recipe = {**BASE, "dense_epochs": 200, "dense_lr": 0.1}
+    assert TrainConfig.from_layers(recipe, given).dense_epochs == 0
+    assert TrainConfig.from_layers(recipe, {**given, "dense_epochs": 3}).dense_epochs == 3
+    assert TrainConfig.from_layers(recipe, {"model": "resnet18"}).dense_epochs == 200
+
+
+@pytest.mark.parametrize(
+    ("schedule", "half", "last"), [("poly", 0.536, 0.016), ("cosine", 0.5, 0.000247), ("step", 0.1, 0.001)]
+)
+def test_schedules_end_low(schedule, half, last):
+    config = TrainConfig(**BASE, schedule=schedule)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    steps = make_schedule(optimizer, config, 100, 10)
+    found = {}
+    for step in (50, 99):
+        steps.step_update(step)
+        found[step] = optimizer.param_groups[0]["lr"]
+    assert found == pytest.approx({50: half, 99: last}, rel=0.03)
+
+
+def test_a_warm_up_does_not_begin_above_the_rate_that_it_leads_to():
+    config = TrainConfig(**BASE, warmup_epochs=2, warmup_lr=0.1)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.005)
+    schedule = make_schedule(optimizer, config, 100, 10)
+    rates = []
+    for step in range(20):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert max(rates) <= 0.005
+
+
+@pytest.mark.parametrize(("configured", "chosen"), [("bf16", "no"), ("fp16", "no"), ("no", "no"), ("bf16", "bf16")])
+def test_a_precision_that_accelerate_is_configured_for_is_not_ignored(monkeypatch, configured, chosen):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", configured)
+    config = TrainConfig(**BASE, mixed_precision=chosen, cpu=True, tracker="none")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if configured != "no" and chosen == "no":
+        with pytest.raises(ArpHubError, match=f"mixed_precision={configured}, and the run for no: set mixed_precision"):
+            make_accelerator(config)
+    else:
+        assert make_accelerator(config).mixed_precision == chosen
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("names", [("1", "01", "2"), ("2", "01", "1"), ("01", "2", "1")])
+def test_names_that_are_one_number_have_one_order(names):
+    assert list(numbered(dict.fromkeys(names))) == ["01", "1", "2"]
+    assert list(numbered(["10", "9", "100"])) == ["9", "10", "100"]
 
 
 def test_settings_survive_yaml(tmp_path):

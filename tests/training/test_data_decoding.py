@@ -298,6 +298,13 @@ def test_numbers_of_images_are_at_least_one(sorted_classes, name, value):
         evaluate(Recorder(), sorted_classes, **{name: value})
 
 
+def test_a_model_that_gives_nan_has_no_accuracy(sorted_classes):
+    model = Recorder()
+    model.forward = lambda images: torch.full((len(images), 5), torch.nan)
+    with pytest.raises(ArpHubError, match="the model gives NaN for images of split '.*weights are damaged"):
+        evaluate(model, sorted_classes)
+
+
 def model_with(classes, names=()):
     return SimpleNamespace(num_classes=classes, pretrained_cfg={"label_names": list(names)} if names else {})
 
@@ -309,6 +316,13 @@ CLASSES = {
         SimpleNamespace(num_classes=3, pretrained_cfg={"label_names": {"2": "b", "0": "a", "1": "c"}}), [0, 1, 2],
         ("a", "b", "c"), "classes of split 'test' in another order",
     ),
+    "another order, in other letters": (
+        model_with(3, "abC"), [0, 1, 2], ("c", "A", "b"), "classes of split 'test' in another order",
+    ),
+    "some of the names at other numbers": (
+        model_with(3, "abc"), [0, 1, 2], ("b", "c", "d"), "classes of split 'test' in another order",
+    ),
+    "two classes of one name": (model_with(3, "aba"), [0, 1, 2], ("a", "b", "a"), None),
     "other names": (model_with(3, "xyz"), [0, 1, 2], ("a", "b", "c"), None),
     "more": (model_with(4), [0, 1, 2], ("a", "b", "c"), "the model has 4 classes, split 'test' has 3 classes"),
     "fewer": (model_with(2), [0, 1, 1], ("a", "b", "c"), "the model has 2 classes, split 'test' has 3 classes"),

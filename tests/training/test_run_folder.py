@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
+import json
 import os
 import shutil
 import socket
@@ -14,10 +16,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from several_processes import by_processes
 from tiny_run import STATE, config
 
+from arp_hub import save_pretrained
 from arp_hub.errors import ArpHubError
 from arp_hub.training import run
 from arp_hub.training.run_folder import RunFolder
@@ -65,6 +70,50 @@ def test_a_checkpoint_of_another_output_brings_its_dense_model(stopped, tmp_path
     dense.unlink()
     with pytest.raises(ArpHubError, match="compress-00000000' needs the dense model of its run, and '.*' is missing"):
         run(config(tmp_path / "other", **again))
+
+
+def test_a_run_from_the_checkpoint_of_another_output_takes_its_history_along(tmp_path):
+    settings = config(tmp_path, finetune_epochs=1)
+    history = run(settings)["history"]
+    checkpoint = settings.run_folder / "checkpoints" / "finetune-00000001"
+    resumed = run(config(tmp_path / "new", finetune_epochs=1, resume=str(checkpoint)))["history"]
+    assert resumed == history and len(history) == 1
+
+
+def test_a_run_whose_classes_have_got_other_numbers_does_not_resume(tmp_path):
+    for number in range(24):
+        name = "ab"[number % 2]
+        (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (10 * number, 0, 0)).save(tmp_path / "data" / name / f"{number}.png")
+    changes = {"data": str(tmp_path / "data"), "model_kwargs": {"num_classes": 2}}
+    run(config(tmp_path, **changes))
+    (tmp_path / "data" / "a").rename(tmp_path / "data" / "c")
+    with pytest.raises(ArpHubError, match="cannot resume from .* with other settings .*digest of classes and labels"):
+        run(config(tmp_path, **changes, resume="auto"))
+
+
+def test_a_model_that_is_trained_anew_gets_the_classes_of_the_data(tmp_path):
+    """Its own classes may have other numbers, which count where it is not trained."""
+    model = timm.create_model("test_vit", num_classes=10)
+    save_pretrained(model, tmp_path / "saved", label_names=[str(number) for number in reversed(range(10))])
+    changes = {"model": f"local-dir:{tmp_path / 'saved'}"}
+    with pytest.raises(ArpHubError, match="model '.*' does not fit the labels of data 'digits': .* in another order"):
+        run(config(tmp_path, **changes, dense_epochs=0))
+    assert not (tmp_path / "out-run").exists()
+    run(config(tmp_path, **changes))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["label_names"] == list("0123456789")
+
+
+@pytest.mark.parametrize(("steps", "kept"), [(5, True), (6, False)])
+def test_an_unfinished_refinement_stays_for_the_same_settings_alone(steps, kept, tmp_path):
+    settings = config(tmp_path, refine_steps=5, start_from="fit", calibration_images=8, dense_epochs=0)
+    state = settings.run_folder / "refinement.safetensors"
+    settings.run_folder.mkdir(parents=True)
+    settings.save(settings.run_folder / "config.yaml")
+    state.write_bytes(b"unfinished")
+    again = dataclasses.replace(settings, refine_steps=steps, resume="auto", log_every=1)
+    RunFolder(again, Accelerator(cpu=True)).begin(again, None)
+    assert state.exists() is kept
 
 
 def test_a_checkpoint_of_another_output_does_not_replace_an_unfinished_run(stopped, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from shards import CLASSES, png, seen, write_shards, write_tar
 
 from arp_hub.errors import ArpHubError
-from arp_hub.hub.load import load_model
+from arp_hub.hub.load import hub_dataset, load_model
 from arp_hub.training import evaluate, load_data
 from arp_hub.training.data.batches import epoch_batches
 from arp_hub.training.data.images import StreamedImages, TrainBatch
@@ -56,6 +56,16 @@ def test_a_folder_and_patterns_give_the_same_splits(tmp_path, model, source):
     assert greys(data.train) == list(range(8))
     assert greys(data.test) == list(range(4))
     assert evaluate(model, data.test)["images"] == 4
+
+
+def test_many_patterns_are_no_file_name(tmp_path, model):
+    """Joined, they are longer than a name on any disk."""
+    for split in ("train", "val"):
+        write_shards(tmp_path / "a" / split, split, [2] * 12)
+    source = "::".join(str(path) for path in sorted(tmp_path.rglob("*.tar")))
+    data = load_data(source, model)
+    assert (len(data.train), len(data.test)) == (24, 24)
+    assert hub_dataset(source) is None
 
 
 def test_large_images_of_shards_are_each_seen_once_by_workers_of_two_processes(tmp_path, model):

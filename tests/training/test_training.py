@@ -109,14 +109,17 @@ def another_precision():
 
 def test_every_phase_has_mixed_precision(tmp_path, monkeypatch, another_precision):
     """Accelerate marks a model that it has prepared, and would pass over it in the next phase."""
-    seen = []
-    settings = config(tmp_path, finetune_epochs=1, mixed_precision=another_precision, log_every=1)
+    seen, judged = [], []
+    changes = {"finetune_epochs": 1, "val_fraction": 0.1, "log_every": 1}
+    settings = config(tmp_path, **changes, mixed_precision=another_precision)
     begin = _Loop.run_to_end
 
     def watched(self):
         def watch(module, args):
-            if self.model.training:
+            if module.training:
                 seen.append((self.phase.name, torch.is_autocast_enabled("cpu")))
+            else:  # held-out images, on the model as it will be saved
+                judged.append(torch.is_autocast_enabled("cpu"))
 
         next(self.model.children()).register_forward_pre_hook(watch)  # inside of the forward that Accelerate replaces
         return begin(self)
@@ -124,6 +127,7 @@ def test_every_phase_has_mixed_precision(tmp_path, monkeypatch, another_precisio
     monkeypatch.setattr(_Loop, "run_to_end", watched)
     run(settings)
     assert {phase for phase, _ in seen} == {"dense", "compress", "finetune"} and all(on for _, on in seen)
+    assert judged and not any(judged)
 
 
 def test_trackers_get_steps_that_rise_throughout_a_run(tmp_path, monkeypatch):
@@ -182,12 +186,16 @@ def test_another_model_can_be_the_teacher(finished, tmp_path):
     taught = config(tmp_path / "taught", distill=1.0, teacher=finished[0].output)
     assert run(by_itself)["scores"]["fit"] == run(taught)["scores"]["fit"]
     assert largest_difference(by_itself.output, taught.output) > 1e-4
+    upside_down = timm.create_model("test_vit", num_classes=10)
+    names = [str(number) for number in reversed(range(10))]
+    save_pretrained(upside_down, tmp_path / "upside down", label_names=names)
     other = timm.create_model("test_resnet", num_classes=10)  # normalises otherwise
     plan = make_plan(other, keep_params=0.8, input_size=(3, 32, 32))
     save_pretrained(decompose(other, plan), tmp_path / "other")
     for teacher, words in [
         ("cifar_resnet56", "cannot load the teacher: .*'cifar_resnet56'.*teacher_checkpoint"),  # a name without weights
         (f"local-dir:{tmp_path / 'other'}", r"teacher .*mean \(0\.5, .*choose another teacher"),
+        (f"local-dir:{tmp_path / 'upside down'}", "teacher '.*' does not fit the labels: .* in another order"),
     ]:
         with pytest.raises(ArpHubError, match=words):
             run(config(tmp_path / "bad", distill=1.0, teacher=teacher))

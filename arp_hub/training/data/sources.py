@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -188,7 +189,7 @@ def opening(source: str) -> Iterator[None]:
 def place_and_config(source: str) -> tuple[str, str | None]:
     """A folder or Hub id, and the configuration after the colon, if any."""
     place, colon, config = source.rpartition(":")
-    if not colon or Path(source).expanduser().exists():
+    if not colon or os.path.exists(Path(source).expanduser()):  # noqa: PTH110 - False for names that no file has
         return source, None
     return place, config
 

@@ -134,5 +134,6 @@ def _stores_images(kind: Any) -> bool:
 
 def numbered(names: Collection[str]) -> dict[str, int]:
     """Classes in order of their names; names that are whole numbers in order of the numbers."""
-    order = sorted(names, key=int if all(name.isdecimal() for name in names) else str)
+    whole = all(name.isdecimal() for name in names)
+    order = sorted(names, key=lambda name: (int(name) if whole else 0, name))  # a set has no order: "1" and "01" differ
     return {name: number for number, name in enumerate(order)}
