@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import os
 import time
@@ -309,7 +310,7 @@ def test_a_finished_state_gives_the_model_again_until_it_is_deleted(tmp_path):
     with pytest.raises(ArpHubError, match="of a refinement with steps=12, not 13"):
         refine(again, dense, images, steps=13, batch_size=8, state=state)
     second = refine(again, dense, images, steps=12, batch_size=8, state=state)
-    assert second == found and not state.exists()
+    assert dataclasses.replace(second, seconds=found.seconds) == found and not state.exists()
     assert all(torch.equal(one, other) for one, other in zip(again.parameters(), model.parameters(), strict=True))
 
 
