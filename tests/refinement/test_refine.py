@@ -275,31 +275,30 @@ def test_too_little_work_for_all_phases_ends(bound):
     assert found.after <= found.before and found.steps <= bound.get("steps", 1)
 
 
-def test_blocks_learn_for_a_fifth_of_the_time(monkeypatch):
-    model, dense, images = pair("resnet")
-    phases, step = [], Steps.step
+@pytest.fixture
+def steps_made(monkeypatch) -> list[tuple[float, bool]]:
+    """Rate of each step that is made from now on, and whether blocks learn."""
+    made, step = [], Steps.step
 
     def spy(self: Steps, optimizer: torch.optim.Optimizer, rate: float, number: int, by_blocks: bool) -> None:
-        phases.append(by_blocks)
+        made.append((rate, by_blocks))
         step(self, optimizer, rate, number, by_blocks)
 
     monkeypatch.setattr(Steps, "step", spy)
+    return made
+
+
+def test_blocks_learn_for_a_fifth_of_the_time(steps_made):
+    model, dense, images = pair("resnet")
     refine(model, dense, images, steps=40, batch_size=8)
-    assert phases == [True] * 8 + [False] * 32
+    assert [by_blocks for _, by_blocks in steps_made] == [True] * 8 + [False] * 32
 
 
 @pytest.mark.parametrize("steps", [1, 4, 10, 100])
-def test_few_steps_are_spent_on_learning_and_not_on_trials_of_rates(steps, monkeypatch):
+def test_few_steps_are_spent_on_learning_and_not_on_trials_of_rates(steps, steps_made):
     model, dense, images = pair("resnet")
-    rates, step = [], Steps.step
-
-    def spy(self: Steps, optimizer: torch.optim.Optimizer, rate: float, number: int, by_blocks: bool) -> None:
-        rates.append(rate)
-        step(self, optimizer, rate, number, by_blocks)
-
-    monkeypatch.setattr(Steps, "step", spy)
-    assert refine(model, dense, images, steps=steps, batch_size=8).steps == steps == len(rates)
-    assert max(rates) <= 3e-5
+    assert refine(model, dense, images, steps=steps, batch_size=8).steps == steps == len(steps_made)
+    assert max(rate for rate, _ in steps_made) <= 3e-5
 
 
 def test_a_finished_state_gives_the_model_again_until_it_is_deleted(tmp_path):
