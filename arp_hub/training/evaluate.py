@@ -102,6 +102,8 @@ def why_not_measured(model: nn.Module, split: Split | StreamedSplit) -> str | No
 
 def _numbered_otherwise(ours: Sequence[str], theirs: Sequence[str]) -> bool:
     """Whether a class has one number in one list of names, and only other numbers in the other list."""
+    if sorted(ours) == sorted(theirs):  # as they are written: "A" and "a" may be two classes
+        return list(ours) != list(theirs)
     numbers: dict[str, set[int]] = {}
     for number, name in enumerate(theirs):
         numbers.setdefault(name.casefold(), set()).add(number)  # ImageNet has two classes of some names

@@ -322,6 +322,9 @@ CLASSES = {
     "some of the names at other numbers": (
         model_with(3, "abc"), [0, 1, 2], ("b", "c", "d"), "classes of split 'test' in another order",
     ),
+    "letters of both cases": (
+        model_with(3, "aAb"), [0, 1, 2], ("A", "a", "b"), "classes of split 'test' in another order",
+    ),
     "two classes of one name": (model_with(3, "aba"), [0, 1, 2], ("a", "b", "a"), None),
     "other names": (model_with(3, "xyz"), [0, 1, 2], ("a", "b", "c"), None),
     "more": (model_with(4), [0, 1, 2], ("a", "b", "c"), "the model has 4 classes, split 'test' has 3 classes"),
