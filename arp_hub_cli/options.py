@@ -97,7 +97,7 @@ Calibration = Annotated[
     data_option(
         "--calibration-images",
         metavar="N",
-        help="Training images of --data to calibrate on, without labels; by default 1,024 small or 256 large ones.",
+        help="Unlabelled training images of --data to calibrate on; by default 1,024 held in memory, or 256 others.",
         min=1,
     ),
 ]
@@ -106,7 +106,7 @@ Copies = Annotated[
     data_option(
         "--calibration-copies",
         metavar="N",
-        help="Augmented copies added for each calibration image; by default 1 for small images, 0 for large ones.",
+        help="Augmented copies added for each calibration image; by default 1 for images held in memory, 0 for others.",
         min=0,
     ),
 ]

@@ -105,6 +105,9 @@ def export(
         overwrite: Replace the folder even if it holds other files. They are deleted.
         progress: Show progress.
 
+    Returns:
+        The folder and file, the comparison with PyTorch, the latency and the content of ``export.json``.
+
     Raises:
         ArpHubError: If an argument is out of range, a package is missing, or the model cannot be exported. Also if a
             float32 file differs from PyTorch by more than 1e-4 of the largest output. Nothing is written then.

@@ -59,7 +59,7 @@ def push_to_hub(
             another ``revision``, its name is ``REVISION-DENSE_REVISION``. None: do not publish the merged model.
 
     Returns:
-        The address of what was published.
+        Address, commit, branches and tag of what was published.
 
     Raises:
         ArpHubError: If it fails. The message gives the reason, what changed on the Hub, and the next command.

@@ -91,6 +91,9 @@ def benchmark(
         compiled: Time both through ``torch.compile``; it compiles while warming up.
         seconds: How long to measure, after the warm-up; 5 rounds are made in any case.
 
+    Returns:
+        Latencies of both, and their paired ratios.
+
     Raises:
         ArpHubError: If an argument is out of range, the packages of the runtime are missing, or the model cannot run
             the workload on its device.

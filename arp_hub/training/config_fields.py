@@ -81,9 +81,9 @@ def _parsed(name: str, kind: Any, optional: bool, value: Any) -> Any:
     if value is None and optional:
         return None
     if kind is tuple:
-        items = value.split(",") if isinstance(value, str) else value
+        items = [value] if isinstance(value, str) else value
         if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
-            return tuple(item for item in items if item)
+            return tuple(part.strip() for item in items for part in item.split(",") if part.strip())
     elif kind is dict:
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
             return plain_arguments(value, name)

@@ -14,7 +14,7 @@ from .config_fields import setting
 class DataSettings:
     """The model and the images."""
 
-    model: str = setting("model and data", "", "a timm name, a saved folder or hf-hub:USER/NAME")
+    model: str = setting("model and data", "", "dense model: a timm name, a saved folder or hf-hub:USER/NAME")
     checkpoint: str = setting("model and data", "", "weights of the dense model: a safetensors or torch weights file")
     model_kwargs: dict[str, Any] | None = setting(
         "model and data", None, "arguments of the model, such as img_size=112 pad_type=same; kept with the saved model"
@@ -84,13 +84,13 @@ class BudgetSettings:
     calibration_images: int | None = setting(
         "budget",
         None,
-        "unlabelled training images for plan and fit; by default 1,024 small or 256 large; 0: none",
+        "unlabelled training images for plan and fit; by default 1,024 held in memory, or 256 others; 0: none",
         low=0,
     )
     calibration_copies: int | None = setting(
         "budget",
         None,
-        "augmented copies added for each calibration image; by default 1 for small images, 0 for large ones",
+        "augmented copies added for each calibration image; by default 1 for images held in memory, 0 for others",
         low=0,
     )
     effort: str = setting(

@@ -229,6 +229,21 @@ def test_later_layers_win_and_budgets_replace_each_other(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("words", "schemes", "exclude"),
+    [
+        (["--schemes", "cp", "channel"], ("cp", "channel"), None),
+        (["--schemes", "cp,channel", "--exclude", "conv1, fc"], ("cp", "channel"), ("conv1", "fc")),
+        (["--exclude", "conv1,layer1.*", "fc"], None, ("conv1", "layer1.*", "fc")),
+        (["--exclude", ""], None, ()),
+    ],
+)
+def test_lists_are_separated_by_spaces_or_commas(words, schemes, exclude):
+    config = parse_command("", BASE, words)
+    assert config.exclude == exclude
+    assert config.schemes == (schemes or TrainConfig(**BASE).schemes)
+
+
+@pytest.mark.parametrize(
     ("arguments", "dense_epochs"),
     [
         ([], 90),
