@@ -97,15 +97,15 @@ def make_case(name: str, folder: Path, keep: float = 0.5, **arguments: Any) -> C
     return Case(name, size, dense.eval(), exact.eval(), half.eval(), folder, plan, seconds)
 
 
-def feasible_plan(model: nn.Module, keep: float) -> arp_hub.RankPlan:
-    """A plan for a share of the parameters, or for the lowest possible share."""
+def feasible_plan(model: nn.Module, keep: float, images: Tensor | None = None) -> arp_hub.RankPlan:
+    """A plan for a share of the parameters, or for the lowest possible share; calibrated if there are images."""
     try:
-        return arp_hub.make_plan(model, keep_params=keep)
+        return arp_hub.make_plan(model, keep_params=keep, calibration=images)
     except arp_hub.ArpHubError as error:
         found = re.search(r"lowest rank (0\.\d+)", str(error))
         if not found:
             raise
-        return arp_hub.make_plan(model, keep_params=float(found[1]) + 0.02)
+        return arp_hub.make_plan(model, keep_params=float(found[1]) + 0.02, calibration=images)
 
 
 def smallest_size(name: str, **arguments: Any) -> tuple[int, int, int]:
@@ -285,14 +285,19 @@ def half_finite(case: Case) -> None:
         outputs = flat(case.half(case.images))
     if not all(bool(torch.isfinite(y).all()) for y in outputs):
         raise Failed("outputs are not finite")
-    promised = count_params(case.dense)
-    for name, layer in case.plan.layers.items():
-        module = case.dense.get_submodule(name)
+    check_params(case.dense, case.half, case.plan)
+
+
+def check_params(dense: nn.Module, model: nn.Module, plan: arp_hub.RankPlan) -> None:
+    """Check that a decomposed model has as many parameters as its plan promises."""
+    promised = count_params(dense)
+    for name, layer in plan.layers.items():
+        module = dense.get_submodule(name)
         scheme = make_scheme(layer.scheme, layer_shape(module), layer.groups)
         own = sum(p.numel() for key, p in module.named_parameters(recurse=False) if key != "bias")
         promised += scheme.params(layer.rank) - own
-    if promised != count_params(case.half):
-        raise Failed(f"{count_params(case.half)} parameters, and the plan promised {promised}")
+    if promised != count_params(model):
+        raise Failed(f"{count_params(model)} parameters, and the plan promised {promised}")
 
 
 def forward_parts(case: Case) -> None:
@@ -638,10 +643,10 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
 """Known failures, by the beginning of the model's name and the check, with the reason."""
 
 
-def run_check(case: Case, name: str) -> str:
+def run_check(case: Any, name: str, checks: Mapping[str, Callable[[Any], None]] = CHECKS | EXPORTS) -> str:
     """Run one check; returns ``ok``, ``n/a: why``, ``exception: why`` or ``fails: why``."""
     try:
-        (CHECKS | EXPORTS)[name](case)
+        checks[name](case)
     except NotApplicable as reason:
         return f"n/a: {reason}"
     except Exception as error:  # any error is a finding

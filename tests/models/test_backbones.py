@@ -24,6 +24,7 @@ from arp_hub.layers.model import count_params, low_rank_layers
 from arp_hub.training import evaluate, load_data
 from arp_hub_cli.app import app
 from benchmarks.layers.timm_checks import CHECKS, EXPORTS, full_rank_plan, make_case, random_model, run_check
+from benchmarks.layers.timm_fits import FITS, make_fitted
 
 # One small model for each special case; arguments of timm's entrypoints make them small.
 TINY_VIT = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -84,6 +85,20 @@ def test_entry_points_are_those_of_the_dense_model(oddity: str, tmp_path: Path) 
     found = outcomes(name, tmp_path, checks, **arguments)
     assert not {check: outcome for check, outcome in found.items() if outcome.startswith("fails")}
     assert sum(outcome == "ok" for outcome in found.values()) >= len(checks) // 2
+
+
+FITTED_FAST = {"a fused qkv", "maps in NHWC"}
+
+
+@pytest.mark.parametrize(
+    "oddity", [pytest.param(one, marks=() if one in FITTED_FAST else pytest.mark.slow) for one in ODDITIES]
+)
+def test_fitted_and_refined_on_images(oddity: str) -> None:
+    name, arguments = ODDITIES[oddity]
+    fitted = make_fitted(name, **arguments)
+    found = {check: run_check(fitted, check, FITS) for check in FITS}
+    assert not {check: outcome for check, outcome in found.items() if not outcome.startswith(("ok", "n/a"))}
+    assert found["refinement"] == "ok"
 
 
 @pytest.mark.parametrize("name", ["test_resnet", pytest.param("test_vit", marks=pytest.mark.slow)])
