@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from arp_hub.errors import ArpHubError
 from arp_hub.models.label_names import label_names
 from arp_hub.reports.tables import printable
-from arp_hub.training.data.decoding import ImageFiles, decoded, survey
+from arp_hub.training.data.decoding import ImageFiles, decoded, image_formats, survey
 from arp_hub.training.data.images import StreamedImages
 from arp_hub.training.data.input_format import input_format
 
@@ -107,7 +107,8 @@ def image_files(places: Sequence[Path]) -> list[Path]:
     Raises:
         ArpHubError: If a place does not exist, or a folder holds no image file.
     """
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    kinds = image_formats()
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in kinds}
     found: list[Path] = []
     for place in places:
         if place.is_dir():

@@ -17,7 +17,7 @@ from arp_hub._utils.progress import stage, watched
 from arp_hub.effort import EFFORTS
 from arp_hub.errors import ArpHubError, check_writable
 from arp_hub.hub.client import FAILURES
-from arp_hub.hub.load import is_saved_model, load_model, set_input_size
+from arp_hub.hub.load import check_name, is_saved_model, load_model, set_input_size
 from arp_hub.layers.trace import InputSize
 from arp_hub.models.arguments import read_arguments
 from arp_hub.plan import RankPlan
@@ -26,7 +26,6 @@ from arp_hub.refinement.state import StateFile
 from arp_hub.schemes import SCHEMES
 from arp_hub.timing import DTYPES, PRECISIONS, RUNTIMES, Workload
 from arp_hub.training import ImageData, calibration_images, load_data, refinement_images
-from arp_hub.training.data.excerpts import calibration_counts
 
 from .processes import is_first
 from .terminal import note
@@ -107,6 +106,11 @@ def check_effort(name: str) -> None:
         raise ArpHubError(f"unknown --effort '{name}': choose one of {', '.join(EFFORTS)}")
 
 
+def effort_images(name: str) -> int:
+    """Number of calibration images, with their copies, that a preset of effort uses at most; 0 for all."""
+    return EFFORTS[name].images
+
+
 def check_plan_file(path: Path, overwrite: bool) -> None:
     """Refuse to overwrite a file that is not a plan."""
     if not path.parent.is_dir():
@@ -162,6 +166,7 @@ class ModelChoice:
         if self.input_size is not None:
             if min(self.input_size) < 1:
                 raise ArpHubError(f"--input-size must be three numbers above 0, got {_words(self.input_size)}")
+            check_name(self.name)
             if own := timm.get_pretrained_cfg(self.name) if timm.is_model(self.name) else None:
                 self._check_channels(found.get("in_chans", own.input_size[0]))
                 if own.fixed_input_size and "img_size" not in found:
@@ -395,9 +400,14 @@ def open_labelled(
     streaming: bool = False,
     split: str = "test",
 ) -> ImageData:
-    """The data, which must have labels. A split of another name than the usual ones stands in for that for testing."""
+    """The data, whose ``split`` must have labels; one of another name than the usual ones is taken for testing."""
     usual = split in ("train", "val", "validation", "test")
-    return _load(source, model, image_key, label_key, True, streaming, "" if usual else split)
+    given = (source, model, image_key, label_key)
+    found = _load(*given, False, streaming, "" if usual else split)
+    if found.split(split).label_range is None:
+        found = _load(*given, True, streaming, "" if usual else split)  # its error names the columns and splits
+    found.warn_of_shared_images()
+    return found
 
 
 def _load(
@@ -430,17 +440,16 @@ def check_data_options(data: str | None, **given: Any) -> None:
 
 
 def open_images(
-    data: ImageData | None, count: int | None, copies: int | None, seed: int, workers: int
+    data: ImageData | None, count: int | None, copies: int | None, seed: int, workers: int, most: int = 0
 ) -> Tensor | None:
-    """Calibration images of the data; None without data."""
+    """Calibration images of the data, at most ``most`` with their copies; None without data."""
     if data is None:
         return None
     with stage("read calibration images"):
-        return calibration_images(data, count, copies=copies, seed=seed, workers=workers)
+        return calibration_images(data, count, copies=copies, most=most, seed=seed, workers=workers)
 
 
-def warn_of_few_images(data: ImageData | None, count: int | None, copies: int | None) -> None:
-    """Warn where the images are too few for a good plan and fit."""
-    images = calibration_counts(data, count, copies)[0] if data else 0
+def warn_of_few_images(images: int) -> None:
+    """Warn where the calibration images are too few for a good plan and fit."""
     if 0 < images < 32:
         note(f"warning: calibration images: {images} in all. A few hundred make plan and fit more accurate")

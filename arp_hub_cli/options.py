@@ -77,7 +77,10 @@ DATA_HELP = (
     "digits, timm:NAME, USER/NAME[:CONFIG] on the Hub, a folder, or a pattern of tar shards. "
     "Folders hold class folders, parquet files or tar shards."
 )
-MAX_IMAGES_HELP = "this many images of the split, chosen at random but equal at every call."
+MAX_IMAGES_HELP = (
+    "this many images of the split, chosen at random but equal at every call. Of a stream they are the first ones of "
+    "shuffled shards."
+)
 Data = Annotated[str | None, data_option(metavar="DATA", help=DATA_HELP)]
 ImageKey = Annotated[str | None, data_option(metavar="COLUMN", help="Image column; by default the one of type Image.")]
 LabelKey = Annotated[

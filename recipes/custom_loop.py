@@ -19,7 +19,9 @@ from tqdm import tqdm
 import arp_hub
 from arp_hub.hub.load import load_model
 from arp_hub.hub.push import check_push
+from arp_hub.hub.save import check_folder
 from arp_hub.training import evaluate, load_data, note_crop
+from arp_hub.training.evaluate import why_not_measured
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="cifar_resnet20", help="timm name (default: %(default)s)")
@@ -41,11 +43,15 @@ args = parser.parse_args()
 
 set_seed(args.seed)
 accelerator = Accelerator(cpu=args.cpu)
-if args.push_to_hub and accelerator.is_main_process:
-    check_push(args.push_to_hub)  # refuse a bad name or token now, not after the training
+if accelerator.is_main_process:  # refuse a folder of other files, a bad name or token now, not after the training
+    check_folder(args.output)
+    if args.push_to_hub:
+        check_push(args.push_to_hub)
 model = load_model(args.model, args.checkpoint, pretrained=False, **args.model_kwargs)
 data = load_data(args.data, model)
 note_crop(model, data.form)  # saved with the model: how the images of its accuracy are resized
+if reason := why_not_measured(model, data.test):
+    parser.error(f"model '{args.model}' does not fit data '{args.data}': {reason}")
 loader = DataLoader(TensorDataset(*data.train.tensors()), args.batch_size, shuffle=True, drop_last=True)
 optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)
 
@@ -73,7 +79,8 @@ arp_hub.decompose(plain, plan, factors=penalty.factors())  # (3) leaves the outp
 after = evaluate(plain, data.test, accelerator=accelerator)
 accelerator.print(f"top-1 before decomposition {before['top1']:.2f}, after {after['top1']:.2f}")
 if accelerator.is_main_process:
-    arp_hub.save_pretrained(plain, args.output, metrics={**after, "data": args.data, "seed": args.seed})
+    metrics = {**after, "data": args.data, "seed": args.seed}
+    arp_hub.save_pretrained(plain, args.output, metrics=metrics, label_names=data.class_names or None)
     if args.push_to_hub:
         arp_hub.push_to_hub(args.output, args.push_to_hub)
 model, optimizer, loader = accelerator.free_memory(model, optimizer, loader)  # they hold the process group

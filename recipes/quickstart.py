@@ -25,7 +25,6 @@ if __name__ == "__main__":
         calibration_images=256,
         calibration_copies=0,
         output="runs/quickstart",
-        overwrite=True,
     )
     if PartialState().is_main_process:
         config = metrics["config"]

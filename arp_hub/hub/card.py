@@ -238,11 +238,12 @@ def _results(metrics: Mapping[str, Any]) -> list[EvalResult]:
     data = metrics.get("dataset") or metrics.get("data")
     if not data:
         return []
+    part = f" ({metrics['images']:,d} images of the split)" if metrics.get("limited") else ""
     return [
         EvalResult(
             task_type="image-classification",
             dataset_type=str(data) if metrics.get("dataset") else "imagefolder",
-            dataset_name=plain_data_name(metrics),
+            dataset_name=plain_data_name(metrics) + part,
             dataset_split=metrics.get("split"),
             metric_type="accuracy",
             metric_name=label,

@@ -27,7 +27,7 @@ _STAGES = {
 }
 _SETTINGS = {
     "optimizer": "optimiser {}",
-    "lr": "learning rate {:g}",
+    "lr": "learning rate {}",
     "batch_size": "batch size {}",
     "weight_decay": "weight decay {:g}",
     "schedule": "{} schedule",
@@ -170,31 +170,53 @@ def facts(metrics: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 def recipe(metrics: Mapping[str, Any]) -> str:
     """How the weights were made, in a few sentences."""
     config, refined = metrics.get("config"), _refined(metrics.get("refinement"))
+    count = metrics.get("calibration_images")
+    how = f"fitted to each layer's output on {_unlabelled(count)}" if count else "computed from the weights"
     if metrics.get("trained") is False:
-        count = metrics.get("calibration_images")
-        how = f"fitted to each layer's output on {_unlabelled(count)}" if count else "computed from the weights"
         begin = "No labels were used" if refined else "No training"
         return f"{begin}: the factors were {how}.{refined}"
-    return f"{_trained(config)}{refined} All settings are in `metrics.json`." if isinstance(config, Mapping) else ""
+    if not isinstance(config, Mapping):
+        return ""
+    return f"{_trained(config, how)}{refined} All settings are in `metrics.json`."
 
 
-def _trained(config: Mapping[str, Any]) -> str:
-    """The phases of a training run, with their settings."""
-    parts = []
+def _trained(config: Mapping[str, Any], how: str) -> str:
+    """The phases of a recipe's run that took place, with their settings; ``how`` the factors were fitted."""
+    parts, learns = [], bool(config.get("epochs") or config.get("finetune_epochs"))
     if epochs := config.get("dense_epochs"):
         parts.append(f"The dense model was trained for {_epochs(epochs)}.")
     if epochs := config.get("epochs"):
         start = "the fitted model" if config.get("start_from") == "fit" else "the dense model"
         parts.append(f"Trained with the adaptive rank penalty for {_epochs(epochs)}, starting from {start}.")
+    elif "epochs" in config:
+        parts.append(f"The factors were {how}.")
     if epochs := config.get("finetune_epochs"):
         parts.append(f"The factors were fine-tuned for {_epochs(epochs)}.")
-    if config.get("distill"):
+    if learns and config.get("distill"):
         teacher = model_name(str(config["teacher"])) if config.get("teacher") else ""
         parts.append(f"The loss distils from {f'`{teacher}`' if teacher else 'the dense model'}.")
-    values = [form.format(config[key]) for key, form in _SETTINGS.items() if config.get(key) not in (None, "", "no", 0)]
-    if values:
-        parts.append(f"Settings: {', '.join(values)}.")
+    if learns or config.get("dense_epochs"):
+        values = {**config, "lr": _rates(config)}
+        shown = [
+            form.format(values[key]) for key, form in _SETTINGS.items() if values.get(key) not in (None, "", "no", 0)
+        ]
+        if shown:
+            parts.append(f"Settings: {', '.join(shown)}.")
     return " ".join(parts)
+
+
+def _rates(config: Mapping[str, Any]) -> str:
+    """The learning rate of each phase that took place."""
+    rate = config.get("lr") or 0
+    phases = {
+        "dense training": (config.get("dense_epochs"), config.get("dense_lr") or rate),
+        "penalty": (config.get("epochs"), rate),
+        "fine-tuning": (config.get("finetune_epochs"), config.get("finetune_lr") or rate / 10),
+    }
+    rates = {phase: f"{value:g}" for phase, (epochs, value) in phases.items() if epochs and value}
+    if len(set(rates.values())) <= 1:
+        return next(iter(rates.values()), "")
+    return ", ".join(f"{value} ({phase})" for phase, value in rates.items())
 
 
 def _unlabelled(count: int) -> str:

@@ -70,7 +70,7 @@ def load_model(
     Example:
         >>> model = load_model("cifar_resnet20", "resnet20_cifar10.safetensors")  # doctest: +SKIP
     """
-    _check_name(name)
+    check_name(name)
     name = with_prefix(name)
     if pretrained is None:
         pretrained = checkpoint is None and (is_saved_model(name) or timm.models.is_model_pretrained(name))
@@ -252,8 +252,12 @@ def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _check_name(name: str) -> None:
-    """Check a name first: timm raises a bare AssertionError, KeyError or RuntimeError for a bad one."""
+def check_name(name: str) -> None:
+    """Check a model's name first: timm raises a bare AssertionError, KeyError or RuntimeError for a bad one.
+
+    Raises:
+        ArpHubError: If there is no such model, or no such weights of it.
+    """
     if not isinstance(name, str):
         raise ArpHubError(f"a model's name must be text, got {type(name).__name__} {name!r:.100}")
     if name.startswith("local-dir:"):
@@ -265,12 +269,20 @@ def _check_name(name: str) -> None:
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1)
         if os.path.isdir(name):  # noqa: PTH112  (Path.is_dir raises for a name that no system could hold)
             near = [f"local-dir:{name}"]
-            _check_name(near[0])  # says so if the folder holds no model
+            check_name(near[0])  # says so if the folder holds no model
         hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise ArpHubError(
             f"unknown model '{name}'{hint}: give a timm name (timm.list_models() lists them), a saved folder or "
             "hf-hub:USER/NAME"
         )
+    elif not is_saved_model(name):
+        try:
+            timm.get_pretrained_cfg(name)
+        except RuntimeError as error:
+            architecture, _, tag = name.partition(".")
+            tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+            choice = f"choose one of {', '.join(tags)}, or leave the tag out" if tags else "leave it out"
+            raise ArpHubError(f"model '{architecture}' has no weights with the tag '{tag}': {choice}") from error
 
 
 def _create_saved(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ class Limits:
 
 
 LIMITS = Limits()
+_CROP_MODES = ("", "center", "squash", "border")
+_INTERPOLATIONS = ("", "random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+"""What timm's transforms know, and nothing."""
 _RESERVED = frozenset(
     {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "device", "dtype"}
     | {"scriptable", "exportable", "no_jit", "features_only", "feature_cls"}
@@ -126,14 +130,18 @@ def check_cfg(cfg: Mapping[str, Any], source: str) -> None:
     Raises:
         ArpHubError: Naming the entry.
     """
+    channels = cfg["input_size"][0] if _is_size(cfg.get("input_size")) else 3
     kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
         "num_classes": (_is_count, f"a whole number up to {LIMITS.classes}"),
         "input_size": (_is_size, "three whole numbers of at least 1"),
         "test_input_size": (_is_size, "three whole numbers of at least 1"),
         "min_input_size": (_is_size, "three whole numbers of at least 1"),
-        "mean": (_are_numbers, "up to 64 finite numbers"),
-        "std": (_are_numbers, "up to 64 finite numbers"),
-        "crop_pct": (_is_number, "a finite number"),
+        "mean": (partial(_are_numbers, channels), f"a finite number for each of {channels} channels"),
+        "std": (partial(_are_numbers, channels, above=0), f"a number above 0 for each of {channels} channels"),
+        "crop_pct": (_is_crop, "a number from 0.1 to 2"),
+        "test_crop_pct": (_is_crop, "a number from 0.1 to 2"),
+        "crop_mode": (_CROP_MODES.__contains__, f"one of {', '.join(_CROP_MODES[1:])}"),
+        "interpolation": (_INTERPOLATIONS.__contains__, f"one of {', '.join(_INTERPOLATIONS[1:])}"),
         "label_names": (_is_list_of_text, "a list of names"),
         "classifier": (_is_name, "a name or a list of names"),
         "first_conv": (_is_name, "a name or a list of names"),
@@ -288,8 +296,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
-def _are_numbers(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) <= 64 and all(map(_is_number, value))
+def _are_numbers(channels: int, value: Any, above: float = -math.inf) -> bool:
+    if not isinstance(value, (list, tuple)) or len(value) not in (1, 3, channels):  # timm repeats one number
+        return False
+    return all(_is_number(number) and number > above for number in value)
+
+
+def _is_crop(value: Any) -> bool:
+    return _is_number(value) and (value == 0 or 0.1 <= value <= 2)  # 0 is timm's default
 
 
 def _is_list_of_text(value: Any) -> bool:

@@ -152,8 +152,12 @@ class TrainConfig(
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
     def save(self, path: Path) -> None:
-        """Write the settings as YAML that `read_config` and ``--config`` take."""
-        write_atomically(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
+        """Write the settings as YAML that `read_config` and ``--config`` take.
+
+        ``overwrite`` is left out: a later run with these settings must not delete what it finds.
+        """
+        kept = {name: value for name, value in self.to_dict().items() if name != "overwrite"}
+        write_atomically(path, yaml.safe_dump(kept, sort_keys=False))
 
     @classmethod
     def from_layers(cls, *layers: Mapping[str, Any]) -> TrainConfig:

@@ -79,8 +79,7 @@ def load_data_and_model(config: TrainConfig) -> tuple[ImageData, nn.Module]:
         torch.manual_seed(config.seed)
         model = _with_classes(config, model, data.num_classes, pretrained)
     if config.dense_epochs:  # the classifier learns the numbers of the data, whatever it has learnt before
-        if data.class_names:
-            change_config(model, {"label_names": list(data.class_names)})
+        change_config(model, {"label_names": list(data.class_names) or None, "label_descriptions": None})
     elif reason := why_not_measured(model, data.test):
         raise ArpHubError(f"model '{config.model}' does not fit the labels of data '{config.data}': {reason}")
     if config.crop_pct not in (None, data.form.crop_pct):

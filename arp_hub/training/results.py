@@ -10,7 +10,7 @@ from torch import nn
 
 from .._utils.environment import environment
 from .._utils.files import write_atomically
-from ..hub.load import hub_dataset, is_saved_model, published_name
+from ..hub.load import change_config, hub_dataset, is_saved_model, published_name
 from ..hub.push import push_to_hub
 from ..hub.save import METRICS, write_folder
 from ..layers.apply_plan import plan_of
@@ -30,9 +30,11 @@ def all_numbers(run: Run, plan: RankPlan) -> dict[str, Any]:
         **last,
         "dense": run.scores["dense"],
         "scores": run.scores,
+        **{key: value for key, value in run.scores.get("fit", {}).items() if key.startswith("calibration_")},
         **({"refinement": refined["refinement"]} if (refined := run.scores.get("refined")) else {}),
         "data": run.config.data,
         "split": run.data.test.name,
+        **({"limited": True} if run.config.max_steps and last["images"] != len(run.data.test) else {}),
         **({"bad_images": bad} if (bad := run.data.bad_images(run.accelerator)) else {}),
         "seed": run.config.seed,
         "processes": run.accelerator.num_processes,
@@ -65,6 +67,8 @@ def save(run: Run, dense: nn.Module, model: nn.Module, metrics: dict[str, Any]) 
             "spectra": decays(dense, plan_of(model)),
             "history": [entry for entry in read_log(run.log.path) if "violation" in entry],
         }
+        if config.checkpoint or not published:  # the licence of weights that are not in this model
+            change_config(model, {"license": None})
         label_names = names if len(names) == model.num_classes else None
         # what was put into the folder since the run began stays
         write_folder(model, Path(output), metrics=metrics, label_names=label_names, keep=not config.overwrite)

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..decomposition import decompose, to_dense
+from ..effort import Effort
 from ..hub.load import load_checkpoint as load_weights
 from ..layers.apply_plan import apply_plan
 from ..layers.model import count_params
@@ -27,7 +28,7 @@ from ..refinement import refine
 from ..schemes import Factors
 from .checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_tensors, writing
 from .config import TrainConfig
-from .data.excerpts import calibration_images, refinement_images
+from .data.excerpts import calibration_counts, calibration_images, refinement_images
 from .evaluate import Scores, evaluate
 from .inputs import load_data_and_model, load_teacher
 from .loop import train
@@ -186,7 +187,8 @@ def _penalised_model(
 
 def _plan_and_fit(run: Run, model: nn.Module) -> tuple[RankPlan, dict[str, Factors] | None]:
     """Make the plan. With ``start_from="fit"``, also decompose the model by it, in place, and return the factors."""
-    config, images, show = run.config, _calibration(run), run.log.main and sys.stderr.isatty()
+    config, show = run.config, run.log.main and sys.stderr.isatty()
+    images, counts = _calibration(run)
     plan = make_plan(model, calibration=images, effort=config.effort, progress=show, **_budget(config))
     plan = shared_plan(run.accelerator, plan)
     run.plan = plan.to_dict()
@@ -195,7 +197,7 @@ def _plan_and_fit(run: Run, model: nn.Module) -> tuple[RankPlan, dict[str, Facto
         return plan, None
     dense = copy.deepcopy(model)
     decompose(model, plan, calibration=images, effort=config.effort, progress=show)
-    run.scores["fit"] = _score(run, model, "data-aware fit, untrained")
+    run.scores["fit"] = {**_score(run, model, "data-aware fit, untrained"), **counts}
     if config.refine_minutes or config.refine_steps:
         _refine(run, model, dense, show)
     return plan, shared_factors(run.accelerator, model)
@@ -233,18 +235,19 @@ def _budget(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _calibration(run: Run) -> Tensor | None:
-    """The calibration images; None for a plan and fit by weights alone."""
+def _calibration(run: Run) -> tuple[Tensor | None, dict[str, int]]:
+    """The calibration images and their numbers; None and nothing for a plan and fit by weights alone."""
     config = run.config
     count = config.calibration_images
     if count == 0:
-        return None
+        return None, {}
     if config.max_steps:
         trial = config.max_steps * 4  # a trial run takes four calibration images a step
         count = trial if count is None else min(count, trial)
-    return calibration_images(
-        run.data, count, copies=config.calibration_copies, seed=config.seed, workers=config.workers
-    )
+    limits: dict[str, Any] = {"copies": config.calibration_copies, "most": Effort.of(config.effort).images}
+    used, copies = calibration_counts(run.data, count, **limits)
+    images = calibration_images(run.data, count, **limits, seed=config.seed, workers=config.workers)
+    return images, {"calibration_images": used, "calibration_copies": copies}
 
 
 def _score(run: Run, model: nn.Module, title: str) -> Scores:

@@ -115,7 +115,7 @@ def compress(
     from arp_hub._utils.progress import stage
     from arp_hub.decomposition import decompose
     from arp_hub.errors import ArpHubError, check_inputs_outside
-    from arp_hub.hub.load import hub_dataset, published_name
+    from arp_hub.hub.load import change_config, hub_dataset, published_name
     from arp_hub.hub.save import check_folder, is_saved_folder, save_pretrained
     from arp_hub.layers.apply_plan import check_plan
     from arp_hub.plan import RankPlan
@@ -130,6 +130,7 @@ def compress(
         RefineChoice,
         check_data_options,
         check_effort,
+        effort_images,
         open_data,
         open_images,
         open_model,
@@ -171,9 +172,10 @@ def compress(
         check_plan(network, given)
     found = open_data(data, network, image_key, label_key, streaming)
     refinement.check_data(found)
-    images = open_images(found, calibration, copies, seed, workers)
-    warn_of_few_images(found, calibration, copies)
-    counts = calibration_counts(found, calibration, copies) if found else (0, 0)
+    most = effort_images(effort)
+    counts = calibration_counts(found, calibration, copies, most) if found else (0, 0)
+    images = open_images(found, calibration, copies, seed, workers, most)
+    warn_of_few_images(counts[0])
     test = _test_split(network, found)
     # of several processes the first one measures and saves
     before = _figures(network, test, max_images, workers) if is_first() else {}
@@ -197,6 +199,7 @@ def compress(
         "calibration_copies": counts[1],
         "effort": effort,
         "trained": False,
+        **({"limited": True} if max_images and test is not None and after["images"] != len(test) else {}),
         **({"refinement": asdict(refined)} if refined else {}),
         **random,
         "seconds": round(seconds, 2),
@@ -215,6 +218,8 @@ def compress(
     }
     if found is not None and test is not None:
         note_crop(network, found.form)
+    if checkpoint or random["random_weights"]:  # the licence of weights that are not in this model
+        change_config(network, {"license": None})
     with stage("save"):
         save_pretrained(network, output, metrics=metrics, label_names=names or None, overwrite=overwrite)
     if refined:

@@ -84,12 +84,14 @@ def plan(
     from arp_hub.planning.make_plan import check_plannable, make_plan
     from arp_hub.reports import summary, tables
     from arp_hub.runtimes.timed import check_installed
+    from arp_hub.training.data.excerpts import calibration_counts
 
     from ..inputs import (
         ModelChoice,
         check_data_options,
         check_effort,
         check_plan_file,
+        effort_images,
         open_data,
         open_images,
         open_model,
@@ -117,8 +119,9 @@ def plan(
     network, random = open_model(choice, meta=data is None)
     check_plannable(network, options["exclude"])
     found = open_data(data, network, image_key, label_key, streaming)
-    images = open_images(found, calibration, copies, seed, workers)
-    warn_of_few_images(found, calibration, copies)
+    most = effort_images(effort)
+    images = open_images(found, calibration, copies, seed, workers, most)
+    warn_of_few_images(calibration_counts(found, calibration, copies, most)[0] if found else 0)
     made = make_plan(network, **options, calibration=images, effort=effort, progress=True)
     if not is_first():
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -189,6 +190,14 @@ FINE = "--model test_resnet --input-size 3 32 32 --num-classes 10 --checkpoint {
 SEVEN = "--model test_resnet --input-size 3 32 32 --num-classes 7 --checkpoint {tmp}/seven.safetensors"
 HALF = f"compress {FINE} --keep-params 0.5 --output {{tmp}}/out"
 BAD_INPUTS = {
+    "unknown tag": (
+        "plan --model test_resnet.r160_in1 --keep-params 0.5",
+        "no weights with the tag 'r160_in1': choose",
+    ),
+    "unknown tag and size": (
+        "plan --model test_resnet.x --keep-params 0.5 --input-size 3 64 64",
+        "with the tag 'x': ch",
+    ),
     "unknown model": ("compress --model resnet_5O --keep-params 0.5 --output {tmp}/out", "resnet_5O"),
     "no such saved model": ("evaluate --model local-dir:{tmp}/nix --data digits", "nix': no such folder"),
     "a folder of another kind": ("evaluate --model local-dir:{tmp}/empty --data digits", "has no config.json"),
@@ -365,6 +374,25 @@ def test_evaluate_names_the_split_as_the_data_does(run, val, tmp_path, data, wor
     assert result.code == 0, result.err
     assert f"split {name}" in " ".join(result.out.split())  # a long path wraps the title
     assert run(*measure, "--json").json["split"] == name
+
+
+def test_evaluate_needs_labels_of_its_own_split_alone(run, val):
+    (val / "train").mkdir()
+    for number in range(4):
+        shutil.copy(val / "val" / "cat" / f"{number}.png", val / "train")
+    model = ("--model", "test_resnet", "--no-pretrained", "--num-classes", 2, *SIZE)
+    result = run("evaluate", *model, "--data", val, "--json")
+    assert result.code == 0, result.err
+    assert result.json["split"] == "validation"
+    result = run("evaluate", *model, "--data", val, "--split", "train")
+    assert result.code == 2 and "the images of split 'train' have no labels" in result.err
+
+
+def test_a_card_counts_the_images_that_the_effort_used(run, trained, tmp_path):
+    words = ("--data", "digits", "--max-images", 32, "--keep-params", 0.5, "--schemes", "channel", "--effort", "fast")
+    found = run("compress", *trained, *words, "--output", tmp_path / "out", "--json").json
+    assert (found["calibration_images"], found["calibration_copies"]) == (128, 0)
+    assert "on 128 unlabelled images" in (tmp_path / "out" / "README.md").read_text()
 
 
 RANDOM = {

@@ -13,6 +13,7 @@ import timm
 import torch
 import yaml
 from helpers import low_rank_model
+from safetensors.torch import save_file
 
 import arp_hub
 from arp_hub._utils.environment import RECIPES
@@ -127,8 +128,61 @@ def test_a_card_of_a_training_run(tmp_path: Path, kind: str) -> None:
     run(TrainConfig(**TRAINED, output=str(tmp_path / "small"), **changes))
     card = read_card(tmp_path / "small")
     assert "Trained with the adaptive rank penalty for 1 epoch, starting from the fitted model." in card
-    assert "learning rate 0.05, batch size 16" in card and "| after penalty training, before decomposition |" in card
+    rates = "0.05" if kind == "penalty" else "0.05 (penalty), 0.005 (fine-tuning)"
+    assert (
+        f"learning rate {rates}, batch size 16" in card and "| after penalty training, before decomposition |" in card
+    )
     assert ("The factors were fine-tuned for 2 epochs. The loss distils from `taught`." in card) == (kind != "penalty")
+
+
+def test_a_card_of_a_recipe_without_training_tells_of_none(tmp_path: Path) -> None:
+    refined = {"epochs": 0, "finetune_epochs": 0, "distill": 0.9, "refine_steps": 4, "refine_images": 40}
+    run(TrainConfig(**TRAINED | refined, output=str(tmp_path / "small")))
+    text = read_card(tmp_path / "small").split("## How it was made")[-1]
+    assert re.search(
+        r"factors were fitted to each layer's output on \d+ unlabelled images. The fit was refined on", text
+    )
+    for words in ("distils", "optimiser", "learning rate", "Trained"):
+        assert words not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"epochs": 3}, "learning rate 0.03"),
+        ({"epochs": 0, "finetune_epochs": 2}, "learning rate 0.003"),
+        ({"epochs": 0, "finetune_epochs": 2, "finetune_lr": 0.02}, "learning rate 0.02"),
+        ({"dense_epochs": 5, "dense_lr": 0.1, "epochs": 3}, "learning rate 0.1 (dense training), 0.03 (penalty)"),
+        ({"dense_epochs": 5, "epochs": 3}, "learning rate 0.03"),
+        ({"epochs": 0}, ""),
+    ],
+    ids=str,
+)
+def test_the_rates_are_those_of_the_phases_that_took_place(changes: dict[str, Any], shown: str) -> None:
+    text = rendered(config={"lr": 0.03, "optimizer": "sgd", **changes})
+    assert f"optimiser sgd, {shown}." in text if shown else "optimiser" not in text
+
+
+@pytest.mark.parametrize(
+    ("limited", "shown"), [(True, "name: CIFAR-10 (96 images of the split)"), (False, "name: CIFAR-10")]
+)
+def test_accuracy_of_a_part_of_a_split_says_so_in_the_head(limited: bool, shown: str) -> None:
+    known = {"dataset": "uoft-cs/cifar10", "data": "uoft-cs/cifar10", "split": "test", "images": 96}
+    head = rendered(**known, **({"limited": True} if limited else {})).split("---")[1]
+    assert re.search(rf"{re.escape(shown)}$", head, re.MULTILINE)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_weights_of_one_s_own_have_no_licence_of_timm_s(tmp_path: Path, own: bool) -> None:
+    model = timm.create_model("cifar_resnet20")
+    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "license": "cc-by-nc-4.0"}
+    arp_hub.save_pretrained(model, tmp_path / "named")
+    words = ["compress", "--model", f"local-dir:{tmp_path / 'named'}", *FIT, "--output", tmp_path / "small"]
+    if own:
+        save_file(model.state_dict(), tmp_path / "own.safetensors")
+        words += ["--checkpoint", tmp_path / "own.safetensors"]
+    arp(*words)
+    assert ("license: cc-by-nc-4.0" in read_card(tmp_path / "small")) is not own
 
 
 def numbers(**changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:

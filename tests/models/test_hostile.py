@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import hostile
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -81,7 +83,42 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
 trees = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
 )
-NAMES = ["num_classes", "input_size", "mean", "crop_pct", "classifier", "label_names", "layers", "cache_dir", "depth"]
+NAMES = [
+    "num_classes",
+    "input_size",
+    "mean",
+    "crop_pct",
+    "crop_mode",
+    "classifier",
+    "label_names",
+    "layers",
+    "cache_dir",
+    "depth",
+]
+
+
+@pytest.mark.parametrize(
+    ("entry", "good", "bad"),
+    [
+        ("crop_pct", [0, 0.875, 1.15, None], [0.001, -1, 3, "1", True, math.nan, math.inf]),
+        ("test_crop_pct", [0.95], [1e-4]),
+        ("interpolation", ["bicubic", "random", ""], ["foo", 3, ["bicubic"]]),
+        ("crop_mode", ["center", "squash", "border", ""], ["all", 1, {}]),
+        ("mean", [[0.5], [0.5, 0.5, 0.5]], [[0.5, 0.5], [], 0.5, [0.5, 0.5, math.nan]]),
+        ("std", [[0.2], [0.2, 0.2, 0.2]], [[0.2, 0.2], [0.0, 0.0, 0.0], [0.2, 0.2, -0.2]]),
+    ],
+)
+def test_entries_of_the_transform_are_checked(entry, good, bad):
+    for value in good:
+        check_cfg({"input_size": [3, 32, 32], entry: value}, "here")
+    for value in bad:
+        with pytest.raises(ArpHubError, match=f"the config of 'here': {entry} must be "):
+            check_cfg({"input_size": [3, 32, 32], entry: value}, "here")
+
+
+def test_published_configs_pass():
+    for name in timm.list_pretrained():
+        check_cfg(timm.get_pretrained_cfg(name).to_dict(), name)
 
 
 @settings(max_examples=300)

@@ -120,6 +120,29 @@ def test_class_folders_and_parquet_give_the_same_images(tmp_path, model):
     assert pixels[0].shape == (6, 3, 32, 32)
 
 
+ORDERS = {
+    "two splits": ({"train": "ab", "test": "ba"}, ""),
+    "two shards": ({"train-00000-of-00002": "ab", "train-00001-of-00002": "abc", "test": "ab"}, ""),
+    "the README": ({"train": "ab", "test": "ab"}, "ba"),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("files", "declared"), ORDERS.values(), ids=ORDERS)
+def test_parquet_files_that_number_their_classes_differently_are_refused(tmp_path, model, files, declared, streaming):
+    for name, names in files.items():
+        features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(names)))
+        table = datasets.Dataset.from_dict({"image": [picture(1), picture(2)], "label": [0, 1]}, features=features)
+        table.to_parquet(tmp_path / f"{name}.parquet")
+    if declared:
+        kinds = "".join(f"\n          '{number}': {name}" for number, name in enumerate(declared))
+        label = f"  - name: label\n    dtype:\n      class_label:\n        names:{kinds}\n"
+        head = f"dataset_info:\n  features:\n  - name: image\n    dtype: image\n{label}"
+        (tmp_path / "README.md").write_text(f"---\n{head}---\n")
+    with pytest.raises(ArpHubError, match="number the classes of column 'label' differently: write all files"):
+        load_data(str(tmp_path), model, streaming=streaming)
+
+
 def test_cifar_and_imagenet_are_found_by_feature_type(shared, model, caplog):
     data = load_data(str(shared / "data" / "cifar10"), model)
     assert (len(data.train), len(data.test), data.num_classes) == (50_000, 10_000, 10)

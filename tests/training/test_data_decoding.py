@@ -156,6 +156,23 @@ def test_a_value_above_the_white_of_the_other_images_is_refused(tmp_path, model)
         load_data(str(tmp_path), model).test.tensors()
 
 
+@pytest.mark.parametrize("kind", ["folder", "parquet", "stream"])
+def test_a_picture_that_is_a_program_is_not_run(tmp_path, model, kind, monkeypatch):
+    started = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **kwargs: started.append(args))
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    if kind == "folder":
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "0.jpg").write_bytes(program)
+    else:
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
+        rows = {"image": [{"bytes": program, "path": "0.jpg"}], "label": [0]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ArpHubError, match="cannot be decoded|cannot identify image file"):
+        evaluate(model, load_data(str(tmp_path), model, streaming=kind == "stream").test)
+    assert started == []
+
+
 def column(root, images, name="train"):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
     rows = {"image": images, "label": [0] * len(images)}

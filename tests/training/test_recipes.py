@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import timm
 import torch
 import yaml
 from helpers import ON_TWO, both_ended_clean, search_path
+from PIL import Image
 
 import arp_hub
 from arp_hub.layers.model import count_params, low_rank_layers
@@ -129,6 +131,35 @@ def test_bad_input_is_one_line_and_code_2(recipe, capsys, tmp_path, options, wor
     assert said.startswith("error: ")
     assert len(said.splitlines()) == 1
     assert words in said
+
+
+def test_files_of_others_stay(recipe, capsys, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        recipe("quickstart.py", "--cpu", "--output", tmp_path / "out")
+    assert "holds 'thesis.txt'" in capsys.readouterr().err
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("case", "words"), [("classes", "does not fit data .*: the model has 10 classes"), ("folder", "holds 'thesis.txt'")]
+)
+def test_custom_loop_checks_before_it_trains(recipe, capsys, tmp_path, monkeypatch, case, words):
+    data = "digits"
+    if case == "classes":
+        data = tmp_path / "data"
+        for name in "abc":
+            (data / name).mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (32, 32), (number, 0, 0)).save(data / name / f"{number}.png")
+    else:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.txt").write_text("mine")
+    monkeypatch.setattr(arp_hub, "make_plan", lambda *args, **kwargs: pytest.fail("it has begun"))
+    with pytest.raises((SystemExit, arp_hub.ArpHubError)) as ended:
+        recipe("custom_loop.py", "--cpu", "--data", data, "--output", tmp_path / "out")
+    assert re.search(words, f"{ended.value} {capsys.readouterr().err}")
 
 
 def test_a_saved_config_runs_again(recipe, tmp_path):

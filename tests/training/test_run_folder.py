@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import timm
 import torch
@@ -24,7 +25,10 @@ from tiny_run import STATE, config
 
 from arp_hub import save_pretrained
 from arp_hub.errors import ArpHubError
+from arp_hub.hub.load import load_model
+from arp_hub.models.label_names import label_names
 from arp_hub.training import run
+from arp_hub.training.inputs import load_data_and_model
 from arp_hub.training.run_folder import RunFolder
 from arp_hub.training.runlog import read_log
 
@@ -102,6 +106,21 @@ def test_a_model_that_is_trained_anew_gets_the_classes_of_the_data(tmp_path):
     assert not (tmp_path / "out-run").exists()
     run(config(tmp_path, **changes))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["label_names"] == list("0123456789")
+
+
+def test_classes_without_names_replace_those_of_the_classifier_before(tmp_path):
+    model = load_model("cifar_resnet20", pretrained=False, pretrained_cfg_overlay={"input_size": (3, 8, 8)})
+    save_pretrained(model, tmp_path / "saved", label_names=[f"bird {number}" for number in range(10)])
+    rows = [Image.new("L", (8, 8), 25 * number) for number in range(10)]
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    for name in ("train", "test"):
+        table = datasets.Dataset.from_dict({"image": rows, "label": list(range(10))}, features=features)
+        table.to_parquet(tmp_path / "data" / f"{name}.parquet")
+    own = {"model": f"local-dir:{tmp_path / 'saved'}", "data": str(tmp_path / "data"), "label_key": "label"}
+    _, trained = load_data_and_model(config(tmp_path, **own, dense_epochs=1))
+    assert label_names(trained) == ()
+    save_pretrained(trained, tmp_path / "again")
+    assert "bird" not in (tmp_path / "again" / "config.json").read_text()
 
 
 @pytest.mark.parametrize(("steps", "kept"), [(5, True), (6, False)])

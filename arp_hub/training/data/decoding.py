@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,23 @@ _WHITES = (1, 255, 1023, 4095, 16383, 65535)
 """Values that are white in grey images of floats and of 1, 8, 10, 12, 14 and 16 bits."""
 _OVERSHOOT = 0.02
 """Share of white by which floats may lie outside black and white, as bicubic resizing leaves them; they are clipped."""
+_PROGRAMS = {"EPS", "WMF"}
+"""Formats that are programs: to decode them, Pillow starts Ghostscript, or has Windows run them."""
+
+
+def open_image(source: Path | str | BinaryIO) -> Image.Image:
+    """A picture, with only its header read. Formats that are programs are refused, whatever the name of the file.
+
+    Raises:
+        PIL.UnidentifiedImageError: If it is no picture.
+    """
+    return Image.open(source, formats=image_formats())
+
+
+def image_formats() -> list[str]:
+    """The formats that `open_image` reads, as Pillow names them."""
+    Image.init()
+    return [kind for kind in Image.ID if kind in Image.OPEN and kind not in _PROGRAMS]
 
 
 class Rows(Protocol):
@@ -63,7 +80,7 @@ class ImageFiles:
 
     def open(self, row: int) -> Image.Image:
         """The image of a file."""
-        return Image.open(self.root / self.paths[row])
+        return open_image(self.root / self.paths[row])
 
     def name(self, row: int) -> str:
         """The path of the file."""
@@ -93,16 +110,17 @@ class ImageColumn:
         Raises:
             ArpHubError: If the row holds none.
         """
-        import datasets
+        from datasets.utils.file_utils import xopen
 
         stored = self.table[row][self.key]
         if stored is None:
             raise ArpHubError(f"data: {self.name(row)} is missing: remove the row, or give it an image")
         if stored["bytes"] is not None:
-            return Image.open(BytesIO(stored["bytes"]))
+            return open_image(BytesIO(stored["bytes"]))
         if Path(stored["path"]).is_file():
-            return Image.open(stored["path"])
-        return datasets.Image().decode_example(stored)  # inside an archive, or on the Hub
+            return open_image(stored["path"])
+        with xopen(stored["path"], "rb") as file:  # inside an archive, or on the Hub
+            return open_image(BytesIO(file.read()))
 
     def name(self, row: int) -> str:
         """The number of the row and the name of the column."""

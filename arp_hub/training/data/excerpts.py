@@ -12,13 +12,16 @@ from .dataset import ImageData
 from .images import DecodedImages
 
 
-def calibration_counts(data: ImageData, count: int | None = None, copies: int | None = None) -> tuple[int, int]:
+def calibration_counts(
+    data: ImageData, count: int | None = None, copies: int | None = None, most: int = 0
+) -> tuple[int, int]:
     """Number of images that `calibration_images` takes, and of varied copies that it adds of each.
 
     Args:
         data: The data.
         count: Number of images, at most all training images. By default 1,024 images held in memory, or 256 others.
         copies: Copies of each image. By default one for images held in memory, or none.
+        most: Number of images and copies together at most; 0 for all. By default there are no copies then.
 
     Raises:
         ArpHubError: If there would be no images, or copies are negative.
@@ -27,16 +30,24 @@ def calibration_counts(data: ImageData, count: int | None = None, copies: int | 
     if count is None:
         count = 1024 if small else 256  # a large image has many more patches and takes proportionally longer
     if copies is None:
-        copies = 1 if small else 0
+        copies = 1 if small and not 0 < most < 2 * count else 0
     if count < 1:
         raise ArpHubError(f"calibration needs at least one image, got {count}")
     if copies < 0:
         raise ArpHubError(f"calibration_copies must be 0 or more, got {copies}")
+    if most:
+        count = min(count, max(1, most // (1 + copies)))
     return min(count, len(data.train) or count), copies
 
 
 def calibration_images(
-    data: ImageData, count: int | None = None, *, copies: int | None = None, seed: int = 0, workers: int = 0
+    data: ImageData,
+    count: int | None = None,
+    *,
+    copies: int | None = None,
+    most: int = 0,
+    seed: int = 0,
+    workers: int = 0,
 ) -> Tensor:
     """Normalised training images without labels, for the calibration of `make_plan` and `decompose`.
 
@@ -46,6 +57,8 @@ def calibration_images(
         data: The data.
         count: Number of images, at most all training images. By default 1,024 images held in memory, or 256 others.
         copies: Number of varied copies of each image. By default one for images held in memory, or none.
+        most: Number of images and copies together at most, such as the ``images`` of an `Effort`; 0 for all. By default
+            there are no copies then.
         seed: Seed of the choice and of the copies.
         workers: DataLoader workers, for large data.
 
@@ -56,7 +69,7 @@ def calibration_images(
         ArpHubError: If there would be no images, or copies are negative.
     """
     device = torch.device("cpu")
-    count, copies = calibration_counts(data, count, copies)
+    count, copies = calibration_counts(data, count, copies, most)
     part = data.train.excerpt(count, seed)
     versions = [torch.cat(list(part.images.evaluation(part.indices, 128, device, workers)))]
     for copy in range(copies):

@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,7 +236,8 @@ def parquet_splits(source: str, root: Path, config: str | None) -> tuple[dict[st
         Full paths of the files of each split, and the features that the README declares, if any.
 
     Raises:
-        ArpHubError: If there is no such configuration, or if several folders hold the same part of a split.
+        ArpHubError: If there is no such configuration, if several folders hold the same part of a split, or if files
+            number their classes differently.
     """
     from datasets.data_files import sanitize_patterns
     from datasets.info import DatasetInfosDict
@@ -252,7 +253,9 @@ def parquet_splits(source: str, root: Path, config: str | None) -> tuple[dict[st
     if "data_files" not in chosen:
         place = root / chosen.get("data_dir", "")
         by_name = files_by_split(source, place, ".parquet")
-        return {split: [str(place / file) for file in files] for split, files in by_name.items()}, features
+        found = {split: [str(place / file) for file in files] for split, files in by_name.items()}
+        _check_class_numbers(source, found, features)
+        return found, features
     found = {}
     for split, patterns in sanitize_patterns(chosen["data_files"]).items():
         below = [f"{pattern}/*" if pattern.endswith("**") else pattern for pattern in patterns]
@@ -263,7 +266,38 @@ def parquet_splits(source: str, root: Path, config: str | None) -> tuple[dict[st
                 "such parquet file: download it, or correct the README"
             )
         found[split] = [str(file) for file in sorted(files)]
+    _check_class_numbers(source, found, features)
     return found, features
+
+
+def _check_class_numbers(source: str, splits: Mapping[str, Sequence[str]], declared: Mapping[str, Any] | None) -> None:
+    """Refuse files that number their classes differently: the datasets library reads all of them as it reads the first.
+
+    Raises:
+        ArpHubError: Naming the column, both files, and the first classes of each.
+    """
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def classes(features: Mapping[str, Any]) -> dict[str, list[str]]:
+        return {name: kind.names for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+
+    known = {column: ("README.md", names) for column, names in classes(declared or {}).items()}
+    for path in itertools.chain.from_iterable(splits.values()):
+        try:
+            features = datasets.Features.from_arrow_schema(pq.read_schema(path))
+        except (OSError, pa.ArrowException):  # opening the data refuses the file
+            continue
+        for column, names in classes(features).items():
+            first, expected = known.setdefault(column, (path, names))
+            if names != expected:
+                orders = ((first, expected), (path, names))
+                both = " and ".join(f"'{Path(file).name}' ({', '.join(own[:3])}, ...)" for file, own in orders)
+                raise ArpHubError(
+                    f"data '{source}': {both} number the classes of column '{column}' differently: write all files "
+                    "with the same class names in the same order"
+                )
 
 
 def choose_configuration(source: str, config: str | None, configs: Collection[str], default: str | None) -> str | None:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ...errors import ArpHubError
 from ..preemption import outlast_sigterm
 from ..seeds import keyed_seed
-from .decoding import survey
+from .decoding import open_image, survey
 from .images import BadImages, StreamedImages, rgb, seeds_of_image, worker_errors
 from .input_format import InputFormat, sent
 from .sources import Treatment
@@ -86,11 +86,11 @@ class Records:
             return stored
         if isinstance(stored, dict):
             if stored["bytes"] is None and stored["path"] is not None:
-                return Image.open(Path(stored["path"]))
+                return open_image(Path(stored["path"]))
             stored = stored["bytes"]
         if stored is None:
             raise ArpHubError(f"data: {self.name(row)} is missing: remove the sample, or give it an image")
-        return Image.open(BytesIO(stored))
+        return open_image(BytesIO(stored))
 
     def name(self, row: int) -> str:
         """The name of a sample."""

@@ -21,6 +21,7 @@ from PIL import Image
 
 from ..._utils.files import atomic_path, cache_folder
 from ...errors import ArpHubError
+from .decoding import open_image
 from .files import files_by_split, split_of
 from .images import progress
 
@@ -135,7 +136,7 @@ class TarImages:
 
     def open(self, row: int) -> Image.Image:
         """The image of a member."""
-        return Image.open(BytesIO(self._read(row, 0, int(self.index.size[row]))))
+        return open_image(BytesIO(self._read(row, 0, int(self.index.size[row]))))
 
     def name(self, row: int) -> str:
         """The shard and the member."""

@@ -16,6 +16,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torchvision.datasets import ImageFolder
 
 from ...errors import ArpHubError
+from .decoding import open_image
 from .images import progress
 from .streams import Sample
 from .tables import Columns, Splits, class_numbers
@@ -142,7 +143,7 @@ class TimmImages:
     def open(self, row: int) -> Image.Image:
         """One image; of timm's own readers, with only its header read."""
         if isinstance(self.dataset, ImageDataset):
-            return Image.open(self.dataset.reader[row][0])
+            return open_image(self.dataset.reader[row][0])
         image = self.dataset[row][0]
         return image if isinstance(image, Image.Image) else Image.fromarray(image)
 
