@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ._utils.torch_utils import ambient_modes_off, kept_activations
 from .calibration.images import Images
 from .decomposition import decompose
 from .effort import Effort
@@ -19,6 +20,7 @@ from .refinement.refine import refine as refine_model
 from .timing import Workload
 
 
+@ambient_modes_off()
 def compress(
     model: nn.Module,
     *,
@@ -98,7 +100,8 @@ def compress(
         effort=effort,
         progress=progress,
     )
-    small = decompose(copy.deepcopy(model), plan, calibration, effort=effort, progress=progress)
+    small = copy.deepcopy(model, kept_activations(model))
+    decompose(small, plan, calibration, effort=effort, progress=progress)
     if calibration is not None and held_out is not None:
         refine_model(
             small, model, calibration, held_out=held_out, minutes=minutes, steps=steps, seed=seed, progress=progress

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from ._utils.progress import counted, stage
-from ._utils.torch_utils import ambient_modes_off, digest_of, evaluating
+from ._utils.torch_utils import ambient_modes_off, digest_of, evaluating, kept_activations
 from .calibration.batchnorm import following_norms, norms_with_statistics, renormalise
 from .calibration.gradients import gradient_moments
 from .calibration.images import LEAST_PIXELS, Images, batches, check_normalised, check_outputs, image_count, limited
@@ -192,7 +192,7 @@ def _decompose_by_data(
         check_outputs(model, images)
     with evaluating(model):
         # with weights in common: only buffers are changed in place, and whole layers exchanged
-        student = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+        student = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()} | kept_activations(model))
         dense = layers_to_refit(student, plan, traced, images, len(shapes))
         teachers = {name: model.get_submodule(name) for name in [*plan.layers, *dense]}
         norms = following_norms(student, {name: student.get_submodule(name) for name in plan.layers}, images)

@@ -62,6 +62,8 @@ class Effort:
             value = getattr(self, field.name)
             numbers = value if isinstance(value, tuple) else (value,)
             least = 0 if field.name == "images" else 1e-9
+            if field.type == "int" and isinstance(value, float):
+                raise ArpHubError(f"effort: {field.name} must be a whole number, got {value!r}")
             if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and n >= least for n in numbers):
                 raise ArpHubError(f"effort: {field.name} must be a number above {least:g}, got {value!r}")
         if len(self.curve_shares) < 2:

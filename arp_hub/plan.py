@@ -114,6 +114,12 @@ class RankPlan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
         object.__setattr__(self, "dense", MappingProxyType(dict(self.dense)))
+        for name, layer in self.layers.items():
+            if not isinstance(layer, LayerPlan):
+                raise ArpHubError(
+                    f"layer '{name}' of a plan must be a LayerPlan, got {shown(layer)}: RankPlan.from_dict reads the "
+                    "JSON form"
+                )
 
     def __hash__(self) -> int:
         return hash((frozenset(self.layers.items()), frozenset(self.dense.items())))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 @contextmanager
@@ -24,10 +26,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def ambient_modes_off() -> Iterator[None]:
-    """Switch autocast, inference mode and a default device off: tensors made inside are whole and can be trained."""
+    """Switch autocast, inference mode, a default device and ``model.compile()`` off.
+
+    Tensors that are made inside are whole and can be trained, and hooks see every layer.
+    """
     here = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
-    with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), here:
-        yield
+    compiles = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")  # since torch 2.6
+    eager = torch.compiler.set_stance("force_eager") if compiles else nullcontext()
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        with here, eager:
+            yield
+
+
+def kept_activations(model: nn.Module) -> dict[int, Tensor]:
+    """What `copy.deepcopy` takes as ``memo``, so that it copies a model which keeps activations of its last pass."""
+    kept = (leaf for module in model.modules() for leaf in tree_leaves(list(vars(module).values())))
+    return {id(leaf): leaf.detach() for leaf in kept if isinstance(leaf, Tensor) and not leaf.is_leaf}
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:

@@ -71,7 +71,9 @@ def following_norms(model: nn.Module, layers: Mapping[str, nn.Module], images: I
     def recognise(module: nn.Module, args: tuple[Any, ...]) -> None:
         calls[module] += 1
         for name, found in outputs.items():
-            if found and args[0] is found[-1]:
+            if not found or not args or args[0] is not found[-1]:
+                continue
+            if found[-1].dim() == 2 or not hasattr(layers[name], "in_features"):  # else it normalises tokens
                 candidates[name] = cast(BatchNorm, module)
 
     def show(module: nn.Module, *seen: Any) -> None:

@@ -7,15 +7,17 @@ values, or makes tensors on the CPU, computes one image.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from timm.models import get_model_input_config
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from .._utils.torch_utils import kept_activations
 from ..errors import ArpHubError
 from ..schemes.shapes import Pair
 from .dense import padder
@@ -31,7 +33,8 @@ class Trace:
 
     Attributes:
         sizes: For every layer that was called, in order of its first call: the height and width of its input map, with
-            the padding that the layer adds before its convolution (tokens x 1 for a linear layer), once per call.
+            the padding that the layer adds before its convolution (tokens x 1 for a linear layer), once per call, or
+            once per map where the model cuts the image into several.
         macs: Multiply-accumulates of the whole model.
         params: Parameters of the whole model.
     """
@@ -52,7 +55,8 @@ def input_size_of(model: nn.Module, input_size: InputSize | None = None) -> Inpu
         if not config.get("input_size"):
             raise ArpHubError("the model has no input size in its config: pass input_size=(channels, height, width)")
         input_size = cast(InputSize, get_model_input_config(model)["input_size"])  # with img_size= and in_chans= in it
-    if len(input_size) != 3 or not all(isinstance(n, int) and n > 0 for n in input_size):
+    sizes = input_size if isinstance(input_size, Sequence) else ()
+    if len(sizes) != 3 or not all(isinstance(n, int) and n > 0 for n in sizes):
         raise ArpHubError(f"input_size must be (channels, height, width), got {input_size!r}")
     channels, height, width = input_size
     return channels, height, width
@@ -78,7 +82,7 @@ def trace(model: nn.Module, input_size: InputSize | None = None) -> Trace:
                 raise ArpHubError(f"layer '{found[0]}' is quantised: plan the model before you quantise it") from error
             if any(parameter.is_meta for parameter in model.parameters()):
                 raise
-            return _traced(copy.deepcopy(model), size)
+            return _traced(copy.deepcopy(model, kept_activations(model)), size)
     except ArpHubError:
         raise
     except Exception as error:
@@ -94,7 +98,9 @@ def _traced(twin: nn.Module, size: InputSize) -> Trace:
 
     def record(module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor):
-            sizes.setdefault(names[id(module)], []).append(_map_size(module, args[0]))
+            x = args[0]
+            calls = len(x) if x.dim() == 4 and not _is_linear(module) else 1  # a model may cut an image into several
+            sizes.setdefault(names[id(module)], []).extend([_map_size(module, x)] * calls)
 
     for module in twin.modules():
         if id(module) in names:
@@ -111,7 +117,7 @@ def count_macs(model: nn.Module, input_size: InputSize | None = None) -> int:
 
 def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of a model on the meta device: the same structure, shared modules included, without weights."""
-    attributes = (value for module in model.modules() for value in vars(module).values())
+    attributes = tree_leaves([list(vars(module).values()) for module in model.modules()])
     tensors = [*model.parameters(), *model.buffers(), *(value for value in attributes if isinstance(value, Tensor))]
     return copy.deepcopy(model, {id(tensor): _on_meta(tensor) for tensor in tensors})
 
@@ -122,10 +128,13 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 
 def _map_size(module: nn.Module, x: Tensor) -> Pair:
-    linear = isinstance(module, nn.Linear) or hasattr(module, "in_features")
     if x.dim() == 4 and (pad := padder(module)):
         x = pad(x)
-    return (x.numel() // x.shape[-1], 1) if linear or x.dim() != 4 else (x.shape[-2], x.shape[-1])
+    return (x.numel() // x.shape[-1], 1) if _is_linear(module) or x.dim() != 4 else (x.shape[-2], x.shape[-1])
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or hasattr(module, "in_features")
 
 
 @torch.no_grad()

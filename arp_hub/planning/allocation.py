@@ -64,7 +64,8 @@ class CountedBudget:
         budget = self.share * self.total - fixed
         lowest = sum(layer.costs.min() for layer in options)
         if lowest > budget:
-            self._refuse(self.share + (lowest - budget) / self.total)
+            remain = self.share + (lowest - budget) / self.total
+            self._refuse(math.ceil(remain * 1e4) / 1e4)  # rounded up, so that it can be asked for
         return chosen_plan(options, allocate(options, budget), self.dense)
 
     def kept(self, plan: RankPlan, schemes: Mapping[str, Sequence[Scheme]]) -> float:

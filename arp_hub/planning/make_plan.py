@@ -78,7 +78,8 @@ def make_plan(
             convolutions.
         rank_multiple: Ranks are multiples of this, to suit the hardware; by default 1, or 8 under ``keep_latency``.
         exclude: Names or glob patterns of layers that stay dense. The default is the first convolution, which is small,
-            sensitive, and rebuilt by timm when ``in_chans`` changes. ``()`` excludes nothing.
+            sensitive, and rebuilt by timm when ``in_chans`` changes; of a model whose pretrained_cfg does not name it,
+            no layer. ``()`` excludes nothing.
         calibration: Unlabelled images, normalised as the model expects: a tensor ``(N, C, H, W)`` or batches, in random
             order. Of large networks the first images decide most, since work is bounded.
         input_size: ``(channels, height, width)``; by default that of the images, or the model's own.
@@ -243,4 +244,5 @@ def _first_convs(model: nn.Module) -> list[str]:
     config = getattr(model, "pretrained_cfg", None) or {}
     first = config.get("first_conv") if isinstance(config, Mapping) else getattr(config, "first_conv", None)
     known = dict(model.named_modules(remove_duplicate=False))
-    return [name for name in names_of(first) if name in known]
+    named = (name if name in known else name.replace(".", "_", 1) for name in names_of(first))  # of features_only
+    return [name for name in named if name in known]

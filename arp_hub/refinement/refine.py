@@ -278,6 +278,11 @@ def _run(
             work.hold_out(_images_to_measure(work, clock))
         progress.held_out = work.held_out
         progress.before = progress.least = work.divergence()
+        if not math.isfinite(progress.before):
+            raise ArpHubError(
+                f"the divergence of the predictions is {progress.before}, so nothing can be learnt: an output is "
+                "infinite or not a number, as logits of masked classes are: take the mask off"
+            )
     best = tensors.get("best", work.vector())
     # longer phases of blocks leave a ViT and mobile networks further from the dense network
     phases = [(True, 0.2), (False, 1.0)] if work.blocks else [(False, 1.0)]

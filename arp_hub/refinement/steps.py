@@ -212,7 +212,8 @@ class Steps:
 def _augmentation(size: tuple[int, int]) -> v2.Transform:
     """Random crops and mirrored images, as timm augments small and large images. Teacher and student see the same."""
     if max(size) <= _SMALL:
-        crop: v2.Transform = v2.RandomCrop(size, padding=max(1, max(size) // 8), padding_mode="reflect")
+        top, left = (min(max(1, side // 8), side - 1) for side in size)  # reflection needs a smaller one than the side
+        crop: v2.Transform = v2.RandomCrop(size, padding=[left, top], padding_mode="reflect")
     else:
         shape = size[1] / size[0]  # crops keep the shape of the images, but for a third
         crop = v2.RandomResizedCrop(size, scale=(0.35, 1.0), ratio=(0.75 * shape, shape / 0.75), antialias=True)

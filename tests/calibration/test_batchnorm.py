@@ -133,3 +133,25 @@ def test_a_norm_behind_two_layers_takes_the_mean_of_neither(shared):
     model = Shared(shared).eval()
     found = following_norms(model, {"one": model.one, "two": model.two}, [torch.randn(4, 8, 6, 6)])
     assert found == ({} if shared else {"one": model.norm, "two": model.other})
+
+
+class TokenNorm(nn.Module):
+    """A linear layer over tokens, whose BatchNorm has the channels in another dimension."""
+
+    def __init__(self, tokens, channels):
+        super().__init__()
+        self.mix, self.norm = nn.Linear(tokens, 48), nn.BatchNorm1d(channels)
+        self.num_classes = 48
+
+    def forward(self, x):
+        return self.norm(input=self.mix(x.flatten(2))).mean(1)
+
+
+@pytest.mark.parametrize("channels", [48, 32])
+def test_a_norm_of_another_dimension_takes_no_shift(channels):
+    torch.manual_seed(0)
+    model, images = TokenNorm(64, channels).eval(), torch.randn(96, channels, 8, 8)
+    assert not following_norms(model, {"mix": model.mix}, images)
+    model.forward = lambda x: model.norm(model.mix(x.flatten(2))).mean(1)
+    assert not following_norms(model, {"mix": model.mix}, images)
+    decompose(model, RankPlan({"mix": LayerPlan("channel", 12)}), images)

@@ -40,6 +40,11 @@ def test_round_trip(plan):
     assert copy.deepcopy(plan) == pickle.loads(pickle.dumps(plan)) == plan
 
 
+def test_a_layer_written_as_a_dict_is_refused():
+    with pytest.raises(ArpHubError, match="layer 'fc' of a plan must be a LayerPlan, got .*RankPlan.from_dict"):
+        RankPlan({"fc": {"scheme": "channel", "rank": 2}})
+
+
 def test_file_round_trip(tmp_path):
     plan = RankPlan({"layer1.0.conv1": LayerPlan("cp", 16)}, {"conv1": "first convolution"})
     plan.save(tmp_path / "plan.json")

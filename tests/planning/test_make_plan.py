@@ -1,6 +1,7 @@
 """Plans on real models: budgets met, arguments refused, sensitivities measured."""
 
 import copy
+import re
 
 import pytest
 import timm
@@ -69,6 +70,42 @@ def test_a_budget_of_macs_counts_the_padding_that_layers_add():
     assert 0.98 * 0.5 <= count_macs(model, size) / before <= 0.5
 
 
+class Tiles(torch.nn.Module):
+    """Cuts an image into four tiles, which a backbone sees one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = timm.create_model("test_resnet", num_classes=10)
+
+    def forward(self, x):
+        tiles = x.unfold(2, x.shape[2] // 2, x.shape[2] // 2).unfold(3, x.shape[3] // 2, x.shape[3] // 2)
+        return self.backbone(tiles.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)).unflatten(0, (len(x), 4)).mean(1)
+
+
+def test_a_budget_of_macs_counts_every_tile_of_an_image():
+    torch.manual_seed(0)
+    model, size = Tiles().eval(), (3, 128, 128)
+    before = count_macs(model, size)
+    decompose(model, make_plan(model, keep_macs=0.7, input_size=size))
+    assert 0.98 * 0.7 <= count_macs(model, size) / before <= 0.7
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 4, 8])
+def test_the_share_that_a_refusal_names_can_be_asked_for(multiple):
+    model = timm.create_model("test_resnet")
+    with pytest.raises(ArpHubError, match="cannot be met") as refused:
+        make_plan(model, keep_params=0.001, rank_multiple=multiple)
+    lowest = float(re.search(r"lowest rank (0\.\d+)", str(refused.value))[1])
+    plan = make_plan(model, keep_params=lowest, rank_multiple=multiple)
+    before = count_params(model)
+    assert count_params(decompose(model, plan)) <= lowest * before
+
+
+def test_the_first_convolution_stays_dense_in_a_backbone_of_features():
+    model = timm.create_model("test_convnext", features_only=True)
+    assert make_plan(model, keep_params=0.6, input_size=(3, 64, 64)).dense["stem_0"] == "first convolution"
+
+
 @pytest.mark.parametrize("rank", [2, None], ids=["of rank 2", "of full rank"])
 def test_a_plan_says_that_it_leaves_budget_unspent(rank, recwarn):
     torch.manual_seed(0)
@@ -110,6 +147,7 @@ BAD_BUDGETS = {
     "multiple": ({"keep_params": 0.5, "rank_multiple": 0}, "rank_multiple"),
     "exclude": ({"keep_params": 0.5, "exclude": ["layer9.*"]}, "matches no layer"),
     "size": ({"keep_params": 0.5, "input_size": (3, 32)}, "input_size"),
+    "one side": ({"keep_params": 0.5, "input_size": 224}, "input_size must be .*got 224"),
     "one-pass images": ({"keep_params": 0.5, "calibration": iter([torch.zeros(2, 3, 32, 32)])}, "one-pass"),
     "no images": ({"keep_params": 0.5, "calibration": []}, "no calibration images"),
     "bytes": ({"keep_params": 0.5, "calibration": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, "float tensors"),
@@ -120,6 +158,12 @@ BAD_BUDGETS = {
 def test_bad_budget(arguments, message):
     with pytest.raises(ArpHubError, match=message):
         make_plan(timm.create_model("cifar_resnet20"), **arguments)
+
+
+@pytest.mark.parametrize("name", ["images", "schemes_measured", "fit_iterations"])
+def test_numbers_of_things_are_whole(name):
+    with pytest.raises(ArpHubError, match=f"effort: {name} must be a whole number, got 1.5"):
+        Effort(**{name: 1.5})
 
 
 def test_an_effort_needs_two_points_of_a_curve():

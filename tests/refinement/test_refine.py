@@ -121,6 +121,12 @@ def test_random_numbers_of_the_caller_are_its_own(monkeypatch):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("size", [(8, 64), (64, 8), (1, 32), (32, 32)], ids=str)
+def test_small_images_of_any_shape_are_shifted(size):
+    image = torch.randn(3, *size)
+    assert _augmentation(size)(image).shape == image.shape
+
+
 @pytest.mark.parametrize("size", [(128, 512), (512, 128), (96, 96)], ids=str)
 def test_crops_keep_the_shape_of_images(size):
     """A column per pixel tells which part of the image a crop has taken."""
@@ -367,6 +373,15 @@ REFUSALS: dict[str, tuple[Callable[[nn.Module, nn.Module, Tensor], Any], str]] =
         "image 3 holds NaN",
     ),
 }
+
+
+def test_predictions_that_are_no_numbers_are_refused():
+    model, dense, images = pair("resnet")
+    mask = torch.zeros(10).index_fill(0, torch.tensor([3, 7]), -torch.inf)
+    for network in (model, dense):
+        network.register_forward_hook(lambda module, args, output: output + mask)
+    with pytest.raises(ArpHubError, match="the divergence of the predictions is nan, .*take the mask off"):
+        refine(model, dense, images, steps=4)
 
 
 @pytest.mark.parametrize("case", REFUSALS)
