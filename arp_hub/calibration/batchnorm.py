@@ -198,10 +198,12 @@ def renormalise(
 def observed(statistics: Mapping[BatchNorm, InputStatistics]) -> Iterator[None]:
     """Count the inputs of some BatchNorms during the block."""
 
-    def count(into: InputStatistics, module: nn.Module, args: tuple[Any, ...]) -> None:
-        into.add(args[0])
+    def count(into: InputStatistics, module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        into.add(_first(args, named))
 
-    hooks = [norm.register_forward_pre_hook(partial(count, into)) for norm, into in statistics.items()]
+    hooks = [
+        norm.register_forward_pre_hook(partial(count, into), with_kwargs=True) for norm, into in statistics.items()
+    ]
     try:
         yield
     finally:
@@ -227,14 +229,19 @@ def following(
         disturbed = True
 
     def follow(
-        original: BatchNorm, exact: InputStatistics, found: InputStatistics, module: nn.Module, args: tuple[Any, ...]
+        original: BatchNorm,
+        exact: InputStatistics,
+        found: InputStatistics,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        named: Mapping[str, Any],
     ) -> None:
         if disturbed and exact.count:
-            found.add(args[0])
+            found.add(_first(args, named))
             _set_statistics(cast(BatchNorm, module), original, exact, found)
 
     hooks = [
-        norm.register_forward_pre_hook(partial(follow, original, exact, found))
+        norm.register_forward_pre_hook(partial(follow, original, exact, found), with_kwargs=True)
         for norm, original, exact, found in norms
     ]
     hooks += [layer.register_forward_hook(disturb) for layer in changed]
@@ -243,6 +250,11 @@ def following(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _first(args: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+    """The input of a BatchNorm, whether it is given by position or by name."""
+    return cast(Tensor, next(iter((*args, *named.values()))))
 
 
 @torch.no_grad()

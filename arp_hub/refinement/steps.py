@@ -139,7 +139,8 @@ class Steps:
 
     def divergence(self, most: int | None = None) -> float:
         """The divergence of the predictions from the dense model's, on all held-out images or the first ones."""
-        return self._measure(False, most)
+        found = self._measure(False, most)
+        return 0.0 if found < 0 else found  # rounding takes that of equal predictions below zero
 
     def loss(self, by_blocks: bool) -> float:
         """What steps minimise, on the held-out images."""

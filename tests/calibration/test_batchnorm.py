@@ -138,20 +138,21 @@ def test_a_norm_behind_two_layers_takes_the_mean_of_neither(shared):
 class TokenNorm(nn.Module):
     """A linear layer over tokens, whose BatchNorm has the channels in another dimension."""
 
-    def __init__(self, tokens, channels):
+    def __init__(self, tokens, channels, named):
         super().__init__()
+        self.named = named
         self.mix, self.norm = nn.Linear(tokens, 48), nn.BatchNorm1d(channels)
         self.num_classes = 48
 
     def forward(self, x):
-        return self.norm(input=self.mix(x.flatten(2))).mean(1)
+        mixed = self.mix(x.flatten(2))
+        return (self.norm(input=mixed) if self.named else self.norm(mixed)).mean(1)
 
 
+@pytest.mark.parametrize("named", [False, True], ids=["by position", "by name"])
 @pytest.mark.parametrize("channels", [48, 32])
-def test_a_norm_of_another_dimension_takes_no_shift(channels):
+def test_a_norm_of_another_dimension_takes_no_shift(channels, named):
     torch.manual_seed(0)
-    model, images = TokenNorm(64, channels).eval(), torch.randn(96, channels, 8, 8)
-    assert not following_norms(model, {"mix": model.mix}, images)
-    model.forward = lambda x: model.norm(model.mix(x.flatten(2))).mean(1)
+    model, images = TokenNorm(64, channels, named).eval(), torch.randn(96, channels, 8, 8)
     assert not following_norms(model, {"mix": model.mix}, images)
     decompose(model, RankPlan({"mix": LayerPlan("channel", 12)}), images)
