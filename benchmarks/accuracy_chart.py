@@ -74,10 +74,11 @@ def time_chart(results: Results) -> Figure:
     axes = figure.subplots()
     for network, keep in timed_networks(results).items():
         (name, colour), pairs = TIMED[network], _over_time(results, network, keep)
-        axes.plot(*zip(*pairs, strict=True), color=colour, linewidth=1.8, marker="o", markersize=3.5)
-        _write(axes, f"{name}, {100 * keep:.0f} % kept", pairs[-1], (0, 5), "right", "bottom", colour)
+        label = f"{name}, {100 * keep:.0f} % kept"
+        axes.plot(*zip(*pairs, strict=True), color=colour, linewidth=1.8, marker="o", markersize=3.5, label=label)
     axes.axhline(0, color=_INK, linewidth=0.8)
     _plain(axes)
+    axes.legend(loc="upper left", frameon=False, fontsize=8.5, labelcolor="linecolor", borderaxespad=1.2)
     axes.set_xlim(left=0)
     axes.set_ylabel("top-1 against the dense model, points", fontsize=9.5, color=_MUTED)
     axes.set_xlabel("minutes of one CPU thread: plan, fit, refinement", fontsize=9.5, color=_MUTED)

@@ -75,8 +75,8 @@ python -m benchmarks.accuracy run ROW --again --shared ../shared
 CIFAR-10: calibration on 1,024 training images without their labels (256 for the ViT), top-1 on all 10,000 test images
 (some rows of the ViT: the first 2,000). ImageNet: calibration on 256 training images, top-1 on 900 images of the
 validation set; compare a network only with its own dense form. Refinement: on 10,000 unlabelled training images for
-CIFAR ResNets, on 1,000 for the others. The dense ViT is a network that was never trained on CIFAR-10, with a linear
-head that was; so training with labels takes it above its dense form.
+CIFAR ResNets, on 1,000 for the others. Of the dense ViT, only the linear head was fitted to CIFAR-10, on 8,000 images;
+so training with labels can take it above its dense form.
 
 Every row is the last epoch of one run, seed 0. A model that is stored in `benchmarks/models/` is that of the longest
 run of its network and budget in which the dense network is the teacher. The `choose-*` rows chose that teacher on
