@@ -285,8 +285,8 @@ Every test has three parts, with random weights at the smallest image size:
 - **Full rank:** every feature map and entry point gives the output of the dense model, within a relative error of 1e-3.
 - **Half of the parameters:** the output is finite, the number of parameters is as planned, and a new process loads the
   model bit for bit.
-- **On images:** planned and fitted on images, the model is closer to the dense one than a fit to the weights alone at
-  the same ranks. Refinement takes it no further away, and changes nothing that is to stay.
+- **On images**, in {fitted} families: planned and fitted on images, the model is closer to the dense one than a fit to
+  the weights alone at the same ranks. Refinement takes it no further away, and changes nothing that is to stay.
 
 | column | holds |
 |---|---|
@@ -307,8 +307,8 @@ END = """
 
 {entry_points}.
 
-On images: {on_images}. They hold in {fitted} families. {unchained} of them have no chain of blocks: there, refinement
-trains the whole model from the first step on.
+On images: {on_images}. Without a chain of blocks, refinement trains the whole model from the first step on; so it is
+in {unchained} of the {fitted} families.
 
 {exported} families also export through torch.compile, torch.export, ONNX and TorchScript, {exports_excepted} of them
 with an exception. Planning a tested model takes at most {slowest} of CPU time.
