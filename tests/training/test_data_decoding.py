@@ -157,7 +157,8 @@ def test_a_value_above_the_white_of_the_other_images_is_refused(tmp_path, model)
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet", "stream"])
-def test_a_picture_that_is_a_program_is_not_run(tmp_path, model, kind, monkeypatch):
+def test_a_picture_that_is_a_program_is_not_run(tmp_path, kind, monkeypatch):
+    model = load_model("cifar_resnet20", pretrained=False, num_classes=1)
     started = []
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **kwargs: started.append(args))
     program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
