@@ -4,7 +4,8 @@
 
 Outputs are recorded for several CPUs, each with its torch. There they are compared bit for bit; elsewhere kernels round
 differently, and outputs are compared to 1e-4. Fits by images are iterative: elsewhere ranks may be one or two off, and
-outputs by the recorded plan are compared to 3 %, where switching one heuristic of the fit off changes 7 % and more.
+rounding moves the outputs of one fit by 1 to 5 %. So the mean of several fits by the recorded plan is compared to 3 %,
+where switching one heuristic of the fit off changes 10 % and more.
 """
 
 from __future__ import annotations
@@ -91,14 +92,19 @@ def calibration(shared: Path) -> Tensor:
 def by_images(shared: Path) -> tuple[arp_hub.RankPlan, Tensor]:
     """ResNet-20 planned and fitted on images: the plan, and the outputs."""
     model = trained("cifar_resnet20", shared)
-    plan = arp_hub.make_plan(model, keep_params=0.35, calibration=calibration(shared), effort="fast")
-    return plan, fitted_by_images(shared, plan)
+    images = calibration(shared)
+    plan = arp_hub.make_plan(model, keep_params=0.35, calibration=images, effort="fast")
+    return plan, outputs(arp_hub.decompose(model, plan, images, effort="fast"))
 
 
-def fitted_by_images(shared: Path, plan: arp_hub.RankPlan) -> Tensor:
-    """The outputs of ResNet-20 fitted on images by a plan."""
-    model = trained("cifar_resnet20", shared)
-    return outputs(arp_hub.decompose(model, plan, calibration(shared), effort="fast"))
+def mean_of_fits(shared: Path, plan: arp_hub.RankPlan, fits: int = 6) -> Tensor:
+    """The mean outputs of fits whose images differ by as much as kernels round."""
+    images, found = calibration(shared), []
+    for seed in range(fits):
+        rounding = 1e-6 * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+        model = trained("cifar_resnet20", shared)
+        found.append(outputs(arp_hub.decompose(model, plan, images * (1 + rounding), effort="fast")))
+    return torch.stack(found).mean(0)
 
 
 def recorded(file: str) -> tuple[Path, bool]:
@@ -169,8 +175,8 @@ def test_plan_and_fit_by_images(shared: Path) -> None:
         }
         for name, layer in plan.layers.items():
             assert layer.rank == pytest.approx(stored.layers[name].rank, rel=0.03, abs=1), name
-        expected = load_file(folder / "outputs.safetensors")["cifar_resnet20-images"]
-        assert (fitted_by_images(shared, stored) - expected).norm() < 0.03 * expected.norm()
+        expected = load_file(folder / "outputs.safetensors")["cifar_resnet20-images-mean"]
+        assert (mean_of_fits(shared, stored) - expected).norm() < 0.03 * expected.norm()
 
 
 def write(shared: Path) -> None:
@@ -186,6 +192,7 @@ def write(shared: Path) -> None:
         plan_by_weights(name, shared).save(GOLDEN / f"{name}-weights.json")
     plan, found["cifar_resnet20-images"] = by_images(shared)
     plan.save(folder / "cifar_resnet20-images.json")
+    found["cifar_resnet20-images-mean"] = mean_of_fits(shared, plan)
     save_file(found, folder / "outputs.safetensors")
 
 
