@@ -136,8 +136,8 @@ def _layers(model: nn.Module, images: Tensor) -> dict[str, _Layer]:
     positions = dict.fromkeys(modules, 0)
 
     def add(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows = _rows(module, inputs[0])
-        moments[name] = moments.get(name, torch.zeros(())) + (rows.T @ rows).double()
+        rows = _rows(module, inputs[0]).double()  # in float32 a sum may have negative eigenvalues beyond the ridge
+        moments[name] = moments.get(name, torch.zeros(())) + rows.T @ rows
         positions[name] += len(rows)
 
     handles = [module.register_forward_pre_hook(partial(add, name)) for name, module in modules.items()]

@@ -18,6 +18,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+from torch.utils._pytree import tree_map_only
 
 import arp_hub
 from arp_hub.calibration.resumption import block_chain
@@ -77,10 +78,19 @@ def normalised(images: Tensor, model: Any) -> Tensor:
 
 
 def distance(fitted: Fitted, model: nn.Module) -> float:
-    """Divergence of a model's output from the dense one's, on the images."""
+    """Divergence of a model's output from the dense one's, on the images.
+
+    Logits beyond a standard deviation of one are divided by it: a dense model with random weights that is sure of its
+    classes is nearer, by a plain divergence, to a model that answers nothing than to one with small errors.
+    """
     with torch.no_grad():
         exact, found = fitted.dense(fitted.images), model(fitted.images)
-        return float(divergence(fitted.dense, exact, found, len(fitted.images)))
+        scale = max(1.0, float(flat(exact)[0].std()))
+        return float(divergence(fitted.dense, _scaled(exact, scale), _scaled(found, scale), len(fitted.images)))
+
+
+def _scaled(output: Any, scale: float) -> Any:
+    return tree_map_only(Tensor, lambda value: value / scale, output)
 
 
 def parameters(fitted: Fitted) -> None:

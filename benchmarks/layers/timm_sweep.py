@@ -76,7 +76,8 @@ def main() -> None:
     if args.docs:
         write_docs(results)
         return
-    results |= environment()
+    here = environment()
+    results = {"hardware": here["hardware"]} | results | {key: here[key] for key in ("versions", "command")}
     families = families_of_timm()
     kind = "architectures" if args.all else "fits" if args.fits else "exports" if args.exports else "families"
     part = results.setdefault(kind, {})
@@ -92,6 +93,8 @@ def main() -> None:
                 least[family] = smallest(families[family])
             row = check_family(args.model or least[family], kind, args.limit)
         row["seconds"] = round(time.perf_counter() - began, 1)
+        if here["hardware"] != results["hardware"]:
+            row["hardware"] = here["hardware"]
         part[family] = row
         save(results)
         print(summary(family, row), flush=True)
@@ -334,6 +337,7 @@ def write_docs(results: dict[str, Any]) -> None:
     rows = [one for part in architectures.values() for one in part.get("models", {}).values()]
     seconds, slowest = max(((row["planning_seconds"], row["model"]) for row in checked.values()), default=(0, "none"))
     large = len(families) - len(checked)
+    cpus = {row.get("hardware", results["hardware"])["cpu"] for row in (*families.values(), *fits.values())}
     text, exceptions = "", []
     for family in sorted(results["smallest"]):
         row = families.get(family)
@@ -353,7 +357,7 @@ def write_docs(results: dict[str, Any]) -> None:
         timm=results["versions"]["timm"],
         torch=results["versions"]["torch"],
         threads=results["hardware"]["threads"],
-        cpu=results["hardware"]["cpu"],
+        cpu=" and ".join(sorted(cpus)),
         families=len(results["smallest"]),
         checked=len(checked),
         planned=large,

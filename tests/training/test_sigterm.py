@@ -122,7 +122,7 @@ import multiprocessing, os, time, torch
 from torch.utils.data import DataLoader
 from arp_hub.training.preemption import outlast_sigterm
 batches = iter(DataLoader(torch.arange(10_000), num_workers=2, worker_init_fn=outlast_sigterm))
-next(batches)
+next(batches), next(batches)  # one of each worker, which has started then
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 time.sleep(600)
 """
