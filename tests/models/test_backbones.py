@@ -24,7 +24,7 @@ from arp_hub.layers.model import count_params, low_rank_layers
 from arp_hub.training import evaluate, load_data
 from arp_hub_cli.app import app
 from benchmarks.layers.timm_checks import CHECKS, EXPORTS, full_rank_plan, make_case, random_model, run_check
-from benchmarks.layers.timm_fits import FITS, make_fitted
+from benchmarks.layers.timm_fits import FITS, Fitted, distance, make_fitted, normalised, smooth_images
 
 # One small model for each special case; arguments of timm's entrypoints make them small.
 TINY_VIT = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -99,6 +99,19 @@ def test_fitted_and_refined_on_images(oddity: str) -> None:
     found = {check: run_check(fitted, check, FITS) for check in FITS}
     assert not {check: outcome for check, outcome in found.items() if not outcome.startswith(("ok", "n/a"))}
     assert found["refinement"] == "ok"
+
+
+@torch.no_grad()
+def test_errors_are_nearer_than_no_answer_where_random_weights_give_large_logits() -> None:
+    dense = random_model("test_resnet", (3, 64, 64)).eval()
+    images = normalised(smooth_images(8, (3, 64, 64)), dense)
+    dense.fc.weight *= 250 / dense(images).std()
+    near, silent = copy.deepcopy(dense), copy.deepcopy(dense)
+    weight = dense.fc.weight
+    near.fc.weight += 0.4 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    silent.fc.weight.zero_()
+    fitted = Fitted("test_resnet", dense, images, arp_hub.make_plan(dense, keep_params=0.5), near)
+    assert distance(fitted, near) < distance(fitted, silent) / 2
 
 
 @pytest.mark.parametrize("name", ["test_resnet", pytest.param("test_vit", marks=pytest.mark.slow)])
