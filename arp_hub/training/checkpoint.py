@@ -95,11 +95,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         text = json.dumps({"format_version": FORMAT_VERSION, **meta, "state": tree})
         (new / STATE).write_text(text, encoding="utf-8")
         (new / SUMS).write_text("".join(_sums(new).values()))
-    for old in list_checkpoints(folder)[:-keep]:
-        old.replace(
-            folder / f".{old.name}.old.tmp"
-        )  # so that a killed run leaves no incomplete checkpoint under this name
-    remove_unfinished_checkpoints(folder)
+    remove_old_checkpoints(folder, keep)
     return target
 
 
@@ -304,9 +300,17 @@ def _place(path: Path) -> tuple[int, ...]:
 
 def remove_later_checkpoints(folder: Path, phase: str, step: int) -> None:
     """Remove the checkpoints after a step, which a run resumed from that step writes a second time."""
-    for path in list_checkpoints(folder):
-        if _place(path) > (PHASES.index(phase), step):
-            path.replace(folder / f".{path.name}.old.tmp")
+    _remove(folder, [path for path in list_checkpoints(folder) if _place(path) > (PHASES.index(phase), step)])
+
+
+def remove_old_checkpoints(folder: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest ``keep``."""
+    _remove(folder, list_checkpoints(folder)[:-keep])
+
+
+def _remove(folder: Path, checkpoints: list[Path]) -> None:
+    for path in checkpoints:  # renamed first: a killed run leaves no incomplete checkpoint under this name
+        path.replace(folder / f".{path.name}.old.tmp")
     remove_unfinished_checkpoints(folder)
 
 

@@ -13,7 +13,14 @@ from .._utils.files import locked, remove_unfinished
 from ..errors import ArpHubError, check_inputs_outside
 from ..hub.push import check_push
 from ..hub.save import check_folder
-from .checkpoint import STATE, Checkpoint, remove_later_checkpoints, remove_unfinished_checkpoints, writing
+from .checkpoint import (
+    STATE,
+    Checkpoint,
+    remove_later_checkpoints,
+    remove_old_checkpoints,
+    remove_unfinished_checkpoints,
+    writing,
+)
 from .config import TrainConfig, read_config
 from .resume import decisive_settings
 
@@ -106,7 +113,8 @@ class RunFolder:
     def begin(self, config: TrainConfig, start: Checkpoint | None) -> None:
         """Remove what the run will write, and save its settings.
 
-        A new run clears the folder. A resumed run removes later checkpoints and files that are only half-written.
+        A new run clears the folder. A resumed run removes checkpoints that are later or too many, and files
+        that are only half-written.
 
         Args:
             config: The settings to save.
@@ -124,6 +132,7 @@ class RunFolder:
                     remove_unfinished_checkpoints(folder)
                 if start is not None:
                     remove_later_checkpoints(self.checkpoints, start.phase, start.step)
+                    remove_old_checkpoints(self.checkpoints, config.keep_checkpoints)
                 config.save(self.path / CONFIG)
         self.accelerator.wait_for_everyone()
 

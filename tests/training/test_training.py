@@ -304,6 +304,16 @@ def test_a_diverging_run_names_step_layer_and_last_good_checkpoint(tmp_path, cha
         assert all(tensor.isfinite().all() for tensor in load_checkpoint(checkpoint).state["model"].values())
 
 
+def test_a_resumed_run_keeps_no_more_checkpoints_than_it_is_told(tmp_path):
+    settings = config(tmp_path, checkpoint_every=1, keep_checkpoints=9)
+    expected = run(settings)["scores"]
+    folder = settings.run_folder / "checkpoints"
+    before = list_checkpoints(folder)
+    assert len(before) > 3
+    assert run(config(tmp_path, checkpoint_every=1, keep_checkpoints=2, resume="auto"))["scores"] == expected
+    assert list_checkpoints(folder) == before[-2:]
+
+
 def test_a_run_under_way_is_not_overwritten(tmp_path):
     with pytest.raises(ArpHubError):
         run(config(tmp_path, lr=1e20))  # stops in the ramp
