@@ -5,7 +5,7 @@
 Outputs are recorded for several CPUs, each with its torch. There they are compared bit for bit; elsewhere kernels round
 differently, and outputs are compared to 1e-4. Fits by images are iterative: elsewhere ranks may be one or two off, and
 rounding moves the outputs of one fit by 1 to 5 %. So the mean of several fits by the recorded plan is compared to 3 %,
-where switching one heuristic of the fit off changes 10 % and more.
+where switching one heuristic of the fit off changes 10 % and more. The mean may come from any CPU.
 """
 
 from __future__ import annotations
